@@ -1,0 +1,1 @@
+"""Swin SMT in JAX: Swin UNETR with Soft Mixture-of-Experts for whole-body CT."""

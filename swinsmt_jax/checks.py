@@ -1,0 +1,68 @@
+"""Messages for user errors: each names the argument, its value, the rule, the remedy."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(ValueError):
+    """Bad input that the user can mend; scripts print its message without traceback."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def one_of(name: str, value: object, choices: Iterable) -> None:
+    """Raise `UserError` unless `value` is one of `choices`, naming the nearest one."""
+    choices = list(choices)
+    if value in choices:
+        return
+    raise UserError(
+        f"{name} is {value!r}, but must be one of "
+        f"{', '.join(repr(c) for c in choices)}.{did_you_mean(value, choices)}"
+    )
+
+
+def did_you_mean(value: object, choices: Iterable) -> str:
+    """Return ' Did you mean ...?' for the nearest of `choices`, or ''."""
+    near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise `UserError` unless `low <= value <= high`."""
+    require(
+        isinstance(value, (int, float)) and low <= value <= high,
+        f"{name} is {value!r}, but must lie in [{low:g}, {high:g}].",
+    )
+
+
+def positive(name: str, value: int) -> None:
+    """Raise `UserError` unless `value` is a whole number of at least 1."""
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        f"{name} is {value!r}, but must be a whole number of at least 1.",
+    )
+
+
+def spatial_shape(
+    name: str, shape: Sequence[int], stride: int | Sequence[int]
+) -> None:
+    """Raise `UserError` unless every side is a positive multiple of the stride.
+
+    Args:
+        name: what the shape belongs to, for the message.
+        shape: spatial sides (D, H, W) in voxels.
+        stride: total stride of the encoder, one number or one per side.
+    """
+    strides = (stride,) * len(shape) if isinstance(stride, int) else tuple(stride)
+    if all(n > 0 and n % s == 0 for n, s in zip(shape, strides, strict=True)):
+        return
+    valid = tuple(max(1, -(-n // s)) * s for n, s in zip(shape, strides, strict=True))
+    rule = stride if len(set(strides)) > 1 else strides[0]
+    raise UserError(
+        f"{name} has shape {tuple(shape)}, but every side must be a multiple of {rule},"
+        f" the total stride of the encoder; the next valid shape is {valid}."
+    )

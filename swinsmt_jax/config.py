@@ -1,0 +1,411 @@
+"""Typed, checked configuration of an experiment. Imports no jax.
+
+A config file returns a `ml_collections.ConfigDict`; `from_config_dict` turns it into
+the frozen dataclasses below, and nothing beneath the scripts sees anything else.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from swinsmt_jax import checks
+
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+REMAT_CHOICES = (*STAGES, "encoder", "decoder")
+PATCH_MERGING = ("legacy", "octants", "octants_v2")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class SwinUNETRConfig:
+    """Swin UNETR (Hatamizadeh et al. 2022), as in MONAI.
+
+    Attributes:
+        in_channels: channels of the image, 1 for CT.
+        out_channels: classes, background included.
+        feature_size: channels of the patch embedding; a multiple of `num_heads[0]`.
+        residual_conv: residual convolution block before each stage ("v2").
+        patch_merging: which octants are concatenated, in which order: "legacy" takes
+            two twice and two never (MONAI v0.9), "octants" is its correction,
+            "octants_v2" is lexicographic.
+        depths: transformer blocks per stage.
+        num_heads: attention heads per stage.
+        window_size: side of the attention window in tokens, or its (D, H, W).
+        mlp_ratio: hidden over input channels of the MLPs and experts.
+        qkv_bias: whether queries, keys and values have a bias.
+        patch_norm: layer norm after the patch embedding.
+        normalize: layer norm without parameters on the hidden states that are handed
+            to the decoder.
+        dropout: rate after embedding, projections and MLPs.
+        attention_dropout: rate on attention weights.
+        drop_path: stochastic depth, rising linearly from 0 to this rate.
+        dtype: of matrix products and convolutions: "float32" or "bfloat16".
+            Parameters, norms' statistics, softmax and logits are float32.
+        remat: parts whose activations are recomputed in the backward pass, of
+            "stage1".."stage4", "encoder" (its convolution blocks), "decoder".
+    """
+
+    in_channels: int
+    out_channels: int
+    feature_size: int
+    residual_conv: bool = False
+    patch_merging: str = "legacy"
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int | tuple[int, ...] = 7
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    patch_norm: bool = False
+    normalize: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: str = "float32"
+    remat: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        window = self.window_size
+        if isinstance(window, int):
+            window = (window,) * 3
+        object.__setattr__(self, "window_size", tuple(window))
+        if not isinstance(self.dtype, str):  # jnp.bfloat16, np.float32
+            name = getattr(self.dtype, "__name__", str(self.dtype))
+            object.__setattr__(self, "dtype", name)
+        for name in ("depths", "num_heads", "remat"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("in_channels", "out_channels", "feature_size"):
+            checks.positive(f"model.{name}", getattr(self, name))
+        for name, length in (("depths", 4), ("num_heads", 4), ("window_size", 3)):
+            value = getattr(self, name)
+            checks.require(
+                len(value) == length,
+                f"model.{name} is {value}, but must have {length} entries.",
+            )
+            for entry in value:
+                checks.positive(f"an entry of model.{name} {value}", entry)
+        for stage, heads in enumerate(self.num_heads):
+            channels = self.feature_size * 2**stage
+            checks.require(
+                channels % heads == 0,
+                f"model.feature_size is {self.feature_size}: stage {stage + 1} has "
+                f"{channels} channels, which {heads} attention heads do not divide; "
+                "with the default heads take a multiple of 3.",
+            )
+        checks.one_of("model.patch_merging", self.patch_merging, PATCH_MERGING)
+        checks.one_of("model.dtype", self.dtype, DTYPES)
+        for name in ("dropout", "attention_dropout", "drop_path"):
+            checks.in_range(f"model.{name}", getattr(self, name), 0.0, 1.0)
+        checks.require(
+            self.mlp_ratio > 0,
+            f"model.mlp_ratio is {self.mlp_ratio}, but must be positive.",
+        )
+        for part in self.remat:
+            checks.one_of("an entry of model.remat", part, REMAT_CHOICES)
+
+    @property
+    def total_stride(self) -> int:
+        """Number of which every side of the input must be a multiple."""
+        return 2 ** (1 + len(self.depths))
+
+
+@dataclass(frozen=True)
+class SwinSMTConfig(SwinUNETRConfig):
+    """Swin SMT (Plotka et al., MICCAI 2024): Swin UNETR whose last stages hold Soft MoE.
+
+    Attributes:
+        num_experts: experts E of every Soft MoE.
+        num_moe_stages: in how many of the last stages the MLP is a Soft MoE.
+    """
+
+    num_experts: int = dataclasses.field(kw_only=True)
+    num_moe_stages: int = dataclasses.field(kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.positive("model.num_experts", self.num_experts)
+        checks.require(
+            isinstance(self.num_moe_stages, int)
+            and 1 <= self.num_moe_stages <= len(self.depths),
+            f"model.num_moe_stages is {self.num_moe_stages!r}, but must be a whole "
+            f"number from 1 to {len(self.depths)}, the number of stages; a network "
+            "without experts is SwinUNETRConfig.",
+        )
+
+
+ModelConfig = SwinUNETRConfig | SwinSMTConfig
+MODEL_CONFIGS: dict[str, type] = {
+    "swin_smt": SwinSMTConfig,
+    "swin_unetr": SwinUNETRConfig,
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the scans lie and how crops are taken from them.
+
+    Attributes:
+        root: folder in the TotalSegmentator-V2 layout.
+        patch_shape: training crop (D, H, W) in voxels.
+        batch_size: crops per step over all devices and processes.
+        spacing: voxel side in mm to which scans are resampled; 0 keeps the scan's own.
+        hu_range: (low, high) HU mapped to [0, 1] and clipped.
+        foreground_ratio: share of crops centred on a labelled voxel.
+        zoom_probability, zoom_range: random enlargement before the crop.
+        rotate_probability: rotation by 90, 180 or 270 degrees in the axial plane.
+        intensity_probability, intensity_shift: shift of the scaled image by up to
+            +-intensity_shift.
+        num_workers: processes that make crops; 0 makes them in threads.
+        num_threads: reading threads per process.
+        cache: keep decoded cases in memory (small datasets).
+    """
+
+    root: str
+    patch_shape: tuple[int, ...]
+    batch_size: int
+    spacing: float = 0.0
+    hu_range: tuple[float, ...] = (-1024.0, 1024.0)
+    foreground_ratio: float = 0.5
+    zoom_probability: float = 0.3
+    zoom_range: tuple[float, ...] = (1.3, 1.5)
+    rotate_probability: float = 0.1
+    intensity_probability: float = 0.2
+    intensity_shift: float = 0.1
+    num_workers: int = 0
+    num_threads: int = 2
+    cache: bool = False
+
+    def __post_init__(self):
+        for name in ("patch_shape", "hu_range", "zoom_range"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        checks.require(
+            len(self.patch_shape) == 3,
+            f"data.patch_shape is {self.patch_shape}, but must have 3 sides.",
+        )
+        for side in self.patch_shape:
+            checks.positive(f"a side of data.patch_shape {self.patch_shape}", side)
+        checks.positive("data.batch_size", self.batch_size)
+        checks.positive("data.num_threads", self.num_threads)
+        checks.in_range("data.num_workers", self.num_workers, 0, 1024)
+        checks.in_range("data.spacing", self.spacing, 0.0, 100.0)
+        for name in ("foreground_ratio", "zoom_probability", "rotate_probability"):
+            checks.in_range(f"data.{name}", getattr(self, name), 0.0, 1.0)
+        checks.in_range("data.intensity_probability", self.intensity_probability, 0, 1)
+        checks.in_range("data.intensity_shift", self.intensity_shift, 0.0, 10.0)
+        checks.require(
+            len(self.hu_range) == 2 and self.hu_range[0] < self.hu_range[1],
+            f"data.hu_range is {self.hu_range}, but must be (low, high), low < high.",
+        )
+        checks.require(
+            len(self.zoom_range) == 2 and 1 <= self.zoom_range[0] <= self.zoom_range[1],
+            f"data.zoom_range is {self.zoom_range}, but must be (low, high) with "
+            "1 <= low <= high.",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to `final_ratio * learning_rate`."""
+
+    learning_rate: float
+    weight_decay: float = 1e-4
+    warmup_steps: int = 0
+    final_ratio: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+
+    def __post_init__(self):
+        checks.require(
+            self.learning_rate > 0,
+            f"optimizer.learning_rate is {self.learning_rate}, but must be positive.",
+        )
+        checks.require(
+            self.clip_norm > 0,
+            f"optimizer.clip_norm is {self.clip_norm}, but must be positive; "
+            "a large value such as 1e9 switches clipping off.",
+        )
+        checks.in_range("optimizer.weight_decay", self.weight_decay, 0.0, 10.0)
+        checks.in_range("optimizer.warmup_steps", self.warmup_steps, 0, 10**9)
+        checks.in_range("optimizer.final_ratio", self.final_ratio, 0.0, 1.0)
+        for name in ("b1", "b2"):
+            checks.in_range(f"optimizer.{name}", getattr(self, name), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length and rhythm of a run, in optimiser steps.
+
+    Attributes:
+        num_steps: steps of the run.
+        seed: of initialisation, data order and dropout.
+        log_every: steps between rows of metrics.
+        eval_every: steps between validations; 0 validates at the end alone.
+        eval_cases: validation cases used; 0 takes the whole split.
+        checkpoint_every: steps between checkpoints; the last step is always kept.
+    """
+
+    num_steps: int
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_cases: int = 0
+    checkpoint_every: int = 1000
+
+    def __post_init__(self):
+        for name in ("num_steps", "log_every", "checkpoint_every"):
+            checks.positive(f"training.{name}", getattr(self, name))
+        for name in ("eval_every", "eval_cases", "seed"):
+            checks.in_range(f"training.{name}", getattr(self, name), 0, 2**32 - 1)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh: `data` x `expert` devices; `data = -1` takes what is left."""
+
+    data: int = -1
+    expert: int = 1
+
+    def __post_init__(self):
+        checks.positive("mesh.expert", self.expert)
+        checks.require(
+            self.data == -1 or self.data >= 1,
+            f"mesh.data is {self.data}, but must be at least 1, or -1 for what is left.",
+        )
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Sliding window over a whole scan; the window is the training patch.
+
+    Attributes:
+        overlap: share of the window that neighbours have in common.
+        blend: "gaussian" or "constant" weights of a window's voxels.
+        window_batch: windows per call of the network, over all devices.
+    """
+
+    overlap: float = 0.5
+    blend: str = "gaussian"
+    window_batch: int = 1
+
+    def __post_init__(self):
+        checks.require(
+            0.0 <= self.overlap < 1.0,
+            f"inference.overlap is {self.overlap}, but must lie in [0, 1).",
+        )
+        checks.one_of("inference.blend", self.blend, ("gaussian", "constant"))
+        checks.positive("inference.window_batch", self.window_batch)
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+    def __post_init__(self):
+        checks.spatial_shape(
+            "data.patch_shape", self.data.patch_shape, self.model.total_stride
+        )
+        checks.require(
+            self.optimizer.warmup_steps <= self.training.num_steps,
+            f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but the run has "
+            f"only training.num_steps = {self.training.num_steps}.",
+        )
+
+
+def from_config_dict(config: Mapping) -> ExperimentConfig:
+    """Build the checked dataclasses from a (nested) mapping such as a ConfigDict.
+
+    `config["model"]["name"]` is "swin_smt" or "swin_unetr"; all other keys are the
+    fields of the dataclasses.
+
+    Raises:
+        UserError: for an unknown or missing key, a value of the wrong type or out of
+            range; the message names the dotted key.
+    """
+    values = _plain(config)
+    return _build(ExperimentConfig, values, "")
+
+
+def model_from_dict(values: Mapping) -> ModelConfig:
+    """Build a model config from its fields and the key `name`."""
+    return _build_model(_plain(values), "model.")
+
+
+def to_dict(config: ExperimentConfig | ModelConfig) -> dict:
+    """Return the nested plain dictionary from which the config can be built again."""
+    if isinstance(config, SwinUNETRConfig):
+        name = next(n for n, c in MODEL_CONFIGS.items() if type(config) is c)
+        return {"name": name, **dataclasses.asdict(config)}
+    return {**dataclasses.asdict(config), "model": to_dict(config.model)}
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _build_model(values: dict, prefix: str) -> ModelConfig:
+    values = dict(values)
+    name = values.pop("name", None)
+    checks.one_of(f"{prefix}name", name, MODEL_CONFIGS)
+    return _build(MODEL_CONFIGS[name], values, prefix)
+
+
+def _build(cls: type, values: dict, prefix: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        checks.require(
+            key in fields,
+            f"unknown config key {prefix}{key}; the keys here are "
+            f"{', '.join(fields)}.{checks.did_you_mean(key, fields)}",
+        )
+    arguments = {}
+    for name, spec in fields.items():
+        if name not in values:
+            has_default = (
+                spec.default is not dataclasses.MISSING
+                or spec.default_factory is not dataclasses.MISSING
+            )
+            checks.require(has_default, f"config key {prefix}{name} is missing.")
+            continue
+        arguments[name] = _convert(hints[name], values[name], f"{prefix}{name}")
+    return cls(**arguments)
+
+
+def _convert(hint, value, name: str):
+    if hint == ModelConfig:
+        return _build_model(value, f"{name}.")
+    if dataclasses.is_dataclass(hint):
+        checks.require(
+            isinstance(value, Mapping), f"config key {name} must be a group of keys."
+        )
+        return _build(hint, value, f"{name}.")
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):  # int | tuple[int, ...]
+        hint = hint.__args__[1] if isinstance(value, tuple) else hint.__args__[0]
+        return _convert(hint, value, name)
+    if origin is tuple:
+        checks.require(
+            isinstance(value, tuple),
+            f"config key {name} is {value!r}, but must be a sequence.",
+        )
+        return tuple(_convert(hint.__args__[0], item, name) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    checks.require(
+        type(value) is hint,
+        f"config key {name} is {value!r}, but must be of type {hint.__name__}.",
+    )
+    return value

@@ -1,0 +1,1 @@
+"""Scans, labels and the input pipeline. Imports no jax."""

@@ -1,0 +1,1 @@
+"""Runs a split and writes tables and pictures."""

@@ -1,0 +1,1 @@
+"""Optimiser, state, step, checkpoints and loop."""

@@ -1,0 +1,37 @@
+"""Eight virtual CPU devices, a compilation cache, and the optional shared data."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+CACHE = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / "swinsmt_jax_test_cache"),
+)
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
+    flags.FLAGS.mark_as_parsed()
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with golden tensors and a real scan, beside the checkout; else skip."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the golden tensors and the real scan in {SHARED}")
+    return SHARED
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Seeded generator of a test's inputs."""
+    return np.random.default_rng(0)

@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.losses import dice_cross_entropy
+
+value_and_grad = jax.jit(jax.value_and_grad(dice_cross_entropy))
+
+
+def naive(logits, labels):
+    """Soft Dice + cross-entropy in float64 numpy, with a one-hot."""
+    logits = np.asarray(logits, np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    truth = np.eye(logits.shape[-1])[labels]
+    axes = (1, 2, 3)
+    both = 2 * (p * truth).sum(axes) + 1e-5
+    dice = both / (p.sum(axes) + truth.sum(axes) + 1e-5)
+    return (1 - dice).mean() - (np.log(p) * truth).sum(-1).mean()
+
+
+def sample(rng, shape=(2, 4, 5, 6), classes=7, absent=1):
+    logits = rng.normal(size=(*shape, classes)).astype(np.float32) * 3
+    return logits, rng.integers(0, classes - absent, shape)
+
+
+def test_equals_monai(shared):
+    golden = np.load(shared / "parity/modules.npz")
+    logits = np.moveaxis(golden["dice_ce/logits"], 1, -1)
+    value, grad = value_and_grad(logits, golden["dice_ce/y"][:, 0])
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, golden["dice_ce/value"], rtol=1e-6)
+    expected = np.moveaxis(golden["dice_ce/grad"], 1, -1)
+    assert np.abs(grad - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_equals_a_naive_sum(rng, dtype):
+    logits, labels = sample(rng)
+    value, _ = value_and_grad(logits, labels.astype(dtype))
+    np.testing.assert_allclose(value, naive(logits, labels), rtol=1e-6)
+
+
+def test_gradient_equals_finite_differences(rng):
+    logits, labels = sample(rng, shape=(1, 2, 2, 2), classes=3)
+    _, grad = value_and_grad(logits, labels)
+    for index in np.ndindex(grad.shape):
+        step = np.zeros(grad.shape)
+        step[index] = 1e-5
+        slope = naive(logits + step, labels) - naive(logits - step, labels)
+        np.testing.assert_allclose(grad[index], slope / 2e-5, atol=2e-6)
+
+
+def test_gradient_sums_to_zero_over_classes(rng):
+    logits, labels = sample(rng)
+    _, grad = value_and_grad(logits, labels)
+    np.testing.assert_allclose(grad.sum(-1), 0, atol=1e-7)
+
+
+def test_the_gradient_is_scaled_by_the_cotangent(rng):
+    logits, labels = sample(rng)
+    _, grad = value_and_grad(logits, labels)
+    doubled = jax.jit(jax.grad(lambda x, y: 2 * dice_cross_entropy(x, y)))
+    np.testing.assert_allclose(doubled(logits, labels), 2 * grad, atol=1e-8)
+
+
+def test_extreme_logits_stay_finite(rng):
+    logits, labels = sample(rng)
+    value, grad = value_and_grad(logits * 1e4, labels)
+    assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+def test_bfloat16_logits_give_a_float32_loss(rng):
+    logits, labels = sample(rng)
+    rounded = jnp.asarray(logits, jnp.bfloat16)
+    value, grad = value_and_grad(rounded, labels)
+    assert value.dtype == jnp.float32 and grad.dtype == jnp.bfloat16
+    expected = naive(np.asarray(rounded, np.float32), labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_a_label_out_of_range_shows_as_nan(rng):
+    logits, labels = sample(rng)
+    labels[0, 0, 0, 0] = logits.shape[-1]
+    assert np.isnan(dice_cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5), (2, 4, 5, 7), (2, 4, 5, 6, 1)])
+def test_refuses_labels_of_other_voxels(rng, shape):
+    logits, _ = sample(rng)
+    with pytest.raises(UserError, match=r"same voxels"):
+        dice_cross_entropy(logits, np.zeros(shape, np.uint8))
+
+
+def test_refuses_labels_that_are_not_integers(rng):
+    logits, labels = sample(rng)
+    with pytest.raises(UserError, match="float32"):
+        dice_cross_entropy(logits, labels.astype(np.float32))
+
+
+def test_sharded_batch_gives_the_same_and_gathers_nothing(rng):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    by_sample = NamedSharding(mesh, PartitionSpec("data"))
+    logits, labels = sample(rng, shape=(8, 3, 4, 5))
+    value, grad = value_and_grad(logits, labels)
+    sharded = jax.device_put((logits, labels), by_sample)
+    text = value_and_grad.lower(*sharded).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+    sharded_value, sharded_grad = value_and_grad(*sharded)
+    np.testing.assert_allclose(sharded_value, value, rtol=1e-6)
+    np.testing.assert_allclose(sharded_grad, grad, rtol=1e-5, atol=1e-9)
+
+
+def test_lowers_for_accelerators():
+    logits = jax.ShapeDtypeStruct((2, 32, 32, 32, 118), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2, 32, 32, 32), jnp.uint8)
+    export = jax.export.export(value_and_grad, platforms=("cuda", "tpu", "cpu"))
+    exported = export(logits, labels)
+    assert exported.out_avals[0].shape == ()
+
+
+def test_memory_is_one_array_of_probabilities():
+    shape = (1, 24, 24, 24, 118)
+    logits = jax.ShapeDtypeStruct(shape, jnp.float32)
+    labels = jax.ShapeDtypeStruct(shape[:-1], jnp.uint8)
+    forward = jax.jit(dice_cross_entropy).lower(logits, labels).compile()
+    both = value_and_grad.lower(logits, labels).compile()
+    size = 4 * np.prod(shape)
+    assert forward.memory_analysis().temp_size_in_bytes < 0.2 * size
+    assert both.memory_analysis().temp_size_in_bytes < 1.2 * size

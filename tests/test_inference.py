@@ -1,0 +1,147 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.inference import predict_labels, sliding_window
+from swinsmt_jax.ops import patches
+
+WINDOW = (8, 6, 4)
+
+
+def network(kernel):
+    """Make the network of the goldens: tanh(convolution) * mean of the patch."""
+
+    @jax.jit
+    def predict(x):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "OIDHW", "NDHWC")
+        )
+        return jnp.tanh(y) * x.mean((1, 2, 3), keepdims=True)
+
+    return predict
+
+
+@jax.jit
+def local(x):
+    """Three classes, each voxel by itself: windows cannot be seen in the result."""
+    return jnp.concatenate([x, x**2, 1 - x], axis=-1)
+
+
+@jax.jit
+def contextual(x):
+    """Two classes that depend on the whole window."""
+    return jnp.concatenate([x, x.mean((1, 2, 3), keepdims=True) + 0 * x], axis=-1)
+
+
+@pytest.mark.parametrize("blend", ["constant", "gaussian"])
+@pytest.mark.parametrize("window_batch", [1, 4])
+def test_equals_monai(shared, blend, window_batch):
+    golden = np.load(shared / "parity/modules.npz")
+    result = sliding_window(
+        network(golden["sliding/kernel"]),
+        np.moveaxis(golden["sliding/volume"][0], 0, -1),
+        window=(32, 32, 32),
+        num_classes=3,
+        blend=blend,
+        window_batch=window_batch,
+    )
+    expected = np.moveaxis(golden[f"sliding/{blend}"][0], 0, -1)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 4), (19, 6, 9), (5, 20, 3), (1, 1, 1)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.8])
+def test_a_local_network_is_not_changed(rng, shape, overlap):
+    volume = rng.random((*shape, 1), dtype=np.float32)
+    result = sliding_window(
+        local, volume, window=WINDOW, num_classes=3, overlap=overlap, window_batch=2
+    )
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, local(volume), atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(19, 11, 9), (5, 20, 3)])
+def test_equals_a_naive_average(rng, shape):
+    volume = rng.random((*shape, 1), dtype=np.float32)
+    pad = patches.padding(shape, WINDOW)
+    padded = np.pad(volume, (*pad, (0, 0)))
+    weight = patches.importance(WINDOW, blend="gaussian")[..., None]
+    total, weights = np.zeros((*padded.shape[:3], 2)), np.zeros((*padded.shape[:3], 1))
+    for start in patches.window_starts(padded.shape[:3], WINDOW, overlap=0.6):
+        box = tuple(slice(s, s + w) for s, w in zip(start, WINDOW, strict=True))
+        total[box] += weight * contextual(padded[box][None])[0]
+        weights[box] += weight
+    inner = tuple(slice(a, a + n) for (a, _), n in zip(pad, shape, strict=True))
+    result = sliding_window(
+        contextual, volume, window=WINDOW, num_classes=2, overlap=0.6, window_batch=3
+    )
+    np.testing.assert_allclose(result, (total / weights)[inner], rtol=1e-5)
+
+
+def test_labels_are_the_argmax(rng):
+    volume = rng.random((21, 11, 9, 1), dtype=np.float32)
+    options = dict(window=WINDOW, num_classes=3, window_batch=2)
+    labels = predict_labels(local, volume, **options)
+    assert labels.dtype == np.uint8 and labels.shape == (21, 11, 9)
+    logits = sliding_window(local, volume, **options)
+    np.testing.assert_array_equal(labels, logits.argmax(-1))
+
+
+def test_every_call_has_the_same_shape_and_padding_is_air():
+    shapes, least = [], []
+
+    def predict(x):
+        shapes.append(x.shape)
+        least.append(float(x.min()))
+        return local(x)
+
+    volume = np.ones((9, 6, 3, 1), np.float32)  # 2 windows, one voxel of padding
+    sliding_window(predict, volume, window=WINDOW, num_classes=3, window_batch=3)
+    assert shapes == [(3, *WINDOW, 1)]
+    assert least == [0.0]
+
+
+def test_the_batch_is_divided_over_the_devices(rng):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    seen = []
+
+    def predict(x):
+        seen.append(x.sharding)
+        return contextual(x)
+
+    volume = rng.random((19, 11, 9, 1), dtype=np.float32)
+    options = dict(window=WINDOW, num_classes=2)
+    result = sliding_window(
+        predict, volume, window_batch=8, sharding=sharding, **options
+    )
+    assert set(seen) == {sharding}
+    expected = sliding_window(contextual, volume, **options)
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
+    with pytest.raises(UserError, match="multiple of 8"):
+        sliding_window(predict, volume, window_batch=4, sharding=sharding, **options)
+
+
+@pytest.mark.parametrize(
+    "shape, options, words",
+    [
+        ((9, 9, 9), {}, r"\[D, H, W, C\]"),
+        ((9, 9, 9, 1), {"window_batch": 0}, "window_batch is 0"),
+        ((9, 9, 9, 1), {"overlap": 1.0}, "overlap is 1.0"),
+        ((9, 9, 9, 1), {"blend": "mean"}, "blend is 'mean'"),
+        ((9, 9, 9, 1), {"num_classes": 4}, "num_classes is 4"),
+    ],
+)
+def test_refuses(shape, options, words):
+    options = {"window": WINDOW, "num_classes": 3, **options}
+    with pytest.raises(UserError, match=words):
+        sliding_window(local, np.zeros(shape, np.float32), **options)
+
+
+def test_labels_of_more_than_256_classes_are_refused():
+    volume = np.zeros((9, 9, 9, 1), np.float32)
+    with pytest.raises(UserError, match="num_classes is 300"):
+        predict_labels(local, volume, window=WINDOW, num_classes=300)

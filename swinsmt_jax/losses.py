@@ -51,7 +51,8 @@ def _forward(logits, labels):
     predicted = jnp.exp(logits - log_total).sum(VOXELS)  # [B, K]
     intersection, truth = _sums_by_class(jnp.exp(log_true), labels, logits.shape[-1])
     dice = (2 * intersection + SMOOTH) / (predicted + truth + SMOOTH)
-    loss = (1 - dice).mean() - log_true.mean()
+    # Row by row, since a long float32 sum on CPU is sequential and loses digits.
+    loss = (1 - dice).mean() - log_true.mean(3).mean(2).mean()
     return loss, (logits, labels, log_total, dice, predicted + truth + SMOOTH)
 
 
@@ -102,11 +103,13 @@ def _sums_by_class(values, labels, num_classes):
         return jnp.where(here, values[..., None], 0).sum(VOXELS), count
 
     def scattered(values, labels):
-        # On CPU the comparison is not fused: benchmarks/loss.py has the figures.
-        sums = jnp.zeros((labels.shape[0], num_classes))
-        sample = jnp.arange(labels.shape[0])[:, None, None, None]
-        count = sums.astype(jnp.int32).at[sample, labels].add(1)
-        return sums.at[sample, labels].add(values), count
+        # On CPU the comparison is not fused: see benchmarks/loss.py. One bin per row
+        # and class keeps float32 sums short; one per class would lose 3 digits.
+        bins = jnp.zeros((*labels.shape[:3], num_classes))
+        b, d, h = jnp.indices(labels.shape[:3], sparse=True)
+        where = (b[..., None], d[..., None], h[..., None], labels)
+        count = bins.astype(jnp.int32).at[where].add(1)
+        return bins.at[where].add(values).sum((1, 2)), count.sum((1, 2))
 
     sums, count = jax.lax.platform_dependent(
         values, labels, cpu=scattered, default=compared

@@ -44,6 +44,13 @@ def test_equals_a_naive_sum(rng, dtype):
     np.testing.assert_allclose(value, naive(logits, labels), rtol=1e-6)
 
 
+def test_long_sums_keep_their_digits(rng):
+    logits = rng.random((1, 64, 64, 64, 2)).astype(np.float32)
+    labels = np.zeros((1, 64, 64, 64), np.uint8)  # every voxel in one bin
+    value = jax.jit(dice_cross_entropy)(logits, labels)
+    np.testing.assert_allclose(value, naive(logits, labels), rtol=5e-7)
+
+
 def test_gradient_equals_finite_differences(rng):
     logits, labels = sample(rng, shape=(1, 2, 2, 2), classes=3)
     _, grad = value_and_grad(logits, labels)

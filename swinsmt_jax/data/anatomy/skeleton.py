@@ -1,0 +1,227 @@
+"""Bones and muscles. One form serves all vertebrae, one all ribs, and each pair."""
+
+import numpy as np
+
+from swinsmt_jax.data.anatomy import solids
+from swinsmt_jax.data.anatomy.frame import (
+    RIB_END,
+    RIB_FALL,
+    RIB_FRONT,
+    RIB_WIDTH,
+    VERTEBRAE,
+    Painter,
+    spine_y,
+)
+from swinsmt_jax.data.anatomy.solids import Solid
+
+
+def draw_muscles(p: Painter) -> None:
+    """Draw the muscles of back, hip and buttocks."""
+    heights = [-45, 0, 60, 120, 200, 280, 360, 430, 480, 545]
+    width = [16, 24, 29, 29, 25, 22, 20, 19, 18, 14]
+    side = [26, 33, 37, 36, 32, 29, 26, 24, 20, 17]
+    behind = [45, 56, 62, 60, 54, 50, 48, 44, 38, 34]
+
+    def autochthon() -> Solid:
+        k = p.size()
+        points = [
+            (x, spine_y(z) - b, z)
+            for x, b, z in zip(side, behind, heights, strict=True)
+        ]
+        return p.vessel(points, np.array(width) * k, sd=1)
+
+    def iliopsoas() -> Solid:
+        psoas = [(30, -8, 145), (44, 5, 70), (58, 15, 0), (78, 28, -60), (92, 22, -115)]
+        psoas = p.vessel([*psoas, (98, -5, -155)], [8, 20, 23, 21, 16, 10])
+        return solids.union(psoas, p.blob((92, 8, -25), (15, 40, 42), (0, 0, -36)))
+
+    p.pair("autochthon", autochthon, "muscle")
+    p.pair("iliopsoas", iliopsoas, "muscle")
+    p.pair(
+        "gluteus_maximus",
+        lambda: p.blob((88, -62, -85), (72, 24, 72), (20, 0, 20)),
+        "muscle",
+    )
+    p.pair(
+        "gluteus_medius",
+        lambda: p.blob((128, -10, -38), (18, 52, 62), (0, 10, -25)),
+        "muscle",
+    )
+    p.pair(
+        "gluteus_minimus",
+        lambda: p.blob((117, 8, -58), (11, 36, 42), (0, 10, -25), sd=2),
+        "muscle",
+    )
+
+
+def draw_spine(p: Painter) -> None:
+    """Draw discs, vertebrae, sacrum and the cord in its canal."""
+    heights = [-5, *VERTEBRAE.values()]
+    discs = [(0, spine_y(z), *(0.92 * s for s in _body(z))) for z in heights]
+    p.fill(solids.stack(heights, discs), "disc", erase=True)
+    p.bone("sacrum", _sacrum(p))
+    s1 = solids.ellipsoid((0, -28, -12), p.wide((32, 19, 17)), turn=p.turn(-30))
+    wings = solids.ellipsoid((0, -40, -12), p.wide((34, 14, 12)), turn=p.turn(-30))
+    p.bone("vertebrae_S1", solids.union(s1, wings))
+    names = list(VERTEBRAE)
+    for name, z in VERTEBRAE.items():
+        i = names.index(name)
+        height = np.diff(list(VERTEBRAE.values()))[min(i, len(names) - 2)]
+        p.bone(f"vertebrae_{name}", _vertebra(p, z, 0.8 * height))
+    canal = [(0, spine_y(z) - _body(z)[1] - 11, z) for z in (-10, *heights[1:], 580)]
+    p.put("spinal_cord", solids.tube(canal, p.wide(6.5)), "cord")
+
+
+def draw_rib_cage(p: Painter) -> None:
+    """Draw ribs, cartilages and sternum."""
+    cartilages = []
+    for flip, side in ((False, "right"), (True, "left")):
+        ends = {}
+        for n in range(1, 13):
+            path = _rib(n) + p.move(1.5)
+            path[:, 2] += (
+                p.variation * p.rng.normal(0, 2) * np.linspace(0, 1, len(path))
+            )
+            rib = solids.tube(path, p.wide(5.5))
+            ends[n] = path[-1]
+            p.bone(f"rib_{side}_{n}", solids.mirror(rib) if flip else rib, shell=4)
+        for n in range(1, 11):
+            cartilage = solids.tube(_cartilage(n, ends), p.wide(5.5))
+            cartilages.append(solids.mirror(cartilage) if flip else cartilage)
+    p.put("costal_cartilages", solids.union(*cartilages), "cartilage")
+    manubrium = solids.slab((0, 53, 385), p.wide((26, 7, 24)), turn=p.turn(20))
+    body = solids.slab((0, 77, 305), p.wide((17, 6, 62)), turn=p.turn(16))
+    xiphoid = solids.tube([(0, 94, 245), (0, 98, 225)], p.wide(6))
+    p.bone("sternum", solids.union(manubrium, body, xiphoid))
+
+
+def draw_shoulders(p: Painter, *, arms_up: bool) -> None:
+    """Draw shoulder blades, collar bones and upper arms."""
+
+    def scapula() -> Solid:
+        shape = p.wide((44, 6, 70))
+        plate = solids.ellipsoid(p.move(3) + (106, -74, 352), shape, turn=p.turn(z=28))
+        spine = [(72, -98, 392), (115, -88, 420), (150, -45, 445)]
+        neck = solids.tube([(132, -52, 405), (146, -32, 414)], p.wide((9, 13)))
+        return solids.union(plate, solids.tube(spine, p.wide((5, 6, 8))), neck)
+
+    def clavicula() -> Solid:
+        points = [(20, 48, 408), (60, 46, 424), (108, 8, 438), (148, -22, 442)]
+        return p.vessel(points, [9, 6.5, 6.5, 7])
+
+    def humerus() -> Solid:
+        if arms_up:
+            shaft = [(172, -18, 425), (180, -14, 490), (176, -6, 580), (162, 4, 670)]
+        else:
+            shaft = [(175, -20, 410), (190, -22, 360), (193, -22, 260), (198, -12, 135)]
+        head = solids.ellipsoid((168, -22, 416), p.wide((24, 24, 24)))
+        return solids.union(head, p.vessel(shaft, [18, 13, 12, 14], sd=3))
+
+    p.bone_pair("scapula", scapula)
+    p.bone_pair("clavicula", clavicula)
+    p.bone_pair("humerus", humerus)
+
+
+def draw_pelvis(p: Painter) -> None:
+    """Draw hip bones and thigh bones."""
+
+    def hip() -> Solid:
+        plate = p.wide((7, 62, 56))
+        wing = solids.ellipsoid((98, -6, -18), plate, turn=p.turn(y=8, z=-36))
+        socket = solids.tube([(100, 2, -70), (92, -4, -108)], p.wide((16, 26)))
+        seat = [(95, -25, -120), (80, -42, -150), (55, -25, -165), (18, 30, -142)]
+        pubis = [(18, 34, -140), (50, 36, -118), (88, 8, -105)]
+        ring = [
+            solids.tube(seat, p.wide((15, 16, 9, 11))),
+            solids.tube(pubis, p.wide(9)),
+        ]
+        return solids.union(wing, socket, *ring)
+
+    def femur() -> Solid:
+        head = solids.ellipsoid((90, -3, -116), p.wide((23, 23, 23)))
+        shaft = [(90, -3, -116), (118, -12, -128), (130, -12, -165), (122, -4, -300)]
+        return solids.union(head, solids.tube(shaft, p.wide((14, 16, 17, 13))))
+
+    p.bone_pair("hip", hip)
+    p.bone_pair("femur", femur)
+
+
+def draw_head(p: Painter) -> None:
+    """Draw skull and brain."""
+    vault = solids.ellipsoid((0, 18, 643), np.array([72, 93, 84]) * p.size(0.03))
+    vault = solids.intersection(vault, solids.half_space((0, 0, 577), (0, 0.15, -1)))
+    brain = solids.inset(vault, 8)
+    face = solids.ellipsoid((0, 78, 592), (44, 36, 38))
+    jaw = [(58, 28, 585), (54, 40, 545), (34, 84, 532), (0, 100, 530)]
+    jaw = solids.tube(solids.spline(jaw), p.wide(8))
+    p.bone("skull", solids.union(vault, face, jaw, solids.mirror(jaw)), shell=5)
+    p.put("brain", brain, "brain")
+    p.fill(solids.ellipsoid((0, 85, 592), (24, 24, 26)), "gas", erase=True)
+    throat = [(0, 68, 575), (0, 40, 550), (0, 38, 505), (0, 24, 480)]
+    p.fill(solids.tube(throat, p.wide(8)), "gas", erase=True)
+
+
+def _body(z: float) -> tuple[float, float]:
+    """Half width and half depth of the vertebral body at height z."""
+    heights = [0, 148, 180, 300, 446, 500, 561]
+    width = np.interp(z, heights, [25, 22, 20, 16, 15, 12, 14])
+    return float(width), float(np.interp(z, heights, [17, 16, 15, 14, 11, 9, 8]))
+
+
+def _vertebra(p: Painter, z: float, height: float) -> Solid:
+    w, d = _body(z)
+    y = spine_y(z)
+    back = y - d
+    half = max(height / 2, p.thinnest)
+    body = solids.stack([z - half, z + half], [(0, y, w, d)] * 2)
+    r = p.wide(min(5, height / 3))
+    lamina = [
+        (0.75 * w, back + 3, z + 2),
+        (0.8 * w, back - 14, z),
+        (0, back - 25, z - 4),
+    ]
+    lamina = solids.tube(lamina, r)
+    process = [(0.75 * w, back - 6, z + 2), (w + 16, back - 12, z + 2)]
+    process = solids.tube(process, r)
+    thorn = solids.tube([(0, back - 24, z - 4), (0, back - 46, z - 12)], r)
+    sides = [lamina, process, solids.mirror(lamina), solids.mirror(process)]
+    return solids.union(body, *sides, thorn)
+
+
+def _sacrum(p: Painter) -> Solid:
+    upper = solids.ellipsoid((0, -55, -35), p.wide((58, 17, 46)), turn=p.turn(-35))
+    lower = [(0, -72, -60), (0, -84, -90), (0, -72, -118)]
+    return solids.union(upper, solids.tube(lower, p.wide((24, 15, 9))))
+
+
+def _rib(n: int) -> np.ndarray:
+    """Points [m, 3] along right rib n, from the spine to its front end."""
+    z = VERTEBRAE[f"T{n}"]
+    width, front, fall = RIB_WIDTH[n - 1], RIB_FRONT[n - 1], RIB_FALL[n - 1]
+    back = spine_y(z) - 44
+    angle = np.radians(np.linspace(14, RIB_END[n - 1], 12))
+    share = np.linspace(0, 1, 12)
+    arc = np.stack(
+        [
+            width * np.sin(angle),
+            (front + back) / 2 - (front - back) / 2 * np.cos(angle),
+            z + 6 - fall * share**1.15,
+        ],
+        axis=1,
+    )
+    return np.concatenate([[(16, spine_y(z) - 14, z + 8)], arc])
+
+
+def _cartilage(n: int, ends: dict[int, np.ndarray]) -> np.ndarray:
+    """Points along the cartilage from rib n to the sternum, or to the one above."""
+    start = np.asarray(ends[n])
+    heights = {1: 398, 2: 368, 3: 340, 4: 314, 5: 290, 6: 268, 7: 250}
+    if n <= 7:
+        z = heights[n]
+        y = np.interp(z, [250, 300, 360, 400], [95, 80, 62, 48])
+        end = np.array([18.0, y, z])
+        low = min(start[2], z)
+        middle = (0.6 * start[0] + 0.4 * end[0], max(start[1], y) + 4, 0.5 * (low + z))
+        return np.array([start, middle, end])
+    above = ends[n - 1] + np.array([-14.0, 10.0, 4.0])
+    return np.array([start, (start + above) / 2 + (0, 5, -4), above])

@@ -1,0 +1,241 @@
+"""NIfTI volumes in RAS orientation: load, resample, save. Owns the affine."""
+
+import contextlib
+import os
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+from scipy import ndimage
+
+from swinsmt_jax import checks, labels
+
+GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scalar volume whose axes run to the patient's right, front and head (RAS).
+
+    Attributes:
+        array: [X, Y, Z].
+        affine: [4, 4], voxel indices of `array` to world millimetres.
+        source_affine: [4, 4] of the file.
+        source_shape: shape of the file's array.
+        path: the file, for messages.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    source_affine: np.ndarray
+    source_shape: tuple[int, int, int]
+    path: Path
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel sides in mm."""
+        return spacing_of(self.affine)
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
+    """Return the voxel sides in mm of an affine [4, 4]."""
+    return tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def load_ct(path: str | Path) -> Volume:
+    """Read a CT as int16 Hounsfield units, rounded, in RAS orientation.
+
+    Raises:
+        UserError: for a file that is missing, truncated, not NIfTI, not 3-D, of RGB or
+            complex voxels, with NaN or infinite voxels, or without a usable affine.
+    """
+    volume = _load(path)
+    _require_finite(volume)
+    limits = np.iinfo(np.int16)
+    array = volume.array
+    if array.dtype != np.int16:
+        array = np.clip(np.rint(array), limits.min, limits.max).astype(np.int16)
+    return replace(volume, array=np.ascontiguousarray(array))
+
+
+def load_labels(path: str | Path) -> Volume:
+    """Read a multi-label segmentation as uint8 label ids in RAS orientation.
+
+    Raises:
+        UserError: as `load_ct`, and for values that are not label ids 0 to 117.
+    """
+    volume = _load(path)
+    _require_finite(volume)
+    array, last = volume.array, labels.NUM_CLASSES - 1
+    if array.dtype.kind == "f":
+        checks.require(
+            bool(np.all(array == np.rint(array))),
+            f"{path} holds values that are not whole numbers, but a segmentation holds "
+            f"label ids from 0 to {last}; is this the CT?",
+        )
+    low, high = array.min(), array.max()
+    checks.require(
+        low >= 0 and high <= last,
+        f"{path} holds values from {low:g} to {high:g}, but the class map "
+        f"{labels.VERSION} has label ids from 0 to {last}; segmentations of other "
+        f"TotalSegmentator versions must be mapped to it ({labels.RECORD}).",
+    )
+    return replace(volume, array=np.ascontiguousarray(array.astype(np.uint8)))
+
+
+def load_mask(path: str | Path) -> Volume:
+    """Read one structure's mask as bool (voxel > 0) in RAS orientation.
+
+    Raises:
+        UserError: as `load_ct`.
+    """
+    volume = _load(path)
+    _require_finite(volume)
+    return replace(volume, array=volume.array > 0)
+
+
+def require_same_grid(volume: Volume, reference: Volume) -> None:
+    """Raise `UserError` unless both volumes have the same voxels in the same place.
+
+    The grids, both in RAS, must have one shape, and no corner of one may lie further
+    than `GRID_TOLERANCE` voxels from the other's.
+    """
+    checks.require(
+        volume.array.shape == reference.array.shape,
+        f"{volume.path} has shape {volume.array.shape} in RAS orientation, but "
+        f"{reference.path} has shape {reference.array.shape}; a segmentation must lie "
+        "on the voxel grid of its CT: resample it.",
+    )
+    shape = np.array(reference.array.shape)
+    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (shape - 1)
+    corners = np.concatenate([corners, np.ones((8, 1))], axis=1)
+    to_voxels = np.linalg.inv(reference.affine) @ volume.affine
+    miss = np.abs((corners @ (to_voxels - np.eye(4)).T)[:, :3]).max()
+    checks.require(
+        miss <= GRID_TOLERANCE,
+        f"the affine of {volume.path} places its voxels up to {miss:.2f} voxels away "
+        f"from those of {reference.path}, more than the {GRID_TOLERANCE} allowed; a "
+        "segmentation must lie on the voxel grid of its CT: resample it.",
+    )
+
+
+def resample(
+    array: np.ndarray, affine: np.ndarray, *, spacing: float, order: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resample to cubic voxels of side `spacing` mm, keeping the outer edges in place.
+
+    Args:
+        array: [X, Y, Z].
+        affine: [4, 4] of the array.
+        spacing: voxel side in mm.
+        order: 1 for linear interpolation (CT), 0 for the nearest voxel (labels).
+
+    Returns:
+        The new array and its affine.
+    """
+    ratio = spacing / np.array(spacing_of(affine))
+    if np.allclose(ratio, 1.0, atol=1e-4):
+        return array, affine
+    shape = np.maximum(1, np.rint(np.array(array.shape) / ratio)).astype(int)
+    offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
+    resampled = ndimage.affine_transform(
+        array, ratio, offset, tuple(shape), order=order, mode="nearest"
+    )
+    step = np.eye(4)
+    step[:3, :3] = np.diag(ratio)
+    step[:3, 3] = offset
+    return resampled, affine @ step
+
+
+def save_labels(path: str | Path, array: np.ndarray, like: Volume) -> None:
+    """Write label ids [X, Y, Z] on the grid of `like` in the orientation of its file.
+
+    Where `like` was resampled, the nearest label is taken for each voxel of the file.
+    The file appears under its name only when complete.
+    """
+    checks.require(
+        array.shape == like.array.shape,
+        f"labels for {path} have shape {array.shape}, but the volume of {like.path} "
+        f"has {like.array.shape}.",
+    )
+    array = np.asarray(array).astype(np.uint8)
+    to_ras = orientations.io_orientation(like.source_affine)
+    ras_shape = tuple(like.source_shape[i] for i in np.argsort(to_ras[:, 0]))
+    if array.shape != ras_shape:
+        array = _nearest(array, ras_shape, like)
+    from_ras = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_ras)
+    array = orientations.apply_orientation(array, from_ras)
+    write(path, array, like.source_affine)
+
+
+def write(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """Write an array and its affine as NIfTI; atomic: a temporary name, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(np.ascontiguousarray(array), affine)
+    image.header.set_xyzt_units("mm")
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        nib.save(image, partial)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def _nearest(array: np.ndarray, shape: tuple[int, ...], like: Volume) -> np.ndarray:
+    """Read `array`, on the resampled grid of `like`, at the voxels of its source."""
+    source = np.array(nib.affines.voxel_sizes(like.source_affine))
+    order = np.argsort(orientations.io_orientation(like.source_affine)[:, 0])
+    ratio = source[order] / np.array(like.spacing)
+    return ndimage.affine_transform(
+        array, ratio, 0.5 * ratio - 0.5, shape, order=0, mode="nearest"
+    )
+
+
+def _load(path: str | Path) -> Volume:
+    path = Path(path)
+    checks.require(path.is_file(), f"{path} does not exist; expected a NIfTI file.")
+    try:
+        image = nib.load(path)
+        array = np.asanyarray(image.dataobj)
+    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as e:
+        raise checks.UserError(f"{path} is not a NIfTI file: {e}.") from e
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise checks.UserError(
+            f"{path} is truncated or corrupt ({error}); copy or download it again."
+        ) from error
+    checks.require(
+        array.dtype.kind in "iufb",
+        f"{path} holds voxels of type {array.dtype}, but one real number a voxel is "
+        "needed; RGB and complex images are not CTs or label maps.",
+    )
+    checks.require(
+        array.ndim == 3 and array.size > 0,
+        f"{path} has shape {array.shape}, but must be 3-D with no empty axis; take one "
+        "volume out of a series, for example with nibabel's img.slicer[..., 0].",
+    )
+    affine = np.array(image.affine, dtype=np.float64)
+    checks.require(
+        bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine[:3, :3])) > 1e-9,
+        f"{path} has the affine {affine[:3].tolist()}, which cannot be inverted, so "
+        "orientation and spacing are unknown; mend its sform and qform.",
+    )
+    to_ras = orientations.io_orientation(affine)
+    ras = affine @ orientations.inv_ornt_aff(to_ras, array.shape)
+    array_ras = orientations.apply_orientation(array, to_ras)
+    return Volume(array_ras, ras, affine, array.shape, path)
+
+
+def _require_finite(volume: Volume) -> None:
+    if volume.array.dtype.kind != "f":
+        return
+    bad = int(volume.array.size - np.isfinite(volume.array).sum())
+    checks.require(
+        bad == 0,
+        f"{volume.path} has {bad} voxels that are NaN or infinite; replace them, for a "
+        "CT with -1024 HU (air).",
+    )

@@ -1,0 +1,189 @@
+"""From cases on disk to training batches (grain) and to whole volumes.
+
+The stream of crops is a pure function of (seed, position): shuffling and augmentation
+are seeded per record. So it does not depend on the number of threads, workers or
+processes, and a resumed run starts at its step without replaying what came before.
+"""
+
+import hashlib
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import grain
+import numpy as np
+from absl import flags
+
+from swinsmt_jax import checks
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import nifti, totalsegmentator, transforms
+from swinsmt_jax.data.totalsegmentator import Case, Sample
+
+WORKER_BUFFER = 2  # crops that each worker process holds ready
+
+
+def training_batches(
+    config: DataConfig,
+    cases: Sequence[Case],
+    *,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Yield an endless stream of augmented crops, beginning with that of `start_step`.
+
+    Every case comes once per epoch, in a new order. The processes' batches of one step
+    are disjoint and together the batch of that step. Call `close()` when done.
+
+    Returns:
+        An iterator of dictionaries: `image` float32 [b, D, H, W, 1], `label` uint8
+        [b, D, H, W], and `case` int32 [b], the index into `cases`; with
+        b = batch_size / process_count.
+
+    Raises:
+        UserError: for no cases, a batch that the processes do not divide, and bad
+            files when their turn comes.
+    """
+    checks.require(
+        len(cases) > 0, "training needs at least one case, but `cases` is empty."
+    )
+    checks.require(
+        config.batch_size % process_count == 0,
+        f"data.batch_size is {config.batch_size}, but must be a multiple of the "
+        f"{process_count} processes that share it.",
+    )
+    checks.in_range("process_index", process_index, 0, process_count - 1)
+    if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
+        flags.FLAGS.mark_as_parsed()
+    first = start_step * config.batch_size + process_index
+    crops = (
+        grain.MapDataset.range(len(cases))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(_RandomCrop(config, tuple(cases)))[first::process_count]
+    )
+    reading = grain.ReadOptions(
+        num_threads=config.num_threads,
+        prefetch_buffer_size=2 * config.num_threads,
+    )
+    crops = crops.to_iter_dataset(reading)
+    if config.num_workers:
+        workers = grain.MultiprocessingOptions(
+            num_workers=config.num_workers, per_worker_buffer_size=WORKER_BUFFER
+        )
+        crops = crops.mp_prefetch(workers)
+    # Batches are formed after the workers: before them, records were lost
+    # (google/grain#1129) and the stream would depend on the number of workers.
+    batches = crops.batch(config.batch_size // process_count, drop_remainder=True)
+    return _batches(iter(batches))
+
+
+def _batches(iterator: grain.DatasetIterator) -> Generator[dict, None, None]:
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def load_volume(config: DataConfig, case: Case) -> dict:
+    """Read a whole scan as the network sees it, without cropping or augmentation.
+
+    Returns:
+        `image` float32 [D, H, W, 1], scaled as in training; `label` uint8 [D, H, W];
+        `spacing` in mm; `affine` [4, 4]; `name`.
+    """
+    sample = transforms.scale_hu(_read(config, case), hu_range=config.hu_range)
+    return {
+        "image": sample.image[..., None],
+        "label": sample.label,
+        "spacing": nifti.spacing_of(sample.affine),
+        "affine": sample.affine,
+        "name": sample.name,
+    }
+
+
+def fingerprint(cases: Sequence[Case]) -> str:
+    """Return a hash of the cases' ids, splits, order and file sizes."""
+    digest = hashlib.sha256()
+    for case in cases:
+        sizes = [case.ct.stat().st_size, *_sizes(case.segmentation)]
+        digest.update(f"{case.name};{case.split};{sizes}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _sizes(path: Path) -> list[int]:
+    files = sorted(path.glob("*.nii.gz")) if path.is_dir() else [path]
+    return [file.stat().st_size for file in files]
+
+
+def _read(config: DataConfig, case: Case) -> Sample:
+    sample = totalsegmentator.load_case(case)
+    if config.spacing == 0:
+        return sample
+    image, affine = nifti.resample(
+        sample.image, sample.affine, spacing=config.spacing, order=1
+    )
+    label, _ = nifti.resample(
+        sample.label, sample.affine, spacing=config.spacing, order=0
+    )
+    return replace(sample, image=image, label=label, affine=affine)
+
+
+class _RandomCrop(grain.transforms.RandomMap):
+    """Index of a case -> one augmented crop; keeps decoded cases if so configured."""
+
+    def __init__(self, config: DataConfig, cases: tuple[Case, ...]):
+        self._config = config
+        self._cases = cases
+        self._start()
+
+    def _start(self) -> None:
+        self._memory: dict[int, Sample] = {}
+        self._locks = [threading.Lock() for _ in self._cases]
+
+    def __getstate__(self) -> dict:  # workers start with an empty memory
+        return {"config": self._config, "cases": self._cases}
+
+    def __setstate__(self, state: dict) -> None:
+        self._config, self._cases = state["config"], state["cases"]
+        self._start()
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict:
+        config = self._config
+        sample = transforms.zoomed_crop(
+            self._sample(element),
+            rng,
+            shape=config.patch_shape,
+            foreground_ratio=config.foreground_ratio,
+            probability=config.zoom_probability,
+            zoom_range=config.zoom_range,
+            air=config.hu_range[0],
+        )
+        sample = transforms.scale_hu(sample, hu_range=config.hu_range)
+        sample = transforms.rotate(sample, rng, probability=config.rotate_probability)
+        sample = transforms.shift_intensity(
+            sample,
+            rng,
+            probability=config.intensity_probability,
+            shift=config.intensity_shift,
+        )
+        return {
+            "image": np.ascontiguousarray(sample.image[..., None]),
+            "label": np.ascontiguousarray(sample.label),
+            "case": np.int32(element),
+        }
+
+    def _sample(self, index: int) -> Sample:
+        if not self._config.cache:
+            return self._prepare(index)
+        with self._locks[index]:  # two threads never decode one case twice
+            if index not in self._memory:
+                self._memory[index] = self._prepare(index)
+            return self._memory[index]
+
+    def _prepare(self, index: int) -> Sample:
+        sample = _read(self._config, self._cases[index])
+        return transforms.crop_foreground(sample, air=self._config.hu_range[0])

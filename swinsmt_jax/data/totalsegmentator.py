@@ -1,0 +1,170 @@
+"""The TotalSegmentator-V2 layout: cases of a split, and their CT and merged labels.
+
+<root>/meta.csv                          semicolon-separated; image_id, split
+<root>/s0001/ct.nii.gz
+<root>/s0001/segmentations/<class>.nii.gz   117 binary masks, or instead
+<root>/s0001/segmentations.nii.gz           one volume of label ids
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from swinsmt_jax import checks, labels
+from swinsmt_jax.data import nifti
+
+SPLITS = ("train", "val", "test")
+SUFFIX = ".nii.gz"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan on disk; `segmentation` is the folder of masks or the one label file."""
+
+    name: str
+    ct: Path
+    split: str
+    segmentation: Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scan in memory, in RAS orientation.
+
+    Attributes:
+        image: [X, Y, Z], int16 HU; float32 once scaled.
+        label: [X, Y, Z], uint8 label ids.
+        affine: [4, 4], voxel indices to world millimetres.
+        name: the case's id.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    affine: np.ndarray
+    name: str
+
+
+def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
+    """List the cases of a split, in the order of `meta.csv`.
+
+    Where a case has both the label file and the folder of masks, the file is taken.
+
+    Raises:
+        UserError: for a missing folder, `meta.csv`, column, CT or segmentation, an id
+            that is repeated or not a plain folder name, and an empty split.
+    """
+    checks.one_of("split", split, SPLITS)
+    root = Path(root)
+    rows = read_meta(root)
+    names = [name for name, row_split in rows.items() if row_split == split]
+    counts = {s: list(rows.values()).count(s) for s in SPLITS}
+    checks.require(
+        bool(names),
+        f"{root / 'meta.csv'} lists no case of the split {split!r}; it has "
+        + ", ".join(f"{n} of {s!r}" for s, n in counts.items())
+        + ".",
+    )
+    return tuple(_case(root, name, split) for name in names)
+
+
+def read_meta(root: Path) -> dict[str, str]:
+    """Read `meta.csv` as {case id: split}, in file order, with the errors above."""
+    path = root / "meta.csv"
+    checks.require(
+        root.is_dir(),
+        f"data folder {root} does not exist; download TotalSegmentator-V2 from "
+        f"{labels.RECORD}, or make phantoms: python -m swinsmt_jax.data.phantom "
+        f"--root={root}",
+    )
+    checks.require(
+        path.is_file(),
+        f"{path} does not exist, but names the split of every case; the folder must be "
+        f"laid out as TotalSegmentator-V2 downloads ({labels.RECORD}).",
+    )
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=";")
+        columns = reader.fieldnames or []
+        for column in ("image_id", "split"):
+            checks.require(
+                column in columns,
+                f"{path} has the columns {columns}, but needs {column!r}; columns are "
+                "separated by semicolons.",
+            )
+        splits = {}
+        for line, row in enumerate(reader, start=2):
+            name, split = (row["image_id"] or "").strip(), (row["split"] or "").strip()
+            where = f"line {line} of {path}"
+            checks.require(
+                name not in ("", ".", "..") and not set(name) & set("/\\:\0"),
+                f"{where} has the image_id {name!r}, but an id is the plain name of a "
+                "folder, such as 's0001'.",
+            )
+            checks.require(
+                name not in splits, f"{where} repeats the image_id {name!r}; remove it."
+            )
+            checks.one_of(f"the split of {name!r} on {where}", split, SPLITS)
+            splits[name] = split
+    return splits
+
+
+def load_case(case: Case) -> Sample:
+    """Read the CT and the labels of a case, reoriented to RAS.
+
+    Masks are merged in the order of the class map; where they overlap, the later class
+    wins, as in TotalSegmentator's own converter.
+
+    Raises:
+        UserError: as `nifti.load_ct`; for a missing mask, a mask of no known class, and
+            labels that do not lie on the CT's voxel grid.
+    """
+    ct = nifti.load_ct(case.ct)
+    if case.segmentation.is_dir():
+        label = _merge_masks(case.segmentation, ct)
+    else:
+        volume = nifti.load_labels(case.segmentation)
+        nifti.require_same_grid(volume, ct)
+        label = volume.array
+    return Sample(ct.array, label, ct.affine, case.name)
+
+
+def _merge_masks(folder: Path, ct: nifti.Volume) -> np.ndarray:
+    names = [p.name.removesuffix(SUFFIX) for p in sorted(folder.glob(f"*{SUFFIX}"))]
+    for name in names:
+        checks.require(
+            name in labels.CLASS_IDS and name != "background",
+            f"{folder / name}{SUFFIX} belongs to none of the {labels.NUM_CLASSES - 1} "
+            f"classes of TotalSegmentator {labels.VERSION} ({labels.RECORD})."
+            f"{checks.did_you_mean(name, labels.CLASS_NAMES[1:])}",
+        )
+    missing = [name for name in labels.CLASS_NAMES[1:] if name not in names]
+    checks.require(
+        not missing,
+        f"{folder} lacks {len(missing)} of {labels.NUM_CLASSES - 1} masks: "
+        f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; an absent "
+        "structure needs an empty mask, so download the case again.",
+    )
+    label = np.zeros(ct.array.shape, np.uint8)
+    for name in labels.CLASS_NAMES[1:]:
+        mask = nifti.load_mask(folder / f"{name}{SUFFIX}")
+        nifti.require_same_grid(mask, ct)
+        label[mask.array] = labels.CLASS_IDS[name]
+    return label
+
+
+def _case(root: Path, name: str, split: str) -> Case:
+    folder = root / name
+    ct = folder / f"ct{SUFFIX}"
+    checks.require(
+        ct.is_file(),
+        f"{ct} does not exist, but meta.csv lists case {name!r}; finish the download "
+        "or remove its line.",
+    )
+    for segmentation in (folder / f"segmentations{SUFFIX}", folder / "segmentations"):
+        if segmentation.exists():
+            return Case(name, ct, split, segmentation)
+    raise checks.UserError(
+        f"case {name!r} has neither {folder / 'segmentations'} with the 117 masks nor "
+        f"segmentations{SUFFIX}; finish the download or remove its line from meta.csv."
+    )

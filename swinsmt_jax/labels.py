@@ -1,0 +1,109 @@
+"""The 117 classes of TotalSegmentator-V2 and the five groups of the paper's table.
+
+The class map is versioned: later TotalSegmentator releases carry other classes under
+the same ids. The groups are the five parts of TotalSegmentator's own class map, with
+its "cardiac" part read as vessels; the paper's text does not confirm this, so a user
+can replace them (`load_groups`).
+"""
+
+import json
+from pathlib import Path
+
+from swinsmt_jax import checks
+
+VERSION = "v2"
+RECORD = "https://zenodo.org/records/10047292"  # TotalSegmentator-V2, dataset v2.0.1
+
+_NAMES = """
+    background spleen kidney_right kidney_left gallbladder liver stomach pancreas
+    adrenal_gland_right adrenal_gland_left lung_upper_lobe_left lung_lower_lobe_left
+    lung_upper_lobe_right lung_middle_lobe_right lung_lower_lobe_right esophagus
+    trachea thyroid_gland small_bowel duodenum colon urinary_bladder prostate
+    kidney_cyst_left kidney_cyst_right sacrum vertebrae_S1 vertebrae_L5 vertebrae_L4
+    vertebrae_L3 vertebrae_L2 vertebrae_L1 vertebrae_T12 vertebrae_T11 vertebrae_T10
+    vertebrae_T9 vertebrae_T8 vertebrae_T7 vertebrae_T6 vertebrae_T5 vertebrae_T4
+    vertebrae_T3 vertebrae_T2 vertebrae_T1 vertebrae_C7 vertebrae_C6 vertebrae_C5
+    vertebrae_C4 vertebrae_C3 vertebrae_C2 vertebrae_C1 heart aorta pulmonary_vein
+    brachiocephalic_trunk subclavian_artery_right subclavian_artery_left
+    common_carotid_artery_right common_carotid_artery_left brachiocephalic_vein_left
+    brachiocephalic_vein_right atrial_appendage_left superior_vena_cava
+    inferior_vena_cava portal_vein_and_splenic_vein iliac_artery_left
+    iliac_artery_right iliac_vena_left iliac_vena_right humerus_left humerus_right
+    scapula_left scapula_right clavicula_left clavicula_right femur_left femur_right
+    hip_left hip_right spinal_cord gluteus_maximus_left gluteus_maximus_right
+    gluteus_medius_left gluteus_medius_right gluteus_minimus_left
+    gluteus_minimus_right autochthon_left autochthon_right iliopsoas_left
+    iliopsoas_right brain skull rib_left_1 rib_left_2 rib_left_3 rib_left_4
+    rib_left_5 rib_left_6 rib_left_7 rib_left_8 rib_left_9 rib_left_10 rib_left_11
+    rib_left_12 rib_right_1 rib_right_2 rib_right_3 rib_right_4 rib_right_5
+    rib_right_6 rib_right_7 rib_right_8 rib_right_9 rib_right_10 rib_right_11
+    rib_right_12 sternum costal_cartilages
+"""
+
+CLASS_NAMES: tuple[str, ...] = tuple(_NAMES.split())  # index = label id
+NUM_CLASSES = len(CLASS_NAMES)  # 118, background included
+CLASS_IDS: dict[str, int] = {name: i for i, name in enumerate(CLASS_NAMES)}
+
+GROUPS: dict[str, tuple[int, ...]] = {
+    "organs": tuple(range(1, 25)),
+    "vertebrae": tuple(range(25, 51)),
+    "muscles": tuple(range(69, 92)),
+    "ribs": tuple(range(92, 118)),
+    "vessels": tuple(range(51, 69)),
+}
+
+
+def load_groups(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Read groups of classes from a JSON object {group: [label ids or class names]}.
+
+    A class may belong to several groups, but only once to each.
+
+    Raises:
+        UserError: when the file is missing or not such an object; the message names
+            the group and the entry.
+    """
+    path = Path(path)
+    checks.require(
+        path.is_file(),
+        f"groups file {path} does not exist; expected a JSON object such as "
+        '{"organs": ["spleen", 5]}.',
+    )
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise checks.UserError(f"groups file {path} is not JSON: {error}.") from error
+    checks.require(
+        isinstance(groups, dict) and len(groups) > 0,
+        f"groups file {path} holds {type(groups).__name__}, but must hold an object "
+        "with at least one group: {group: [label ids or class names]}.",
+    )
+    return {name: _label_ids(name, entries, path) for name, entries in groups.items()}
+
+
+def _label_ids(group: str, entries: object, path: Path) -> tuple[int, ...]:
+    where = f"group {group!r} of {path}"
+    checks.require(
+        isinstance(entries, list) and len(entries) > 0,
+        f"{where} is {entries!r}, but must be a list of at least one class.",
+    )
+    ids = tuple(_label_id(entry, where) for entry in entries)
+    twice = sorted({CLASS_NAMES[i] for i in ids if ids.count(i) > 1})
+    checks.require(not twice, f"{where} names {', '.join(twice)} more than once.")
+    return ids
+
+
+def _label_id(entry: object, where: str) -> int:
+    if isinstance(entry, str):
+        checks.require(
+            entry in CLASS_IDS and entry != "background",
+            f"{where} names {entry!r}, which is none of the {NUM_CLASSES - 1} classes "
+            f"of TotalSegmentator {VERSION}."
+            f"{checks.did_you_mean(entry, CLASS_NAMES[1:])}",
+        )
+        return CLASS_IDS[entry]
+    checks.require(
+        type(entry) is int and 1 <= entry < NUM_CLASSES,
+        f"{where} holds {entry!r}, but a label id is a whole number from 1 to "
+        f"{NUM_CLASSES - 1}.",
+    )
+    return entry

@@ -1,0 +1,89 @@
+"""Evaluate a trained network on a split: Dice by group, by class and by case.
+
+    python evaluate.py --workdir=runs/demo --split=test
+
+reads configuration and parameters from the checkpoint, segments every case by a
+sliding window of the training patch's shape, prints the Dice table, and writes
+per_class.csv, per_case.csv, results.json and overview.png to <workdir>/eval_<split>.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from swinsmt_jax import labels
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.data.totalsegmentator import SPLITS
+from swinsmt_jax.evaluation.report import evaluate_split
+from swinsmt_jax.metrics import AVERAGES
+from swinsmt_jax.ops.patches import BLENDS
+from swinsmt_jax.training.checkpoint import load_model
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command line; the config's values hold where a flag is not given."""
+
+    def text(name, default, help):
+        flags.DEFINE_string(name, default, help, flag_values=values)
+
+    def choice(name, default, choices, help):
+        flags.DEFINE_enum(name, default, choices, help, flag_values=values)
+
+    text("workdir", None, "folder of the training run")
+    choice("split", "test", SPLITS, "cases to evaluate")
+    text("step", None, "checkpoint: best (if there was validation), latest or a number")
+    text("data_root", None, "data folder, if not the training's")
+    text("output", None, "folder for the results; by default <workdir>/eval_<split>")
+    choice("average", AVERAGES[0], AVERAGES, "the average that counts as the result")
+    text("groups", None, "JSON file {group: [class ids or names]} for the table")
+    flags.DEFINE_integer("limit", 0, "first cases only; 0: all", flag_values=values)
+    flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
+    choice("blend", None, BLENDS, "weights of a window's voxels")
+    flags.DEFINE_integer(
+        "window_batch", None, "windows per call, over all devices", flag_values=values
+    )
+    flags.mark_flag_as_required("workdir", flag_values=values)
+
+
+def evaluate(options: flags.FlagValues) -> str:
+    """Evaluate as the flags say; write the files and return the table."""
+    groups = labels.load_groups(options.groups) if options.groups else labels.GROUPS
+    step = options.step
+    step = int(step) if step is not None and step.isdecimal() else step
+    workdir = Path(options.workdir)
+    config, model, info = load_model(workdir, step=step)
+    given = {n: getattr(options, n) for n in ("overlap", "blend", "window_batch")}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(
+        config,
+        inference=dataclasses.replace(config.inference, **given),
+        data=dataclasses.replace(
+            config.data, root=options.data_root or config.data.root
+        ),
+    )
+    return evaluate_split(
+        model,
+        config,
+        split=options.split,
+        groups=groups,
+        rule=options.average,
+        output=Path(options.output or workdir / f"eval_{options.split}"),
+        limit=options.limit,
+        step=info["step"],
+    )
+
+
+def main(_) -> None:
+    """Run `evaluate`; a user's error is one line and exit status 2."""
+    try:
+        print(evaluate(flags.FLAGS))
+    except UserError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

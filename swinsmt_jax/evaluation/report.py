@@ -1,0 +1,92 @@
+"""Evaluate a split from end to end: predictions, table, files and picture."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from swinsmt_jax import checks
+from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.evaluation import pictures, run, tables
+
+
+def evaluate_split(
+    model: Callable,
+    config: ExperimentConfig,
+    *,
+    split: str,
+    groups: Mapping[str, Sequence[int]],
+    rule: str,
+    output: Path,
+    limit: int = 0,
+    step: int | None = None,
+) -> str:
+    """Segment the cases of a split, write all results, and return the Dice table.
+
+    Written to `output`: per_class.csv, per_case.csv, results.json, overview.png.
+
+    Args:
+        model: the trained network.
+        config: of its experiment; `data.root` holds the cases.
+        split: "train", "val" or "test".
+        groups: class ids by group, the columns of the table.
+        rule: the average that counts as the result, one of `metrics.AVERAGES`.
+        output: folder, made if missing.
+        limit: evaluate only so many cases, the first ones; 0 takes all.
+        step: of the checkpoint, for the record.
+
+    Raises:
+        UserError: for an empty split, bad files, labels unknown to the network, or an
+            output path that is no folder.
+    """
+    checks.in_range("limit", limit, 0, 10**9)
+    groups = run.known_groups(groups, config.model.out_channels)
+    cases = totalsegmentator.find_cases(config.data.root, split=split)
+    cases = cases[: limit or None]
+    make_folder(output)
+    results, views = [], []
+    segmented = run.segment_cases(
+        run.predict_fn(model),
+        config,
+        tqdm(cases, desc=f"evaluating {split}", unit="case"),
+        sharding=run.batch_sharding(config.inference.window_batch),
+    )
+    for case in segmented:
+        results.append(case.result)
+        views.append(pictures.views_of(case))
+    about = {
+        "split": split,
+        "step": step,
+        "data_root": str(config.data.root),
+        "window": list(config.data.patch_shape),
+        "overlap": config.inference.overlap,
+        "blend": config.inference.blend,
+        "spacing": config.data.spacing,
+        "device": jax.devices()[0].device_kind,
+    }
+    tables.write_per_class(output / "per_class.csv", results, groups=groups)
+    tables.write_per_case(output / "per_case.csv", results, groups=groups)
+    tables.write_json(
+        output / "results.json", results, groups=groups, rule=rule, about=about
+    )
+    pictures.write_overview(
+        output / "overview.png",
+        views,
+        num_classes=config.model.out_channels,
+        hu_range=config.data.hu_range,
+    )
+    title = f"{len(results)} cases of the split {split!r}, checkpoint of step {step}"
+    return tables.dice_table(results, groups=groups, rule=rule, title=title)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; a `UserError` if something is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise checks.UserError(
+            f"the output folder {path} cannot be made: {error.strerror}; "
+            "choose another."
+        ) from error

@@ -1,0 +1,174 @@
+"""Run a network over the cases of a split and count what it got right."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from swinsmt_jax import checks, labels, metrics
+from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.data import pipeline
+from swinsmt_jax.inference import Predict, predict_labels
+from swinsmt_jax.metrics import Counts
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What was found in one case.
+
+    Attributes:
+        name: the case's id.
+        counts: voxels of each class in prediction, truth and both.
+        seconds: time of the prediction, without reading the case.
+    """
+
+    name: str
+    counts: Counts
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A case with its prediction; volumes are `[D, H, W]` in RAS orientation.
+
+    Attributes:
+        result: the counts.
+        image: HU scaled to [0, 1], float32.
+        truth: class ids, uint8.
+        prediction: class ids, uint8.
+        spacing: sides of a voxel in mm.
+    """
+
+    result: CaseResult
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    spacing: tuple[float, ...]
+
+
+@jax.jit
+def _apply(model, windows):
+    return model(windows)
+
+
+def predict_fn(model: Callable) -> Predict:
+    """Return the jitted function from windows to logits of a model, a pytree."""
+    return lambda windows: _apply(model, windows)
+
+
+def segment_cases(
+    predict: Predict,
+    config: ExperimentConfig,
+    cases: Iterable,
+    *,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Iterator[Segmented]:
+    """Yield every case with the labels that sliding windows gave it.
+
+    Windows have the shape of the training patch, since a Soft MoE's result depends on
+    it; overlap, blending and batch are those of `config.inference`.
+
+    Args:
+        predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
+        config: of the experiment whose network `predict` is.
+        cases: as from `totalsegmentator.find_cases`.
+        sharding: of the batches of windows.
+
+    Raises:
+        UserError: for bad files, or labels that the network has no output for.
+    """
+    num_classes = config.model.out_channels
+    for case in cases:
+        volume = pipeline.load_volume(config.data, case)
+        top = int(volume["label"].max())
+        checks.require(
+            top < num_classes,
+            f"case {case.name!r} holds label {top}, but the network's model."
+            f"out_channels is {num_classes}, so its labels end at {num_classes - 1}; "
+            "evaluate on data with the classes of the training.",
+        )
+        start = time.perf_counter()
+        prediction = predict_labels(
+            predict,
+            volume["image"],
+            window=config.data.patch_shape,
+            num_classes=num_classes,
+            overlap=config.inference.overlap,
+            blend=config.inference.blend,
+            window_batch=config.inference.window_batch,
+            sharding=sharding,
+        )
+        seconds = time.perf_counter() - start
+        counts = metrics.overlap_counts(
+            prediction, volume["label"], num_classes=num_classes
+        )
+        yield Segmented(
+            CaseResult(case.name, counts, seconds),
+            volume["image"][..., 0],
+            volume["label"],
+            prediction,
+            tuple(float(side) for side in volume["spacing"]),
+        )
+
+
+def dice_scores(results: Sequence[CaseResult]) -> np.ndarray:
+    """Dice of each case and class, `[cases, K]`; NaN where the truth has no voxel."""
+    return np.stack([metrics.dice(result.counts) for result in results])
+
+
+def false_positives(results: Sequence[CaseResult]) -> np.ndarray:
+    """Classes predicted in a case whose truth lacks them, bool `[cases, K]`."""
+    return np.stack([metrics.false_positive_classes(r.counts) for r in results])
+
+
+def validate(
+    predict: Predict,
+    config: ExperimentConfig,
+    cases: Iterable,
+    *,
+    groups: Mapping[str, Sequence[int]] | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> dict:
+    """Score the cases: what the training loop logs and picks the best step by.
+
+    Returns:
+        `dice`, the mean over the cases of each class and then over classes; `groups`,
+        the same in each group; `false_positives`, the number of (case, class) pairs
+        predicted though absent. NaN where no case has any of the classes.
+    """
+    segmented = segment_cases(predict, config, cases, sharding=sharding)
+    results = [case.result for case in segmented]
+    checks.require(len(results) > 0, "validation needs at least one case, but has 0.")
+    groups = known_groups(groups or labels.GROUPS, config.model.out_channels)
+    means = metrics.group_averages(dice_scores(results), groups=groups)
+    dice = {name: mean[metrics.AVERAGES[0]] for name, mean in means.items()}
+    return {
+        "dice": dice.pop("overall"),
+        "groups": dice,
+        "false_positives": int(false_positives(results).sum()),
+    }
+
+
+def known_groups(
+    groups: Mapping[str, Sequence[int]], num_classes: int
+) -> dict[str, tuple[int, ...]]:
+    """Keep the class ids that a network with fewer classes has, and their groups."""
+    known = {n: tuple(i for i in ids if i < num_classes) for n, ids in groups.items()}
+    return {name: ids for name, ids in known.items() if ids}
+
+
+def batch_sharding(window_batch: int) -> jax.sharding.Sharding | None:
+    """Divide batches of windows over this process's devices; None if one is enough.
+
+    Takes the largest number of devices that divides the batch, so that the default of
+    one window per call runs on one device.
+    """
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if window_batch % n == 0)
+    if count == 1:
+        return None
+    axis = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((count,), ("data",), axis_types=axis, devices=devices[:count])
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -1,0 +1,210 @@
+"""The Dice table, and the CSV and JSON files behind it."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from swinsmt_jax import labels, metrics
+from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation.run import CaseResult
+
+Groups = Mapping[str, Sequence[int]]
+RULES = {
+    "over_classes": "mean over cases of each class, then over classes",
+    "over_cases": "mean over classes present in each case, then over cases",
+    "over_pairs": "mean over all (case, class) pairs",
+}
+
+
+def dice_table(
+    results: Sequence[CaseResult], *, groups: Groups, rule: str, title: str
+) -> str:
+    """Format Dice by group in per cent, one row for each rule of averaging.
+
+    The row of `rule` comes first and is marked. Below stand how many classes of each
+    group have a value, and what no average shows: classes predicted though absent.
+    """
+    scores, wrong = run.dice_scores(results), run.false_positives(results)
+    means = metrics.group_averages(scores, groups=groups)
+    rules = [rule, *(r for r in metrics.AVERAGES if r != rule)]
+    members = {**groups, "overall": range(1, scores.shape[1])}
+    valued = ~np.isnan(scores).all(axis=0)
+    rows = [
+        ["Dice (%)", *means],
+        *(
+            [
+                f"{'>' if r == rule else ' '} {r}",
+                *(_percent(m[r]) for m in means.values()),
+            ]
+            for r in rules
+        ),
+        [
+            "  classes with a value",
+            *(f"{valued[list(ids)].sum()}/{len(ids)}" for ids in members.values()),
+        ],
+        [
+            "  predicted though absent",
+            *(str(wrong[:, list(ids)].sum()) for ids in members.values()),
+        ],
+    ]
+    notes = [f"{'>' if r == rule else ' '} {r}: {RULES[r]}" for r in rules]
+    absent = (
+        f"{wrong.sum()} (case, class) pairs of {wrong.any(axis=0).sum()} classes were "
+        "predicted though absent from the truth; they have no Dice and are in no mean."
+    )
+    return "\n".join([title, *_aligned(rows), *notes, absent])
+
+
+def write_per_class(
+    path: Path, results: Sequence[CaseResult], *, groups: Groups
+) -> None:
+    """Write a row for each class but the background.
+
+    Columns: id, name, groups, mean, least and greatest Dice over the cases that have
+    the class, their number, in how many of them it was missed altogether, and in how
+    many of the others it was predicted.
+    """
+    scores, wrong = run.dice_scores(results), run.false_positives(results)
+    predicted = np.stack([r.counts.predicted for r in results])
+    header = "id,class,groups,dice,dice_min,dice_max,cases,missed,false_positives"
+    rows = []
+    for k in range(1, scores.shape[1]):
+        present = ~np.isnan(scores[:, k])
+        values = scores[present, k]
+        extremes = (values.min(), values.max()) if values.size else (math.nan,) * 2
+        rows.append(
+            [
+                k,
+                class_name(k),
+                " ".join(name for name, ids in groups.items() if k in ids),
+                *map(_number, (metrics.class_means(scores)[k], *extremes)),
+                present.sum(),
+                (present & (predicted[:, k] == 0)).sum(),
+                wrong[:, k].sum(),
+            ]
+        )
+    _write_csv(path, header.split(","), rows)
+
+
+def write_per_case(
+    path: Path, results: Sequence[CaseResult], *, groups: Groups
+) -> None:
+    """Write a row for each case: mean Dice by group over the classes it has.
+
+    Further columns: how many classes it has, how many were missed, how many predicted
+    though absent, and the seconds that the prediction took.
+    """
+    header = ["case", *groups, "overall", "classes", "missed", "false_positives"]
+    rows = []
+    for result in results:
+        scores, counts = metrics.dice(result.counts)[None], result.counts
+        means = metrics.group_averages(scores, groups=groups)
+        present = counts.truth[1:] > 0
+        rows.append(
+            [
+                result.name,
+                *(_number(mean["over_classes"]) for mean in means.values()),
+                present.sum(),
+                (present & (counts.predicted[1:] == 0)).sum(),
+                metrics.false_positive_classes(counts).sum(),
+                f"{result.seconds:.2f}",
+            ]
+        )
+    _write_csv(path, [*header, "seconds"], rows)
+
+
+def write_json(
+    path: Path, results: Sequence[CaseResult], *, groups: Groups, rule: str, about: dict
+) -> None:
+    """Write all means, the Dice of every (case, class) pair and what was evaluated.
+
+    Args:
+        path: of the file.
+        results: of the cases.
+        groups: class ids of each group.
+        rule: the average that counts as the result.
+        about: plain values that say what was evaluated; copied into the file.
+    """
+    scores, wrong = run.dice_scores(results), run.false_positives(results)
+    means = metrics.group_averages(scores, groups=groups)
+    content = {
+        **about,
+        "average": rule,
+        "averages": RULES,
+        "dice": {name: mean[rule] for name, mean in means.items()},
+        "dice_by_average": means,
+        "false_positives": int(wrong.sum()),
+        "groups": {name: [class_name(k) for k in ids] for name, ids in groups.items()},
+        "cases": {
+            result.name: {
+                "dice": {class_name(k): row[k] for k in range(1, len(row))},
+                "false_positives": [class_name(k) for k in np.flatnonzero(extra)],
+                "seconds": round(result.seconds, 3),
+            }
+            for result, row, extra in zip(results, scores, wrong, strict=True)
+        },
+    }
+    with replacing(path) as partial:
+        text = json.dumps(_plain(content), indent=1, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name; on success rename it to `path`, else remove it."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def class_name(number: int) -> str:
+    """Name of a class id; a network may have more classes than the class map."""
+    known = number < len(labels.CLASS_NAMES)
+    return labels.CLASS_NAMES[number] if known else f"class_{number}"
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list]) -> None:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([header, *rows])
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    rule = "-" * len(lines[0])
+    return [rule, lines[0], rule, *lines[1:], rule]
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6f}"
+
+
+def _plain(value):
+    """Plain types for JSON; NaN, which JSON lacks, becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return None if math.isnan(value) else round(float(value), 6)
+    return value

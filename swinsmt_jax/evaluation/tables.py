@@ -55,8 +55,8 @@ def dice_table(
     ]
     notes = [f"{'>' if r == rule else ' '} {r}: {RULES[r]}" for r in rules]
     absent = (
-        f"{wrong.sum()} (case, class) pairs of {wrong.any(axis=0).sum()} classes were "
-        "predicted though absent from the truth; they have no Dice and are in no mean."
+        f"Predicted though absent from the truth: {wrong.sum()} (case, class) pairs, "
+        f"{wrong.any(axis=0).sum()} classes.\nThey have no Dice and are in no mean."
     )
     return "\n".join([title, *_aligned(rows), *notes, absent])
 

@@ -1,0 +1,126 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.data import pipeline
+from swinsmt_jax.evaluation import run
+
+CLASSES = 4
+
+
+def config(**inference):
+    return from_config_dict(
+        {
+            "model": {
+                "name": "swin_unetr",
+                "in_channels": 1,
+                "out_channels": CLASSES,
+                "feature_size": 12,
+            },
+            "data": {"root": "nowhere", "patch_shape": (32, 32, 32), "batch_size": 1},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"num_steps": 1},
+            "inference": inference,
+        }
+    )
+
+
+@jax.jit
+def reads_the_image(windows):
+    """A perfect network for images whose value is label / 10."""
+    classes = jnp.arange(CLASSES)
+    return -jnp.abs(windows * 10 - classes)
+
+
+@pytest.fixture
+def cases(monkeypatch, rng):
+    """Three cases in memory: one with all classes, one without 3, one without 1."""
+    truths = [rng.integers(0, CLASSES, (34, 40, 20)).astype(np.uint8) for _ in range(3)]
+    truths[1][truths[1] == 3] = 0
+    truths[2][truths[2] == 1] = 0
+
+    def load_volume(data, case):
+        truth = truths[int(case.name)]
+        return {
+            "image": truth[..., None].astype(np.float32) / 10,
+            "label": truth,
+            "spacing": (2.0, 3.0, 4.0),
+            "affine": np.eye(4),
+            "name": case.name,
+        }
+
+    monkeypatch.setattr(pipeline, "load_volume", load_volume)
+    return [types.SimpleNamespace(name=str(i), truth=t) for i, t in enumerate(truths)]
+
+
+def test_a_perfect_network_scores_one(cases):
+    result = run.validate(reads_the_image, config(), cases)
+    assert result == {"dice": 1.0, "groups": {"organs": 1.0}, "false_positives": 0}
+
+
+def test_what_is_absent_and_predicted_is_counted_but_not_averaged(cases):
+    def always_3(windows):
+        return jnp.zeros((*windows.shape[:-1], CLASSES)).at[..., 3].set(1)
+
+    result = run.validate(jax.jit(always_3), config(), cases, groups={"last": (3,)})
+    assert result["false_positives"] == 1  # in the case without class 3
+    share = np.array([2 * (c.truth == 3).mean() for c in cases if 3 in c.truth])
+    last = (share / (1 + share / 2)).mean()
+    assert result["groups"]["last"] == pytest.approx(last)
+    assert result["dice"] == pytest.approx(last / 3)  # classes 1 and 2 were missed
+
+
+def test_segmented_cases_carry_what_pictures_need(cases):
+    for case, source in zip(
+        run.segment_cases(reads_the_image, config(), cases), cases, strict=True
+    ):
+        assert case.result.name == source.name and case.result.seconds > 0
+        assert case.image.shape == case.truth.shape == case.prediction.shape
+        np.testing.assert_array_equal(case.prediction, source.truth)
+        assert case.prediction.dtype == np.uint8
+        assert case.spacing == (2.0, 3.0, 4.0)
+
+
+def test_windows_of_a_batch_run_on_several_devices(cases):
+    sharding = run.batch_sharding(4)
+    assert sharding.num_devices == 4
+    result = run.validate(
+        reads_the_image, config(window_batch=4), cases, sharding=sharding
+    )
+    assert result["dice"] == 1.0
+
+
+@pytest.mark.parametrize("window_batch, devices", [(1, None), (7, 7), (11, None)])
+def test_devices_divide_the_batch(window_batch, devices):
+    sharding = run.batch_sharding(window_batch)
+    assert (sharding and sharding.num_devices) == devices
+
+
+def test_a_model_is_an_argument_of_the_compiled_function():
+    model = jax.tree_util.Partial(lambda weight, x: x * weight, jnp.float32(2))
+    twice = run.predict_fn(model)(jnp.ones((1, 2)))
+    other = jax.tree_util.Partial(model.func, jnp.float32(3))
+    thrice = run.predict_fn(other)(jnp.ones((1, 2)))
+    assert twice.tolist() == [[2, 2]] and thrice.tolist() == [[3, 3]]
+
+
+def test_refuses_labels_that_the_network_lacks(cases):
+    cases[1].truth[0, 0, 0] = 9
+    words = r"case '1' holds label 9.*out_channels is 4.*classes of the training"
+    with pytest.raises(UserError, match=words):
+        run.validate(reads_the_image, config(), cases)
+
+
+def test_refuses_no_cases():
+    with pytest.raises(UserError, match="at least one case"):
+        run.validate(reads_the_image, config(), [])
+
+
+def test_known_groups_drop_what_the_network_lacks():
+    groups = {"a": (1, 2, 9), "b": (8, 9)}
+    assert run.known_groups(groups, 4) == {"a": (1, 2)}

@@ -1,0 +1,96 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from swinsmt_jax import metrics
+from swinsmt_jax.evaluation import tables
+from swinsmt_jax.evaluation.run import CaseResult
+
+GROUPS = {"organs": (1, 2), "ribs": (3,)}
+
+
+@pytest.fixture
+def results():
+    """Two cases: 1 found and half found, 2 missed, 3 absent but predicted once."""
+    first = metrics.overlap_counts(
+        np.array([0, 1, 1, 0, 3]), np.array([0, 1, 1, 2, 0]), num_classes=4
+    )
+    second = metrics.overlap_counts(
+        np.array([0, 0, 1, 0]), np.array([0, 1, 1, 0]), num_classes=4
+    )
+    return [CaseResult("s0001", first, 1.5), CaseResult("s0002", second, 2.0)]
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_shows_all_averages_and_what_they_hide(results):
+    text = tables.dice_table(results, groups=GROUPS, rule="over_cases", title="Demo")
+    lines = text.splitlines()
+    assert lines[0] == "Demo"
+    assert lines[2].split() == ["Dice", "(%)", "organs", "ribs", "overall"]
+    # Class 1: 1 and 2/3; class 2: 0 in the first case alone; class 3: no value.
+    assert lines[4].split() == [">", "over_cases", "58.33", "-", "58.33"]
+    assert lines[5].split() == ["over_classes", "41.67", "-", "41.67"]
+    assert lines[6].split() == ["over_pairs", "55.56", "-", "55.56"]
+    assert lines[7].split()[-3:] == ["2/2", "0/1", "2/3"]
+    assert lines[8].split()[-3:] == ["0", "1", "1"]
+    assert "> over_cases: mean over classes present in each case" in text
+    assert "absent from the truth: 1 (case, class) pairs, 1 classes." in text
+    assert max(len(line) for line in lines) < 100
+
+
+def test_per_class_rows(results, tmp_path):
+    tables.write_per_class(tmp_path / "c.csv", results, groups=GROUPS)
+    first, second, third = read(tmp_path / "c.csv")
+    assert (first["id"], first["class"], first["groups"]) == ("1", "spleen", "organs")
+    assert float(first["dice"]) == pytest.approx(5 / 6, abs=1e-6)
+    assert float(first["dice_min"]) == pytest.approx(2 / 3, abs=1e-6)
+    assert float(first["dice_max"]) == 1 and first["cases"] == "2"
+    assert (second["dice"], second["cases"], second["missed"]) == ("0.000000", "1", "1")
+    assert (third["dice"], third["dice_min"], third["cases"]) == ("", "", "0")
+    assert third["false_positives"] == "1"
+
+
+def test_per_case_rows(results, tmp_path):
+    tables.write_per_case(tmp_path / "c.csv", results, groups=GROUPS)
+    first, second = read(tmp_path / "c.csv")
+    assert first["case"] == "s0001" and float(first["organs"]) == 0.5
+    assert first["ribs"] == "" and first["seconds"] == "1.50"
+    counts = [first[k] for k in ("classes", "missed", "false_positives")]
+    assert counts == ["2", "1", "1"]
+    assert float(second["overall"]) == pytest.approx(2 / 3, abs=1e-6)
+
+
+def test_json_has_every_score_and_no_nan(results, tmp_path):
+    path = tmp_path / "r.json"
+    about = {"split": "test", "step": np.int64(3).item()}
+    tables.write_json(path, results, groups=GROUPS, rule="over_pairs", about=about)
+    content = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert content["split"] == "test" and content["step"] == 3
+    assert content["average"] == "over_pairs"
+    assert content["dice"] == {"organs": 0.555556, "ribs": None, "overall": 0.555556}
+    assert content["dice_by_average"]["overall"]["over_cases"] == 0.583333
+    assert content["groups"]["ribs"] == ["kidney_left"]
+    case = content["cases"]["s0001"]
+    assert case["dice"]["spleen"] == 1 and case["dice"]["kidney_left"] is None
+    assert case["false_positives"] == ["kidney_left"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), tables.replacing(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_of_classes_beyond_the_class_map():
+    assert tables.class_name(1) == "spleen"
+    assert tables.class_name(200) == "class_200"

@@ -1,7 +1,7 @@
 """NIfTI volumes in RAS orientation: load, resample, save. Owns the affine."""
 
-import contextlib
 import os
+import tempfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +150,7 @@ def resample(
     return resampled, affine @ step
 
 
-def save_labels(path: str | Path, array: np.ndarray, like: Volume) -> None:
+def save_labels(path: str | Path, array: np.ndarray, *, like: Volume) -> None:
     """Write label ids [X, Y, Z] on the grid of `like` in the orientation of its file.
 
     Where `like` was resampled, the nearest label is taken for each voxel of the file.
@@ -162,13 +162,19 @@ def save_labels(path: str | Path, array: np.ndarray, like: Volume) -> None:
         f"has {like.array.shape}.",
     )
     array = np.asarray(array).astype(np.uint8)
+    if not np.allclose(like.affine, _ras_affine(like)):
+        array = _nearest(array, like)
+    save(path, array, like=like)
+
+
+def save(path: str | Path, array: np.ndarray, *, like: Volume) -> None:
+    """Write an array [X, Y, Z], on the RAS grid of a file, in that file's orientation.
+
+    The file appears under its name only when complete.
+    """
     to_ras = orientations.io_orientation(like.source_affine)
-    ras_shape = tuple(like.source_shape[i] for i in np.argsort(to_ras[:, 0]))
-    if array.shape != ras_shape:
-        array = _nearest(array, ras_shape, like)
     from_ras = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_ras)
-    array = orientations.apply_orientation(array, from_ras)
-    write(path, array, like.source_affine)
+    write(path, orientations.apply_orientation(array, from_ras), like.source_affine)
 
 
 def write(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:
@@ -177,22 +183,24 @@ def write(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(np.ascontiguousarray(array), affine)
     image.header.set_xyzt_units("mm")
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        partial = Path(folder) / path.name  # gzip stores the name: keep it
         nib.save(image, partial)
         os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
 
 
-def _nearest(array: np.ndarray, shape: tuple[int, ...], like: Volume) -> np.ndarray:
-    """Read `array`, on the resampled grid of `like`, at the voxels of its source."""
-    source = np.array(nib.affines.voxel_sizes(like.source_affine))
-    order = np.argsort(orientations.io_orientation(like.source_affine)[:, 0])
-    ratio = source[order] / np.array(like.spacing)
+def _ras_affine(volume: Volume) -> np.ndarray:
+    to_ras = orientations.io_orientation(volume.source_affine)
+    return volume.source_affine @ orientations.inv_ornt_aff(to_ras, volume.source_shape)
+
+
+def _nearest(array: np.ndarray, like: Volume) -> np.ndarray:
+    """Read `array`, on the grid of `like`, at the voxels of its file, in RAS."""
+    to_grid = np.linalg.inv(like.affine) @ _ras_affine(like)
+    to_ras = orientations.io_orientation(like.source_affine)
+    shape = tuple(like.source_shape[i] for i in np.argsort(to_ras[:, 0]))
     return ndimage.affine_transform(
-        array, ratio, 0.5 * ratio - 0.5, shape, order=0, mode="nearest"
+        array, np.diag(to_grid[:3, :3]), to_grid[:3, 3], shape, order=0, mode="nearest"
     )
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -25,7 +25,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.data import nifti
+from swinsmt_jax.data import nifti, totalsegmentator
 from swinsmt_jax.data.anatomy import organs, skeleton
 from swinsmt_jax.data.anatomy.canvas import Canvas
 from swinsmt_jax.data.anatomy.frame import Painter
@@ -33,6 +33,7 @@ from swinsmt_jax.data.anatomy.solids import rotation
 
 VERSION = 1  # raise when the drawing changes: old folders are then refused
 MARKER = "phantoms.json"
+THINNEST = 0.75  # least radius in voxels of what is drawn
 
 # Fields of view: lower and upper end in mm above the spine's L5/S1, and how often.
 REGIONS = {
@@ -95,7 +96,7 @@ def make_phantom(
         rng,
         _hounsfield(rng),
         variation,
-        thinnest=0.65 * canvas.voxel,
+        thinnest=THINNEST * canvas.voxel,
         absent=frozenset() if region == "whole" else frozenset(absent),
     )
     arms_up = bool(rng.random() < 0.6)
@@ -185,6 +186,7 @@ def write_dataset(
     test: int,
     spacing: float,
     seed: int,
+    variation: float = 1.0,
     masks: bool = False,
     workers: int = 1,
     progress: bool = False,
@@ -202,6 +204,7 @@ def write_dataset(
         test: number of test cases.
         spacing: voxel side in mm.
         seed: of the whole set; its cases differ.
+        variation: scale of the differences between bodies.
         masks: 117 binary masks per case, as downloaded, instead of the one label file.
         workers: processes.
         progress: show a progress bar.
@@ -216,20 +219,26 @@ def write_dataset(
     checks.positive("the number of cases", len(splits))
     arguments = {
         **{"version": VERSION, "train": train, "val": val, "test": test},
-        **{"spacing": float(spacing), "seed": seed, "masks": masks},
+        **{"spacing": float(spacing), "seed": seed, "variation": float(variation)},
+        "masks": masks,
     }
     if _claim(root, arguments):
         logging.info("%s already holds these phantoms.", root)
         return
-    write = partial(_write_case, root, seed=seed, spacing=spacing, masks=masks)
-    jobs = list(enumerate(splits))
+    jobs = []
+    for i, split in enumerate(splits):
+        whole = split != "train" and (i - splits.index(split)) % 2 == 0
+        jobs.append((i, "whole" if whole else None))
+    draw = partial(make_phantom, spacing=spacing, variation=variation)
+    write = partial(_write_case, root, draw=draw, seed=seed, masks=masks)
     bar = partial(tqdm, total=len(jobs), desc="phantoms", disable=not progress)
     if workers == 1:
         list(bar(map(write, jobs)))
     else:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             list(bar(pool.map(write, jobs)))
-    _write_meta(root, splits)
+    names = [_name(i) for i in range(len(splits))]
+    totalsegmentator.add_to_meta(root, dict(zip(names, splits, strict=True)))
 
 
 def _claim(root: Path, arguments: dict) -> bool:
@@ -249,19 +258,18 @@ def _claim(root: Path, arguments: dict) -> bool:
         )
         return (root / "meta.csv").is_file()
     root.mkdir(parents=True, exist_ok=True)
-    _write_text(marker, json.dumps(arguments))
+    marker.write_text(json.dumps(arguments))
     return False
 
 
 def _write_case(
-    root: Path, job: tuple[int, str], *, seed: int, spacing: float, masks: bool
+    root: Path, job: tuple[int, str | None], *, draw: Callable, seed: int, masks: bool
 ) -> None:
-    index, split = job
+    index, region = job
     folder = root / _name(index)
     if folder.exists():
         return
-    region = "whole" if split != "train" and index % 2 == 0 else None
-    ct, label, affine = make_phantom(_seed(seed, index), spacing=spacing, region=region)
+    ct, label, affine = draw(100_003 * seed + index, region=region)
     axes = ORIENTATIONS[index % len(ORIENTATIONS)]
     partial_folder = root / f".{os.getpid()}.{folder.name}"
     shutil.rmtree(partial_folder, ignore_errors=True)
@@ -283,24 +291,8 @@ def _write_case(
     os.replace(partial_folder, folder)
 
 
-def _write_meta(root: Path, splits: Sequence[str]) -> None:
-    lines = ["image_id;age;gender;institute;study_type;split;manufacturer"]
-    lines += [f"{_name(i)};;;phantom;ct;{split};" for i, split in enumerate(splits)]
-    _write_text(root / "meta.csv", "\ufeff" + "\r\n".join(lines) + "\r\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial_file = path.with_name(f".{os.getpid()}.{path.name}")
-    partial_file.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial_file, path)
-
-
 def _name(index: int) -> str:
     return f"s{index + 1:04d}"
-
-
-def _seed(seed: int, index: int) -> int:
-    return 100_003 * seed + index
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -312,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--val", type=int, default=0, help="of these, for validation")
     parser.add_argument("--test", type=int, default=0, help="of these, for testing")
+    parser.add_argument("--variation", type=float, default=1.0)
     parser.add_argument("--masks", action="store_true", help="117 masks per case")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     a = parser.parse_args(argv)
@@ -324,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             test=a.test,
             spacing=a.spacing,
             seed=a.seed,
+            variation=a.variation,
             masks=a.masks,
             workers=a.workers,
             progress=True,

@@ -7,6 +7,8 @@
 """
 
 import csv
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,17 +98,43 @@ def read_meta(root: Path) -> dict[str, str]:
         for line, row in enumerate(reader, start=2):
             name, split = (row["image_id"] or "").strip(), (row["split"] or "").strip()
             where = f"line {line} of {path}"
-            checks.require(
-                name not in ("", ".", "..") and not set(name) & set("/\\:\0"),
-                f"{where} has the image_id {name!r}, but an id is the plain name of a "
-                "folder, such as 's0001'.",
-            )
+            require_id(f"{where}: image_id", name)
             checks.require(
                 name not in splits, f"{where} repeats the image_id {name!r}; remove it."
             )
             checks.one_of(f"the split of {name!r} on {where}", split, SPLITS)
             splits[name] = split
     return splits
+
+
+def require_id(what: str, name: str) -> None:
+    """Raise `UserError` unless `name` can be the name of a case's folder."""
+    checks.require(
+        name.strip(".") != "" and not set(name) & set("/\\:;\0"),
+        f"{what} is {name!r}, but must be the plain name of a folder, such as 's0001'.",
+    )
+
+
+def add_to_meta(root: Path, splits: dict[str, str]) -> None:
+    """Add cases {id: split} to `meta.csv`, made if absent; other rows stay as they are.
+
+    The file is written as the real one, with a byte-order mark, and appears complete.
+    """
+    path = root / "meta.csv"
+    columns, rows = ["image_id", "split"], []
+    if path.is_file():
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=";")
+            rows = [row for row in reader if row["image_id"] not in splits]
+            columns = list(reader.fieldnames)
+    rows += [{"image_id": name, "split": split} for name, split in splits.items()]
+    with tempfile.TemporaryDirectory(dir=root, prefix=".") as folder:
+        partial = Path(folder) / path.name
+        with partial.open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, columns, delimiter=";")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, path)
 
 
 def load_case(case: Case) -> Sample:

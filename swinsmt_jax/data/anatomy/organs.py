@@ -32,8 +32,8 @@ _TRUNK = [
 
 def draw_outline(p: Painter, *, arms_up: bool) -> None:
     """Draw table, skin, fat and the muscles that belong to no class."""
-    p.fill(solids.slab((0, -158, 250), (215, 9, 900)), "foam")
-    p.fill(solids.slab((0, -166, 250), (215, 2.5, 900)), "plastic")
+    p.fill(solids.slab((0, -150, 250), (215, 9, 900)), "foam")
+    p.fill(solids.slab((0, -158, 250), (215, 2.5, 900)), "plastic")
     fat = 15 + 8 * p.variation * float(np.clip(p.rng.standard_normal(), -1.2, 2))
     heights = [row[0] for row in _TRUNK]
     trunk = solids.stack(heights, [(0, *row[1:]) for row in _TRUNK], shrink=15 - fat)

@@ -67,7 +67,7 @@ def draw_spine(p: Painter) -> None:
     for name, z in VERTEBRAE.items():
         i = names.index(name)
         height = np.diff(list(VERTEBRAE.values()))[min(i, len(names) - 2)]
-        p.bone(f"vertebrae_{name}", _vertebra(p, z, 0.8 * height))
+        p.bone(f"vertebrae_{name}", _vertebra(p, z, 0.88 * height))
     canal = [(0, spine_y(z) - _body(z)[1] - 11, z) for z in (-10, *heights[1:], 580)]
     p.put("spinal_cord", solids.tube(canal, p.wide(6.5)), "cord")
 

@@ -1,0 +1,72 @@
+"""Put one CT and its multi-label segmentation into the TotalSegmentator-V2 layout.
+
+    python -m swinsmt_jax.data.import_scan --ct=scan.nii.gz --labels=labels.nii.gz \
+        --root=data/mine --case=s0001 --split=train
+
+With several splits (`--split=train,val,test`) the scan enters each of them, as cases
+s0001_train, s0001_val and s0001_test: of use to see a model fit one scan, never to
+measure one.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from swinsmt_jax import checks
+from swinsmt_jax.data import nifti, totalsegmentator
+
+
+def import_scan(
+    ct: str | Path,
+    labels: str | Path,
+    *,
+    root: str | Path,
+    case: str,
+    splits: Sequence[str],
+) -> tuple[str, ...]:
+    """Copy a scan into `root` and list it in `meta.csv`; return the new ids.
+
+    A case that is there already is replaced. The scan keeps its orientation; its HU
+    are rounded to int16.
+
+    Raises:
+        UserError: for an unknown split, an id that is no plain folder name, bad files,
+            and labels off the CT's voxel grid.
+    """
+    root = Path(root)
+    checks.require(len(splits) > 0, "--split names no split; take train, val or test.")
+    for split in splits:
+        checks.one_of("split", split, totalsegmentator.SPLITS)
+    totalsegmentator.require_id("case", case)
+    image, label = nifti.load_ct(ct), nifti.load_labels(labels)
+    nifti.require_same_grid(label, image)
+    if (root / "meta.csv").exists():
+        totalsegmentator.read_meta(root)  # refuse before anything is written
+    names = [case] if len(splits) == 1 else [f"{case}_{split}" for split in splits]
+    for name in names:
+        nifti.save(root / name / "ct.nii.gz", image.array, like=image)
+        nifti.save_labels(root / name / "segmentations.nii.gz", label.array, like=image)
+    totalsegmentator.add_to_meta(root, dict(zip(names, splits, strict=True)))
+    return tuple(names)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Import one scan from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ct", required=True, help="CT, NIfTI")
+    parser.add_argument("--labels", required=True, help="label ids 0 to 117, NIfTI")
+    parser.add_argument("--root", required=True, help="dataset folder, made if absent")
+    parser.add_argument("--case", required=True, help="id of the case, such as s0001")
+    parser.add_argument("--split", required=True, help="train, val, test; or several")
+    a = parser.parse_args(argv)
+    try:
+        names = import_scan(
+            a.ct, a.labels, root=a.root, case=a.case, splits=a.split.split(",")
+        )
+    except checks.UserError as error:
+        parser.exit(1, f"error: {error}\n")
+    parser.exit(0, f"wrote {', '.join(names)} to {a.root}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """Dice plus cross-entropy: what training minimises."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -94,24 +96,33 @@ def _per_voxel(by_class):
 
 def _sums_by_class(values, labels, num_classes):
     """Sums of `values [B, D, H, W]` and numbers of voxels by class, each `[B, K]`."""
-
-    def compared(values, labels):
-        # Accelerators fuse the comparison into the reduction; a scatter would queue
-        # all voxels of one class at one address, and be slow on TPU.
-        here = labels[..., None] == jnp.arange(num_classes)
-        count = here.sum(VOXELS, dtype=jnp.int32)
-        return jnp.where(here, values[..., None], 0).sum(VOXELS), count
-
-    def scattered(values, labels):
-        # On CPU the comparison is not fused: see benchmarks/loss.py. One bin per row
-        # and class keeps float32 sums short; one per class would lose 3 digits.
-        bins = jnp.zeros((*labels.shape[:3], num_classes))
-        b, d, h = jnp.indices(labels.shape[:3], sparse=True)
-        where = (b[..., None], d[..., None], h[..., None], labels)
-        count = bins.astype(jnp.int32).at[where].add(1)
-        return bins.at[where].add(values).sum((1, 2)), count.sum((1, 2))
-
     sums, count = jax.lax.platform_dependent(
-        values, labels, cpu=scattered, default=compared
+        values,
+        labels,
+        cpu=partial(sums_by_scatter, num_classes=num_classes),
+        default=partial(sums_by_comparison, num_classes=num_classes),
     )
     return sums, count.astype(jnp.float32)
+
+
+def sums_by_comparison(values, labels, *, num_classes):
+    """Sum by class on accelerators, which fuse the comparison into the reduction.
+
+    A scatter would queue all voxels of one class at one address, and is slow on TPU.
+    """
+    here = labels[..., None] == jnp.arange(num_classes)
+    sums = jnp.where(here, values[..., None], 0).sum(VOXELS)
+    return sums, here.sum(VOXELS, dtype=jnp.int32)
+
+
+def sums_by_scatter(values, labels, *, num_classes):
+    """Sum by class on CPU, which would write the comparison out: benchmarks/loss.py.
+
+    One bin per row and class keeps the float32 sums short; one per class alone would
+    lose three digits where one class fills the patch.
+    """
+    bins = jnp.zeros((*labels.shape[:3], num_classes))
+    b, d, h = jnp.indices(labels.shape[:3], sparse=True)
+    where = (b[..., None], d[..., None], h[..., None], labels)
+    count = bins.astype(jnp.int32).at[where].add(1)
+    return bins.at[where].add(values).sum((1, 2)), count.sum((1, 2))

@@ -5,7 +5,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.losses import dice_cross_entropy
+from swinsmt_jax.losses import (
+    dice_cross_entropy,
+    sums_by_comparison,
+    sums_by_scatter,
+)
 
 value_and_grad = jax.jit(jax.value_and_grad(dice_cross_entropy))
 
@@ -87,6 +91,16 @@ def test_bfloat16_logits_give_a_float32_loss(rng):
     assert value.dtype == jnp.float32 and grad.dtype == jnp.bfloat16
     expected = naive(np.asarray(rounded, np.float32), labels)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_both_forms_of_the_sum_by_class_agree(rng):
+    values = rng.random((2, 4, 5, 6), dtype=np.float32)
+    labels = rng.integers(0, 6, values.shape)
+    sums, count = sums_by_scatter(values, labels, num_classes=7)
+    other_sums, other_count = sums_by_comparison(values, labels, num_classes=7)
+    np.testing.assert_allclose(sums, other_sums, rtol=1e-6)
+    np.testing.assert_array_equal(count, other_count)
+    np.testing.assert_array_equal(count[1], np.bincount(labels[1].flat, minlength=7))
 
 
 def test_a_label_out_of_range_shows_as_nan(rng):

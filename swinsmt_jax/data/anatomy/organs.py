@@ -146,8 +146,8 @@ def draw_abdomen(p: Painter) -> None:
     )
     p.put("gallbladder", p.blob((62, 76, 132), (15, 25, 16), (20, 0, 0)), "fluid")
     for sign, side in ((1, "right"), (-1, "left")):
-        centre = (sign * (96 + p.move(3)[0]), -14 + p.move(8)[1], 122 + p.move(18)[2])
-        radius = p.wide(10 * p.size(0.25))
+        centre = (sign * (88 + p.move(2)[0]), -12 + p.move(6)[1], 118 + p.move(12)[2])
+        radius = p.wide(12 * p.size(0.2))
         p.put(
             f"kidney_cyst_{side}",
             solids.ellipsoid(centre, radius * np.ones(3)),

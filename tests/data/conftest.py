@@ -1,0 +1,45 @@
+"""A tiny dataset in the real layout, with masks and with the one label file."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from swinsmt_jax import labels
+
+SHAPE = (12, 10, 8)
+AFFINE = np.array([[2.0, 0, 0, -5], [0, 2, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
+
+
+def write_nifti(path, array, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.fixture
+def volumes(rng):
+    """CT int16 and labels uint8 of one tiny scan."""
+    ct = rng.integers(-900, 900, SHAPE).astype(np.int16)
+    return ct, rng.integers(0, 118, SHAPE).astype(np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path, volumes):
+    """s0001 (train) has 117 masks, s0002 (test) the same as one label file."""
+    ct, label = volumes
+    for name in ("s0001", "s0002"):
+        write_nifti(tmp_path / name / "ct.nii.gz", ct)
+    for i, name in enumerate(labels.CLASS_NAMES[1:], start=1):
+        mask = (label == i).astype(np.uint8)
+        write_nifti(tmp_path / f"s0001/segmentations/{name}.nii.gz", mask)
+    write_nifti(tmp_path / "s0002/segmentations.nii.gz", label)
+    (tmp_path / "meta.csv").write_text(
+        "\ufeffimage_id;age;split\ns0001;50;train\ns0002;;test\n", encoding="utf-8"
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def write():
+    """The function that writes a NIfTI file."""
+    return write_nifti

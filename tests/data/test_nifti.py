@@ -1,0 +1,186 @@
+import itertools
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel import orientations
+
+from swinsmt_jax import checks
+from swinsmt_jax.data import nifti
+
+SHAPE = (5, 6, 7)
+AFFINE = np.array([[2.0, 0, 0, -5], [0, 2, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
+OBLIQUE = AFFINE @ np.array(
+    [[0.96, 0.28, 0, 0], [-0.28, 0.96, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]
+)
+
+
+def all_orientations():
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            yield np.stack([order, signs], axis=1).astype(float)
+
+
+def reoriented(array, affine, ornt):
+    wanted = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), ornt)
+    turned = orientations.apply_orientation(array, wanted)
+    return turned, affine @ orientations.inv_ornt_aff(wanted, array.shape)
+
+
+@pytest.mark.parametrize("affine", [AFFINE, OBLIQUE], ids=["straight", "oblique"])
+def test_every_orientation_loads_as_the_same_ras_volume(tmp_path, rng, affine, write):
+    array = rng.integers(0, 118, SHAPE).astype(np.int16)
+    for i, ornt in enumerate(all_orientations()):
+        path = write(tmp_path / f"{i}.nii", *reoriented(array, affine, ornt))
+        volume = nifti.load_ct(path)
+        np.testing.assert_array_equal(volume.array, array)
+        np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
+        np.testing.assert_allclose(volume.spacing, (2, 2, 3), atol=1e-5)
+
+
+def test_labels_are_written_back_in_the_orientation_of_their_file(tmp_path, rng, write):
+    array = rng.integers(0, 118, SHAPE).astype(np.uint8)
+    for i, ornt in enumerate(all_orientations()):
+        stored, affine = reoriented(array, AFFINE, ornt)
+        source = write(tmp_path / "source.nii.gz", stored, affine)
+        like = nifti.load_labels(source)
+        out = tmp_path / f"out{i}.nii.gz"
+        nifti.save_labels(out, like.array, like=like)
+        image = nib.load(out)
+        np.testing.assert_array_equal(np.asarray(image.dataobj), stored)
+        np.testing.assert_allclose(image.affine, affine)
+        assert image.get_data_dtype() == np.uint8
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_resampled_labels_return_to_the_grid_of_their_file(tmp_path, write):
+    array = np.kron(np.arange(27).reshape(3, 3, 3), np.ones((4, 4, 4))).astype(np.uint8)
+    affine = np.diag([-1.0, 1, 1, 1])
+    like = nifti.load_labels(write(tmp_path / "fine.nii.gz", array, affine))
+    coarse, coarse_affine = nifti.resample(like.array, like.affine, spacing=2, order=0)
+    assert coarse.shape == (6, 6, 6)
+    like = replace(like, array=coarse, affine=coarse_affine)
+    nifti.save_labels(tmp_path / "back.nii.gz", coarse, like=like)
+    back = nib.load(tmp_path / "back.nii.gz")
+    np.testing.assert_array_equal(np.asarray(back.dataobj), array)
+
+
+def test_resampling_keeps_every_voxel_at_its_place_in_the_world():
+    """A linear function of world coordinates stays that function, away from edges."""
+    affine = AFFINE @ np.diag([1, -1, 1, 1.0])
+    index = np.indices((20, 24, 16)).reshape(3, -1)
+    world = affine[:3, :3] @ index + affine[:3, 3:]
+    ramp = (world[0] + 2 * world[1] - world[2]).reshape(20, 24, 16).astype(np.float32)
+    for spacing in (1.5, 2.0, 3.3):
+        new, new_affine = nifti.resample(ramp, affine, spacing=spacing, order=1)
+        np.testing.assert_allclose(nifti.spacing_of(new_affine), spacing)
+        index = np.indices(new.shape).reshape(3, -1)
+        world = new_affine[:3, :3] @ index + new_affine[:3, 3:]
+        expected = (world[0] + 2 * world[1] - world[2]).reshape(new.shape)
+        inner = (slice(2, -2),) * 3
+        np.testing.assert_allclose(new[inner], expected[inner], atol=1e-3)
+        extent = np.array(new.shape) * spacing
+        assert np.all(np.abs(extent - (40, 48, 48)) <= spacing / 2 + 1e-6)
+
+
+def test_resampling_to_the_own_spacing_changes_nothing():
+    array = np.zeros((3, 3, 3), np.uint8)
+    assert (
+        nifti.resample(array, np.diag([2.0, 2, 2, 1]), spacing=2, order=0)[0] is array
+    )
+
+
+def test_slope_and_intercept_of_the_file_give_hu(tmp_path, write):
+    path = write(tmp_path / "ct.nii", np.full((2, 2, 2), 2000, np.int16))
+    content = bytearray(path.read_bytes())
+    content[112:120] = np.array([0.5, -1024], "<f4").tobytes()  # scl_slope, scl_inter
+    path.write_bytes(content)
+    assert np.all(nifti.load_ct(path).array == -24)
+
+
+def test_ct_of_floats_is_rounded_and_kept_in_range(tmp_path, write):
+    array = np.array([7.6, -0.4, 1e6, -1e6], np.float32).reshape(1, 2, 2)
+    volume = nifti.load_ct(write(tmp_path / "ct.nii", array))
+    assert volume.array.dtype == np.int16
+    assert volume.array.ravel().tolist() == [8, 0, 32767, -32768]
+
+
+def nan_voxel():
+    array = np.zeros(SHAPE, np.float32)
+    array[1, 2, 3] = np.nan
+    array[0, 0, 0] = np.inf
+    return array
+
+
+RGB = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+
+
+@pytest.mark.parametrize(
+    ("array", "affine", "words"),
+    [
+        (np.zeros((4, 4, 4, 2), np.int16), AFFINE, r"\(4, 4, 4, 2\).*must be 3-D"),
+        (np.zeros((4, 4), np.int16), AFFINE, "must be 3-D"),
+        (nan_voxel(), AFFINE, "2 voxels that are NaN or infinite.*-1024"),
+        (RGB, AFFINE, "RGB"),
+    ],
+    ids=["4-D", "2-D", "NaN", "RGB"],
+)
+def test_bad_volumes_are_refused_by_name(tmp_path, array, affine, words, write):
+    path = write(tmp_path / "bad.nii.gz", array, affine)
+    for load in (nifti.load_ct, nifti.load_labels, nifti.load_mask):
+        with pytest.raises(checks.UserError, match=rf"(?s)bad\.nii\.gz.*{words}"):
+            load(path)
+
+
+def test_affine_that_cannot_be_inverted_is_refused(tmp_path, write):
+    for bad in (0.0, np.nan):
+        path = write(tmp_path / "ct.nii", np.zeros(SHAPE, np.int16))
+        content = bytearray(path.read_bytes())
+        content[280:296] = np.full(4, bad, "<f4").tobytes()  # srow_x
+        path.write_bytes(content)
+        with pytest.raises(checks.UserError, match="cannot be inverted.*sform"):
+            nifti.load_ct(path)
+
+
+def test_truncated_and_foreign_files_are_refused_by_name(tmp_path, rng, write):
+    noise = rng.integers(-999, 999, (20, 20, 20)).astype(np.int16)
+    path = write(tmp_path / "ct.nii.gz", noise)
+    whole = path.read_bytes()
+    for keep in (len(whole) // 2, 200, 15, 0):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(checks.UserError, match=r"ct\.nii\.gz is (trunc|not a NIf)"):
+            nifti.load_ct(path)
+    path.write_bytes(whole[:500] + bytes(100) + whole[600:])
+    with pytest.raises(checks.UserError, match="copy or download it again"):
+        nifti.load_ct(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(checks.UserError, match=r"ct\.nii\.gz"):
+        nifti.load_ct(path)
+    with pytest.raises(checks.UserError, match="none.nii.gz does not exist"):
+        nifti.load_ct(tmp_path / "none.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(118, "0 to 118"), (-1, "-1"), (0.5, "not whole numbers")]
+)
+def test_values_that_are_no_label_ids_are_refused(tmp_path, value, words, write):
+    array = np.zeros(SHAPE, np.float32 if value == 0.5 else np.int16)
+    array[0, 0, 0] = value
+    path = write(tmp_path / "labels.nii.gz", array)
+    with pytest.raises(checks.UserError, match=words):
+        nifti.load_labels(path)
+
+
+def test_real_scan_is_read_in_place(shared):
+    folder = shared / "data/totalsegmentator_example"
+    ct = nifti.load_ct(folder / "example_ct.nii.gz")
+    label = nifti.load_labels(folder / "example_seg.nii.gz")
+    nifti.require_same_grid(label, ct)
+    assert ct.array.shape == (122, 101, 112)
+    assert ct.array.min() == -1207
+    np.testing.assert_allclose(ct.spacing, 3, atol=1e-4)
+    assert len(np.unique(label.array)) == 62
+    right = {i: np.argwhere(label.array == i)[:, 0].mean() for i in (1, 5, 2, 3)}
+    assert right[5] > right[1]  # the liver lies to the right of the spleen
+    assert right[2] > right[3]

@@ -1,0 +1,212 @@
+import ast
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from swinsmt_jax import checks
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import phantom, pipeline, totalsegmentator
+
+PATCH = (16, 16, 24)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantoms") / "data"
+    phantom.write_dataset(root, train=5, val=0, test=1, spacing=12, seed=0)
+    return DataConfig(root=str(root), patch_shape=PATCH, batch_size=4, cache=True)
+
+
+@pytest.fixture(scope="module")
+def cases(config):
+    return totalsegmentator.find_cases(config.root, split="train")
+
+
+def take(count, config, cases, **keywords):
+    batches = pipeline.training_batches(config, cases, **keywords)
+    try:
+        return [next(batches) for _ in range(count)]
+    finally:
+        batches.close()
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key])
+
+
+def test_batches_have_the_shapes_and_types_promised(config, cases):
+    (batch,) = take(1, config, cases, seed=0)
+    assert batch["image"].shape == (4, *PATCH, 1)
+    assert batch["label"].shape == (4, *PATCH)
+    assert batch["case"].shape == (4,)
+    types = [batch[k].dtype for k in ("image", "label", "case")]
+    assert types == [np.float32, np.uint8, np.int32]
+    assert np.isfinite(batch["image"]).all()
+    assert batch["label"].max() > 0
+
+
+def test_each_epoch_takes_every_case_once_in_a_new_order(config, cases):
+    order = np.concatenate([b["case"] for b in take(15, config, cases, seed=0)])
+    epochs = order.reshape(-1, 5)
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 3
+
+
+def test_crops_of_one_case_differ_between_epochs_and_seeds(config, cases):
+    one = cases[:1]
+    a, b = take(2, config, one, seed=0)
+    assert not np.array_equal(a["label"][0], b["label"][0])
+    assert not np.array_equal(a["label"][0], a["label"][1])
+    (c,) = take(1, config, one, seed=1)
+    assert not np.array_equal(a["label"], c["label"])
+    assert_same(take(2, config, one, seed=0), [a, b])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_threads": 1}, {"num_threads": 4, "cache": False}],
+    ids=["1 thread", "no cache"],
+)
+def test_stream_does_not_depend_on_how_it_is_read(config, cases, changes):
+    assert_same(
+        take(6, replace(config, **changes), cases, seed=3),
+        take(6, config, cases, seed=3),
+    )
+
+
+def test_stream_does_not_depend_on_worker_processes(config, cases):
+    whole = take(7, config, cases, seed=3)
+    workers = replace(config, num_workers=2, num_threads=1)
+    assert_same(take(4, workers, cases, seed=3, start_step=3), whole[3:])
+
+
+@pytest.mark.parametrize("start", [1, 3, 7])
+def test_starting_late_continues_the_stream(config, cases, start):
+    whole = take(9, config, cases, seed=5)
+    assert_same(take(9 - start, config, cases, seed=5, start_step=start), whole[start:])
+
+
+def test_starting_very_late_costs_nothing(config, cases):
+    begin = time.perf_counter()
+    take(1, config, cases, seed=5, start_step=10**7)
+    assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_each_batch_without_overlap(config, cases, count):
+    whole = take(4, config, cases, seed=5)
+    parts = [
+        take(
+            4, config, cases, seed=5, process_index=i, process_count=count, start_step=0
+        )
+        for i in range(count)
+    ]
+    for step in range(4):
+        for key in whole[step]:
+            pieces = [part[step][key] for part in parts]
+            together = np.stack(pieces, axis=1).reshape(whole[step][key].shape)
+            np.testing.assert_array_equal(together, whole[step][key])
+
+
+def test_resuming_with_other_processes_continues_the_stream(config, cases):
+    whole = take(6, config, cases, seed=5)
+    late = take(
+        2, config, cases, seed=5, start_step=4, process_index=1, process_count=2
+    )
+    for batch, reference in zip(late, whole[4:], strict=True):
+        np.testing.assert_array_equal(batch["label"], reference["label"][1::2])
+
+
+def test_image_and_label_of_a_crop_belong_together(config, cases):
+    """Bone is bright and lungs are dark under their labels in every augmented crop."""
+    plain = replace(config, intensity_probability=0.0, foreground_ratio=1.0)
+    bone, lung = [], []
+    for batch in take(12, plain, cases, seed=1):
+        hu = batch["image"][..., 0] * 2048 - 1024
+        bone.append(hu[(batch["label"] >= 25) & (batch["label"] <= 43)])
+        lung.append(hu[(batch["label"] >= 10) & (batch["label"] <= 14)])
+    assert np.median(np.concatenate(bone)) > 100
+    assert np.median(np.concatenate(lung)) < -600
+
+
+def test_volume_is_scaled_as_in_training_and_not_cropped(config):
+    (case,) = totalsegmentator.find_cases(config.root, split="test")
+    sample = totalsegmentator.load_case(case)
+    volume = pipeline.load_volume(config, case)
+    assert volume["image"].shape == (*sample.image.shape, 1)
+    hu = np.clip(sample.image, -1024, 1024)
+    np.testing.assert_allclose(volume["image"][..., 0], (hu + 1024) / 2048, atol=1e-6)
+    np.testing.assert_array_equal(volume["label"], sample.label)
+    np.testing.assert_allclose(volume["spacing"], 12)
+    assert volume["name"] == case.name
+
+
+def test_volume_is_resampled_to_the_spacing_asked(config):
+    (case,) = totalsegmentator.find_cases(config.root, split="test")
+    own = pipeline.load_volume(config, case)
+    volume = pipeline.load_volume(replace(config, spacing=24.0), case)
+    np.testing.assert_allclose(volume["spacing"], 24)
+    np.testing.assert_allclose(
+        volume["label"].shape, np.array(own["label"].shape) / 2, atol=0.51
+    )
+    assert set(np.unique(volume["label"])) <= set(range(118))
+
+
+def test_fingerprint_tells_datasets_apart(config, cases, tmp_path):
+    mark = pipeline.fingerprint(cases)
+    assert mark == pipeline.fingerprint(
+        totalsegmentator.find_cases(config.root, split="train")
+    )
+    assert mark != pipeline.fingerprint(cases[:-1])
+    assert mark != pipeline.fingerprint(cases[::-1])
+    longer = tmp_path / "ct.nii.gz"
+    longer.write_bytes(cases[0].ct.read_bytes() + b"0")
+    assert mark != pipeline.fingerprint((replace(cases[0], ct=longer), *cases[1:]))
+
+
+def test_bad_arguments_are_refused(config, cases):
+    with pytest.raises(checks.UserError, match="at least one case"):
+        pipeline.training_batches(config, (), seed=0)
+    with pytest.raises(checks.UserError, match="batch_size is 4.*multiple of the 3"):
+        pipeline.training_batches(config, cases, seed=0, process_count=3)
+    with pytest.raises(checks.UserError, match="process_index is 2"):
+        pipeline.training_batches(
+            config, cases, seed=0, process_index=2, process_count=2
+        )
+
+
+def test_bad_file_is_named_when_its_turn_comes(config, cases, tmp_path):
+    broken = tmp_path / "ct.nii.gz"
+    broken.write_bytes(cases[0].ct.read_bytes()[:2000])
+    bad = (replace(cases[0], ct=broken),)
+    with pytest.raises(checks.UserError, match=r"ct\.nii\.gz is truncated"):
+        take(1, config, bad, seed=0)
+
+
+def test_data_layer_never_imports_jax():
+    folder = Path(pipeline.__file__).parent
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [
+                    getattr(node, "module", None) or "",
+                    *(a.name for a in node.names),
+                ]
+                assert not any(n.split(".")[0] in ("jax", "flax") for n in names), path
+
+
+def test_phantoms_and_readers_do_not_load_jax():
+    code = (
+        "import sys; from swinsmt_jax.data import phantom, transforms, import_scan; "
+        "sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

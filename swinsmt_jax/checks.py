@@ -1,4 +1,4 @@
-"""Messages for user errors: each names the argument, its value, the rule, the remedy."""
+"""Messages for user errors: argument, value, rule and remedy."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -47,9 +47,7 @@ def positive(name: str, value: int) -> None:
     )
 
 
-def spatial_shape(
-    name: str, shape: Sequence[int], stride: int | Sequence[int]
-) -> None:
+def spatial_shape(name: str, shape: Sequence[int], stride: int | Sequence[int]) -> None:
     """Raise `UserError` unless every side is a positive multiple of the stride.
 
     Args:

@@ -112,7 +112,7 @@ class SwinUNETRConfig:
 
 @dataclass(frozen=True)
 class SwinSMTConfig(SwinUNETRConfig):
-    """Swin SMT (Plotka et al., MICCAI 2024): Swin UNETR whose last stages hold Soft MoE.
+    """Swin SMT (Plotka et al., MICCAI 2024): Swin UNETR with Soft MoE in its last stages.
 
     Attributes:
         num_experts: experts E of every Soft MoE.
@@ -271,7 +271,7 @@ class MeshConfig:
         checks.positive("mesh.expert", self.expert)
         checks.require(
             self.data == -1 or self.data >= 1,
-            f"mesh.data is {self.data}, but must be at least 1, or -1 for what is left.",
+            f"mesh.data is {self.data}, but must be at least 1, or -1 for the rest.",
         )
 
 

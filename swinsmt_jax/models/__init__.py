@@ -1,0 +1,29 @@
+"""The networks: one file each, and a function that makes one from its config."""
+
+from flax import nnx
+
+from swinsmt_jax import checks
+from swinsmt_jax.config import ModelConfig, SwinSMTConfig, SwinUNETRConfig
+from swinsmt_jax.models.swin_unetr import SwinUNETR
+
+NETWORKS = {SwinSMTConfig: SwinUNETR, SwinUNETRConfig: SwinUNETR}
+
+
+def create(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """Build the network of a config with freshly initialised float32 parameters.
+
+    Every network maps [B, D, H, W, C_in] to float32 logits [B, D, H, W, K], has a
+    `config` and a `total_stride`, and holds nothing but `nnx.Param`.
+    """
+    checks.require(
+        type(config) in NETWORKS,
+        f"config is a {type(config).__name__}, but must be one of "
+        f"{', '.join(c.__name__ for c in NETWORKS)}.",
+    )
+    return NETWORKS[type(config)](config, rngs=rngs)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Count the parameters of a config's network without making them."""
+    shapes = nnx.state(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))
+    return sum(leaf.size for _, leaf in nnx.to_flat_state(shapes))

@@ -1,0 +1,97 @@
+"""Linear layer, norms and random dropping: the small parts of the transformer."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from swinsmt_jax.layers import initializers
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis, [..., C] -> [..., O], in `dtype`."""
+
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        *,
+        use_bias: bool = True,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = initializers.uniform_fan_in(
+            rngs, (channels, features), fan_in=channels
+        )
+        self.bias = (
+            initializers.uniform_fan_in(rngs, (features,), fan_in=channels)
+            if use_bias
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return `x @ kernel + bias`."""
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm of the last axis with scale and bias; statistics in float32."""
+
+    def __init__(self, channels: int, *, dtype: str = "float32"):
+        self.dtype = dtype
+        self.scale = initializers.constant(1.0, (channels,))
+        self.bias = initializers.constant(0.0, (channels,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the normalised, scaled and moved `x` in the layer's dtype."""
+        y = standardize(x, axes=(-1,)) * self.scale[...] + self.bias[...]
+        return y.astype(self.dtype)
+
+
+def standardize(
+    x: jax.Array, *, axes: tuple[int, ...], epsilon: float = 1e-5
+) -> jax.Array:
+    """Subtract the mean and divide by the standard deviation over `axes`, in float32.
+
+    The variance is the biased one, as in PyTorch's layer and instance norms.
+    """
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=axes, keepdims=True)
+    variance = jnp.mean(jnp.square(x), axis=axes, keepdims=True)
+    return x * jax.lax.rsqrt(variance + epsilon)
+
+
+def rms_norm(x: jax.Array, gamma: jax.Array) -> jax.Array:
+    """Return x / ||x|| * sqrt(C) * gamma over the last axis, in float32.
+
+    A zero vector stays zero and has a zero gradient.
+    """
+    x = x.astype(jnp.float32)
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * x.shape[-1] ** 0.5
+    return x * scale * gamma
+
+
+def dropout(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero entries with probability `rate` and enlarge the rest; no key, no dropout."""
+    return _drop(x, rate=rate, key=key, shape=x.shape)
+
+
+def drop_path(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero whole samples of [B, ...] (stochastic depth, Huang et al. 2016)."""
+    return _drop(x, rate=rate, key=key, shape=(x.shape[0],) + (1,) * (x.ndim - 1))
+
+
+def fold_in(key: jax.Array | None, number: int) -> jax.Array | None:
+    """Derive the key of a part; None stays None."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def _drop(x, *, rate, key, shape):
+    if key is None or rate == 0.0:
+        return x
+    if rate == 1.0:
+        return jnp.zeros_like(x)
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

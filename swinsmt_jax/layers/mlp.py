@@ -1,0 +1,30 @@
+"""The MLP of a transformer block."""
+
+import jax
+from flax import nnx
+
+from swinsmt_jax.layers.linear import Linear, dropout, fold_in
+
+
+class MLP(nnx.Module):
+    """Linear, exact GELU, linear on [..., C], with dropout after both."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        hidden: int,
+        dropout_rate: float = 0.0,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        self.dropout_rate = dropout_rate
+        self.linear1 = Linear(channels, hidden, dtype=dtype, rngs=rngs)
+        self.linear2 = Linear(hidden, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Map [..., C] to [..., C]."""
+        x = jax.nn.gelu(self.linear1(x), approximate=False)
+        x = dropout(x, rate=self.dropout_rate, key=fold_in(key, 0))
+        x = self.linear2(x)
+        return dropout(x, rate=self.dropout_rate, key=fold_in(key, 1))

@@ -1,0 +1,174 @@
+"""Shifted-window transformer blocks and stages (Liu et al. 2021), in 3-D."""
+
+import jax
+from flax import nnx
+
+from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
+from swinsmt_jax.layers.attention import WindowAttention
+from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in
+from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.patch import PatchMerging
+from swinsmt_jax.layers.soft_moe import SoftMoE
+from swinsmt_jax.ops import windows
+from swinsmt_jax.ops.soft_routing import RoutingWeights
+
+
+class SwinBlock(nnx.Module):
+    """Window attention and an MLP or Soft MoE, each normed before and added.
+
+    Args:
+        channels: C.
+        num_heads: attention heads.
+        window_size: (D, H, W) in tokens.
+        shift: (D, H, W) in tokens, zeros for a block that does not shift.
+        mlp: the MLP or Soft MoE; a Soft MoE sees the whole token grid at once.
+        qkv_bias, dropout_rate, attention_dropout, drop_path_rate: see the config.
+        dtype: of the matrix products.
+        rngs: initialises the parameters.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        window_size: windows.Triple,
+        shift: windows.Triple,
+        mlp: MLP | SoftMoE,
+        qkv_bias: bool = True,
+        dropout_rate: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        self.window_size = window_size
+        self.shift = shift
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = LayerNorm(channels, dtype=dtype)
+        self.attn = WindowAttention(
+            channels,
+            num_heads=num_heads,
+            window_size=window_size,
+            qkv_bias=qkv_bias,
+            attention_dropout=attention_dropout,
+            projection_dropout=dropout_rate,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm2 = LayerNorm(channels, dtype=dtype)
+        self.mlp = mlp
+
+    def attend(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Return the attention branch of [B, D, H, W, C]."""
+        d, h, w = grid = x.shape[1:4]
+        window, shift = windows.fit_window(grid, self.window_size, self.shift)
+        x = windows.pad(self.norm1(x), window)
+        padded = x.shape[1:4]
+        x = windows.partition(windows.cyclic_shift(x, shift), window)
+        regions = windows.shift_regions(padded, window, shift) if any(shift) else None
+        x = self.attn(x, regions=regions, key=key)
+        x = windows.merge(x, window, padded)
+        x = windows.cyclic_shift(x, tuple(-s for s in shift))
+        return x[:, :d, :h, :w]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        return_routing: bool = False,
+    ) -> tuple[jax.Array, RoutingWeights | None]:
+        """Map [B, D, H, W, C] to the same shape, with routing weights on request."""
+        keys = [fold_in(key, i) for i in range(4)]
+        rate = self.drop_path_rate
+        with jax.named_scope("attention"):
+            y = self.attend(x, key=keys[0])
+        x = x + drop_path(y, rate=rate, key=keys[1])
+        routing = None
+        if isinstance(self.mlp, SoftMoE):
+            with jax.named_scope("soft_moe"):
+                tokens = self.norm2(x).reshape(x.shape[0], -1, x.shape[-1])
+                y = self.mlp(tokens, key=keys[2], return_routing=return_routing)
+                y, routing = y if return_routing else (y, None)
+            y = y.reshape(x.shape)
+        else:
+            with jax.named_scope("mlp"):
+                y = self.mlp(self.norm2(x), key=keys[2])
+        return x + drop_path(y, rate=rate, key=keys[3]), routing
+
+
+class SwinStage(nnx.Module):
+    """Blocks without and with shift in turn, then patch merging.
+
+    Args:
+        config: the network's.
+        stage: 0-based index of the stage.
+        rngs: initialises the parameters.
+    """
+
+    def __init__(self, config: SwinUNETRConfig, *, stage: int, rngs: nnx.Rngs):
+        channels = config.feature_size * 2**stage
+        depth, before = config.depths[stage], sum(config.depths[:stage])
+        step = config.drop_path / max(1, sum(config.depths) - 1)
+        shift = tuple(w // 2 for w in config.window_size)
+        self.blocks = nnx.List(
+            SwinBlock(
+                channels,
+                num_heads=config.num_heads[stage],
+                window_size=config.window_size,
+                shift=shift if i % 2 else (0, 0, 0),
+                mlp=_mlp(config, stage=stage, channels=channels, rngs=rngs),
+                qkv_bias=config.qkv_bias,
+                dropout_rate=config.dropout,
+                attention_dropout=config.attention_dropout,
+                drop_path_rate=step * (before + i),
+                dtype=config.dtype,
+                rngs=rngs,
+            )
+            for i in range(depth)
+        )
+        self.downsample = PatchMerging(
+            channels, mode=config.patch_merging, dtype=config.dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        return_routing: bool = False,
+    ) -> tuple[jax.Array, list[RoutingWeights | None]]:
+        """Map [B, D, H, W, C] to [B, D/2, H/2, W/2, 2C], with one routing per block."""
+        routings = []
+        for i, block in enumerate(self.blocks):
+            with jax.named_scope(f"block{i}"):
+                x, routing = block(
+                    x, key=fold_in(key, i), return_routing=return_routing
+                )
+            routings.append(routing)
+        with jax.named_scope("merge"):
+            return self.downsample(x), routings
+
+
+def _mlp(config, *, stage, channels, rngs):
+    hidden = int(channels * config.mlp_ratio)
+    if (
+        isinstance(config, SwinSMTConfig)
+        and stage >= len(config.depths) - config.num_moe_stages
+    ):
+        return SoftMoE(
+            channels,
+            num_experts=config.num_experts,
+            hidden=hidden,
+            dropout_rate=config.dropout,
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+    return MLP(
+        channels,
+        hidden=hidden,
+        dropout_rate=config.dropout,
+        dtype=config.dtype,
+        rngs=rngs,
+    )

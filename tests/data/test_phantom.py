@@ -75,8 +75,8 @@ def test_tissues_have_their_hu(body):
 def test_sides_and_numbers_cannot_be_told_from_hu():
     """Over bodies, the HU of left and right, and of neighbours, are alike."""
     means = []
-    for seed in range(6):
-        ct, label, _ = phantom.make_phantom(seed, spacing=6, region="whole")
+    for seed in range(5):
+        ct, label, _ = phantom.make_phantom(seed, spacing=7, region="whole")
         means.append([ct[label == i].mean() for i in range(118)])
     means = np.mean(means, axis=0)
     pairs = [("kidney_left", "kidney_right"), ("femur_left", "femur_right")]
@@ -95,8 +95,8 @@ def test_fields_of_view_leave_classes_out():
     _, head, _ = phantom.make_phantom(0, spacing=8, region="head")
     assert ID["brain"] in head
     assert ID["liver"] not in head
-    shapes = {phantom.make_phantom(s, spacing=12)[0].shape for s in range(8)}
-    assert len(shapes) > 4
+    shapes = {phantom.make_phantom(s, spacing=12)[0].shape for s in range(6)}
+    assert len(shapes) > 3
 
 
 def test_lesser_variation_brings_bodies_closer():
@@ -104,11 +104,11 @@ def test_lesser_variation_brings_bodies_closer():
         places = [
             centre(
                 phantom.make_phantom(
-                    s, spacing=10, region="whole", variation=variation
+                    s, spacing=12, region="whole", variation=variation
                 )[1],
                 "liver",
             )
-            for s in range(5)
+            for s in range(3)
         ]
         return np.std(places, axis=0).sum()
 
@@ -125,7 +125,7 @@ def test_bad_arguments_are_refused():
 
 def test_dataset_has_the_layout_of_the_download(tmp_path):
     root = tmp_path / "phantoms"
-    sizes = {"train": 4, "val": 1, "test": 1}
+    sizes = {"train": 1, "val": 1, "test": 1}
     for masks in (False, True):
         out = root / str(masks)
         phantom.write_dataset(out, **sizes, spacing=12, seed=1, masks=masks)

@@ -15,16 +15,16 @@ from swinsmt_jax.data.anatomy.solids import Solid
 
 # Height, and centre y, half width and half depth of the trunk's skin.
 _TRUNK = [
-    (-170, -5, 168, 98),
-    (-100, 0, 172, 108),
-    (-40, 8, 168, 114),
+    (-170, -9, 168, 104),
+    (-100, -5, 172, 114),
+    (-40, 4, 168, 118),
     (40, 16, 160, 117),
     (110, 16, 160, 121),
-    (190, 11, 166, 122),
-    (260, 5, 169, 122),
-    (330, -5, 170, 113),
-    (390, -22, 164, 96),
-    (425, -30, 140, 78),
+    (190, 9, 166, 124),
+    (260, 2, 169, 125),
+    (330, -9, 170, 117),
+    (390, -26, 164, 100),
+    (425, -34, 140, 82),
     (450, -25, 95, 64),
     (470, -12, 66, 60),
 ]
@@ -74,14 +74,20 @@ def draw_outline(p: Painter, *, arms_up: bool) -> None:
     p.fill(belly, "visceral fat")
 
 
-def draw_lungs(p: Painter) -> None:
+def diaphragm(p: Painter) -> tuple[Solid, Solid]:
+    """Return the spaces under the right and the left dome of the diaphragm."""
+    return tuple(
+        solids.ellipsoid((x, 15, top + p.move(6)[0] - 105), (98, 118, 105))
+        for x, top in ((68, 258), (-68, 246))
+    )
+
+
+def draw_lungs(p: Painter, domes: tuple[Solid, Solid]) -> None:
     """Draw the five lobes, cut from the rib cage by diaphragm and fissures."""
     cage = _cage()
     p.fill(cage, "mediastinum")
-    for flip, side in ((False, "right"), (True, "left")):
-        top = (258 if not flip else 246) + p.move(6)[0]
-        dome = solids.ellipsoid((68, 15, top - 105), (98, 118, 105))
-        medial = solids.half_space((20, 0, 0), (-1, 0, 0))
+    for sign, side, dome in ((1, "right", domes[0]), (-1, "left", domes[1])):
+        medial = solids.half_space((20 * sign, 0, 0), (-sign, 0, 0))
         lung = solids.difference(solids.intersection(cage, medial), dome)
         tilt = p.move(8)[0]
         lower = solids.half_space((0, -80, 385 + tilt), (0, 0.68, 0.73))
@@ -91,17 +97,23 @@ def draw_lungs(p: Painter) -> None:
             lobes.append(("lung_middle_lobe_right", solids.intersection(lung, middle)))
         lobes.append((f"lung_lower_lobe_{side}", solids.intersection(lung, lower)))
         for name, lobe in lobes:
-            p.put(name, solids.mirror(lobe) if flip else lobe, "lung")
+            p.put(name, lobe, "lung")
 
 
-def draw_abdomen(p: Painter) -> None:
+def draw_abdomen(p: Painter, domes: tuple[Solid, Solid]) -> None:
     """Draw the organs below the diaphragm."""
+    right, left = (solids.inset(dome, 3) for dome in domes)
     cage = solids.inset(_cage(), 4)
-    right = p.blob((68, 30, 165), (72, 86, 88), (0, 0, -10), sd=5)
-    left = p.blob((-5, 68, 188), (66, 42, 38), (0, -14, 0), sd=5)
-    p.put("liver", solids.intersection(solids.union(right, left), cage), "liver")
-    spleen = p.blob((-106, -24, 168), (28, 42, 52), (20, -14, 20))
-    p.put("spleen", solids.intersection(spleen, cage), "spleen")
+    top = right.high[2]
+    lobe = p.blob((76, 26, top - 96), (80, 98, 98), (0, 0, -10), sd=3)
+    under = solids.half_space((100, 0, 68 + p.move(6)[0]), (-0.5, 0.1, -1))
+    lobe = solids.intersection(lobe, right, under)
+    left_lobe = p.blob((-8, 66, top - 62), (64, 40, 32), (0, -14, 0), sd=5)
+    left_lobe = solids.intersection(left_lobe, solids.union(right, left))
+    liver = solids.intersection(solids.union(lobe, left_lobe), cage)
+    p.put("liver", liver, "liver")
+    spleen = p.blob((-100, -24, left.high[2] - 74), (33, 46, 56), (20, -14, 20))
+    p.put("spleen", solids.intersection(spleen, cage, left), "spleen")
     stomach = [
         (-58, 5, 222),
         (-66, 38, 190),
@@ -109,7 +121,8 @@ def draw_abdomen(p: Painter) -> None:
         (-18, 88, 130),
         (18, 76, 122),
     ]
-    p.put("stomach", p.vessel(stomach, [34, 37, 30, 22, 15], sd=4), "bowel")
+    stomach = p.vessel(stomach, [34, 37, 30, 22, 15], sd=4)
+    p.put("stomach", solids.intersection(stomach, left), "bowel")
     p.fill(p.blob((-56, 58, 182), (22, 16, 24)), "gas")
     p.pair(
         "kidney", lambda: p.blob((76, -20, 115), (27, 28, 54), (0, -14, 20)), "kidney"
@@ -153,7 +166,8 @@ def draw_abdomen(p: Painter) -> None:
             solids.ellipsoid(centre, radius * np.ones(3)),
             "fluid",
         )
-    p.put("urinary_bladder", p.blob((0, 24, -92), (37, 34, 30)), "fluid")
+    bladder = np.array([40, 37, 33]) * p.size(0.15)
+    p.put("urinary_bladder", p.blob((0, 24, -92), bladder), "fluid")
     p.put("prostate", p.blob((0, 2, -138), (23, 19, 17), sd=2), "prostate")
 
 

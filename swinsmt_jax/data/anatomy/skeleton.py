@@ -18,17 +18,14 @@ from swinsmt_jax.data.anatomy.solids import Solid
 def draw_muscles(p: Painter) -> None:
     """Draw the muscles of back, hip and buttocks."""
     heights = [-45, 0, 60, 120, 200, 280, 360, 430, 480, 545]
-    width = [16, 24, 29, 29, 25, 22, 20, 19, 18, 14]
-    side = [26, 33, 37, 36, 32, 29, 26, 24, 20, 17]
-    behind = [45, 56, 62, 60, 54, 50, 48, 44, 38, 34]
+    behind = np.array([42, 48, 52, 50, 46, 42, 40, 36, 32, 28])
+    width = np.array([14, 26, 33, 32, 27, 24, 22, 22, 20, 15])
+    depth = np.array([12, 18, 22, 21, 17, 14, 13, 15, 15, 12])
 
     def autochthon() -> Solid:
-        k = p.size()
-        points = [
-            (x, spine_y(z) - b, z)
-            for x, b, z in zip(side, behind, heights, strict=True)
-        ]
-        return p.vessel(points, np.array(width) * k, sd=1)
+        y = np.array([spine_y(z) for z in heights]) - behind
+        w, d = p.wide(width * p.size()), p.wide(depth * p.size())
+        return solids.stack(heights, np.stack([width + 3, y, w, d], axis=1))
 
     def iliopsoas() -> Solid:
         psoas = [(30, -8, 145), (44, 5, 70), (58, 15, 0), (78, 28, -60), (92, 22, -115)]
@@ -39,7 +36,7 @@ def draw_muscles(p: Painter) -> None:
     p.pair("iliopsoas", iliopsoas, "muscle")
     p.pair(
         "gluteus_maximus",
-        lambda: p.blob((88, -62, -85), (72, 24, 72), (20, 0, 20)),
+        lambda: p.blob((88, -60, -85), (66, 22, 70), (12, 0, 18)),
         "muscle",
     )
     p.pair(
@@ -99,7 +96,7 @@ def draw_shoulders(p: Painter, *, arms_up: bool) -> None:
     """Draw shoulder blades, collar bones and upper arms."""
 
     def scapula() -> Solid:
-        shape = p.wide((44, 6, 70))
+        shape = p.wide((44, 5, 70))
         plate = solids.ellipsoid(p.move(3) + (106, -74, 352), shape, turn=p.turn(z=28))
         spine = [(72, -98, 392), (115, -88, 420), (150, -45, 445)]
         neck = solids.tube([(132, -52, 405), (146, -32, 414)], p.wide((9, 13)))
@@ -126,7 +123,7 @@ def draw_pelvis(p: Painter) -> None:
     """Draw hip bones and thigh bones."""
 
     def hip() -> Solid:
-        plate = p.wide((7, 62, 56))
+        plate = p.wide((10, 62, 58))
         wing = solids.ellipsoid((98, -6, -18), plate, turn=p.turn(y=8, z=-36))
         socket = solids.tube([(100, 2, -70), (92, -4, -108)], p.wide((16, 26)))
         seat = [(95, -25, -120), (80, -42, -150), (55, -25, -165), (18, 30, -142)]
@@ -164,8 +161,8 @@ def draw_head(p: Painter) -> None:
 def _body(z: float) -> tuple[float, float]:
     """Half width and half depth of the vertebral body at height z."""
     heights = [0, 148, 180, 300, 446, 500, 561]
-    width = np.interp(z, heights, [25, 22, 20, 16, 15, 12, 14])
-    return float(width), float(np.interp(z, heights, [17, 16, 15, 14, 11, 9, 8]))
+    width = np.interp(z, heights, [27, 24, 21, 17, 16, 13, 15])
+    return float(width), float(np.interp(z, heights, [18, 17, 16, 15, 12, 10, 9]))
 
 
 def _vertebra(p: Painter, z: float, height: float) -> Solid:
@@ -174,7 +171,7 @@ def _vertebra(p: Painter, z: float, height: float) -> Solid:
     back = y - d
     half = max(height / 2, p.thinnest)
     body = solids.stack([z - half, z + half], [(0, y, w, d)] * 2)
-    r = p.wide(min(5, height / 3))
+    r = p.wide(min(5.5, height / 3))
     lamina = [
         (0.75 * w, back + 3, z + 2),
         (0.8 * w, back - 14, z),
@@ -183,7 +180,7 @@ def _vertebra(p: Painter, z: float, height: float) -> Solid:
     lamina = solids.tube(lamina, r)
     process = [(0.75 * w, back - 6, z + 2), (w + 16, back - 12, z + 2)]
     process = solids.tube(process, r)
-    thorn = solids.tube([(0, back - 24, z - 4), (0, back - 46, z - 12)], r)
+    thorn = solids.tube([(0, back - 24, z - 4), (0, back - 38, z - 12)], r)
     sides = [lamina, process, solids.mirror(lamina), solids.mirror(process)]
     return solids.union(body, *sides, thorn)
 

@@ -34,8 +34,9 @@ def training_batches(
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """Yield an endless stream of augmented crops, beginning with that of `start_step`.
 
-    Every case comes once per epoch, in a new order. The processes' batches of one step
-    are disjoint and together the batch of that step. Call `close()` when done.
+    Every case comes once per epoch, in a new order. Process i of n takes the crops i,
+    i + n, ... of each step's batch, so the processes' batches are disjoint and together
+    those of a single process. Call `close()` when done.
 
     Returns:
         An iterator of dictionaries: `image` float32 [b, D, H, W, 1], `label` uint8

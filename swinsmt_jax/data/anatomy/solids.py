@@ -30,7 +30,7 @@ def ellipsoid(centre: Point, radii: Point, *, turn: Point = (0, 0, 0)) -> Solid:
         p = _into(x, y, z, centre, axes)
         unit = np.sqrt(sum((q / r) ** 2 for q, r in zip(p, radii, strict=True)))
         slope = np.sqrt(sum((q / r**2) ** 2 for q, r in zip(p, radii, strict=True)))
-        return unit * (unit - 1) / np.maximum(slope, 1e-6)
+        return _to_surface(unit, slope, radii.min())
 
     reach = np.sqrt(((axes * radii) ** 2).sum(axis=1))
     return Solid(distance, centre - reach, centre + reach)
@@ -74,7 +74,7 @@ def stack(z: Sequence[float], sections: Sequence[Sequence[float]], *, shrink=0.0
         u, v = (x - cx) / w, (y - cy) / d
         unit = np.sqrt(u * u + v * v)
         slope = np.sqrt((u / w) ** 2 + (v / d) ** 2)
-        side = unit * (unit - 1) / np.maximum(slope, 1e-6)
+        side = _to_surface(unit, slope, np.minimum(w, d))
         return np.maximum(side, np.maximum(height - z[-1], z[0] - height))
 
     reach = sections[:, 2:].max(0)
@@ -178,6 +178,12 @@ def spline(points: Sequence[Point], *, steps: int = 4) -> Array:
         for a, b, c, d in zip(p[:-3], p[1:-2], p[2:-1], p[3:], strict=True)
     ]
     return np.concatenate([*parts, p[-2:-1]])
+
+
+def _to_surface(unit: Array, slope: Array, least: Array | float) -> Array:
+    """Distance to an ellipsoid from |p / r| and |p / r^2|; -`least` at its centre."""
+    with_centre = unit * (unit - 1) / np.maximum(slope, 1e-9)
+    return np.where(unit < 1e-3, -least, with_centre).astype(np.float32)
 
 
 def _into(x: Array, y: Array, z: Array, centre: Array, axes: Array) -> list[Array]:

@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.data import nifti, totalsegmentator
-from swinsmt_jax.data.anatomy.body import VERSION, make_phantom
+from swinsmt_jax.data.anatomy.body import SPACING, VERSION, make_phantom
 
 MARKER = "phantoms.json"
-
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI")  # of the files, in turn
 
 
@@ -69,6 +68,7 @@ def write_dataset(
     root = Path(root)
     for name, count in (("train", train), ("val", val), ("test", test)):
         checks.in_range(name, count, 0, 100_000)
+    checks.in_range("spacing", spacing, *SPACING)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     checks.positive("the number of cases", len(splits))
     arguments = {
@@ -110,6 +110,8 @@ def _claim(root: Path, arguments: dict) -> bool:
             f"{root} holds phantoms made with {found}, but {arguments} was asked for; "
             "remove the folder or choose another --root.",
         )
+        for leftover in root.glob(".*.s*"):  # of an interrupted run
+            shutil.rmtree(leftover)
         return (root / "meta.csv").is_file()
     root.mkdir(parents=True, exist_ok=True)
     marker.write_text(json.dumps(arguments))

@@ -1,5 +1,7 @@
 """A tiny dataset in the real layout, with masks and with the one label file."""
 
+import shutil
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -16,27 +18,35 @@ def write_nifti(path, array, affine=AFFINE):
     return path
 
 
-@pytest.fixture
-def volumes(rng):
+@pytest.fixture(scope="session")
+def volumes():
     """CT int16 and labels uint8 of one tiny scan."""
+    rng = np.random.default_rng(0)
     ct = rng.integers(-900, 900, SHAPE).astype(np.int16)
     return ct, rng.integers(0, 118, SHAPE).astype(np.uint8)
 
 
-@pytest.fixture
-def root(tmp_path, volumes):
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory, volumes):
     """s0001 (train) has 117 masks, s0002 (test) the same as one label file."""
+    root = tmp_path_factory.mktemp("dataset")
     ct, label = volumes
     for name in ("s0001", "s0002"):
-        write_nifti(tmp_path / name / "ct.nii.gz", ct)
+        write_nifti(root / name / "ct.nii.gz", ct)
     for i, name in enumerate(labels.CLASS_NAMES[1:], start=1):
         mask = (label == i).astype(np.uint8)
-        write_nifti(tmp_path / f"s0001/segmentations/{name}.nii.gz", mask)
-    write_nifti(tmp_path / "s0002/segmentations.nii.gz", label)
-    (tmp_path / "meta.csv").write_text(
+        write_nifti(root / f"s0001/segmentations/{name}.nii.gz", mask)
+    write_nifti(root / "s0002/segmentations.nii.gz", label)
+    (root / "meta.csv").write_text(
         "\ufeffimage_id;age;split\ns0001;50;train\ns0002;;test\n", encoding="utf-8"
     )
-    return tmp_path
+    return root
+
+
+@pytest.fixture
+def root(tmp_path, pristine):
+    """A copy of the tiny dataset that a test may spoil."""
+    return shutil.copytree(pristine, tmp_path / "dataset")
 
 
 @pytest.fixture

@@ -163,13 +163,18 @@ def test_folder_is_completed_kept_or_refused(tmp_path):
     for path in (root / "s0002").iterdir():
         path.unlink()
     (root / "s0002").rmdir()
+    (root / ".99.s0002").mkdir()
     phantom.write_dataset(root, **arguments)
     assert len(totalsegmentator.find_cases(root, split="train")) == 2
+    assert not (root / ".99.s0002").exists()
     first = root / "s0001/ct.nii.gz"
     assert first.stat().st_mtime_ns == times[first]
 
     with pytest.raises(checks.UserError, match="'seed': 1.*but.*'seed': 2"):
         phantom.write_dataset(root, **(arguments | {"seed": 2}))
+    with pytest.raises(checks.UserError, match="spacing is 99"):
+        phantom.write_dataset(tmp_path / "new", **(arguments | {"spacing": 99}))
+    assert not (tmp_path / "new").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("")
     with pytest.raises(checks.UserError, match="mine holds other files"):

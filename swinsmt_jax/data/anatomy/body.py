@@ -10,6 +10,7 @@ from swinsmt_jax.data.anatomy.frame import Painter
 from swinsmt_jax.data.anatomy.solids import rotation
 
 VERSION = 1  # raise when the drawing changes: old folders are then refused
+SPACING = (0.5, 12.0)  # mm; up to 8 a whole body keeps all 117 structures
 THINNEST = 0.75  # least radius in voxels of what is drawn
 
 # Fields of view: lower and upper end in mm above the spine's L5/S1, and how often.
@@ -57,7 +58,7 @@ def make_phantom(
     Returns:
         CT int16 HU [X, Y, Z], labels uint8 [X, Y, Z] and the affine [4, 4], in RAS.
     """
-    checks.in_range("spacing", spacing, 0.5, 12.0)
+    checks.in_range("spacing", spacing, *SPACING)
     rng = np.random.default_rng([VERSION, seed])
     share = np.array([r[2] for r in REGIONS.values()])
     drawn = str(rng.choice(list(REGIONS), p=share / share.sum()))

@@ -112,7 +112,7 @@ class SwinUNETRConfig:
 
 @dataclass(frozen=True)
 class SwinSMTConfig(SwinUNETRConfig):
-    """Swin SMT (Plotka et al., MICCAI 2024): Swin UNETR with Soft MoE in its last stages.
+    """Swin SMT (Plotka et al., MICCAI 2024): Soft MoE in Swin UNETR's last stages.
 
     Attributes:
         num_experts: experts E of every Soft MoE.

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax.layers import initializers
-from swinsmt_jax.layers.linear import standardize
 from swinsmt_jax.ops import convolution
+from swinsmt_jax.ops.normalization import standardize
 
 
 class Conv(nnx.Module):
@@ -90,7 +90,7 @@ class UpConv(nnx.Module):
 
 def instance_norm(x: jax.Array) -> jax.Array:
     """Standardise every channel of every sample over space, without parameters."""
-    return standardize(x, axes=(1, 2, 3)).astype(x.dtype)
+    return standardize(x, (1, 2, 3)).astype(x.dtype)
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax.layers import initializers
+from swinsmt_jax.ops.normalization import standardize
 
 
 class Linear(nnx.Module):
@@ -45,32 +46,13 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the normalised, scaled and moved `x` in the layer's dtype."""
-        y = standardize(x, axes=(-1,)) * self.scale[...] + self.bias[...]
+        y = standardize(x, (x.ndim - 1,)) * self.scale[...] + self.bias[...]
         return y.astype(self.dtype)
 
 
-def standardize(
-    x: jax.Array, *, axes: tuple[int, ...], epsilon: float = 1e-5
-) -> jax.Array:
-    """Subtract the mean and divide by the standard deviation over `axes`, in float32.
-
-    The variance is the biased one, as in PyTorch's layer and instance norms.
-    """
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=axes, keepdims=True)
-    variance = jnp.mean(jnp.square(x), axis=axes, keepdims=True)
-    return x * jax.lax.rsqrt(variance + epsilon)
-
-
-def rms_norm(x: jax.Array, gamma: jax.Array) -> jax.Array:
-    """Return x / ||x|| * sqrt(C) * gamma over the last axis, in float32.
-
-    A zero vector stays zero and has a zero gradient.
-    """
-    x = x.astype(jnp.float32)
-    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    scale = jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * x.shape[-1] ** 0.5
-    return x * scale * gamma
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, written as PyTorch does, so that the two round alike."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def dropout(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:

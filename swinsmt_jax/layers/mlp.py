@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from swinsmt_jax.layers.linear import Linear, dropout, fold_in
+from swinsmt_jax.layers.linear import Linear, dropout, fold_in, gelu
 
 
 class MLP(nnx.Module):
@@ -24,7 +24,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map [..., C] to [..., C]."""
-        x = jax.nn.gelu(self.linear1(x), approximate=False)
+        x = gelu(self.linear1(x))
         x = dropout(x, rate=self.dropout_rate, key=fold_in(key, 0))
         x = self.linear2(x)
         return dropout(x, rate=self.dropout_rate, key=fold_in(key, 1))

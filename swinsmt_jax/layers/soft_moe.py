@@ -10,8 +10,9 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
-from swinsmt_jax.layers.linear import dropout, fold_in, rms_norm
+from swinsmt_jax.layers.linear import dropout, fold_in, gelu
 from swinsmt_jax.ops import soft_routing
+from swinsmt_jax.ops.normalization import rms_norm
 
 
 class Experts(nnx.Module):
@@ -42,7 +43,7 @@ class Experts(nnx.Module):
         )
         x = slots.astype(self.dtype)
         x = jnp.einsum("besc,ecf->besf", x, w1) + b1[None, :, None]
-        x = jax.nn.gelu(x, approximate=False)
+        x = gelu(x)
         x = dropout(x, rate=self.dropout_rate, key=key)
         return jnp.einsum("besf,efc->besc", x, w2) + b2[None, :, None]
 

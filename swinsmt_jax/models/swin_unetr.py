@@ -11,9 +11,10 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.config import STAGES, SwinUNETRConfig
 from swinsmt_jax.layers.conv import Conv, ResidualBlock, UpBlock
-from swinsmt_jax.layers.linear import dropout, fold_in, standardize
+from swinsmt_jax.layers.linear import dropout, fold_in
 from swinsmt_jax.layers.patch import PatchEmbed
 from swinsmt_jax.layers.swin import SwinStage
+from swinsmt_jax.ops.normalization import standardize
 from swinsmt_jax.ops.soft_routing import RoutingWeights
 
 Routing = dict[str, RoutingWeights]
@@ -79,7 +80,7 @@ class SwinTransformer(nnx.Module):
     def _normalized(self, x):
         if not self.config.normalize:
             return x
-        return standardize(x, axes=(-1,)).astype(x.dtype)
+        return standardize(x, (x.ndim - 1,)).astype(x.dtype)
 
 
 class SwinUNETR(nnx.Module):

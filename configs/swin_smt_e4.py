@@ -1,0 +1,16 @@
+"""Swin SMT with 4 experts, 73,053,256 parameters; all else as in the paper's config.
+
+    python train.py --config=configs/swin_smt_e4.py --workdir=runs/swin_smt_e4
+
+To expect: a point in the study of the number of experts; swin_smt_paper.py has 32.
+"""
+
+from ml_collections import config_dict
+
+from configs import swin_smt_paper
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = swin_smt_paper.get_config()
+    config.model.num_experts = 4
+    return config

@@ -1,0 +1,16 @@
+"""Swin UNETR S: 24 features, 18.35 million parameters; all else as in swin_unetr_b.py.
+
+    python train.py --config=configs/swin_unetr_s.py --workdir=runs/swin_unetr_s
+
+To expect: a smaller baseline of Swin SMT beside swin_unetr_b.py.
+"""
+
+from ml_collections import config_dict
+
+from configs import swin_unetr_b
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = swin_unetr_b.get_config()
+    config.model.feature_size = 24
+    return config

@@ -1,0 +1,166 @@
+"""Where arrays live: the device mesh, batches, and parameters by rules on their names.
+
+The mesh has the axes "data" and "expert". Batches are divided over both, the weights
+of experts over "expert", and everything else stands on every device.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from swinsmt_jax import checks
+from swinsmt_jax.config import ExperimentConfig, MeshConfig, ModelConfig, SwinSMTConfig
+
+DATA, EXPERT = "data", "expert"
+BATCH = PartitionSpec((DATA, EXPERT))
+
+Rules = tuple[tuple[str, PartitionSpec], ...]
+EXPERT_RULES: Rules = ((r"/experts/", PartitionSpec(EXPERT)),)
+
+
+def make_mesh(
+    config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Arrange devices as `config.data` x `config.expert`; the first ones if too many.
+
+    Args:
+        config: sizes of the axes; `data = -1` takes all devices that are left.
+        devices: of all processes; by default all there are.
+
+    Raises:
+        UserError: for a mesh larger than the devices, an expert axis that does not
+            divide them, or, with several processes, devices left over.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count, data = len(devices), config.data
+    if data == -1:
+        checks.require(
+            count % config.expert == 0,
+            f"mesh.expert is {config.expert}, but must divide the number of devices, "
+            f"{count}: take one of {_listing(_divisors(count))}.",
+        )
+        data = count // config.expert
+    size = data * config.expert
+    checks.require(
+        size <= count,
+        f"the mesh asks for mesh.data x mesh.expert = {data} x {config.expert} = "
+        f"{size} devices, but there are {count}; mesh.data=-1 takes what there is.",
+    )
+    checks.require(
+        size == count or jax.process_count() == 1,
+        f"the mesh takes {size} of {count} devices, but with several processes it must "
+        "take all; mesh.data=-1 does.",
+    )
+    return jax.make_mesh(
+        (data, config.expert),
+        (DATA, EXPERT),
+        axis_types=(AxisType.Auto,) * 2,  # the default, Explicit, refuses Soft MoE
+        devices=devices[:size],
+    )
+
+
+def require_divisible(config: ExperimentConfig, mesh: Mesh) -> None:
+    """Raise `UserError` unless the mesh divides the batch and the experts evenly."""
+    batch, size = config.data.batch_size, mesh.size
+    checks.require(
+        batch % size == 0,
+        f"data.batch_size is {batch}, but must be a multiple of the {size} devices of "
+        f"the mesh (data {mesh.shape[DATA]} x expert {mesh.shape[EXPERT]}); the next "
+        f"valid size is {-(-batch // size) * size}. Fewer devices are taken with "
+        "mesh.data.",
+    )
+    if isinstance(config.model, SwinSMTConfig):
+        experts, axis = config.model.num_experts, mesh.shape[EXPERT]
+        checks.require(
+            experts % axis == 0,
+            f"model.num_experts is {experts}, but must be a multiple of mesh.expert = "
+            f"{axis}; with {experts} experts, mesh.expert may be one of "
+            f"{_listing(_divisors(experts))}.",
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what stands whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: its leading axis over all devices."""
+    return NamedSharding(mesh, BATCH)
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Make global arrays of this process's part of a batch, divided over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
+
+
+def parameter_rules(config: ModelConfig) -> Rules:
+    """Return the rules for a network's parameters; what none matches is replicated."""
+    return EXPERT_RULES if isinstance(config, SwinSMTConfig) else ()
+
+
+def path_name(path: Sequence) -> str:
+    """Join the dictionary keys of a leaf's path: swinViT/layers2/blocks/0/norm1/scale.
+
+    Other parts of the path (fields, positions) are left out, so that an optimiser's
+    moments have the names of their parameters.
+    """
+    keys = (part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+    return "/".join(str(key) for key in keys)
+
+
+def tree_shardings(tree, *, mesh: Mesh, rules: Rules):
+    """Return the sharding of every leaf: that of the first rule its name matches.
+
+    Args:
+        tree: of arrays or `jax.ShapeDtypeStruct`; parameters, or a state with moments.
+        mesh: with the axes that the rules name.
+        rules: (regular expression, PartitionSpec) in order, searched in `path_name`.
+
+    Raises:
+        UserError: for a rule that matches no leaf, and a side that its axis does not
+            divide.
+    """
+    unused = dict(rules)
+
+    def sharding_of(path, leaf):
+        name = path_name(path)
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                unused.pop(pattern, None)
+                _require_fit(name, leaf.shape, spec, mesh)
+                return NamedSharding(mesh, spec)
+        return replicated(mesh)
+
+    shardings = jax.tree_util.tree_map_with_path(sharding_of, tree)
+    checks.require(
+        not unused,
+        f"sharding rule {next(iter(unused), '')!r} matches no parameter; mend its "
+        "pattern or remove it.",
+    )
+    return shardings
+
+
+def _require_fit(name, shape, spec, mesh):
+    for side, axis in zip(shape, spec, strict=False):
+        parts = 1 if axis is None else mesh.shape[axis]
+        checks.require(
+            side % parts == 0,
+            f"parameter {name} has shape {shape}, but its side {side} must be a "
+            f"multiple of {parts}, the size of the mesh axis {axis!r}.",
+        )
+
+
+def _divisors(number):
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listing(numbers):
+    return ", ".join(str(n) for n in numbers)

@@ -1,0 +1,102 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard and the progress bar."""
+
+import collections
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+from absl import logging
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from swinsmt_jax.training.workdir import write_atomically
+
+FILE = "metrics.jsonl"
+TIMED_STEPS = 20
+SHOWN = {"loss": "loss", "learning_rate": "lr", "patches_per_second": "patch/s"}
+
+
+class Clock:
+    """Crops per second over the last finished steps.
+
+    The first step compiles and is not timed.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._ends = collections.deque(maxlen=TIMED_STEPS + 1)
+
+    def tick(self) -> dict[str, float]:
+        """Note the end of a step; return {"patches_per_second": ...} once known."""
+        self._ends.append(time.perf_counter())
+        steps, seconds = len(self._ends) - 1, self._ends[-1] - self._ends[0]
+        if not steps:
+            return {}
+        return {"patches_per_second": steps * self._batch_size / seconds}
+
+    def restart(self) -> None:
+        """Leave out what has passed since the last step."""
+        self._ends.clear()
+        self._ends.append(time.perf_counter())
+
+
+class Log:
+    """Writes rows of metrics and moves the progress bar; open with `open_log`."""
+
+    def __init__(self, file, board: SummaryWriter, bar: tqdm):
+        self._file, self._board, self._bar = file, board, bar
+
+    def progress(self, values: Mapping[str, float]) -> None:
+        """Move the bar by one step and show its metrics."""
+        shown = {label: f"{values[n]:.3g}" for n, label in SHOWN.items() if n in values}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a step; each step is given once."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+
+    def say(self, message: str, *values) -> None:
+        """Log a line above the bar."""
+        with tqdm.external_write_mode():
+            logging.info(message, *values)
+
+
+@contextlib.contextmanager
+def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log | None]:
+    """Continue the log of a run after step `start`; rows beyond it are dropped.
+
+    Yields None in all processes but the first.
+    """
+    if jax.process_index() != 0:
+        yield None
+        return
+    path = workdir / FILE
+    rows = [row for row in read_rows(path) if row["step"] <= start]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    with (
+        path.open("a") as file,
+        SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) as board,
+        tqdm(
+            total=stop, initial=start, desc="training", unit="step", dynamic_ncols=True
+        ) as bar,
+    ):
+        yield Log(file, board, bar)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read a metrics.jsonl; a line that a killed run left unfinished is passed over."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]

@@ -1,0 +1,90 @@
+"""What training carries from step to step, as one pytree of arrays."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from swinsmt_jax import models, sharding
+from swinsmt_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """State after `step` updates.
+
+    Attributes:
+        step: int32; with the seed it decides the keys and the data of the next update.
+        params: nested dictionaries of float32 arrays, named as the network's parts.
+        opt_state: optax's state; its moments are nested as `params`.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+    """Split a network into its structure and plain dictionaries of its parameters.
+
+    `nnx.merge(graphdef, params)` is the inverse. Plain dictionaries keep flax's types
+    out of checkpoints.
+    """
+    graphdef, params = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def blueprint(
+    config: ModelConfig, optimizer: optax.GradientTransformation, *, mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Return the network's structure and the state to be, as shapes with shardings.
+
+    Takes no memory. The leaves are `jax.ShapeDtypeStruct` with dtype and sharding:
+    what a state is made by, restored onto and compiled for.
+    """
+    graphdef, params = abstract_model(config)
+    state = jax.eval_shape(lambda p: _start(p, optimizer), params)
+    rules = sharding.parameter_rules(config)
+    shardings = sharding.tree_shardings(state, mesh=mesh, rules=rules)
+    return graphdef, jax.tree.map(
+        lambda leaf, place: leaf.update(sharding=place), state, shardings
+    )
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict]:
+    """Return structure and parameters' shapes and dtypes of a config's network."""
+    return split(nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0))))
+
+
+def initialize(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    like: TrainState,
+) -> TrainState:
+    """Make the state before the first update, born where `like` has its leaves."""
+
+    def make(key):
+        _, params = split(models.create(config, rngs=nnx.Rngs(key)))
+        return _start(params, optimizer)
+
+    places = shardings_of(like)
+    # On CPU, LLVM's optimisation of a hundred random draws takes a minute.
+    on_cpu = like.step.sharding.mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    make = jax.jit(make, out_shardings=places, compiler_options=options)
+    return make(jax.random.key(seed))
+
+
+def shardings_of(tree):
+    """Return the shardings of a tree's leaves."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _start(params, optimizer):
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -1,0 +1,107 @@
+"""The folder of a run: it belongs to one experiment, whose config.json it holds.
+
+<workdir>/config.json         the resolved config of the last start
+<workdir>/checkpoints/<step>  state, config and seed, data and batch of the run
+<workdir>/metrics.jsonl       one row of metrics per logged step
+<workdir>/tensorboard/        the same for TensorBoard
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from swinsmt_jax import checks
+from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
+
+# Keys that a run may change when it is continued. A new num_steps stretches the
+# remaining decay of the learning rate; data.root may move, since the checkpoint knows
+# the data's fingerprint.
+MAY_CHANGE = (
+    "training.num_steps",
+    "training.log_every",
+    "training.eval_every",
+    "training.eval_cases",
+    "training.checkpoint_every",
+    "mesh.data",
+    "mesh.expert",
+    "model.remat",
+    "data.root",
+    "data.num_workers",
+    "data.num_threads",
+    "data.cache",
+    "inference.overlap",
+    "inference.blend",
+    "inference.window_batch",
+)
+
+
+def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
+    """Make the folder, or check that it belongs to this config, and record the config.
+
+    Raises:
+        UserError: for a path that cannot be a folder, an unreadable config.json, and a
+            config that differs from the recorded one in keys outside `MAY_CHANGE`.
+    """
+    workdir = Path(path).absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise checks.UserError(
+            f"the workdir {workdir} cannot be made: {error.strerror}; choose another "
+            "--workdir."
+        ) from error
+    file = workdir / "config.json"
+    if file.exists():
+        _require_same(workdir, recorded_config(file), config)
+    if jax.process_index() == 0:
+        write_atomically(file, json.dumps(to_dict(config), indent=2) + "\n")
+    return workdir
+
+
+def recorded_config(file: Path) -> ExperimentConfig:
+    """Read a config.json back; a `UserError` if it is none."""
+    try:
+        return from_config_dict(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise checks.UserError(
+            f"{file} is not the config of a run ({error}); repair it, or choose "
+            "another --workdir."
+        ) from error
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a text file as a whole: a reader sees the old or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, file)
+    except OSError as error:
+        raise checks.UserError(
+            f"{file} cannot be written: {error.strerror}; make room or mend the "
+            "folder's permissions, or choose another --workdir."
+        ) from error
+
+
+def _require_same(workdir, old, new):
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    changed = [
+        f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in MAY_CHANGE
+    ]
+    checks.require(
+        not changed,
+        f"the workdir {workdir} belongs to another config; these keys differ: "
+        f"{'; '.join(changed)}. Choose another --workdir or restore the keys. A run "
+        f"may change only {', '.join(MAY_CHANGE)}.",
+    )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,281 @@
+"""How close the network is to the PyTorch one, measured on golden tensors.
+
+    python -m benchmarks.parity [--goldens=../shared/parity] [--json=FILE]
+
+Exits with status 1 if a figure is beyond its tolerance. The goldens hold inputs,
+parameters, outputs and gradients of the PyTorch network in float32 on CPU.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from swinsmt_jax import convert, inference, losses, models
+from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
+from swinsmt_jax.convert import swin_names
+from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.patch import PatchMerging
+from swinsmt_jax.layers.soft_moe import SoftMoE
+from swinsmt_jax.layers.swin import SwinBlock
+
+NETWORKS = {
+    "swin_smt_f12_e4": SwinSMTConfig(
+        in_channels=1,
+        out_channels=5,
+        feature_size=12,
+        num_experts=4,
+        num_moe_stages=3,
+        patch_merging="legacy",
+    ),
+    "swin_unetr_v2_f12_octants": SwinUNETRConfig(
+        in_channels=1,
+        out_channels=5,
+        feature_size=12,
+        residual_conv=True,
+        patch_merging="octants",
+    ),
+}
+
+
+class Figure(NamedTuple):
+    """One measured deviation and the most that it may be."""
+
+    golden: str
+    what: str
+    value: float
+    tolerance: float
+
+
+def network_figures(golden: Mapping, config, *, name: str) -> list[Figure]:
+    """Compare logits, hidden states, loss, gradients and bfloat16 with a golden."""
+    state_dict = _part(golden, "param/")
+    graphdef, params = _loaded(config, state_dict)
+    x = jnp.moveaxis(golden["x"], 1, -1)
+    y = jnp.asarray(golden["y"][:, 0])
+
+    @jax.jit
+    def loss_and_logits(params, x, y):
+        def loss(params):
+            logits = nnx.merge(graphdef, params)(x)
+            return losses.dice_cross_entropy(logits, y), logits
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, logits), gradients = loss_and_logits(params, x, y)
+    hidden = jax.jit(lambda p, x: nnx.merge(graphdef, p).hidden_states(x))(params, x)
+    written = convert.to_torch(nnx.merge(graphdef, params))
+    gradients = convert.to_torch(nnx.merge(graphdef, gradients))
+    norms = {k: np.linalg.norm(g.astype(np.float64)) for k, g in gradients.items()}
+    wanted = _part(golden, "grad_norm/")
+    bf16_graph, bf16_params = _loaded(
+        dataclasses.replace(config, dtype="bfloat16"), state_dict
+    )
+    bf16 = jax.jit(lambda p, x: nnx.merge(bf16_graph, p)(x))(bf16_params, x)
+
+    unequal = set(written) ^ set(state_dict) or [
+        k for k in state_dict if not np.array_equal(written[k], state_dict[k])
+    ]
+    rows = [("parameters that change on the way out", len(unequal), 0)]
+    rows += [("logits, absolute", _absolute(logits, golden["logits"]), 2e-4)]
+    rows += [
+        (f"hidden state {i}, absolute", _absolute(h, golden[f"hidden/{i}"]), 2e-4)
+        for i, h in enumerate(hidden)
+    ]
+    rows += [
+        ("Dice + CE, absolute", abs(float(loss) - float(golden["dice_ce"])), 1e-6),
+        (
+            f"largest of {len(wanted)} gradient norms, relative",
+            max(abs(norms[k] / float(v) - 1) for k, v in wanted.items()),
+            1e-3,
+        ),
+        ("bfloat16 logits, relative L2", _relative_l2(bf16, logits), 2e-2),
+    ]
+    return [Figure(name, what, float(v), tol) for what, v, tol in rows]
+
+
+def module_figures(golden: Mapping) -> list[Figure]:
+    """Compare the Soft MoE, two Swin blocks and three mergings, with gradients."""
+    rngs = nnx.Rngs(0)
+
+    def block(shift):
+        return SwinBlock(
+            24,
+            num_heads=6,
+            window_size=(7, 7, 7),
+            shift=shift,
+            mlp=MLP(24, hidden=96, rngs=rngs),
+            rngs=rngs,
+        )
+
+    def run_block(module, x):
+        return module(x)[0]
+
+    stage, moe = "swinViT.layers1.0.blocks.0.", "swinViT.layers1.0.blocks.0.mlp."
+    merging = "swinViT.layers1.0.downsample."
+    figures = _module(
+        golden, "soft_moe", SoftMoE(24, num_experts=4, rngs=rngs), moe, _call
+    )
+    for name, shift in (("plain_block", (0, 0, 0)), ("shifted_block", (3, 3, 3))):
+        figures += _module(golden, name, block(shift), stage, run_block)
+    for mode in ("legacy", "octants", "octants_v2"):
+        module = PatchMerging(24, mode=mode, rngs=rngs)
+        figures += _module(golden, f"merging_{mode}", module, merging, _call)
+    return figures
+
+
+def loss_and_window_figures(golden: Mapping) -> list[Figure]:
+    """Compare the loss with its gradient, and the sliding window in both blends."""
+    logits = jnp.moveaxis(golden["dice_ce/logits"], 1, -1)
+    labels = jnp.asarray(golden["dice_ce/y"][:, 0])
+    value, gradient = jax.jit(jax.value_and_grad(losses.dice_cross_entropy))(
+        logits, labels
+    )
+    figures = [
+        Figure("dice_ce", "value", abs(float(value - golden["dice_ce/value"])), 1e-6),
+        Figure(
+            "dice_ce", "gradient", _absolute(gradient, golden["dice_ce/grad"]), 1e-6
+        ),
+    ]
+    kernel = jnp.asarray(golden["sliding/kernel"]).transpose(2, 3, 4, 1, 0)
+
+    @jax.jit
+    def predict(p):
+        y = jax.lax.conv_general_dilated(
+            p, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+        return jnp.tanh(y) * p.mean(axis=(1, 2, 3, 4), keepdims=True)
+
+    for blend in ("constant", "gaussian"):
+        result = inference.sliding_window(
+            predict,
+            np.moveaxis(golden["sliding/volume"], 1, -1)[0],
+            window=(32, 32, 32),
+            num_classes=3,
+            overlap=0.5,
+            blend=blend,
+        )
+        deviation = _absolute(result[None], golden[f"sliding/{blend}"])
+        figures.append(Figure("sliding", blend, deviation, 1e-5))
+    return figures
+
+
+def _module(golden, name, module, torch_prefix, call: Callable) -> list[Figure]:
+    graphdef, params = nnx.split(module)
+    params = _fill(params, _part(golden, f"{name}/param/"), torch_prefix)
+    x, cotangent = (jnp.asarray(golden[f"{name}/{k}"]) for k in ("in0", "cotangent"))
+
+    @jax.jit
+    def run(params, x):
+        out, pullback = jax.vjp(lambda p, x: call(nnx.merge(graphdef, p), x), params, x)
+        return out, *pullback(cotangent)
+
+    out, param_gradients, x_gradient = run(params, x)
+    wanted = _fill(params, _part(golden, f"{name}/grad/"), torch_prefix)
+    worst = max(
+        _relative(a, b)
+        for a, b in zip(
+            jax.tree.leaves(param_gradients), jax.tree.leaves(wanted), strict=True
+        )
+    )
+    rows = (
+        ("output, relative", _relative(out, golden[f"{name}/out"])),
+        ("input gradient, relative", _relative(x_gradient, golden[f"{name}/grad_in0"])),
+        ("parameter gradients, relative", worst),
+    )
+    return [Figure(name, what, value, 1e-5) for what, value in rows]
+
+
+def _fill(params, arrays, torch_prefix):
+    """Put the PyTorch arrays of one module into its parameters."""
+    ours = torch_prefix.replace(".0.", "/", 1).replace(".", "/")
+    flat = []
+    for path, leaf in nnx.to_flat_state(params):
+        rule, name = swin_names.find_rule(ours + "/".join(map(str, path)))
+        shape = leaf[...].shape
+        name = name.removeprefix(torch_prefix)
+        if "{e}" in name:
+            parts = [arrays[name.format(e=e)] for e in range(shape[0])]
+            array = np.stack([rule.from_torch(a, shape[1:]) for a in parts])
+        else:
+            array = rule.from_torch(arrays[name], shape)
+        flat.append((path, leaf.replace(jnp.asarray(array))))
+    return nnx.from_flat_state(flat)
+
+
+def _call(module, x):
+    return module(x)
+
+
+def _loaded(config, state_dict):
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0)))
+    )
+    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
+    model = nnx.merge(graphdef, params)
+    convert.load_torch(model, state_dict)
+    return nnx.split(model)
+
+
+def _part(golden, prefix):
+    return {k.removeprefix(prefix): golden[k] for k in golden if k.startswith(prefix)}
+
+
+def _absolute(ours, theirs):
+    """Largest deviation; theirs is [B, C, D, H, W]."""
+    return float(np.abs(np.moveaxis(np.asarray(ours), -1, 1) - theirs).max())
+
+
+def _relative(ours, theirs):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def _relative_l2(ours, theirs):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def all_figures(goldens: Path) -> list[Figure]:
+    """Measure everything that the folder of goldens has a figure for."""
+    figures = []
+    for name, config in NETWORKS.items():
+        golden = dict(np.load(goldens / f"{name}.npz"))
+        figures += network_figures(golden, config, name=name)
+    modules = dict(np.load(goldens / "modules.npz"))
+    return figures + module_figures(modules) + loss_and_window_figures(modules)
+
+
+def print_table(figures: list[Figure]) -> None:
+    """Print one row for each figure."""
+    for f in figures:
+        verdict = "ok" if f.value <= f.tolerance else "BEYOND"
+        print(
+            f"{f.golden:26} {f.what:46} {f.value:9.2e} <= {f.tolerance:7.0e} {verdict}"
+        )
+
+
+def main(_):
+    """Print the table, write it if asked, and fail if a figure is beyond."""
+    figures = all_figures(Path(_GOLDENS.value))
+    print_table(figures)
+    if _JSON.value:
+        rows = [f._asdict() for f in figures]
+        Path(_JSON.value).write_text(json.dumps(rows, indent=1))
+    return int(any(f.value > f.tolerance for f in figures))
+
+
+if __name__ == "__main__":
+    _GOLDENS = flags.DEFINE_string("goldens", "../shared/parity", "folder of goldens")
+    _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
+    app.run(main)

@@ -1,0 +1,119 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+import train
+from swinsmt_jax.checks import UserError
+
+ROOT = Path(train.__file__).parent
+# of ml_collections, when it loads a config file
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parse a command line; config_flags finds the overrides in sys.argv."""
+
+    def parse(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        values = flags.FlagValues()
+        train.define_flags(values)
+        train.parse(sys.argv, values)
+        return values
+
+    return parse
+
+
+def test_the_command_line_changes_the_config(parse, tmp_path):
+    values = parse(
+        f"--config={ROOT}/configs/swin_smt_e4.py",
+        f"--workdir={tmp_path}",
+        "--config.optimizer.learning_rate=3e-4",
+        "--config.data.patch_shape=(96, 96, 64)",
+    )
+    assert values.config.optimizer.learning_rate == 3e-4
+    assert values.config.data.patch_shape == (96, 96, 64)
+    assert values.config.model.num_experts == 4
+    assert values.workdir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        (
+            "--config.optimizer.learnin_rate=1",
+            """unknown config key 'learnin_rate'. Did you mean "learning_rate\"""",
+        ),
+        ("--config.optimzer.b1=1", """unknown config key 'optimzer'. Did you mean"""),
+        ("--config.optimizer.b1=abc", "could not convert string to float: 'abc'"),
+        ("--config.data.batch_size=2.5", "invalid literal for int"),
+        ("--config=configs/nothing.py", "configs/nothing.py"),
+        ("--wokdir=x", "Unknown command line flag 'wokdir'"),
+    ],
+)
+def test_what_the_command_line_cannot_mean_is_refused(parse, argument, words):
+    with pytest.raises(UserError) as error:
+        parse(f"--config={ROOT}/configs/demo.py", "--workdir=x", argument)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--config=configs/demo.py", "--workdir=x"])
+def test_both_flags_are_required(parse, flag):
+    with pytest.raises(UserError, match="must have a value"):
+        parse(flag)
+
+
+def run(*arguments):
+    command = [sys.executable, "train.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_user_errors_end_the_script_in_one_line(tmp_path):
+    missing = tmp_path / "missing"
+    done = run(
+        "--config=configs/demo.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.root={missing}",
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"train.py: data folder {missing} does not exist")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_trains_continues_and_is_evaluated(tmp_path):
+    """The real network through both scripts, on phantoms, in few steps."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "swinsmt_jax.data.phantom"),
+            f"--root={tmp_path / 'data'}",
+            *"--cases=4 --val=1 --test=1 --spacing=12 --seed=0".split(),
+        ],
+        check=True,
+        cwd=ROOT,
+    )
+    workdir = tmp_path / "run"
+    for steps in (2, 3):
+        done = run(
+            "--config=configs/demo.py",
+            f"--workdir={workdir}",
+            f"--config.data.root={tmp_path / 'data'}",
+            "--config.data.patch_shape=(32, 32, 32)",
+            f"--config.training.num_steps={steps}",
+            "--config.optimizer.warmup_steps=1",
+        )
+        assert done.returncode == 0, done.stderr
+    assert "continuing after step 2 of 3" in done.stderr
+    assert (workdir / "metrics.jsonl").read_text().count("val_dice/ribs") == 2
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", f"--workdir={workdir}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Dice (%)" in done.stdout

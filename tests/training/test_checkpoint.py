@@ -1,0 +1,189 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swinsmt_jax import sharding
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import MeshConfig
+from swinsmt_jax.training.checkpoint import Origin, load_model, open_checkpoints
+from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
+from swinsmt_jax.training.state import TrainState, blueprint, initialize
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+def states(config, *, data=1, expert=1):
+    """A fresh state of the tiny network on a mesh, and its blueprint."""
+    schedule = make_schedule(config.optimizer, num_steps=6)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    mesh = sharding.make_mesh(MeshConfig(data, expert))
+    _, like = blueprint(config.model, optimizer, mesh=mesh)
+    return initialize(config.model, optimizer, seed=0, like=like), like
+
+
+def at(state, step):
+    return TrainState(jnp.int32(step), state.params, state.opt_state)
+
+
+def write(workdir, config, dice):
+    """Save the steps and validation Dice of a dictionary; return the last state."""
+    state, like = states(config)
+    with open_checkpoints(workdir) as checkpoints:
+        for step, value in dice.items():
+            state = at(state, step)
+            checkpoints.save(state, origin=Origin(config, data="abc"), dice=value)
+    return state
+
+
+def restore(workdir, config, like, data="abc"):
+    with open_checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_latest(like, origin=Origin(config, data=data))
+
+
+def folders(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("data, expert", [(1, 1), (4, 2)])
+def test_a_state_comes_back_bit_by_bit_on_any_mesh(tmp_path, make_config, data, expert):
+    config = make_config()
+    saved = write(tmp_path, config, {7: None})
+    _, like = states(config, data=data, expert=expert)
+    found = restore(tmp_path, config, like)
+    assert jax.tree.structure(found) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, found, saved)
+    same = jax.tree.map(lambda a, b: a.sharding == b.sharding, found, like)
+    assert all(jax.tree.leaves(same)) and int(found.step) == 7
+
+
+def test_nothing_to_restore_is_none(tmp_path, make_config):
+    config = make_config()
+    assert restore(tmp_path, config, states(config)[1]) is None
+
+
+def test_the_latest_two_and_the_best_are_kept(tmp_path, make_config):
+    dice = {1: 0.2, 2: 0.9, 3: None, 4: 0.5, 5: float("nan"), 6: None}
+    write(tmp_path, make_config(), dice)
+    assert folders(tmp_path) == [2, 5, 6]
+    for step, wanted in ((None, 2), ("best", 2), ("latest", 6), (5, 5)):
+        assert load_model(tmp_path, step=step)[2]["step"] == wanted
+    assert load_model(tmp_path)[2]["metrics"] == {"val_dice": 0.9}
+
+
+def test_load_model_returns_the_network_and_its_config(tmp_path, make_config):
+    config = make_config()
+    state = write(tmp_path, config, {3: None})
+    found, model, info = load_model(tmp_path)
+    assert found == config and info == {"step": 3, "metrics": {}}
+    np.testing.assert_array_equal(
+        model.stem.kernel[...], state.params["stem"]["kernel"]
+    )
+    assert model(jnp.ones((1, 2, 2, 2, 1))).shape == (1, 2, 2, 2, 4)
+
+
+def test_a_loaded_network_runs_on_any_device(tmp_path, make_config):
+    write(tmp_path, make_config(), {3: None})
+    model = load_model(tmp_path)[1]
+    mesh = sharding.make_mesh(MeshConfig(4, 1))
+    x = jax.device_put(jnp.ones((4, 2, 2, 2, 1)), sharding.batch_sharding(mesh))
+    assert jax.jit(lambda m, x: m(x))(model, x).sharding.num_devices == 4
+
+
+def test_load_model_says_what_is_missing(tmp_path, make_config):
+    with pytest.raises(UserError, match=r"holds no checkpoints.*python train\.py"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        load_model(tmp_path)
+    write(tmp_path, make_config(), {3: None})
+    with pytest.raises(UserError, match="no checkpoint of step 9; there are 3"):
+        load_model(tmp_path, step=9)
+    with pytest.raises(UserError, match="no best checkpoint.*--step=latest"):
+        load_model(tmp_path, step="best")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, make_config):
+    write(tmp_path, make_config(), {3: None})
+    other = make_config(model={"feature_size": 24})
+    words = (
+        r"of another model; 5 .*differ: blocks/0/kernel: \(12, 4\) in the checkpoint"
+    )
+    with pytest.raises(UserError, match=words):
+        restore(tmp_path, other, states(other)[1])
+
+
+def test_load_model_refuses_parameters_of_another_model(tmp_path, make_config):
+    write(tmp_path, make_config(), {3: None})
+    meta = tmp_path / "checkpoints/3/meta/metadata"
+    content = json.loads(meta.read_text())
+    content["config"]["model"]["out_channels"] = 9
+    meta.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"blocks/0/bias: \(4,\) .*, \(9,\) in the net"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, data, words",
+    [
+        ({"training": {"seed": 1}}, "abc", "its seed is 0, but now 1"),
+        ({"data": {"batch_size": 4}}, "abc", "its batch_size is 2, but now 4"),
+        ({}, "abd", "its data is 'abc', but now 'abd' .*cases of the train split"),
+    ],
+)
+def test_a_run_that_would_not_repeat_itself_is_refused(
+    tmp_path, make_config, changes, data, words
+):
+    write(tmp_path, make_config(), {3: None})
+    config = make_config(**changes)
+    with pytest.raises(UserError, match=words):
+        restore(tmp_path, config, states(config)[1], data=data)
+
+
+def truncate(folder):
+    for part in (folder / "state").rglob("d/*"):
+        part.write_bytes(part.read_bytes()[:9])
+
+
+# Orbax leaves its other reads to a closed event loop when the first one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        lambda folder: shutil.rmtree(folder / "state"),
+        lambda folder: shutil.rmtree(folder / "meta"),
+        lambda folder: (folder / "state" / "_METADATA").unlink(),
+        lambda folder: (folder / "meta" / "metadata").write_text('{"config'),
+    ],
+    ids=["truncated", "no state", "no meta", "no structure", "half a meta"],
+)
+def test_damage_is_told_with_its_remedy(tmp_path, make_config, damage):
+    config = make_config()
+    write(tmp_path, config, {3: None, 4: None})
+    damage(tmp_path / "checkpoints" / "4")
+    words = "checkpoints/4 cannot be read; it is damaged.*Remove this folder"
+    with pytest.raises(UserError, match=words):
+        restore(tmp_path, config, states(config)[1])
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path, make_config):
+    config = make_config()
+    write(tmp_path, config, {3: None})
+    done = tmp_path / "checkpoints" / "3"
+    shutil.copytree(done, done.with_name("4.orbax-checkpoint-tmp"))
+    assert int(restore(tmp_path, config, states(config)[1]).step) == 3
+    assert folders(tmp_path) == [3]
+
+
+def test_the_config_is_read_from_the_checkpoint(tmp_path, make_config):
+    config = make_config()
+    longer = dataclasses.replace(config.training, num_steps=99)
+    write(tmp_path, dataclasses.replace(config, training=longer), {3: None})
+    assert load_model(tmp_path)[0].training.num_steps == 99

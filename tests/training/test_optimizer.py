@@ -1,0 +1,51 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swinsmt_jax.config import OptimizerConfig, SwinSMTConfig
+from swinsmt_jax.sharding import path_name
+from swinsmt_jax.training.optimizer import is_decayed, make_optimizer, make_schedule
+from swinsmt_jax.training.state import abstract_model
+
+
+def test_the_rate_rises_linearly_and_falls_along_a_cosine():
+    config = OptimizerConfig(0.5, warmup_steps=10, final_ratio=0.1)
+    rates = np.array([make_schedule(config, num_steps=110)(s) for s in range(111)])
+    np.testing.assert_allclose(rates[:10], 0.05 * np.arange(1, 11), rtol=1e-6)
+    assert rates[10] == pytest.approx(0.5) and rates[60] == pytest.approx(0.275)
+    assert rates[110] == pytest.approx(0.05)
+    assert (np.diff(rates[10:]) < 0).all()
+
+
+def test_without_warm_up_the_first_step_has_the_full_rate():
+    schedule = make_schedule(OptimizerConfig(0.5), num_steps=4)
+    assert float(schedule(0)) == 0.5 and float(schedule(4)) == pytest.approx(0)
+    assert float(schedule(9)) == pytest.approx(0)  # and no rise again
+
+
+def test_kernels_alone_are_decayed():
+    config = SwinSMTConfig(1, 5, 12, num_experts=4, num_moe_stages=1, patch_norm=True)
+    _, params = abstract_model(config)
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    ends = {True: set(), False: set()}
+    for path, _ in leaves:
+        name = path_name(path)
+        ends[is_decayed(name)].add(name.split("/")[-1])
+    assert ends[True] == {"kernel", "slot_kernel", "w1", "w2"}
+    other = {"bias", "scale", "gamma", "slot_gamma", "b1", "b2"}
+    assert ends[False] == other | {"relative_position_bias_table"}
+
+
+def test_decay_is_decoupled_and_gradients_are_clipped():
+    config = OptimizerConfig(0.1, weight_decay=0.5, clip_norm=1.0, b1=0.0, b2=0.0)
+    optimizer = make_optimizer(config, make_schedule(config, num_steps=10))
+    params = {"kernel": jnp.full(2, 3.0), "bias": jnp.full(2, 3.0)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+    large = jax.tree.map(lambda p: jnp.full_like(p, 1e6), params)
+    _, state = optimizer.update(large, optimizer.init(params), params)
+    seen = jax.tree.leaves(state[1][0].mu)  # with b1 = 0, the clipped gradient
+    assert np.sqrt(sum(float((g**2).sum()) for g in seen)) == pytest.approx(1, 1e-5)

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.training.workdir import open_workdir, recorded_config
+
+
+def test_the_config_is_recorded_and_read_back(tmp_path, make_config):
+    config = make_config()
+    workdir = open_workdir(tmp_path / "new" / "run", config)
+    assert recorded_config(workdir / "config.json") == config
+    assert [p.name for p in workdir.iterdir()] == ["config.json"]
+
+
+def test_another_config_is_refused_by_the_keys_that_differ(tmp_path, make_config):
+    open_workdir(tmp_path, make_config())
+    other = make_config(
+        model={"feature_size": 24}, optimizer={"b1": 0.8}, training={"num_steps": 9}
+    )
+    words = (
+        r"belongs to another config; these keys differ: model.feature_size: 12 -> 24; "
+        r"optimizer.b1: 0.9 -> 0.8\. Choose another --workdir .* may change only "
+        r"training\.num_steps"
+    )
+    with pytest.raises(UserError, match=words):
+        open_workdir(tmp_path, other)
+
+
+def test_length_rhythm_mesh_and_place_may_change(tmp_path, make_config):
+    open_workdir(tmp_path, make_config())
+    other = make_config(
+        training={"num_steps": 9, "eval_every": 3},
+        mesh={"data": 2},
+        data={"root": "elsewhere", "num_workers": 1, "num_threads": 7},
+        model={"remat": ("stage1",)},
+        inference={"window_batch": 4},
+    )
+    open_workdir(tmp_path, other)
+    assert recorded_config(tmp_path / "config.json") == other
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {}}', ""])
+def test_a_damaged_config_is_told(tmp_path, make_config, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is not the config of a run"):
+        open_workdir(tmp_path, make_config())
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_file_is_no_workdir(tmp_path, make_config):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made.*choose another --workdir"):
+        open_workdir(tmp_path / "file", make_config())
+
+
+def test_the_record_is_plain_json(tmp_path, make_config):
+    open_workdir(tmp_path, make_config())
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["model"]["name"] == "swin_smt"
+    assert values["data"]["patch_shape"] == [32, 32, 32]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.linear import Linear, dropout, fold_in
 from swinsmt_jax.ops import windows
 
@@ -43,13 +44,10 @@ class WindowAttention(nnx.Module):
         )
         self.proj = Linear(channels, channels, dtype=dtype, rngs=rngs)
         d, h, w = window_size
-        table = jax.random.truncated_normal(
-            rngs.params(),
-            -2.0,
-            2.0,
-            ((2 * d - 1) * (2 * h - 1) * (2 * w - 1), num_heads),
+        offsets = (2 * d - 1) * (2 * h - 1) * (2 * w - 1)
+        self.relative_position_bias_table = initializers.truncated_normal(
+            rngs, (offsets, num_heads), stddev=0.02
         )
-        self.relative_position_bias_table = nnx.Param(0.02 * table)
 
     def position_bias(self, tokens: int) -> jax.Array:
         """Bias [h, n, n] of the first n tokens of a full window.

@@ -1,0 +1,78 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from swinsmt_jax import convert, models
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import SwinSMTConfig
+
+CONFIG = SwinSMTConfig(
+    in_channels=1, out_channels=2, feature_size=3, num_heads=(1, 1, 1, 1),
+    depths=(1, 1, 1, 1), num_experts=2, num_moe_stages=1, window_size=(2, 3, 2),
+    residual_conv=True, patch_norm=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda: nnx.state(models.create(CONFIG, rngs=nnx.Rngs(0))))()
+
+
+@pytest.fixture
+def model(params):
+    graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: models.create(CONFIG, rngs=nnx.Rngs(0)))
+    )
+    return nnx.merge(graphdef, params)
+
+
+@pytest.fixture
+def state_dict(model, rng):
+    shapes = convert.to_torch(model)
+    return {k: rng.standard_normal(v.shape).astype("f4") for k, v in shapes.items()}
+
+
+def test_a_state_dict_comes_back_bit_for_bit(model, state_dict):
+    convert.load_torch(model, state_dict)
+    written = convert.to_torch(model)
+    assert written.keys() == state_dict.keys()
+    for name, array in state_dict.items():
+        np.testing.assert_array_equal(written[name], array)
+
+
+def test_expert_e_is_row_e(model, state_dict):
+    convert.load_torch(model, state_dict)
+    w1 = model.swinViT.layers4.blocks[0].mlp.experts.w1[...]
+    name = "swinViT.layers4.0.blocks.0.mlp.experts.1.0.weight"
+    np.testing.assert_array_equal(w1[1], state_dict[name].T)
+
+
+def test_index_buffers_and_a_module_prefix_are_passed_over(model, state_dict):
+    convert.load_torch(model, state_dict)
+    full = convert.to_torch(model, buffers=True)
+    buffers = set(full) - set(state_dict)
+    assert len(buffers) == 4 and all("relative_position_index" in b for b in buffers)
+    assert full[buffers.pop()].shape == (12, 12)
+    convert.load_torch(model, {f"module.{k}": v for k, v in full.items()})
+    np.testing.assert_array_equal(
+        convert.to_torch(model)["out.conv.conv.bias"], state_dict["out.conv.conv.bias"]
+    )
+
+
+def test_missing_and_unexpected_names_are_listed_and_nothing_changes(model, state_dict):
+    before = convert.to_torch(model)
+    value = state_dict.pop("out.conv.conv.bias")
+    state_dict["out.conv.conv.bia"] = value
+    with pytest.raises(UserError) as error:
+        convert.load_torch(model, state_dict)
+    assert "1 names are missing (out.conv.conv.bias)" in str(error.value)
+    assert "1 are unexpected (out.conv.conv.bia)" in str(error.value)
+    after = convert.to_torch(model)
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+def test_another_shape_is_named(model, state_dict):
+    state_dict["out.conv.conv.weight"] = np.zeros((5, 3, 1, 1, 1), "f4")
+    with pytest.raises(UserError, match=r"out.conv.conv.weight: \(5, 3, 1, 1, 1\), "):
+        convert.load_torch(model, state_dict)

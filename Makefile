@@ -1,0 +1,34 @@
+# make demo: install, make phantom scans, train, evaluate, print the table.
+# make test: install, run the tests. Nothing but Python >= 3.11 is needed for either.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SHARED ?= ../shared
+PHANTOMS = data/phantoms
+RUN = runs/demo
+
+.PHONY: install lint test test-slow test-reference parity demo real-scan clean
+
+install: $(VENV)/installed
+$(VENV)/installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+# Needs PyTorch, MONAI and soft-moe-pytorch: pip install -e ".[reference]".
+test-reference: install
+	$(BIN)/python -m pytest -m reference
+
+parity: install
+	$(BIN)/python -m benchmarks.parity --goldens=$(SHARED)/parity
+

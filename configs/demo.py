@@ -18,6 +18,7 @@ def get_config() -> config_dict.ConfigDict:
         {
             "feature_size": 12,
             "num_experts": 4,
+            "window_size": (4, 4, 4),  # half the time of a step on CPU
             "dtype": "float32",
             "remat": (),
         }

@@ -1,10 +1,15 @@
-"""What the scripts set before anything else: log lines and the compilation cache."""
+"""How the scripts begin and end: log lines, compilation cache, users' errors."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from logging import ERROR, WARNING, LogRecord
 from pathlib import Path
 
 import jax
 from absl import logging
+
+from swinsmt_jax.checks import UserError
 
 CACHE = Path("~/.cache/swinsmt_jax")
 PACKAGE = str(Path(__file__).parents[1])
@@ -19,6 +24,16 @@ def start() -> None:
     logging.get_absl_handler().addFilter(_is_for_users)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
+
+
+@contextlib.contextmanager
+def exit_on_user_error(script: str) -> Iterator[None]:
+    """Make a `UserError` one line on stderr and exit status 2, without traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _is_for_users(record: LogRecord) -> bool:

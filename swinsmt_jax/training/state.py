@@ -73,11 +73,7 @@ def initialize(
         _, params = split(models.create(config, rngs=nnx.Rngs(key)))
         return _start(params, optimizer)
 
-    places = shardings_of(like)
-    # On CPU, LLVM's optimisation of a hundred random draws takes a minute.
-    on_cpu = like.step.sharding.mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    make = jax.jit(make, out_shardings=places, compiler_options=options)
+    make = jax.jit(make, out_shardings=shardings_of(like))
     return make(jax.random.key(seed))
 
 

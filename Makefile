@@ -7,7 +7,7 @@ SHARED ?= ../shared
 PHANTOMS = data/phantoms
 RUN = runs/demo
 
-.PHONY: install lint test test-slow test-reference parity demo real-scan clean
+.PHONY: install lint test test-slow test-reference parity demo clean
 
 install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml requirements.txt
@@ -23,7 +23,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -s
 
 # Needs PyTorch, MONAI and soft-moe-pytorch: pip install -e ".[reference]".
 test-reference: install
@@ -32,3 +32,12 @@ test-reference: install
 parity: install
 	$(BIN)/python -m benchmarks.parity --goldens=$(SHARED)/parity
 
+demo: install
+	$(BIN)/python -m swinsmt_jax.data.phantom --root=$(PHANTOMS) --cases=40 --val=3 \
+		--test=5 --spacing=12 --variation=0.5 --seed=0 --workers=2
+	$(BIN)/python train.py --config=configs/demo.py --workdir=$(RUN)
+	$(BIN)/python evaluate.py --workdir=$(RUN) --split=test
+	@echo "Picture: $(RUN)/eval_test/overview.png"
+
+clean:
+	rm -rf $(VENV) $(PHANTOMS) $(RUN)

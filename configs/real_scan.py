@@ -16,14 +16,7 @@ from configs import demo
 
 def get_config() -> config_dict.ConfigDict:
     config = demo.get_config()
-    config.data.update(
-        {
-            "root": "data/one_scan",
-            "batch_size": 1,
-            "zoom_probability": 0.0,
-            "rotate_probability": 0.0,
-        }
-    )
+    config.data.update({"root": "data/one_scan", "patch_shape": (64, 32, 32)})
     config.optimizer.update({"weight_decay": 0.0})
-    config.training.update({"num_steps": 400})
+    config.training.update({"num_steps": 700})
     return config

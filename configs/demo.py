@@ -41,7 +41,7 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.update({"learning_rate": 8e-3, "warmup_steps": 20})
     config.training.update(
         {
-            "num_steps": 800,
+            "num_steps": 650,
             "log_every": 20,
             "eval_every": 0,
             "eval_cases": 1,

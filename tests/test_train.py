@@ -1,7 +1,9 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -117,3 +119,30 @@ def test_the_demo_trains_continues_and_is_evaluated(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Dice (%)" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_real_scan_is_learnt_to_a_dice_of_at_least_070(shared, tmp_path):
+    """The README's commands for one scan of one's own: minutes on two cores."""
+    scan = shared / "data" / "totalsegmentator_example"
+    root, workdir = tmp_path / "one_scan", tmp_path / "run"
+    commands = (
+        [
+            *("-m", "swinsmt_jax.data.import_scan"),
+            f"--ct={scan / 'example_ct.nii.gz'}",
+            f"--labels={scan / 'example_seg.nii.gz'}",
+            *(f"--root={root}", "--case=s0001", "--split=train,val,test"),
+        ],
+        [
+            *("train.py", "--config=configs/real_scan.py"),
+            *(f"--workdir={workdir}", f"--config.data.root={root}"),
+        ],
+        ["evaluate.py", f"--workdir={workdir}", "--split=test"],
+    )
+    for command in commands:
+        subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    result = json.loads((workdir / "eval_test" / "results.json").read_text())
+    (case,) = result["cases"].values()
+    present = [dice for dice in case["dice"].values() if dice is not None]
+    assert len(present) == 61
+    assert np.mean(present) >= 0.7

@@ -8,17 +8,16 @@ per_class.csv, per_case.csv, results.json and overview.png to <workdir>/eval_<sp
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from absl import app, flags
 
 from swinsmt_jax import labels
-from swinsmt_jax.checks import UserError
 from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation.report import evaluate_split
 from swinsmt_jax.metrics import AVERAGES
 from swinsmt_jax.ops.patches import BLENDS
+from swinsmt_jax.training import startup
 from swinsmt_jax.training.checkpoint import load_model
 
 
@@ -75,13 +74,11 @@ def evaluate(options: flags.FlagValues) -> str:
     )
 
 
+@startup.exit_on_user_error("evaluate.py")
 def main(_) -> None:
-    """Run `evaluate`; a user's error is one line and exit status 2."""
-    try:
-        print(evaluate(flags.FLAGS))
-    except UserError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Evaluate as the flags say, and print the table."""
+    startup.start()
+    print(evaluate(flags.FLAGS))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""A small Swin SMT on one real CT at 3 mm, to see the whole chain fit real anatomy.
+"""A small Swin SMT on one real CT at 3 mm, to send real anatomy through the chain.
 
     python -m swinsmt_jax.data.import_scan --ct=ct.nii.gz --labels=labels.nii.gz \
         --root=data/one_scan --case=s0001 --split=train,val,test
     python train.py --config=configs/real_scan.py --workdir=runs/real_scan
     python evaluate.py --workdir=runs/real_scan --split=test
 
-The scan is trained on and evaluated on, so the result says that orientation, spacing
+A first guess that was not run to its end; no result is known to expect. The scan is
+trained on and evaluated on, so a result says that orientation, spacing
 and labels survive the chain, and nothing about other scans.
 """
 

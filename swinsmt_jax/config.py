@@ -5,6 +5,7 @@ the frozen dataclasses below, and nothing beneath the scripts sees anything else
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ STAGES = ("stage1", "stage2", "stage3", "stage4")
 REMAT_CHOICES = (*STAGES, "encoder", "decoder")
 PATCH_MERGING = ("legacy", "octants", "octants_v2")
 DTYPES = ("float32", "bfloat16")
+ROUTING = ("dense", "streaming", "auto")
+SLOTS = ("dynamic", "learned")
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,19 @@ class SwinSMTConfig(SwinUNETRConfig):
     Attributes:
         num_experts: experts E of every Soft MoE.
         num_moe_stages: in how many of the last stages the MLP is a Soft MoE.
+        routing: "dense" makes the weights of all tokens and slots, "streaming" never
+            holds more than a block of them, "auto" takes the faster. Equal up to
+            rounding.
+        slots: "dynamic" makes as many slots as tokens, from the tokens, as published;
+            "learned" has parameters for `slots_per_expert`, as in the Soft MoE paper.
+        slots_per_expert: number of learned slots of each expert.
     """
 
     num_experts: int = dataclasses.field(kw_only=True)
     num_moe_stages: int = dataclasses.field(kw_only=True)
+    routing: str = "auto"
+    slots: str = "dynamic"
+    slots_per_expert: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,6 +143,27 @@ class SwinSMTConfig(SwinUNETRConfig):
             f"model.num_moe_stages is {self.num_moe_stages!r}, but must be a whole "
             f"number from 1 to {len(self.depths)}, the number of stages; a network "
             "without experts is SwinUNETRConfig.",
+        )
+        checks.one_of("model.routing", self.routing, ROUTING)
+        checks.one_of("model.slots", self.slots, SLOTS)
+        if self.slots == "learned":
+            checks.positive("model.slots_per_expert", self.slots_per_expert)
+        else:
+            checks.require(
+                self.slots_per_expert == 0,
+                f"model.slots_per_expert is {self.slots_per_expert}, but dynamic slots "
+                'are as many as the tokens; set model.slots="learned" or leave it out.',
+            )
+
+    def require_tokens(self, patch_shape: tuple[int, ...]) -> None:
+        """Raise `UserError` if the last stage has fewer tokens than experts."""
+        sides = [side // 2 ** len(self.depths) for side in patch_shape]
+        tokens = math.prod(sides)
+        checks.require(
+            tokens >= self.num_experts,
+            f"patch {tuple(patch_shape)} has {tokens} tokens in the last stage, but "
+            f"needs one for each of model.num_experts = {self.num_experts}; take a "
+            "larger patch or fewer experts.",
         )
 
 
@@ -313,6 +346,8 @@ class ExperimentConfig:
         checks.spatial_shape(
             "data.patch_shape", self.data.patch_shape, self.model.total_stride
         )
+        if isinstance(self.model, SwinSMTConfig):
+            self.model.require_tokens(self.data.patch_shape)
         checks.require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but the run has "

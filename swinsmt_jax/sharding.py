@@ -13,9 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, MeshConfig, ModelConfig, SwinSMTConfig
-
-DATA, EXPERT = "data", "expert"
-BATCH = PartitionSpec((DATA, EXPERT))
+from swinsmt_jax.layers.experts import BATCH, DATA, EXPERT
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
 EXPERT_RULES: Rules = ((r"/experts/", PartitionSpec(EXPERT)),)
@@ -60,6 +58,11 @@ def make_mesh(
         axis_types=(AxisType.Auto,) * 2,  # the default, Explicit, refuses Soft MoE
         devices=devices[:size],
     )
+
+
+def within(mesh: Mesh):
+    """Return the context in which a traced network divides its experts over `mesh`."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def require_divisible(config: ExperimentConfig, mesh: Mesh) -> None:

@@ -28,6 +28,12 @@ def truncated_normal(
     return nnx.Param(np.float32(stddev * np.sqrt(2)) * draw)
 
 
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+    """Draw a parameter from the standard normal distribution."""
+    centred = _uniform(rngs.params(), shape) + np.float32(2.0**-24)  # never -1
+    return nnx.Param(np.float32(np.sqrt(2)) * jax.lax.erf_inv(centred))
+
+
 def constant(value: float, shape: tuple[int, ...]) -> nnx.Param:
     """Fill a float32 parameter with one value."""
     return nnx.Param(jnp.full(shape, value, jnp.float32))

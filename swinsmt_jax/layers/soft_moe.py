@@ -1,7 +1,7 @@
-"""Soft Mixture-of-Experts with dynamic slots (Puigcerver et al. 2023).
+"""Soft Mixture-of-Experts (Puigcerver et al. 2023) with dynamic or learned slots.
 
-The slots are made from the tokens themselves, as in the published Swin SMT: the mean
-of every E consecutive tokens is projected to one slot embedding per expert.
+Dynamic slots are made from the tokens themselves, as in the published Swin SMT: the
+mean of every E consecutive tokens is projected to one slot embedding per expert.
 """
 
 import jax
@@ -9,43 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax import checks
+from swinsmt_jax.config import ROUTING, SLOTS
 from swinsmt_jax.layers import initializers
-from swinsmt_jax.layers.linear import dropout, fold_in, gelu
+from swinsmt_jax.layers.experts import Experts
+from swinsmt_jax.layers.linear import fold_in
 from swinsmt_jax.ops import soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
 
+# Weights of a sample above which "auto" streams. On a CPU that is where it becomes
+# faster (benchmarks/soft_moe.py); the other was not measured.
+DENSE_ON_CPU = 2**20
+DENSE_ON_ACCELERATOR = 2**24
 
-class Experts(nnx.Module):
-    """E two-layer MLPs with exact GELU, each on its own slots."""
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        num_experts: int,
-        hidden: int,
-        dropout_rate: float = 0.0,
-        dtype: str = "float32",
-        rngs: nnx.Rngs,
-    ):
-        self.dropout_rate = dropout_rate
-        self.dtype = dtype
-        e, c, f = num_experts, channels, hidden
-        self.w1 = initializers.uniform_fan_in(rngs, (e, c, f), fan_in=c)
-        self.b1 = initializers.uniform_fan_in(rngs, (e, f), fan_in=c)
-        self.w2 = initializers.uniform_fan_in(rngs, (e, f, c), fan_in=f)
-        self.b2 = initializers.uniform_fan_in(rngs, (e, c), fan_in=f)
-
-    def __call__(self, slots: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Map slots [B, E, S, C] to [B, E, S, C]."""
-        w1, b1, w2, b2 = (
-            p[...].astype(self.dtype) for p in (self.w1, self.b1, self.w2, self.b2)
-        )
-        x = slots.astype(self.dtype)
-        x = jnp.einsum("besc,ecf->besf", x, w1) + b1[None, :, None]
-        x = gelu(x)
-        x = dropout(x, rate=self.dropout_rate, key=key)
-        return jnp.einsum("besf,efc->besc", x, w2) + b2[None, :, None]
+Routing = soft_routing.RoutingWeights | soft_routing.RoutingStatistics
 
 
 class SoftMoE(nnx.Module):
@@ -53,7 +29,14 @@ class SoftMoE(nnx.Module):
 
     Args:
         channels: C.
-        num_experts: E; there are ceil(N / E) slots per expert.
+        num_experts: E.
+        slots: "dynamic" makes S = ceil(N / E) slots per expert from the tokens, as in
+            the published Swin SMT; "learned" has parameters for `slots_per_expert`, as
+            in the Soft MoE paper.
+        slots_per_expert: S of learned slots.
+        routing: "dense" makes the weights of all tokens and slots; "streaming" never
+            holds more than a block of them, forward and backward; "auto" takes what
+            is faster for the number of tokens. Equal up to rounding.
         hidden: channels inside an expert; 4 C if not given.
         dropout_rate: inside the experts.
         dtype: of the experts and of the weighted averages; routing is float32.
@@ -65,18 +48,31 @@ class SoftMoE(nnx.Module):
         channels: int,
         *,
         num_experts: int,
+        slots: str = "dynamic",
+        slots_per_expert: int = 0,
+        routing: str = "auto",
         hidden: int | None = None,
         dropout_rate: float = 0.0,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
         checks.positive("num_experts", num_experts)
+        checks.one_of("slots", slots, SLOTS)
+        checks.one_of("routing", routing, ROUTING)
         self.num_experts = num_experts
+        self.slots = slots
+        self.routing = routing
         self.dtype = dtype
         self.gamma = initializers.constant(1.0, (channels,))
-        self.slot_kernel = initializers.uniform_fan_in(
-            rngs, (channels, num_experts, channels), fan_in=channels
-        )
+        if slots == "dynamic":
+            self.slot_kernel = initializers.uniform_fan_in(
+                rngs, (channels, num_experts, channels), fan_in=channels
+            )
+        else:
+            checks.positive("slots_per_expert, with learned slots,", slots_per_expert)
+            self.slot_embeds = initializers.normal(
+                rngs, (num_experts, slots_per_expert, channels)
+            )
         self.slot_gamma = initializers.constant(1.0, (channels,))
         self.experts = Experts(
             channels,
@@ -87,9 +83,14 @@ class SoftMoE(nnx.Module):
             rngs=rngs,
         )
 
-    def slot_embeddings(self, tokens: jax.Array) -> jax.Array:
-        """Return the dynamic slots [B, E, S, C] of normalised tokens, in float32."""
-        means = soft_routing.slot_means(tokens, self.num_experts)
+    def slot_embeddings(
+        self, tokens: jax.Array, *, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the slots [B, E, S, C] of normalised tokens [B, N, C], in float32."""
+        if self.slots == "learned":
+            slots = rms_norm(self.slot_embeds[...], self.slot_gamma[...])
+            return jnp.broadcast_to(slots, (tokens.shape[0], *slots.shape))
+        means = soft_routing.slot_means(tokens, self.num_experts, mask=mask)
         slots = jnp.einsum(
             "bsc,ced->besd",
             means,
@@ -102,22 +103,75 @@ class SoftMoE(nnx.Module):
         self,
         x: jax.Array,
         *,
+        mask: jax.Array | None = None,
         key: jax.Array | None = None,
-        return_routing: bool = False,
-    ) -> jax.Array | tuple[jax.Array, soft_routing.RoutingWeights]:
-        """Map tokens [B, N, C] to [B, N, C]; on request with the routing weights."""
+        return_routing: bool | str = False,
+    ) -> jax.Array | tuple[jax.Array, Routing]:
+        """Map tokens [B, N, C] to [B, N, C].
+
+        Args:
+            x: the tokens.
+            mask: bool [B, N]; tokens that are False are in no slot and become zero,
+                and dynamic slots that have none but them are left out.
+            key: switches dropout on.
+            return_routing: True also returns the `RoutingWeights`, for which the
+                routing is dense; "statistics" the `RoutingStatistics`, which stream.
+
+        Raises:
+            UserError: for a wrong rank, or fewer tokens than experts.
+        """
+        self._check(x)
+        with jax.named_scope("routing"):
+            tokens = rms_norm(x, self.gamma[...])
+            embeddings = self.slot_embeddings(tokens, mask=mask)
+            slot_mask = None
+            if mask is not None and self.slots == "dynamic":
+                slot_mask = soft_routing.slot_mask(mask, self.num_experts)
+        values = tokens.astype(self.dtype)
+        expert_key = fold_in(key, 0)
+        if return_routing is not True and self._streams(embeddings.shape, x.shape[1]):
+            with jax.named_scope("dispatch"):
+                slots = soft_routing.dispatch_streaming(
+                    tokens, embeddings, values, token_mask=mask
+                )
+            outputs = self.experts(slots, key=expert_key, sparing=True)
+            with jax.named_scope("combine"):
+                y = soft_routing.combine_streaming(
+                    tokens, embeddings, outputs, slot_mask=slot_mask
+                )
+            weights = None
+        else:
+            with jax.named_scope("routing"):
+                logits = soft_routing.logits(tokens, embeddings)
+                weights = soft_routing.RoutingWeights(
+                    dispatch=soft_routing.dispatch_weights(logits, token_mask=mask),
+                    combine=soft_routing.combine_weights(logits, slot_mask=slot_mask),
+                )
+            slots = soft_routing.dispatch(weights.dispatch, values)
+            outputs = self.experts(slots, key=expert_key)
+            y = soft_routing.combine(weights.combine, outputs)
+        if mask is not None:
+            y = jnp.where(mask[..., None], y, 0)
+        if return_routing == "statistics":
+            return y, soft_routing.statistics(
+                tokens, embeddings, token_mask=mask, slot_mask=slot_mask
+            )
+        return (y, weights) if return_routing else y
+
+    def _streams(self, slots_shape, tokens):
+        if self.routing != "auto":
+            return self.routing == "streaming"
+        b, e, s, _ = slots_shape
+        limit = DENSE_ON_CPU if jax.default_backend() == "cpu" else DENSE_ON_ACCELERATOR
+        return tokens * e * s > limit
+
+    def _check(self, x):
         checks.require(
             x.ndim == 3,
             f"tokens have shape {x.shape}, but must be [B, N, C].",
         )
-        with jax.named_scope("routing"):
-            tokens = rms_norm(x, self.gamma[...])
-            logits = soft_routing.logits(tokens, self.slot_embeddings(tokens))
-            weights = soft_routing.RoutingWeights(
-                dispatch=soft_routing.dispatch_weights(logits),
-                combine=soft_routing.combine_weights(logits),
-            )
-        slots = soft_routing.dispatch(weights.dispatch, tokens.astype(self.dtype))
-        outputs = self.experts(slots, key=fold_in(key, 0))
-        y = soft_routing.combine(weights.combine, outputs)
-        return (y, weights) if return_routing else y
+        checks.require(
+            x.shape[1] >= self.num_experts,
+            f"there are {x.shape[1]} tokens for num_experts = {self.num_experts}, but "
+            "each expert needs one; take a larger patch or fewer experts.",
+        )

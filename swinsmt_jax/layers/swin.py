@@ -8,9 +8,8 @@ from swinsmt_jax.layers.attention import WindowAttention
 from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in
 from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.patch import PatchMerging
-from swinsmt_jax.layers.soft_moe import SoftMoE
+from swinsmt_jax.layers.soft_moe import Routing, SoftMoE
 from swinsmt_jax.ops import windows
-from swinsmt_jax.ops.soft_routing import RoutingWeights
 
 
 class SwinBlock(nnx.Module):
@@ -77,9 +76,9 @@ class SwinBlock(nnx.Module):
         x: jax.Array,
         *,
         key: jax.Array | None = None,
-        return_routing: bool = False,
-    ) -> tuple[jax.Array, RoutingWeights | None]:
-        """Map [B, D, H, W, C] to the same shape, with routing weights on request."""
+        return_routing: bool | str = False,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Map [B, D, H, W, C] to the same shape, with its routing on request."""
         keys = [fold_in(key, i) for i in range(4)]
         rate = self.drop_path_rate
         with jax.named_scope("attention"):
@@ -137,8 +136,8 @@ class SwinStage(nnx.Module):
         x: jax.Array,
         *,
         key: jax.Array | None = None,
-        return_routing: bool = False,
-    ) -> tuple[jax.Array, list[RoutingWeights | None]]:
+        return_routing: bool | str = False,
+    ) -> tuple[jax.Array, list[Routing | None]]:
         """Map [B, D, H, W, C] to [B, D/2, H/2, W/2, 2C], with one routing per block."""
         routings = []
         for i, block in enumerate(self.blocks):
@@ -160,6 +159,9 @@ def _mlp(config, *, stage, channels, rngs):
         return SoftMoE(
             channels,
             num_experts=config.num_experts,
+            slots=config.slots,
+            slots_per_expert=config.slots_per_expert,
+            routing=config.routing,
             hidden=hidden,
             dropout_rate=config.dropout,
             dtype=config.dtype,

@@ -13,11 +13,9 @@ from swinsmt_jax.config import STAGES, SwinUNETRConfig
 from swinsmt_jax.layers.conv import Conv, ResidualBlock, UpBlock
 from swinsmt_jax.layers.linear import dropout, fold_in
 from swinsmt_jax.layers.patch import PatchEmbed
+from swinsmt_jax.layers.soft_moe import Routing
 from swinsmt_jax.layers.swin import SwinStage
 from swinsmt_jax.ops.normalization import standardize
-from swinsmt_jax.ops.soft_routing import RoutingWeights
-
-Routing = dict[str, RoutingWeights]
 
 
 class SwinTransformer(nnx.Module):
@@ -49,7 +47,7 @@ class SwinTransformer(nnx.Module):
         x: jax.Array,
         *,
         key: jax.Array | None = None,
-        return_routing: bool = False,
+        return_routing: bool | str = False,
     ) -> tuple[list[jax.Array], Routing]:
         """Return five hidden states of [B, D, H, W, C_in], and the routing weights.
 
@@ -129,16 +127,18 @@ class SwinUNETR(nnx.Module):
         x: jax.Array,
         *,
         rngs: nnx.Rngs | None = None,
-        return_routing: bool = False,
-    ) -> jax.Array | tuple[jax.Array, Routing]:
+        return_routing: bool | str = False,
+    ) -> jax.Array | tuple[jax.Array, dict[str, Routing]]:
         """Segment a batch of volumes.
 
         Args:
             x: [B, D, H, W, C_in], every side a multiple of `total_stride`.
             rngs: switches dropout and drop path on; without it the result is
                 deterministic.
-            return_routing: also return the dispatch and combine weights of every Soft
-                MoE, under names such as "stage2/block0". They are N x N matrices.
+            return_routing: True also returns the dispatch and combine weights of every
+                Soft MoE, under names such as "stage2/block0": N x N matrices, for which
+                the routing is dense. "statistics" returns `RoutingStatistics`, for
+                which no such matrix is made.
 
         Returns:
             float32 logits [B, D, H, W, K].

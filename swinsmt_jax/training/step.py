@@ -53,7 +53,8 @@ def make_train_step(
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, key)
+        with sharding.within(mesh):
+            loss, grads = jax.value_and_grad(loss_of)(state.params, batch, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -83,8 +84,13 @@ def make_predict(
     """
     windows = sharding.batch_sharding(mesh)
     alone = jax.process_count() == 1
+
+    def predict(params, x):
+        with sharding.within(mesh):
+            return nnx.merge(graphdef, params)(x)
+
     return jax.jit(
-        lambda params, x: nnx.merge(graphdef, params)(x),
+        predict,
         in_shardings=(shardings_of(like.params), windows),
         out_shardings=windows if alone else sharding.replicated(mesh),
     )

@@ -56,3 +56,88 @@ def test_refuses_an_impossible_number_of_experts(experts):
 def test_refuses_volumes(moe):
     with pytest.raises(UserError, match=r"must be \[B, N, C\]"):
         moe(jnp.zeros((1, 2, 2, 2, 6)))
+
+
+def with_routing(routing, **options):
+    options = {"num_experts": 3, **options}
+    return SoftMoE(6, routing=routing, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("slots", [{}, {"slots": "learned", "slots_per_expert": 2}])
+def test_streaming_equals_dense_with_gradients(rng, slots):
+    x = jnp.asarray(rng.standard_normal((2, 11, 6)), jnp.float32)
+    mask = jnp.asarray(np.arange(11) < np.asarray([[11], [7]]))
+
+    def run(routing):
+        graphdef, params = nnx.split(with_routing(routing, **slots))
+
+        def loss(params, x):
+            y = nnx.merge(graphdef, params)(x, mask=mask)
+            return jnp.square(y).sum(), y
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+
+    ours, theirs = (jax.tree.leaves(run(r)) for r in ("streaming", "dense"))
+    for a, b in zip(ours, theirs, strict=True):
+        scale = jnp.abs(b).max()
+        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("routing", ["dense", "streaming"])
+def test_masked_tokens_are_as_if_absent(rng, routing):
+    moe = with_routing(routing)
+    x = jnp.asarray(rng.standard_normal((1, 9, 6)), jnp.float32)
+    mask = jnp.arange(9)[None] < 6
+    y = moe(x, mask=mask)
+    np.testing.assert_allclose(y[:, :6], moe(x[:, :6]), atol=1e-6)
+    assert not y[:, 6:].any()
+
+
+def test_statistics_stream_and_weights_are_dense(rng):
+    x = jnp.asarray(rng.standard_normal((1, 11, 6)), jnp.float32)
+    moe = with_routing("streaming")
+    y, statistics = moe(x, return_routing="statistics")
+    _, weights = moe(x, return_routing=True)
+    np.testing.assert_allclose(y, moe(x), atol=1e-6)
+    share = weights.combine.sum(-1)
+    np.testing.assert_allclose(statistics.expert_share, share, atol=1e-5)
+
+
+def test_auto_streams_many_tokens():
+    graphdef, params = nnx.split(with_routing("auto"))
+
+    def temporaries(n):
+        x = jax.ShapeDtypeStruct((1, n, 6), jnp.float32)
+        run = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x))
+        memory = run.lower(params, x).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    assert temporaries(600) > 4 * 600**2  # dense
+    assert temporaries(6000) < 6000**2
+
+
+def test_learned_slots_are_parameters(rng):
+    moe = with_routing("dense", slots="learned", slots_per_expert=2)
+    x = jnp.asarray(rng.standard_normal((2, 7, 6)), jnp.float32)
+    _, routing = moe(x, return_routing=True)
+    assert routing.dispatch.shape == (2, 7, 3, 2)
+    slots = moe.slot_embeddings(x)
+    np.testing.assert_array_equal(slots[0], slots[1])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"routing": "sparse"}, "routing is 'sparse'"),
+        ({"slots": 0}, "slots is 0"),
+        ({"slots": "learned", "slots_per_expert": 0}, "slots_per_expert.* is 0"),
+    ],
+)
+def test_refuses_impossible_options(options, words):
+    with pytest.raises(UserError, match=words):
+        SoftMoE(6, num_experts=2, rngs=nnx.Rngs(0), **options)
+
+
+def test_refuses_fewer_tokens_than_experts(moe):
+    with pytest.raises(UserError, match="2 tokens for num_experts = 3"):
+        moe(jnp.zeros((1, 2, 6)))

@@ -46,3 +46,45 @@ def test_routing_follows_a_naive_loop_under_strict_promotion(rng, dtype):
     x, slots = np.asarray(x, "f4"), np.asarray(slots, "f4")
     for b, n, e, s in np.ndindex(2, 5, 3, 2):
         np.testing.assert_allclose(logits[b, n, e, s], x[b, n] @ slots[b, e, s], 1e-5)
+
+
+def masks(rng, *, tokens, experts):
+    mask = np.ones((2, tokens), bool)
+    mask[1, 3:] = False
+    mask = jnp.asarray(mask)
+    return mask, soft_routing.slot_mask(mask, experts)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_streaming_equals_dense(rng, masked, monkeypatch):
+    monkeypatch.setattr(soft_routing.blockwise_attention, "CPU_BLOCK", (4, 8))
+    x = jnp.asarray(rng.standard_normal((2, 11, 6)), jnp.float32)
+    slots = jnp.asarray(rng.standard_normal((2, 3, 4, 6)), jnp.float32)
+    tokens, filled = masks(rng, tokens=11, experts=3) if masked else (None, None)
+    logits = soft_routing.logits(x, slots)
+    weights = soft_routing.RoutingWeights(
+        soft_routing.dispatch_weights(logits, token_mask=tokens),
+        soft_routing.combine_weights(logits, slot_mask=filled),
+    )
+    dispatched = soft_routing.dispatch_streaming(x, slots, x, token_mask=tokens)
+    expected = soft_routing.dispatch(weights.dispatch, x)
+    np.testing.assert_allclose(dispatched, expected, atol=1e-5)
+    combined = soft_routing.combine_streaming(x, slots, expected, slot_mask=filled)
+    np.testing.assert_allclose(
+        combined, soft_routing.combine(weights.combine, expected), atol=1e-5
+    )
+    ours = soft_routing.statistics(x, slots, token_mask=tokens, slot_mask=filled)
+    theirs = soft_routing.statistics_of(weights)
+    for name, a, b in zip(ours._fields, ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(ours.importance().sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(ours.load(), theirs.load(), atol=1e-6)
+
+
+def test_masked_slot_means_leave_tokens_out(rng):
+    x = jnp.asarray(rng.standard_normal((1, 5, 2)), jnp.float32)
+    mask = jnp.asarray([[True, False, True, False, False]])
+    means = soft_routing.slot_means(x, 3, mask=mask)
+    np.testing.assert_allclose(means[0, 0], (x[0, 0] + x[0, 2]) / 2, rtol=1e-6)
+    assert not means[0, 1].any()
+    assert soft_routing.slot_mask(mask, 3)[0].tolist() == [[True, False]] * 3

@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swinsmt_jax.ops import blockwise_attention
+from swinsmt_jax.ops.blockwise_attention import attend
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blockwise_attention, "CPU_BLOCK", (8, 16))
+
+
+def whole(queries, keys, values, mask=None):
+    logits = jnp.einsum("bqc,bkc->bqk", queries, keys, precision="highest")
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, -1e30)
+    return jnp.einsum("bqk,bkv->bqv", jax.nn.softmax(logits), values)
+
+
+def operands(seed, *, batch, queries, keys, channels=6, width=5, size=1.0, masked=0.0):
+    rng = np.random.default_rng(seed)
+    shapes = (queries, channels), (keys, channels), (keys, width), (queries, width)
+    q, k, v, g = (
+        jnp.asarray(rng.standard_normal((batch, *s)), jnp.float32) for s in shapes
+    )
+    mask = None
+    if masked:
+        mask = rng.random((batch, keys)) >= masked
+        mask[:, rng.integers(keys)] = True
+        mask = jnp.asarray(mask)
+    return q * size, k * size, v, g, mask
+
+
+def assert_same(q, k, v, g, mask, *, tolerance=1e-5):
+    def value_and_gradients(f):
+        out, pullback = jax.vjp(lambda q, k, v: f(q, k, v), q, k, v)
+        return out, *pullback(g)
+
+    ours = jax.jit(
+        lambda: value_and_gradients(lambda q, k, v: attend(q, k, v, key_mask=mask))
+    )()
+    theirs = value_and_gradients(lambda q, k, v: whole(q, k, v, mask))
+    for a, b in zip(ours, theirs, strict=True):
+        assert bool(jnp.isfinite(a).all())
+        scale = float(jnp.abs(b).max()) or 1.0
+        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "batch, queries, keys, masked", [(1, 8, 16, 0), (2, 19, 37, 0), (2, 5, 40, 0.7)]
+)
+def test_equals_the_whole_softmax_with_gradients(batch, queries, keys, masked):
+    shape = {"batch": batch, "queries": queries, "keys": keys}
+    assert_same(*operands(0, **shape, masked=masked))
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    batch=st.integers(1, 3),
+    queries=st.integers(1, 40),
+    keys=st.integers(1, 70),
+    size=st.sampled_from([0.1, 1.0, 4.0, 30.0]),
+    masked=st.sampled_from([0.0, 0.3, 0.9]),
+)
+def test_equals_the_whole_softmax_for_any_shape(
+    seed, batch, queries, keys, size, masked
+):
+    # Logits of 6 channels reach 6 * 30^2 and more: there the softmax picks one key, and
+    # a rounding of its logit, some 1e-4, is a relative error of the others' weights.
+    shape = {"batch": batch, "queries": queries, "keys": keys}
+    tolerance = 1e-5 if size <= 4 else 1e-3
+    assert_same(*operands(seed, **shape, size=size, masked=masked), tolerance=tolerance)
+
+
+def test_extreme_logits_pick_the_largest():
+    q, k, v, g, _ = operands(1, batch=1, queries=9, keys=33, size=1e4)
+    out, pullback = jax.vjp(jax.jit(attend), q, k, v)
+    best = jnp.einsum("bqc,bkc->bqk", q, k).argmax(-1)
+    np.testing.assert_allclose(out[0], v[0][best[0]], rtol=1e-6)
+    assert all(bool(jnp.isfinite(a).all()) for a in pullback(g))
+
+
+def test_a_query_without_keys_gets_zeros():
+    q, k, v, g, _ = operands(2, batch=1, queries=3, keys=20)
+    mask = jnp.zeros((1, 20), bool)
+    out, pullback = jax.vjp(lambda *a: attend(*a, key_mask=mask), q, k, v)
+    assert not out.any() and not any(a.any() for a in pullback(g))
+
+
+def test_bfloat16_values_stay_near_float32():
+    q, k, v, g, _ = operands(3, batch=1, queries=20, keys=40)
+
+    def run(v):
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(g.astype(v.dtype))
+
+    for a, b in zip(run(v.astype(jnp.bfloat16)), run(v), strict=True):
+        error = np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
+        assert error < 0.01
+
+
+def test_vmap_is_the_batch():
+    q, k, v, _, _ = operands(4, batch=3, queries=9, keys=20)
+    mapped = jax.vmap(lambda q, k, v: attend(q[None], k[None], v[None])[0])(q, k, v)
+    np.testing.assert_allclose(mapped, attend(q, k, v), atol=1e-6)
+
+
+def test_memory_grows_linearly(monkeypatch):
+    monkeypatch.setattr(blockwise_attention, "CPU_BLOCK", (256, 256))
+
+    def temporaries(n):
+        a = jax.ShapeDtypeStruct((1, n, 8), jnp.float32)
+        gradient = jax.grad(lambda q, k, v: attend(q, k, v).sum(), (0, 1, 2))
+        compiled = jax.jit(gradient).lower(a, a, a).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(4096), temporaries(16384)
+    assert large < 5 * small and large < 16384**2

@@ -1,0 +1,154 @@
+"""What a training step sends between devices, for every way to arrange eight of them.
+
+    python -m benchmarks.collectives [--devices=8] [--json=FILE]
+
+Compiles the step of a small Swin SMT for meshes of data x expert devices and reads the
+collectives and their bytes for each device from the program. Off an accelerator the
+devices are virtual ones of the CPU; the program is divided in the same way.
+"""
+
+import json
+import platform
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from swinsmt_jax import losses, sharding
+from swinsmt_jax.config import MeshConfig, OptimizerConfig, SwinSMTConfig
+from swinsmt_jax.training import state as train_state
+from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
+from swinsmt_jax.training.step import make_train_step
+
+KINDS = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter")
+KINDS += ("collective-permute",)
+ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
+PATCH = (64, 64, 64)
+
+
+def small_model(num_experts):
+    """Return a Swin SMT with the paper's stages and 24 features."""
+    return SwinSMTConfig(
+        1, 16, 24, num_experts=num_experts, num_moe_stages=3, depths=(1, 1, 1, 1)
+    )
+
+
+def compile_step(model, mesh, *, batch_size, patch=PATCH):
+    """Return the compiled training step and the state's shapes and shardings."""
+    config = OptimizerConfig(1e-3)
+    schedule = make_schedule(config, num_steps=10)
+    optimizer = make_optimizer(config, schedule)
+    graphdef, like = train_state.blueprint(model, optimizer, mesh=mesh)
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        schedule=schedule,
+        loss_fn=losses.dice_cross_entropy,
+        seed=0,
+        like=like,
+        mesh=mesh,
+    )
+    place = sharding.batch_sharding(mesh)
+    shape = (batch_size, *patch)
+    batch = {
+        "image": jax.ShapeDtypeStruct((*shape, 1), jnp.float32, sharding=place),
+        "label": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place),
+    }
+    return step.lower(like, batch).compile(), like
+
+
+def collectives(text):
+    """Return {kind: (count, bytes that a device gets)} of a compiled program's text."""
+    found = defaultdict(lambda: [0, 0])
+    pattern = rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\("
+    for shapes, kind in re.findall(pattern, text):
+        found[kind][0] += 1
+        found[kind][1] += _bytes(shapes)
+    return {kind: tuple(found[kind]) for kind in KINDS if kind in found}
+
+
+def _bytes(shapes):
+    total = 0
+    for dtype, sides in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        sizes = [int(side) for side in sides.split(",") if side]
+        total += ITEM_BYTES[dtype] * int(np.prod(sizes, dtype=np.int64))
+    return total
+
+
+def bytes_per_device(like, *, pattern):
+    """Return the bytes on each device of the leaves whose name the pattern finds."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        if re.search(pattern, sharding.path_name(path)):
+            shape = leaf.sharding.shard_shape(leaf.shape)
+            total += int(np.prod(shape)) * leaf.dtype.itemsize
+    return total
+
+
+def rows_of(devices, *, num_experts):
+    """Yield one row for each mesh of data x expert = devices."""
+    model = small_model(num_experts)
+    for expert in (n for n in range(1, devices + 1) if devices % n == 0):
+        if num_experts % expert:
+            continue
+        mesh = sharding.make_mesh(MeshConfig(devices // expert, expert))
+        compiled, like = compile_step(model, mesh, batch_size=devices)
+        found = collectives(compiled.as_text())
+        yield {
+            "data": devices // expert,
+            "expert": expert,
+            "collectives": {k: {"count": n, "bytes": b} for k, (n, b) in found.items()},
+            "expert_bytes_per_device": bytes_per_device(like, pattern="/experts/"),
+            "other_bytes_per_device": bytes_per_device(like, pattern="^(?!.*/experts/)"),
+        }
+
+
+def print_row(row):
+    sent = "  ".join(
+        f"{kind} {c['count']} ({c['bytes'] / 1e6:.1f} MB)"
+        for kind, c in row["collectives"].items()
+    )
+    print(
+        f"{row['data']} x {row['expert']}   experts and moments "
+        f"{row['expert_bytes_per_device'] / 1e6:7.2f} MB, the rest "
+        f"{row['other_bytes_per_device'] / 1e6:7.2f} MB   {sent}",
+        flush=True,
+    )
+
+
+def main(_):
+    if jax.default_backend() == "cpu":
+        devices = _DEVICES.value
+    else:
+        devices = jax.device_count()
+    print(f"data x expert, {_EXPERTS.value} experts, batch {devices}, per device:")
+    rows = []
+    for row in rows_of(devices, num_experts=_EXPERTS.value):
+        print_row(row)
+        rows.append(row)
+    if _JSON.value:
+        report = {
+            "rows": rows,
+            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
+            "versions": {"jax": jax.__version__, "python": platform.python_version()},
+            "command": " ".join(sys.argv),
+        }
+        Path(_JSON.value).write_text(json.dumps(report, indent=1))
+
+
+def _run(argv):
+    if jax.config.jax_platforms in (None, "", "cpu"):
+        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+    main(argv)
+
+
+if __name__ == "__main__":
+    _DEVICES = flags.DEFINE_integer("devices", 8, "virtual devices on a CPU")
+    _EXPERTS = flags.DEFINE_integer("experts", 8, "experts of every Soft MoE")
+    _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
+    app.run(_run)

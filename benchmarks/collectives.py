@@ -11,7 +11,6 @@ import json
 import platform
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import jax
@@ -63,13 +62,14 @@ def compile_step(model, mesh, *, batch_size, patch=PATCH):
 
 
 def collectives(text):
-    """Return {kind: (count, bytes that a device gets)} of a compiled program's text."""
-    found = defaultdict(lambda: [0, 0])
+    """Return for each kind count and bytes that a device gets, of a program's text."""
+    found = {}
     pattern = rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\("
     for shapes, kind in re.findall(pattern, text):
-        found[kind][0] += 1
-        found[kind][1] += _bytes(shapes)
-    return {kind: tuple(found[kind]) for kind in KINDS if kind in found}
+        total = found.setdefault(kind, {"count": 0, "bytes": 0})
+        total["count"] += 1
+        total["bytes"] += _bytes(shapes)
+    return found
 
 
 def _bytes(shapes):
@@ -98,13 +98,13 @@ def rows_of(devices, *, num_experts):
             continue
         mesh = sharding.make_mesh(MeshConfig(devices // expert, expert))
         compiled, like = compile_step(model, mesh, batch_size=devices)
-        found = collectives(compiled.as_text())
+        experts = bytes_per_device(like, pattern="/experts/")
         yield {
             "data": devices // expert,
             "expert": expert,
-            "collectives": {k: {"count": n, "bytes": b} for k, (n, b) in found.items()},
-            "expert_bytes_per_device": bytes_per_device(like, pattern="/experts/"),
-            "other_bytes_per_device": bytes_per_device(like, pattern="^(?!.*/experts/)"),
+            "collectives": collectives(compiled.as_text()),
+            "expert_bytes_per_device": experts,
+            "rest_bytes_per_device": bytes_per_device(like, pattern="") - experts,
         }
 
 
@@ -116,7 +116,7 @@ def print_row(row):
     print(
         f"{row['data']} x {row['expert']}   experts and moments "
         f"{row['expert_bytes_per_device'] / 1e6:7.2f} MB, the rest "
-        f"{row['other_bytes_per_device'] / 1e6:7.2f} MB   {sent}",
+        f"{row['rest_bytes_per_device'] / 1e6:7.2f} MB   {sent}",
         flush=True,
     )
 

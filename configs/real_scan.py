@@ -1,13 +1,13 @@
-"""A small Swin SMT on one real CT at 3 mm, to send real anatomy through the chain.
+"""A small Swin SMT learns one real CT at 3 mm by heart.
 
     python -m swinsmt_jax.data.import_scan --ct=ct.nii.gz --labels=labels.nii.gz \
         --root=data/one_scan --case=s0001 --split=train,val,test
     python train.py --config=configs/real_scan.py --workdir=runs/real_scan
     python evaluate.py --workdir=runs/real_scan --split=test
 
-A first guess that was not run to its end; no result is known to expect. The scan is
-trained on and evaluated on, so a result says that orientation, spacing
-and labels survive the chain, and nothing about other scans.
+The scan is trained on and evaluated on, so a result says that orientation, spacing
+and labels survive the chain, and nothing about other scans. The crop is nearly the
+whole scan of 122 x 101 x 112 voxels: nothing is learnt so fast as one place.
 """
 
 from ml_collections import config_dict
@@ -17,7 +17,17 @@ from configs import demo
 
 def get_config() -> config_dict.ConfigDict:
     config = demo.get_config()
-    config.data.update({"root": "data/one_scan", "patch_shape": (64, 32, 32)})
-    config.optimizer.update({"weight_decay": 0.0})
-    config.training.update({"num_steps": 700})
+    config.model.update({"feature_size": 12, "num_moe_stages": 2})
+    config.data.update(
+        {
+            "root": "data/one_scan",
+            "patch_shape": (128, 96, 96),
+            "hu_range": (-200.0, 400.0),  # soft tissue takes most of the scale
+            "intensity_probability": 0.0,
+        }
+    )
+    config.optimizer.update({"learning_rate": 1.5e-2, "weight_decay": 0.0, "b2": 0.95})
+    config.training.update(
+        {"num_steps": 300, "log_every": 10, "checkpoint_every": 100, "eval_every": 0}
+    )
     return config

@@ -16,9 +16,10 @@ from swinsmt_jax.layers.linear import fold_in
 from swinsmt_jax.ops import soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
 
-# Weights of a sample above which "auto" streams. On a CPU that is where it becomes
-# faster (benchmarks/soft_moe.py); the other was not measured.
-DENSE_ON_CPU = 2**20
+# Weights of a sample above which "auto" streams. On a CPU streaming is faster from 2^21
+# on (benchmarks/soft_moe.py), but up to 4,096 tokens, those of a 64^3 patch, the dense
+# form rounds as PyTorch does (benchmarks/parity.py). On accelerators: not measured.
+DENSE_ON_CPU = 2**24
 DENSE_ON_ACCELERATOR = 2**24
 
 Routing = soft_routing.RoutingWeights | soft_routing.RoutingStatistics

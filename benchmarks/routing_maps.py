@@ -1,0 +1,136 @@
+"""Which expert looks where: the routing of a trained Swin SMT on a scan.
+
+    python -m benchmarks.routing_maps --workdir=runs/demo [--case=...] [--block=...]
+
+For one case of a split, and one Soft MoE block or all, writes to <workdir>/routing:
+- <case>_<block>_experts.nii.gz: each voxel's expert with the largest share, from 1;
+- <case>_<block>_shares.nii.gz: the shares of all experts as a fourth axis, if --shares;
+- <case>_<block>.png: CT, groups of the ground truth, and experts in two planes;
+- <case>_<block>.csv: mean share of each expert in each anatomical group.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from matplotlib import colors
+from matplotlib.figure import Figure
+
+from swinsmt_jax import checks, labels
+from swinsmt_jax.config import SwinSMTConfig
+from swinsmt_jax.data import nifti, pipeline
+from swinsmt_jax.data.totalsegmentator import SPLITS, find_cases
+from swinsmt_jax.evaluation import routing
+from swinsmt_jax.training import startup
+from swinsmt_jax.training.checkpoint import load_model
+
+
+def choose_case(cases, name):
+    """Return the case of that name, or the first."""
+    names = [case.name for case in cases]
+    if name is None:
+        return cases[0]
+    checks.one_of("--case", name, names)
+    return cases[names.index(name)]
+
+
+def group_map(label):
+    """Return the number of each voxel's group, from 1; 0 is background."""
+    numbers = np.zeros_like(label)
+    for number, ids in enumerate(labels.GROUPS.values(), start=1):
+        numbers[np.isin(label, list(ids))] = number
+    return numbers
+
+
+def draw(path, volume, experts, num_experts):
+    """Draw CT, groups and experts in the planes with most anatomy."""
+    groups = group_map(volume["label"])
+    image = volume["image"][..., 0]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, axis in zip(figure.subplots(2, 3), (1, 2), strict=True):
+        others = tuple(a for a in range(3) if a != axis)
+        index = int((groups > 0).sum(others).argmax())
+        across, up = (volume["spacing"][a] for a in others)
+
+        def rows(a, axis=axis, index=index):
+            return a.take(index, axis=axis)[::-1, ::-1].T
+
+        grey = rows(image)
+        shown = [("CT", None, 1), ("groups of the truth", rows(groups), 5)]
+        shown += [("expert with the largest share", rows(experts), num_experts)]
+        for picture, (title, numbers, count) in zip(axes, shown, strict=True):
+            picture.imshow(grey, cmap="gray", aspect=up / across)
+            if numbers is not None:
+                hues = np.arange(count) * 0.618 % 1
+                palette = colors.ListedColormap(
+                    colors.hsv_to_rgb(np.stack([hues, hues * 0 + 0.8, hues * 0 + 1], 1))
+                )
+                picture.imshow(
+                    np.ma.masked_equal(numbers, 0),
+                    cmap=palette,
+                    vmin=0.5,
+                    vmax=count + 0.5,
+                    alpha=0.55,
+                    interpolation="nearest",
+                    aspect=up / across,
+                )
+            picture.set(title=title, xticks=[], yticks=[])
+    figure.savefig(path, dpi=110)
+
+
+def write_table(path, by_group):
+    """Write and print the mean share of each expert in each group."""
+    names = list(by_group)
+    count = len(by_group[names[0]])
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["expert", *names])
+        for e in range(count):
+            writer.writerow([e + 1, *(f"{by_group[n][e]:.6f}" for n in names)])
+    print("expert " + " ".join(f"{n:>10}" for n in names))
+    for e in range(count):
+        print(f"{e + 1:6} " + " ".join(f"{by_group[n][e]:10.3f}" for n in names))
+
+
+@startup.exit_on_user_error("routing_maps")
+def main(_):
+    options = flags.FLAGS
+    startup.start()
+    workdir = Path(options.workdir)
+    config, model, _ = load_model(workdir)
+    root = options.data_root or config.data.root
+    case = choose_case(find_cases(root, split=options.split), options.case)
+    volume = pipeline.load_volume(config.data, case)
+    checks.require(
+        isinstance(config.model, SwinSMTConfig),
+        f"{workdir} holds a network without experts; take a run of a Swin SMT.",
+    )
+    output = Path(options.output or workdir / "routing")
+    output.mkdir(parents=True, exist_ok=True)
+    blocks = [options.block] if options.block else routing.block_names(config.model)
+    for block in blocks:
+        shares = routing.expert_shares(model, config, volume["image"], block=block)
+        experts = (shares.argmax(-1) + 1).astype(np.uint8)
+        stem = f"{case.name}_{block.replace('/', '_')}"
+        nifti.write(output / f"{stem}_experts.nii.gz", experts, volume["affine"])
+        if options.shares:
+            nifti.write(output / f"{stem}_shares.nii.gz", shares, volume["affine"])
+        draw(output / f"{stem}.png", volume, experts, config.model.num_experts)
+        print(block)
+        by_group = routing.shares_by_group(
+            shares, volume["label"], groups=labels.GROUPS
+        )
+        write_table(output / f"{stem}.csv", by_group)
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of the training run", required=True)
+    flags.DEFINE_enum("split", "test", SPLITS, "split of the case")
+    flags.DEFINE_string("case", None, "name of the case; by default the first")
+    flags.DEFINE_string("block", None, "such as stage3/block0; by default all")
+    flags.DEFINE_string("data_root", None, "data folder, if not the training's")
+    flags.DEFINE_string("output", None, "folder; by default <workdir>/routing")
+    flags.DEFINE_bool("shares", False, "also write the shares of all experts")
+    app.run(main)

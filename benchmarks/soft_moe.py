@@ -88,6 +88,27 @@ def blockwise(moe, x):
     return jnp.moveaxis(jax.lax.map(combine, blocks(tokens)), 0, 1).reshape(x.shape)
 
 
+def error_of_bfloat16_logits(tokens, channels, num_experts):
+    """Return the relative L2 error of a new layer if logits had bfloat16 operands.
+
+    That is what the fused attention of cuDNN takes.
+    """
+    moe = SoftMoE(channels, num_experts=num_experts, routing="dense", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, tokens, channels))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def output(dtype):
+        normed = rms_norm(x, moe.gamma[...])
+        slots = moe.slot_embeddings(normed)
+        logits = soft_routing.logits(normed.astype(dtype), slots.astype(dtype))
+        inputs = soft_routing.dispatch(soft_routing.dispatch_weights(logits), normed)
+        weights = soft_routing.combine_weights(logits)
+        return soft_routing.combine(weights, moe.experts(inputs))
+
+    exact = output("float32")
+    return float(jnp.linalg.norm(output("bfloat16") - exact) / jnp.linalg.norm(exact))
+
+
 def gradient_of(function):
     """Return the gradient of the sum of squares in parameters and tokens."""
     return jax.grad(lambda params, x: jnp.square(function(params, x)).sum(), (0, 1))
@@ -191,6 +212,9 @@ def main(_):
             run=run,
         )
     figures = headline(rows)
+    figures["error_of_bfloat16_logits"] = error_of_bfloat16_logits(
+        1024, _CHANNELS.value, _EXPERTS.value
+    )
     print(json.dumps(figures, indent=1))
     if _JSON.value:
         report = {

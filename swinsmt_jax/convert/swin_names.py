@@ -80,6 +80,10 @@ RULES = (
         rf"{_TORCH_BLOCK}.mlp.to_slot_embeds.2.gamma",
         *_SAME,
     ),
+    Rule(rf"{_BLOCK}/mlp/slot_embeds", rf"{_TORCH_BLOCK}.mlp.slot_embeds", *_SAME),
+    Rule(
+        rf"{_BLOCK}/mlp/slot_norm_gamma", rf"{_TORCH_BLOCK}.mlp.slot_norm.gamma", *_SAME
+    ),
     Rule(
         rf"{_BLOCK}/mlp/experts/w1",
         rf"{_TORCH_BLOCK}.mlp.experts.{{e}}.0.weight",

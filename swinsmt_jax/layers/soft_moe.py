@@ -69,12 +69,13 @@ class SoftMoE(nnx.Module):
             self.slot_kernel = initializers.uniform_fan_in(
                 rngs, (channels, num_experts, channels), fan_in=channels
             )
+            self.slot_gamma = initializers.constant(1.0, (channels,))
         else:
             checks.positive("slots_per_expert, with learned slots,", slots_per_expert)
             self.slot_embeds = initializers.normal(
                 rngs, (num_experts, slots_per_expert, channels)
             )
-        self.slot_gamma = initializers.constant(1.0, (channels,))
+            self.slot_norm_gamma = initializers.constant(1.0, (channels,))
         self.experts = Experts(
             channels,
             num_experts=num_experts,
@@ -89,7 +90,7 @@ class SoftMoE(nnx.Module):
     ) -> jax.Array:
         """Return the slots [B, E, S, C] of normalised tokens [B, N, C], in float32."""
         if self.slots == "learned":
-            slots = rms_norm(self.slot_embeds[...], self.slot_gamma[...])
+            slots = rms_norm(self.slot_embeds[...], self.slot_norm_gamma[...])
             return jnp.broadcast_to(slots, (tokens.shape[0], *slots.shape))
         means = soft_routing.slot_means(tokens, self.num_experts, mask=mask)
         slots = jnp.einsum(

@@ -41,6 +41,20 @@ CASES = {
         ),
         (64, 64, 32),
     ),
+    "smt_e4_learned_slots_streaming": (
+        SwinSMTConfig(
+            in_channels=1,
+            out_channels=3,
+            feature_size=12,
+            num_experts=4,
+            num_moe_stages=3,
+            window_size=4,
+            slots="learned",
+            slots_per_expert=3,
+            routing="streaming",
+        ),
+        (64, 32, 32),
+    ),
     "unetr_window_not_cubic": (
         SwinUNETRConfig(
             in_channels=1,
@@ -66,9 +80,21 @@ def torch_network(config):
             ]
             return self.reduction(self.norm(torch.cat(parts, -1)))
 
-    class FlatSoftMoE(soft_moe_pytorch.DynamicSlotsSoftMoE):
+    class Flat:
         def forward(self, x):
             return super().forward(x.flatten(1, 3)).reshape(x.shape)
+
+    class DynamicSlots(Flat, soft_moe_pytorch.DynamicSlotsSoftMoE):
+        pass
+
+    class LearnedSlots(Flat, soft_moe_pytorch.SoftMoE):
+        pass
+
+    def soft_moe(channels):
+        experts = {"num_experts": config.num_experts}
+        if config.slots == "dynamic":
+            return DynamicSlots(channels, **experts)
+        return LearnedSlots(channels, num_slots=config.slots_per_expert, **experts)
 
     network = monai_nets.SwinUNETR(
         in_channels=config.in_channels,
@@ -85,8 +111,13 @@ def torch_network(config):
         for stage in range(4 - config.num_moe_stages, 4):
             for block in getattr(network.swinViT, f"layers{stage + 1}")[0].blocks:
                 channels = config.feature_size * 2**stage
-                block.mlp = FlatSoftMoE(channels, num_experts=config.num_experts)
+                block.mlp = soft_moe(channels)
     return network
+
+
+def renamed(named):
+    """Leave out the container in which SoftMoE, unlike DynamicSlots, has experts."""
+    return {name.replace("experts.experts", "experts"): v for name, v in named.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -110,7 +141,7 @@ def test_logits_loss_and_gradients(name):
     )
     params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
     model = nnx.merge(graphdef, params)
-    convert.load_torch(model, network.state_dict())
+    convert.load_torch(model, renamed(network.state_dict()))
     graphdef, params = nnx.split(model)
 
     @jax.jit
@@ -128,7 +159,7 @@ def test_logits_loss_and_gradients(name):
     np.testing.assert_allclose(logits, expected, atol=2e-4)
     np.testing.assert_allclose(loss, float(expected_loss), atol=1e-5)
     ours = convert.to_torch(nnx.merge(graphdef, gradients))
-    theirs = {n: p.grad.numpy() for n, p in network.named_parameters()}
+    theirs = renamed({n: p.grad.numpy() for n, p in network.named_parameters()})
     assert ours.keys() == theirs.keys()
     largest = max(np.linalg.norm(g) for g in theirs.values())
     for key, gradient in theirs.items():

@@ -1,0 +1,88 @@
+"""Memory of the gradient step of the paper's Swin SMT at 128^3, and one run of it.
+
+    XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander \
+        python -m benchmarks.paper_step [--side=128] [--run] [--json=FILE]
+
+32 experts, batch 1, float32 parameters, bfloat16 compute, rematerialised as the config
+says: loss and gradient are compiled, and bytes of arguments and temporaries printed.
+XLA on CPU drops the barriers of rematerialisation without the flag above, which must
+not be given elsewhere. --run also takes one step; on a CPU that is minutes.
+"""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+
+from configs import swin_smt_paper
+from swinsmt_jax import losses
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.training.state import abstract_model
+
+
+def compile_gradient(model, side):
+    """Return the compiled loss and gradient, and its arguments' shapes."""
+    graphdef, params = abstract_model(model)
+    x = jax.ShapeDtypeStruct((1, side, side, side, 1), jnp.float32)
+    y = jax.ShapeDtypeStruct((1, side, side, side), jnp.uint8)
+
+    def loss(params, x, y):
+        return losses.dice_cross_entropy(nnx.merge(graphdef, params)(x), y)
+
+    arguments = (params, x, y)
+    return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile(), arguments
+
+
+def random_arguments(shapes):
+    """Fill parameters with small normal numbers, image and labels with uniform ones."""
+    params, x, y = shapes
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params)) + 2))
+    params = jax.tree.map(
+        lambda a: 0.05 * jax.random.normal(next(keys), a.shape, a.dtype), params
+    )
+    image = jax.random.uniform(next(keys), x.shape)
+    return params, image, jax.random.randint(next(keys), y.shape, 0, 118, y.dtype)
+
+
+def main(_):
+    model = from_config_dict(swin_smt_paper.get_config()).model
+    start = time.perf_counter()
+    compiled, shapes = compile_gradient(model, _SIDE.value)
+    memory = compiled.memory_analysis()
+    figures = {
+        "compile_s": time.perf_counter() - start,
+        "arguments_gb": memory.argument_size_in_bytes / 1e9,
+        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+    }
+    figures["together_gb"] = figures["arguments_gb"] + figures["temporaries_gb"]
+    print(json.dumps(figures, indent=1), flush=True)
+    if _RUN.value:
+        arguments = jax.block_until_ready(random_arguments(shapes))
+        start = time.perf_counter()
+        loss, gradient = jax.block_until_ready(compiled(*arguments))
+        figures["run_s"] = time.perf_counter() - start
+        figures["loss"] = float(loss)
+        norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(gradient)]
+        figures["gradients_finite"] = all(n < float("inf") for n in norms)
+        print({k: figures[k] for k in ("run_s", "loss", "gradients_finite")})
+    if _JSON.value:
+        report = {
+            "headline": figures,
+            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
+            "versions": {"jax": jax.__version__, "python": platform.python_version()},
+            "command": " ".join(sys.argv),
+        }
+        Path(_JSON.value).write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    _SIDE = flags.DEFINE_integer("side", 128, "side of the patch")
+    _RUN = flags.DEFINE_bool("run", False, "also take one step")
+    _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
+    app.run(main)

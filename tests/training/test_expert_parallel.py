@@ -1,0 +1,99 @@
+"""Swin SMT with its experts divided over every mesh of eight devices."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import collectives
+from swinsmt_jax import losses, models, sharding
+from swinsmt_jax.config import MeshConfig, OptimizerConfig, SwinSMTConfig
+from swinsmt_jax.training import state as train_state
+from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
+
+MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
+SMALL = SwinSMTConfig(
+    1, 5, 12, num_experts=8, num_moe_stages=3, depths=(1, 1, 1, 1), window_size=4
+)
+
+
+def blueprint(model, mesh):
+    config = OptimizerConfig(1e-3)
+    optimizer = make_optimizer(config, make_schedule(config, num_steps=10))
+    return optimizer, train_state.blueprint(model, optimizer, mesh=mesh)[1]
+
+
+def test_bytes_of_experts_fall_with_the_axis():
+    held = {}
+    for data, expert in MESHES:
+        mesh = sharding.make_mesh(MeshConfig(data, expert))
+        _, like = blueprint(SMALL, mesh)
+        held[expert] = collectives.bytes_per_device(like, pattern="/experts/")
+    moe = SMALL.num_experts * sum(
+        8 * c * c + 5 * c
+        for c in (24, 48, 96)  # two layers of 4 C and their biases
+    )
+    assert held == {n: 3 * 4 * moe // n for n in (1, 2, 4, 8)}  # with Adam's moments
+
+
+@pytest.mark.slow
+def test_all_meshes_have_the_loss_and_gradients_of_one_device(rng):
+    graphdef, params = train_state.split(models.create(SMALL, rngs=nnx.Rngs(0)))
+    x = rng.random((8, 32, 32, 32, 1)).astype(np.float32)
+    y = rng.integers(0, 5, x.shape[:-1]).astype(np.uint8)
+    results = []
+    for data, expert in ((1, 1), *MESHES):
+        mesh = sharding.make_mesh(MeshConfig(data, expert))
+        rules = sharding.parameter_rules(SMALL)
+        places = sharding.tree_shardings(params, mesh=mesh, rules=rules)
+        batch = sharding.batch_sharding(mesh)
+
+        def value_and_gradients(params, x, y, mesh=mesh):
+            def loss(params):
+                return losses.dice_cross_entropy(nnx.merge(graphdef, params)(x), y)
+
+            with sharding.within(mesh):
+                return jax.value_and_grad(loss)(params)
+
+        run = jax.jit(
+            value_and_gradients,
+            in_shardings=(places, batch, batch),
+            out_shardings=(sharding.replicated(mesh), places),
+        )
+        results.append(jax.tree.map(np.asarray, run(params, x, y)))
+    (loss, gradients), *others = results
+    size = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradients)))
+    for other_loss, other in others:
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+        for a, b in zip(*map(jax.tree.leaves, (other, gradients)), strict=True):
+            assert np.linalg.norm(a - b) < 1e-5 * size
+
+
+@pytest.mark.slow
+def test_a_step_gathers_no_experts_and_sends_slots_four_times():
+    mesh = sharding.make_mesh(MeshConfig(2, 4))
+    compiled, _ = collectives.compile_step(SMALL, mesh, batch_size=8, patch=(32,) * 3)
+    found = collectives.collectives(compiled.as_text())
+    assert "all-gather" not in found
+    assert found["all-to-all"]["count"] == 4 * SMALL.num_moe_stages
+
+
+@pytest.mark.slow
+def test_experts_are_born_where_they_live():
+    mesh = sharding.make_mesh(MeshConfig(1, 8))
+    model = SwinSMTConfig(1, 5, 12, num_experts=64, num_moe_stages=1)
+    _, like = blueprint(model, mesh)
+
+    def make(key):
+        _, params = train_state.split(models.create(model, rngs=nnx.Rngs(key)))
+        return params
+
+    places = train_state.shardings_of(like.params)
+    compiled = jax.jit(make, out_shardings=places).lower(jax.random.key(0)).compile()
+    memory = compiled.memory_analysis()
+    experts = collectives.bytes_per_device(like.params, pattern="/experts/")
+    held = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert held < 8 * experts  # all of them would be whole on one device
+    blocks = compiled(jax.random.key(0))["swinViT"]["layers4"]["blocks"]
+    shards = blocks[0]["mlp"]["experts"]["w1"].addressable_shards
+    assert {shard.data.shape for shard in shards} == {(8, 96, 384)}

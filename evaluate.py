@@ -17,7 +17,7 @@ from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation.report import evaluate_split
 from swinsmt_jax.metrics import AVERAGES
 from swinsmt_jax.ops.patches import BLENDS
-from swinsmt_jax.training import startup
+from swinsmt_jax.training import distributed, startup
 from swinsmt_jax.training.checkpoint import load_model
 
 
@@ -43,6 +43,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "window_batch", None, "windows per call, over all devices", flag_values=values
     )
+    distributed.define_flags(values)
     flags.mark_flag_as_required("workdir", flag_values=values)
 
 
@@ -78,7 +79,10 @@ def evaluate(options: flags.FlagValues) -> str:
 def main(_) -> None:
     """Evaluate as the flags say, and print the table."""
     startup.start()
-    print(evaluate(flags.FLAGS))
+    distributed.start()
+    table = evaluate(flags.FLAGS)
+    if distributed.is_first():
+        print(table)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Values of the config are changed by name: --config.optimizer.learning_rate=1e-3. The
 files in configs/ say what they train, on what, and what to expect. The workdir then
-holds config.json, metrics.jsonl, tensorboard/ and checkpoints/, for evaluate.py.
+holds config.json, metrics.jsonl, tensorboard/ and checkpoints/, for evaluate.py. For
+several processes and hosts see docs/multi_node.md.
 """
 
 from absl import app, flags
@@ -13,7 +14,7 @@ from ml_collections import config_flags
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import loop, startup
+from swinsmt_jax.training import distributed, loop, startup
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -21,6 +22,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "file with get_config(), such as configs/demo.py"
     config_flags.DEFINE_config_file("config", None, help, flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    distributed.define_flags(values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
@@ -42,6 +44,7 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
 def main(_) -> None:
     """Train as the flags say."""
     startup.start()
+    distributed.start()
     config = from_config_dict(flags.FLAGS.config)
     loop.train(config, workdir=flags.FLAGS.workdir, validate=run.validate)
 

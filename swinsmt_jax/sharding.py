@@ -85,6 +85,34 @@ def require_divisible(config: ExperimentConfig, mesh: Mesh) -> None:
         )
 
 
+def local_mesh(mesh: Mesh) -> Mesh:
+    """Return this process's part of a mesh, along "data"; the mesh itself if alone."""
+    if jax.process_count() == 1:
+        return mesh
+    devices = mesh.local_devices
+    config = MeshConfig(data=len(devices), expert=1)
+    return make_mesh(config, devices=devices)
+
+
+def copy_to_local(tree, *, mesh: Mesh):
+    """Return a tree of global arrays as a whole copy on each device of a local mesh.
+
+    The copy can be used without the other processes, but all of them must make it.
+    A process that is alone gets the tree itself.
+    """
+    if jax.process_count() == 1:
+        return tree
+
+    def copy(leaf):
+        whole = jax.device_put(leaf, replicated(leaf.sharding.mesh))
+        parts = {shard.device: shard.data for shard in whole.addressable_shards}
+        return jax.make_array_from_single_device_arrays(
+            leaf.shape, replicated(mesh), [parts[d] for d in mesh.devices.flat]
+        )
+
+    return jax.tree.map(copy, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of what stands whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -10,6 +10,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import totalsegmentator
 from swinsmt_jax.evaluation import pictures, run, tables
+from swinsmt_jax.training import distributed
 
 
 def evaluate_split(
@@ -26,6 +27,7 @@ def evaluate_split(
     """Segment the cases of a split, write all results, and return the Dice table.
 
     Written to `output`: per_class.csv, per_case.csv, results.json, overview.png.
+    Several processes divide the cases between them, and the first one writes.
 
     Args:
         model: the trained network.
@@ -43,19 +45,28 @@ def evaluate_split(
     """
     checks.in_range("limit", limit, 0, 10**9)
     groups = run.known_groups(groups, config.model.out_channels)
-    cases = totalsegmentator.find_cases(config.data.root, split=split)
-    cases = cases[: limit or None]
-    make_folder(output)
-    results, views = [], []
-    segmented = run.segment_cases(
-        run.predict_fn(model),
-        config,
-        tqdm(cases, desc=f"evaluating {split}", unit="case"),
-        sharding=run.batch_sharding(config.inference.window_batch),
-    )
-    for case in segmented:
-        results.append(case.result)
-        views.append(pictures.views_of(case))
+    first = distributed.is_first()
+
+    def find():
+        cases = totalsegmentator.find_cases(config.data.root, split=split)
+        if first:
+            make_folder(output)
+        return cases[: limit or None]
+
+    def segment():
+        own = distributed.share(cases)
+        segmented = run.segment_cases(
+            run.predict_fn(model),
+            config,
+            tqdm(own, desc=f"evaluating {split}", unit="case", disable=not first),
+            sharding=run.batch_sharding(config.inference.window_batch),
+        )
+        return [(case.result, pictures.views_of(case)) for case in segmented]
+
+    cases = distributed.together(find)
+    distributed.require_same({"cases": [case.name for case in cases]})
+    found = distributed.unshare(distributed.together(segment))
+    results, views = zip(*found, strict=True)
     about = {
         "split": split,
         "step": step,
@@ -66,17 +77,21 @@ def evaluate_split(
         "spacing": config.data.spacing,
         "device": jax.devices()[0].device_kind,
     }
-    tables.write_per_class(output / "per_class.csv", results, groups=groups)
-    tables.write_per_case(output / "per_case.csv", results, groups=groups)
-    tables.write_json(
-        output / "results.json", results, groups=groups, rule=rule, about=about
-    )
-    pictures.write_overview(
-        output / "overview.png",
-        views,
-        num_classes=config.model.out_channels,
-        hu_range=config.data.hu_range,
-    )
+
+    def write():
+        tables.write_per_class(output / "per_class.csv", results, groups=groups)
+        tables.write_per_case(output / "per_case.csv", results, groups=groups)
+        tables.write_json(
+            output / "results.json", results, groups=groups, rule=rule, about=about
+        )
+        pictures.write_overview(
+            output / "overview.png",
+            views,
+            num_classes=config.model.out_channels,
+            hu_range=config.data.hu_range,
+        )
+
+    distributed.together(lambda: write() if first else None)
     title = f"{len(results)} cases of the split {split!r}, checkpoint of step {step}"
     return tables.dice_table(results, groups=groups, rule=rule, title=title)
 

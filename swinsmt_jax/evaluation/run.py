@@ -12,6 +12,7 @@ from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.inference import Predict, predict_labels
 from swinsmt_jax.metrics import Counts
+from swinsmt_jax.training import distributed
 
 
 @dataclass(frozen=True)
@@ -126,21 +127,28 @@ def false_positives(results: Sequence[CaseResult]) -> np.ndarray:
 def validate(
     predict: Predict,
     config: ExperimentConfig,
-    cases: Iterable,
+    cases: Sequence,
     *,
     groups: Mapping[str, Sequence[int]] | None = None,
     sharding: jax.sharding.Sharding | None = None,
 ) -> dict:
     """Score the cases: what the training loop logs and picks the best step by.
 
+    Several processes divide the cases between them, and each gets the whole result.
+
     Returns:
         `dice`, the mean over the cases of each class and then over classes; `groups`,
         the same in each group; `false_positives`, the number of (case, class) pairs
         predicted though absent. NaN where no case has any of the classes.
     """
-    segmented = segment_cases(predict, config, cases, sharding=sharding)
-    results = [case.result for case in segmented]
-    checks.require(len(results) > 0, "validation needs at least one case, but has 0.")
+    checks.require(len(cases) > 0, "validation needs at least one case, but has 0.")
+
+    def segment():
+        own = distributed.share(cases)
+        segmented = segment_cases(predict, config, own, sharding=sharding)
+        return [case.result for case in segmented]
+
+    results = distributed.unshare(distributed.together(segment))
     groups = known_groups(groups or labels.GROUPS, config.model.out_channels)
     means = metrics.group_averages(dice_scores(results), groups=groups)
     dice = {name: mean[metrics.AVERAGES[0]] for name, mean in means.items()}

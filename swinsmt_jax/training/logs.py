@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import jax
 from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from swinsmt_jax.training import distributed
 from swinsmt_jax.training.workdir import write_atomically
 
 FILE = "metrics.jsonl"
@@ -77,7 +77,7 @@ def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log | None]:
 
     Yields None in all processes but the first.
     """
-    if jax.process_index() != 0:
+    if not distributed.is_first():
         yield None
         return
     path = workdir / FILE

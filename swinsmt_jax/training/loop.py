@@ -19,6 +19,7 @@ from swinsmt_jax import checks, losses, sharding
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline, totalsegmentator
 from swinsmt_jax.data.totalsegmentator import Case
+from swinsmt_jax.training import distributed
 from swinsmt_jax.training.checkpoint import METRIC, Origin, open_checkpoints
 from swinsmt_jax.training.logs import Clock, open_log
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
@@ -38,7 +39,8 @@ def train(
         config: of the experiment.
         workdir: folder of the run, made if missing; see `training.workdir`.
         validate: as `evaluation.run.validate`: called as (predict, config, cases,
-            sharding=...), it returns {"dice": ..., "groups": {name: ...}}.
+            sharding=...), it returns {"dice": ..., "groups": {name: ...}}. Of several
+            processes all call it, and `predict` takes this process's devices.
 
     Raises:
         UserError: before anything is compiled, for impossible configs, missing data
@@ -51,10 +53,13 @@ def train(
         config.model.in_channels == 1,
         f"model.in_channels is {config.model.in_channels}, but a CT has 1 channel.",
     )
-    cases = totalsegmentator.find_cases(config.data.root, split="train")
-    held_out = _validation_cases(config) if validate else ()
+    held_out = ()
+    if validate:
+        held_out = distributed.together(lambda: _validation_cases(config))
+    cases, data = distributed.together(lambda: _training_cases(config))
+    distributed.require_same({"the fingerprint of the training cases": data})
     workdir = open_workdir(workdir, config)
-    origin = Origin(config, data=pipeline.fingerprint(cases))
+    origin = Origin(config, data=data)
 
     schedule = make_schedule(config.optimizer, num_steps=config.training.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -68,14 +73,16 @@ def train(
         like=like,
         mesh=mesh,
     )
-    predict = make_predict(graphdef, like=like, mesh=mesh)
+    here = sharding.local_mesh(mesh)
+    predict = make_predict(graphdef, like=like, mesh=here)
 
     def score(params):
+        params = sharding.copy_to_local(params, mesh=here)
         return validate(
             lambda windows: predict(params, windows),
-            _filling_devices(config, mesh),
+            _filling_devices(config, here),
             held_out,
-            sharding=sharding.batch_sharding(mesh),
+            sharding=sharding.batch_sharding(here),
         )
 
     with open_checkpoints(workdir) as checkpoints:
@@ -147,15 +154,17 @@ def _due(step, every, last):
 def _fetch(step, metrics, names):
     """Bring metrics to the host; refuse to go on from a loss that is not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    checks.require(
-        all(math.isfinite(value) for value in values.values()),
+    if all(math.isfinite(value) for value in values.values()):
+        return values
+    names = distributed.gather(names)  # the metrics, so all processes come here
+    names = [name for part in names for name in part]
+    raise distributed.SharedError(
         f"step {step}, on crops of {', '.join(names)}: the loss is {values['loss']:g} "
         f"and the norm of its gradient {values['grad_norm']:g}. Training cannot go on "
         "from there; the latest checkpoint is from before. Start again in a new "
         "--workdir with a lower optimizer.learning_rate or more "
         "optimizer.warmup_steps.",
     )
-    return values
 
 
 def _scores(result):
@@ -186,6 +195,11 @@ def _require_known_labels(batch, names, num_classes):
             f"case {name!r} holds label {top}, but model.out_channels is "
             f"{num_classes}, background included, so labels end at {num_classes - 1}.",
         )
+
+
+def _training_cases(config: ExperimentConfig) -> tuple[Sequence[Case], str]:
+    cases = totalsegmentator.find_cases(config.data.root, split="train")
+    return cases, pipeline.fingerprint(cases)
 
 
 def _validation_cases(config: ExperimentConfig) -> Sequence[Case]:

@@ -10,6 +10,7 @@ import jax
 from absl import logging
 
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.training import distributed
 
 CACHE = Path("~/.cache/swinsmt_jax")
 PACKAGE = str(Path(__file__).parents[1])
@@ -28,12 +29,24 @@ def start() -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error(script: str) -> Iterator[None]:
-    """Make a `UserError` one line on stderr and exit status 2, without traceback."""
+    """Make a `UserError` one line on stderr and exit status 2, without traceback.
+
+    Of several processes, one that fails alone does not wait for the others.
+    """
     try:
         yield
+    except distributed.SharedError as error:
+        if distributed.is_first():
+            print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         print(f"{script}: {error}", file=sys.stderr)
+        if distributed.several():
+            distributed.abandon(2)
         sys.exit(2)
+    except Exception as error:
+        distributed.abandon_on_error(error)
+        raise
 
 
 def _is_for_users(record: LogRecord) -> bool:

@@ -79,18 +79,15 @@ def make_predict(
 ) -> Callable[[dict, jax.Array], jax.Array]:
     """Return the jitted function (params, windows) -> logits, without dropout.
 
-    Windows are divided over the mesh, and so are the logits, unless there are several
-    processes: then each gets all of them.
+    Windows and logits are divided over the mesh. Of several processes each predicts
+    by itself, with its `sharding.local_mesh` and `sharding.copy_to_local` of `params`.
     """
     windows = sharding.batch_sharding(mesh)
     alone = jax.process_count() == 1
+    places = shardings_of(like.params) if alone else sharding.replicated(mesh)
 
     def predict(params, x):
         with sharding.within(mesh):
             return nnx.merge(graphdef, params)(x)
 
-    return jax.jit(
-        predict,
-        in_shardings=(shardings_of(like.params), windows),
-        out_shardings=windows if alone else sharding.replicated(mesh),
-    )
+    return jax.jit(predict, in_shardings=(places, windows), out_shardings=windows)

@@ -10,10 +10,11 @@ import json
 import os
 from pathlib import Path
 
-import jax
-
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
+from swinsmt_jax.training import distributed
+
+CONFIG = "config.json"
 
 # Keys that a run may change when it is continued. A new num_steps stretches the
 # remaining decay of the learning rate; data.root may move, since the checkpoint knows
@@ -35,16 +36,37 @@ MAY_CHANGE = (
     "inference.blend",
     "inference.window_batch",
 )
+# Keys in which the processes of one run may differ: the data may lie on each node.
+MAY_DIFFER = ("data.root", "data.num_workers", "data.num_threads", "data.cache")
 
 
 def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
     """Make the folder, or check that it belongs to this config, and record the config.
 
+    Of several processes the first one does so, and the others find it done.
+
     Raises:
         UserError: for a path that cannot be a folder, an unreadable config.json, and a
-            config that differs from the recorded one in keys outside `MAY_CHANGE`.
+            config that differs from the recorded one in keys outside `MAY_CHANGE`, or
+            from that of another process in keys outside `MAY_DIFFER`; and a folder
+            that the processes do not share.
     """
     workdir = Path(path).absolute()
+    keys = _flat(to_dict(config)).items()
+    distributed.require_same({k: v for k, v in keys if k not in MAY_DIFFER})
+    first = distributed.is_first()
+    distributed.together(lambda: _claim(workdir, config) if first else None)
+    distributed.together(
+        lambda: checks.require(
+            (workdir / CONFIG).exists(),
+            f"the workdir {workdir} is not the same folder for all processes; give a "
+            "--workdir on a file system that all hosts share.",
+        )
+    )
+    return workdir
+
+
+def _claim(workdir, config):
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,12 +74,10 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
             f"the workdir {workdir} cannot be made: {error.strerror}; choose another "
             "--workdir."
         ) from error
-    file = workdir / "config.json"
+    file = workdir / CONFIG
     if file.exists():
         _require_same(workdir, recorded_config(file), config)
-    if jax.process_index() == 0:
-        write_atomically(file, json.dumps(to_dict(config), indent=2) + "\n")
-    return workdir
+    write_atomically(file, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def recorded_config(file: Path) -> ExperimentConfig:

@@ -1,6 +1,7 @@
 import json
 import math
 
+import jax
 import pytest
 
 from swinsmt_jax.training import logs
@@ -29,7 +30,7 @@ def test_a_continued_log_has_each_step_once(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
     with logs.open_log(tmp_path, start=0, stop=3) as log:
         assert log is None
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ Each process runs the same script. What concerns a file or the screen is done by
 first one; what may fail on one alone runs in `together`, so that none waits in vain.
 """
 
+import itertools
 import os
 import pickle
 import sys
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from swinsmt_jax import checks
 
@@ -22,6 +24,9 @@ T = TypeVar("T")
 
 MODES = ("off", "auto")
 EXPLICIT = ("coordinator_address", "num_processes", "process_id")
+LONGEST_WAIT_MS = 24 * 3600 * 1000  # for the slowest process, such as in validation
+
+_meetings = itertools.count()
 
 
 class SharedError(checks.UserError):
@@ -110,7 +115,7 @@ def arguments_of(values: flags.FlagValues) -> dict | None:
     if not given:
         checks.require(
             ids is None,
-            f"--local_device_ids={_joined(ids)} needs --distributed=auto or "
+            f"--local_device_ids={_joined(ids or ())} needs --distributed=auto or "
             f"{_listing(EXPLICIT)}; for one process, CUDA_VISIBLE_DEVICES chooses.",
         )
         return None
@@ -145,6 +150,9 @@ def gather(value: T) -> list[T]:
     """
     if jax.process_count() == 1:
         return [value]
+    # Processes may be minutes apart, but collectives on CPU wait for 30 seconds only.
+    meet = multihost.get_barrier_sync_fn()
+    meet(key=f"swinsmt_jax.gather.{next(_meetings)}", timeout_ms=LONGEST_WAIT_MS)
     own = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(own.size)).ravel()
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few shapes

@@ -85,6 +85,15 @@ def test_user_errors_end_the_script_in_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_nobody_started_are_a_user_error(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    workdir = f"--workdir={tmp_path}"
+    done = run("--config=configs/demo.py", workdir, "--distributed=auto")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("train.py: --distributed=auto found no cluster")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_the_demo_trains_continues_and_is_evaluated(tmp_path):
     """The real network through both scripts, on phantoms, in few steps."""

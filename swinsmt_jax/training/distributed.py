@@ -7,6 +7,7 @@ first one; what may fail on one alone runs in `together`, so that none waits in 
 import itertools
 import os
 import pickle
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -67,24 +68,20 @@ def start(values: flags.FlagValues = flags.FLAGS) -> None:
     """Join the other processes, as the flags say. Call before any use of a device.
 
     Raises:
-        UserError: for flags that do not fit together, no cluster to detect, and
-            processes that differ in their number of devices.
+        UserError: for flags that do not fit together, no cluster to detect, a port in
+            use, and processes that differ in their number of devices.
     """
     arguments = arguments_of(values)
     if arguments is None:
         return
+    if arguments.get("process_id") == 0:
+        _require_free(arguments["coordinator_address"])
     try:
         jax.distributed.initialize(**arguments)
     except (ValueError, TypeError) as error:
         raise checks.UserError(
-            f"--distributed=auto found no cluster ({error}); start the script by srun, "
+            f"--distributed=auto found no cluster; start the script by srun, "
             f"mpirun or on every host of a TPU pod, or give {_listing(EXPLICIT)}."
-        ) from error
-    except RuntimeError as error:
-        raise checks.UserError(
-            f"the processes could not be joined ({' '.join(str(error).split())}); "
-            "--coordinator_address must be a free port of the host of process 0, the "
-            "same in all processes, and all of them must be started."
         ) from error
     _require_equal_devices(values)
     if not is_first():
@@ -258,6 +255,18 @@ def _check_address(address):
         f"--coordinator_address is {address!r}, but must be host:port of process 0, "
         "such as node001:12345.",
     )
+
+
+def _require_free(address):
+    """Refuse a port that is taken, for which JAX would crash."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise checks.UserError(
+            f"--coordinator_address is {address}, but its port cannot be opened here, "
+            f"in process 0: {error.strerror}; choose another one, the same in all "
+            "processes."
+        ) from error
 
 
 def _require_equal_devices(values):

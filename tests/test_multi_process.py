@@ -1,0 +1,146 @@
+"""The scripts in two processes that meet over loopback, four virtual devices each."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from swinsmt_jax.training.logs import read_rows
+
+ROOT = Path(train.__file__).parent
+
+
+def launch(*arguments, devices):
+    """Start a script on so many virtual CPU devices."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def alone(*arguments):
+    """Run in one process with eight devices; (status, stdout, stderr)."""
+    return finish(launch(*arguments, devices="8"))
+
+
+def in_two(*arguments):
+    """Run in two processes with four devices each; a list of results as of `alone`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = (f"--coordinator_address={address}", "--num_processes=2")
+    processes = [
+        launch(*arguments, *flags, f"--process_id={i}", devices="4") for i in (0, 1)
+    ]
+    return [finish(process) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantoms")
+    command = [
+        *(sys.executable, "-m", "swinsmt_jax.data.phantom", f"--root={root}"),
+        *"--cases=6 --val=3 --test=0 --spacing=12 --seed=0".split(),
+    ]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return root
+
+
+def training(data, workdir, *changes):
+    """Three steps of a small network whose experts lie on all eight devices."""
+    return [
+        *("train.py", "--config=configs/demo.py", f"--workdir={workdir}"),
+        f"--config.data.root={data}",
+        "--config.data.patch_shape=(32, 32, 32)",
+        "--config.data.batch_size=8",
+        "--config.model.feature_size=12",
+        "--config.model.num_experts=8",
+        "--config.mesh.expert=8",
+        "--config.optimizer.warmup_steps=1",
+        "--config.training.num_steps=3",
+        "--config.training.log_every=1",
+        "--config.training.checkpoint_every=1",
+        "--config.training.eval_cases=3",
+        "--config.inference.overlap=0",
+        *changes,
+    ]
+
+
+def curve(workdir):
+    rows = read_rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    return np.array([[row["loss"], row["grad_norm"]] for row in rows])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_resume_and_are_evaluated(data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    status, _, err = alone(*training(data, one))
+    assert status == 0, err
+    results = in_two(*training(data, two))
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert "2 processes of 4 devices each" in results[0][2]
+    assert "validation Dice" in results[0][2]
+    assert "training" not in results[1][2] and "loop.py" not in results[1][2]
+    np.testing.assert_allclose(curve(two), curve(one), rtol=1e-4)
+    assert len(list((two / "tensorboard").iterdir())) == 1
+    validation = read_rows(two / "metrics.jsonl")[-1]["val_dice"]
+    assert validation == pytest.approx(
+        read_rows(one / "metrics.jsonl")[-1]["val_dice"], abs=1e-3
+    )
+
+    finished = (two / "metrics.jsonl").read_text()
+    results = in_two(*training(data, two))
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert "all 3 steps are done" in results[0][2]
+    assert (two / "metrics.jsonl").read_text() == finished
+
+    whole = curve(two)
+    shutil.rmtree(two / "checkpoints" / "3")  # as if killed before it was written
+    results = in_two(*training(data, two))
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert "continuing after step 2 of 3" in results[0][2]
+    np.testing.assert_allclose(curve(two), whole, rtol=1e-6)
+
+    command = ["evaluate.py", f"--workdir={two}", "--split=val", "--step=latest"]
+    status, table, err = alone(*command)
+    assert status == 0 and "3 cases of the split 'val'" in table, err
+    report = two / "eval_val" / "results.json"
+    single = json.loads(report.read_text())
+    assert single["dice"]["overall"] == pytest.approx(validation, abs=1e-6)
+    report.unlink()
+    (_, first, _), (_, second, _) = results = in_two(*command)
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert first == table and second == ""
+    double = json.loads(report.read_text())
+    assert list(double["cases"]) == list(single["cases"])
+    assert double["dice"] == single["dice"]
+
+
+@pytest.mark.slow
+def test_what_all_processes_refuse_is_said_once(data, tmp_path):
+    results = in_two(*training(data / "missing", tmp_path / "run"))
+    assert [status for status, _, _ in results] == [2, 2], results
+    said = [err.count("missing does not exist") for _, _, err in results]
+    assert said == [1, 0]
+    assert not (tmp_path / "run").exists()

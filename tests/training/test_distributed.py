@@ -1,0 +1,123 @@
+import socket
+
+import pytest
+from absl import flags
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.training import distributed
+
+EXPLICIT = (
+    "--coordinator_address=node1:1234",
+    "--num_processes=4",
+    "--process_id=3",
+)
+
+
+def parse(*arguments):
+    values = flags.FlagValues()
+    distributed.define_flags(values)
+    values(["train.py", *arguments])
+    return values
+
+
+@pytest.mark.parametrize("arguments", [(), ("--distributed=off",)])
+def test_one_process_is_the_default(arguments):
+    assert distributed.arguments_of(parse(*arguments)) is None
+    distributed.start(parse(*arguments))
+    assert not distributed.several() and distributed.is_first()
+
+
+def test_flags_become_arguments():
+    auto = distributed.arguments_of(parse("--distributed=auto"))
+    assert auto == {"local_device_ids": None}
+    node = parse("--distributed=auto", "--local_device_ids=0,1,5")
+    assert distributed.arguments_of(node) == {"local_device_ids": [0, 1, 5]}
+    explicit = distributed.arguments_of(parse(*EXPLICIT, "--local_device_ids=2"))
+    assert explicit == {
+        "coordinator_address": "node1:1234",
+        "num_processes": 4,
+        "process_id": 3,
+        "local_device_ids": [2],
+        "cluster_detection_method": "deactivate",
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--distributed=auto", EXPLICIT[1]], "auto does not go with --num_processes"),
+        (["--distributed=off", *EXPLICIT], "off does not go with --coordinator_addr"),
+        (EXPLICIT[:1], "--coordinator_address needs --num_processes, --process_id too"),
+        (EXPLICIT[1:], "--num_processes, --process_id needs --coordinator_address"),
+        ([*EXPLICIT, "--num_processes=0"], "--num_processes is 0, but must be a whole"),
+        ([*EXPLICIT, "--process_id=4"], r"--process_id is 4, but must lie in \[0, 3\]"),
+        ([*EXPLICIT, "--process_id=-1"], "--process_id is -1"),
+        ([*EXPLICIT, "--coordinator_address=node1"], "is 'node1', but must be host:"),
+        ([*EXPLICIT, "--coordinator_address=node1:x"], "is 'node1:x', but must be"),
+        ([*EXPLICIT, "--coordinator_address=a:70000"], "is 'a:70000', but must be"),
+        (["--local_device_ids=0"], "--local_device_ids=0 needs --distributed=auto or"),
+        ([*EXPLICIT, "--local_device_ids=0,a"], "is '0,a', but must be numbers"),
+        ([*EXPLICIT, "--local_device_ids="], "is '', but must be numbers"),
+        ([*EXPLICIT, "--local_device_ids=1,1"], "is 1,1, but must name each"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(arguments, words):
+    with pytest.raises(UserError, match=words):
+        distributed.start(parse(*arguments))
+
+
+def test_a_port_in_use_is_refused():
+    with socket.create_server(("", 0)) as taken:
+        address = f"--coordinator_address=localhost:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match="cannot be opened here.*in use"):
+            distributed.start(parse(address, "--num_processes=2", "--process_id=0"))
+
+
+def test_one_process_has_all_of_the_work():
+    items = list(range(5))
+    assert distributed.share(items) == items == distributed.unshare(items)
+    assert distributed.gather("x") == ["x"]
+    assert distributed.together(lambda: 3) == 3
+
+    def fail():
+        raise UserError("bad file")
+
+    with pytest.raises(UserError, match="bad file"):
+        distributed.together(fail)
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Play one of three processes, all of whose values are known beforehand."""
+
+    def play(index, values):
+        monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+        monkeypatch.setattr(distributed.jax, "process_index", lambda: index)
+        monkeypatch.setattr(distributed, "gather", lambda value: values)
+
+    return play
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 7])
+def test_shared_items_come_back_in_order(as_process, count):
+    items = [f"s{i}" for i in range(count)]
+    parts = []
+    for i in range(3):
+        as_process(i, None)
+        parts.append(distributed.share(items))
+    as_process(1, parts)
+    assert distributed.unshare(parts[1]) == items
+
+
+def test_an_error_of_one_process_is_raised_in_all(as_process):
+    as_process(1, [None, None, "bad file in the last"])
+    with pytest.raises(distributed.SharedError, match="bad file in the last"):
+        distributed.together(lambda: 3)
+    as_process(1, [None, None, None])
+    assert distributed.together(lambda: 3) == 3
+
+
+def test_processes_with_other_values_are_refused(as_process):
+    as_process(1, [{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 5}])
+    with pytest.raises(distributed.SharedError, match="b is 2 in .* 0, but 5 in .* 2"):
+        distributed.require_same({"a": 1, "b": 2})

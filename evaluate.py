@@ -17,7 +17,7 @@ from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation.report import evaluate_split
 from swinsmt_jax.metrics import AVERAGES
 from swinsmt_jax.ops.patches import BLENDS
-from swinsmt_jax.training import distributed, startup
+from swinsmt_jax.training import distributed, processes, startup
 from swinsmt_jax.training.checkpoint import load_model
 
 
@@ -81,7 +81,7 @@ def main(_) -> None:
     startup.start()
     distributed.start()
     table = evaluate(flags.FLAGS)
-    if distributed.is_first():
+    if processes.is_first():
         print(table)
 
 

@@ -17,9 +17,16 @@ from swinsmt_jax.training.logs import read_rows
 ROOT = Path(train.__file__).parent
 
 
-def launch(*arguments, devices):
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(*arguments, devices, **variables):
     """Start a script on so many virtual CPU devices."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
+    devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
+    environment = os.environ | devices | variables
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -45,10 +52,8 @@ def alone(*arguments):
 
 def in_two(*arguments):
     """Run in two processes with four devices each; a list of results as of `alone`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = (f"--coordinator_address={address}", "--num_processes=2")
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    flags = (address, "--num_processes=2")
     processes = [
         launch(*arguments, *flags, f"--process_id={i}", devices="4") for i in (0, 1)
     ]
@@ -74,6 +79,7 @@ def training(data, workdir, *changes):
         "--config.data.patch_shape=(32, 32, 32)",
         "--config.data.batch_size=8",
         "--config.model.feature_size=12",
+        "--config.model.depths=(1, 1, 1, 1)",
         "--config.model.num_experts=8",
         "--config.mesh.expert=8",
         "--config.optimizer.warmup_steps=1",
@@ -138,8 +144,23 @@ def test_two_processes_train_as_one_resume_and_are_evaluated(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_all_processes_refuse_is_said_once(data, tmp_path):
-    results = in_two(*training(data / "missing", tmp_path / "run"))
+def test_what_processes_of_slurm_refuse_is_said_once(data, tmp_path):
+    """Found by SLURM's variables, as srun sets them for two processes of a node."""
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": free_port(),
+    }
+    command = training(data / "missing", tmp_path / "run")
+    started = [
+        launch(
+            *(*command, "--distributed=auto"),
+            **{"devices": "4", "SLURM_PROCID": i, "SLURM_LOCALID": i, **slurm},
+        )
+        for i in "01"
+    ]
+    results = [finish(process) for process in started]
     assert [status for status, _, _ in results] == [2, 2], results
     said = [err.count("missing does not exist") for _, _, err in results]
     assert said == [1, 0]

@@ -10,7 +10,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import totalsegmentator
 from swinsmt_jax.evaluation import pictures, run, tables
-from swinsmt_jax.training import distributed
+from swinsmt_jax.training import processes
 
 
 def evaluate_split(
@@ -45,7 +45,7 @@ def evaluate_split(
     """
     checks.in_range("limit", limit, 0, 10**9)
     groups = run.known_groups(groups, config.model.out_channels)
-    first = distributed.is_first()
+    first = processes.is_first()
 
     def find():
         cases = totalsegmentator.find_cases(config.data.root, split=split)
@@ -54,7 +54,7 @@ def evaluate_split(
         return cases[: limit or None]
 
     def segment():
-        own = distributed.share(cases)
+        own = processes.share(cases)
         segmented = run.segment_cases(
             run.predict_fn(model),
             config,
@@ -63,9 +63,9 @@ def evaluate_split(
         )
         return [(case.result, pictures.views_of(case)) for case in segmented]
 
-    cases = distributed.together(find)
-    distributed.require_same({"cases": [case.name for case in cases]})
-    found = distributed.unshare(distributed.together(segment))
+    cases = processes.together(find)
+    processes.require_same({"cases": [case.name for case in cases]})
+    found = processes.unshare(processes.together(segment))
     results, views = zip(*found, strict=True)
     about = {
         "split": split,
@@ -91,7 +91,7 @@ def evaluate_split(
             hu_range=config.data.hu_range,
         )
 
-    distributed.together(lambda: write() if first else None)
+    processes.together(lambda: write() if first else None)
     title = f"{len(results)} cases of the split {split!r}, checkpoint of step {step}"
     return tables.dice_table(results, groups=groups, rule=rule, title=title)
 

@@ -12,7 +12,7 @@ from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.inference import Predict, predict_labels
 from swinsmt_jax.metrics import Counts
-from swinsmt_jax.training import distributed
+from swinsmt_jax.training import processes
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ def validate(
     checks.require(len(cases) > 0, "validation needs at least one case, but has 0.")
 
     def segment():
-        own = distributed.share(cases)
+        own = processes.share(cases)
         segmented = segment_cases(predict, config, own, sharding=sharding)
         return [case.result for case in segmented]
 
-    results = distributed.unshare(distributed.together(segment))
+    results = processes.unshare(processes.together(segment))
     groups = known_groups(groups or labels.GROUPS, config.model.out_channels)
     means = metrics.group_averages(dice_scores(results), groups=groups)
     dice = {name: mean[metrics.AVERAGES[0]] for name, mean in means.items()}

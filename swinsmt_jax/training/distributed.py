@@ -1,37 +1,15 @@
-"""Several processes: how they find each other, share work, and fail together.
+"""How several processes find each other: the flags, and joining by them."""
 
-Each process runs the same script. What concerns a file or the screen is done by the
-first one; what may fail on one alone runs in `together`, so that none waits in vain.
-"""
-
-import itertools
-import os
-import pickle
 import socket
-import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, TypeVar
 
 import jax
-import numpy as np
 from absl import flags, logging
-from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 from swinsmt_jax import checks
-
-T = TypeVar("T")
+from swinsmt_jax.training import processes
 
 MODES = ("off", "auto")
 EXPLICIT = ("coordinator_address", "num_processes", "process_id")
-LONGEST_WAIT_MS = 24 * 3600 * 1000  # for the slowest process, such as in validation
-
-_meetings = itertools.count()
-
-
-class SharedError(checks.UserError):
-    """A `UserError` that all processes raise, for the first one to print."""
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -78,13 +56,13 @@ def start(values: flags.FlagValues = flags.FLAGS) -> None:
         _require_free(arguments["coordinator_address"])
     try:
         jax.distributed.initialize(**arguments)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise checks.UserError(
-            f"--distributed=auto found no cluster; start the script by srun, "
+            "--distributed=auto found no cluster; start the script by srun, "
             f"mpirun or on every host of a TPU pod, or give {_listing(EXPLICIT)}."
         ) from error
     _require_equal_devices(values)
-    if not is_first():
+    if not processes.is_first():
         logging.set_verbosity(logging.WARNING)
     logging.info(
         "%d processes of %d devices each",
@@ -133,103 +111,6 @@ def arguments_of(values: flags.FlagValues) -> dict | None:
         # else SLURM's variables would restrict the process to one device
         "cluster_detection_method": "deactivate",
     }
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
-    return jax.process_index() == 0
-
-
-def gather(value: T) -> list[T]:
-    """Return the value of each process, in their order; all must call this.
-
-    Values are pickled, and small: each process gets all of them.
-    """
-    if jax.process_count() == 1:
-        return [value]
-    # Processes may be minutes apart, but collectives on CPU wait for 30 seconds only.
-    meet = multihost.get_barrier_sync_fn()
-    meet(key=f"swinsmt_jax.gather.{next(_meetings)}", timeout_ms=LONGEST_WAIT_MS)
-    own = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(own.size)).ravel()
-    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few shapes
-    padded[: own.size] = own
-    found = np.asarray(multihost_utils.process_allgather(padded))
-    found = found.reshape(len(sizes), -1)
-    return [
-        pickle.loads(part[:size].tobytes())
-        for part, size in zip(found, sizes, strict=True)
-    ]
-
-
-def together(function: Callable[[], T]) -> T:
-    """Call in all processes; return this one's result if none raised a `UserError`.
-
-    Raises:
-        SharedError: in all processes, what the first one that failed has to say. A
-            single process raises its own `UserError`.
-    """
-    if jax.process_count() == 1:
-        return function()
-    result, message = None, None
-    try:
-        result = function()
-    except checks.UserError as error:
-        message = str(error)
-    failed = [text for text in gather(message) if text is not None]
-    if failed:
-        raise SharedError(failed[0])
-    return result
-
-
-def share(items: Sequence[T]) -> Sequence[T]:
-    """Return this process's part of the items: every n-th for n processes."""
-    return items[jax.process_index() :: jax.process_count()]
-
-
-def unshare(own: Sequence[T]) -> list[T]:
-    """Return what all processes made of their `share` of items, in the items' order."""
-    parts = gather(list(own))
-    longest = max(len(part) for part in parts)
-    return [part[i] for i in range(longest) for part in parts if i < len(part)]
-
-
-def require_same(values: Mapping[str, object]) -> None:
-    """Raise `SharedError` unless all processes have the same values by name."""
-    parts = gather(dict(values))
-    differing = [
-        f"{name} is {first!r} in process 0, but {part.get(name)!r} in process {i}"
-        for name, first in parts[0].items()
-        for i, part in enumerate(parts)
-        if part.get(name) != first
-    ]
-    if differing:
-        raise SharedError(
-            f"the processes do not run the same experiment: {'; '.join(differing[:3])}."
-            " Start all with the same flags and the same data."
-        )
-
-
-def abandon(status: int) -> NoReturn:
-    """End this process at once, without waiting for the others, who may hang.
-
-    They are ended by the launcher, or by JAX when it misses the heartbeat.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def abandon_on_error(error: Exception) -> None:
-    """Print the traceback and end this process, if others would wait for it."""
-    if several():
-        traceback.print_exception(error)
-        abandon(1)
-
-
-def several() -> bool:
-    """Whether this process has joined others. Does not touch the devices."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _device_ids(texts):
@@ -283,7 +164,7 @@ def _require_equal_devices(values):
     for device in devices:
         counts[device.process_index] += 1
     if len(set(counts)) > 1:
-        raise SharedError(
+        raise processes.SharedError(
             f"the processes have {_joined(counts)} devices, but each must have the "
             "same number: take whole nodes, or as many --local_device_ids on each."
         )

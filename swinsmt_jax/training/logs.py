@@ -12,7 +12,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from swinsmt_jax.training import distributed
+from swinsmt_jax.training import processes
 from swinsmt_jax.training.workdir import write_atomically
 
 FILE = "metrics.jsonl"
@@ -77,7 +77,7 @@ def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log | None]:
 
     Yields None in all processes but the first.
     """
-    if not distributed.is_first():
+    if not processes.is_first():
         yield None
         return
     path = workdir / FILE

@@ -19,7 +19,7 @@ from swinsmt_jax import checks, losses, sharding
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline, totalsegmentator
 from swinsmt_jax.data.totalsegmentator import Case
-from swinsmt_jax.training import distributed
+from swinsmt_jax.training import processes
 from swinsmt_jax.training.checkpoint import METRIC, Origin, open_checkpoints
 from swinsmt_jax.training.logs import Clock, open_log
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
@@ -55,9 +55,9 @@ def train(
     )
     held_out = ()
     if validate:
-        held_out = distributed.together(lambda: _validation_cases(config))
-    cases, data = distributed.together(lambda: _training_cases(config))
-    distributed.require_same({"the fingerprint of the training cases": data})
+        held_out = processes.together(lambda: _validation_cases(config))
+    cases, data = processes.together(lambda: _training_cases(config))
+    processes.require_same({"the fingerprint of the training cases": data})
     workdir = open_workdir(workdir, config)
     origin = Origin(config, data=data)
 
@@ -120,7 +120,10 @@ def _run(config, state, *, train_step, score, save, cases, mesh, workdir):
             batch = next(batches)
             names = [cases[i].name for i in batch["case"]]
             _require_known_labels(batch, names, config.model.out_channels)
-            state, metrics = train_step(state, sharding.place_batch(batch, mesh))
+            batch = sharding.place_batch(batch, mesh)
+            if step == start + 1:
+                train_step = processes.compiled(train_step, state, batch)
+            state, metrics = train_step(state, batch)
             if pending:
                 _record(log, pending[0], _fetch(*pending) | clock.tick(), config)
             pending = step, metrics, names
@@ -156,9 +159,9 @@ def _fetch(step, metrics, names):
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if all(math.isfinite(value) for value in values.values()):
         return values
-    names = distributed.gather(names)  # the metrics, so all processes come here
+    names = processes.gather(names)  # the metrics, so all processes come here
     names = [name for part in names for name in part]
-    raise distributed.SharedError(
+    raise processes.SharedError(
         f"step {step}, on crops of {', '.join(names)}: the loss is {values['loss']:g} "
         f"and the norm of its gradient {values['grad_norm']:g}. Training cannot go on "
         "from there; the latest checkpoint is from before. Start again in a new "

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator
 from logging import ERROR, WARNING, LogRecord
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 from absl import logging
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.training import distributed
+from swinsmt_jax.training import processes
 
 CACHE = Path("~/.cache/swinsmt_jax")
 PACKAGE = str(Path(__file__).parents[1])
@@ -35,17 +36,19 @@ def exit_on_user_error(script: str) -> Iterator[None]:
     """
     try:
         yield
-    except distributed.SharedError as error:
-        if distributed.is_first():
+    except processes.SharedError as error:
+        if processes.is_first():
             print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         print(f"{script}: {error}", file=sys.stderr)
-        if distributed.several():
-            distributed.abandon(2)
+        if processes.several():
+            processes.abandon(2)
         sys.exit(2)
     except Exception as error:
-        distributed.abandon_on_error(error)
+        if processes.several():
+            traceback.print_exception(error)
+            processes.abandon(1)
         raise
 
 

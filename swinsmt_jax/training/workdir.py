@@ -12,7 +12,7 @@ from pathlib import Path
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
-from swinsmt_jax.training import distributed
+from swinsmt_jax.training import processes
 
 CONFIG = "config.json"
 
@@ -53,10 +53,10 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
     """
     workdir = Path(path).absolute()
     keys = _flat(to_dict(config)).items()
-    distributed.require_same({k: v for k, v in keys if k not in MAY_DIFFER})
-    first = distributed.is_first()
-    distributed.together(lambda: _claim(workdir, config) if first else None)
-    distributed.together(
+    processes.require_same({k: v for k, v in keys if k not in MAY_DIFFER})
+    first = processes.is_first()
+    processes.together(lambda: _claim(workdir, config) if first else None)
+    processes.together(
         lambda: checks.require(
             (workdir / CONFIG).exists(),
             f"the workdir {workdir} is not the same folder for all processes; give a "

@@ -4,7 +4,7 @@ import pytest
 from absl import flags
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.training import distributed
+from swinsmt_jax.training import distributed, processes
 
 EXPLICIT = (
     "--coordinator_address=node1:1234",
@@ -24,7 +24,7 @@ def parse(*arguments):
 def test_one_process_is_the_default(arguments):
     assert distributed.arguments_of(parse(*arguments)) is None
     distributed.start(parse(*arguments))
-    assert not distributed.several() and distributed.is_first()
+    assert not processes.several() and processes.is_first()
 
 
 def test_flags_become_arguments():
@@ -71,53 +71,3 @@ def test_a_port_in_use_is_refused():
         address = f"--coordinator_address=localhost:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match="cannot be opened here.*in use"):
             distributed.start(parse(address, "--num_processes=2", "--process_id=0"))
-
-
-def test_one_process_has_all_of_the_work():
-    items = list(range(5))
-    assert distributed.share(items) == items == distributed.unshare(items)
-    assert distributed.gather("x") == ["x"]
-    assert distributed.together(lambda: 3) == 3
-
-    def fail():
-        raise UserError("bad file")
-
-    with pytest.raises(UserError, match="bad file"):
-        distributed.together(fail)
-
-
-@pytest.fixture
-def as_process(monkeypatch):
-    """Play one of three processes, all of whose values are known beforehand."""
-
-    def play(index, values):
-        monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
-        monkeypatch.setattr(distributed.jax, "process_index", lambda: index)
-        monkeypatch.setattr(distributed, "gather", lambda value: values)
-
-    return play
-
-
-@pytest.mark.parametrize("count", [0, 2, 3, 7])
-def test_shared_items_come_back_in_order(as_process, count):
-    items = [f"s{i}" for i in range(count)]
-    parts = []
-    for i in range(3):
-        as_process(i, None)
-        parts.append(distributed.share(items))
-    as_process(1, parts)
-    assert distributed.unshare(parts[1]) == items
-
-
-def test_an_error_of_one_process_is_raised_in_all(as_process):
-    as_process(1, [None, None, "bad file in the last"])
-    with pytest.raises(distributed.SharedError, match="bad file in the last"):
-        distributed.together(lambda: 3)
-    as_process(1, [None, None, None])
-    assert distributed.together(lambda: 3) == 3
-
-
-def test_processes_with_other_values_are_refused(as_process):
-    as_process(1, [{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 5}])
-    with pytest.raises(distributed.SharedError, match="b is 2 in .* 0, but 5 in .* 2"):
-        distributed.require_same({"a": 1, "b": 2})

@@ -1,0 +1,140 @@
+"""What several processes do together: wait, gather, share work and fail.
+
+Each process runs the same script. What concerns a file or the screen is done by the
+first one; what may fail on one alone runs in `together`, so that none waits in vain.
+"""
+
+import itertools
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from swinsmt_jax import checks
+
+T = TypeVar("T")
+
+LONGEST_WAIT_MS = 24 * 3600 * 1000  # for the slowest process, such as in validation
+
+_meetings = itertools.count()
+
+
+class SharedError(checks.UserError):
+    """A `UserError` that all processes raise, for the first one to print."""
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return jax.process_index() == 0
+
+
+def meet() -> None:
+    """Wait until all processes are here.
+
+    Needed before collectives of processes that may be minutes apart: on CPU, these wait
+    for 30 seconds only.
+    """
+    barrier = multihost.get_barrier_sync_fn()
+    barrier(key=f"swinsmt_jax.{next(_meetings)}", timeout_ms=LONGEST_WAIT_MS)
+
+
+def compiled(function: jax.stages.Wrapped, *arguments) -> Callable:
+    """Compile for these arguments in all processes before one of them goes on.
+
+    Some find the program in the cache and some do not. A single process gets the
+    function back, which compiles when it is called.
+    """
+    if jax.process_count() == 1:
+        return function
+    program = function.lower(*arguments).compile()
+    meet()
+    return program
+
+
+def gather(value: T) -> list[T]:
+    """Return the value of each process, in their order; all must call this.
+
+    Values are pickled, and small: each process gets all of them.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    meet()
+    own = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size)).ravel()
+    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few shapes
+    padded[: own.size] = own
+    found = np.asarray(multihost_utils.process_allgather(padded))
+    found = found.reshape(len(sizes), -1)
+    return [
+        pickle.loads(part[:size].tobytes())
+        for part, size in zip(found, sizes, strict=True)
+    ]
+
+
+def together(function: Callable[[], T]) -> T:
+    """Call in all processes; return this one's result if none raised a `UserError`.
+
+    Raises:
+        SharedError: in all processes, what the first one that failed has to say. A
+            single process raises its own `UserError`.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result, message = None, None
+    try:
+        result = function()
+    except checks.UserError as error:
+        message = str(error)
+    failed = [text for text in gather(message) if text is not None]
+    if failed:
+        raise SharedError(failed[0])
+    return result
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's part of the items: every n-th for n processes."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
+def unshare(own: Sequence[T]) -> list[T]:
+    """Return what all processes made of their `share` of items, in the items' order."""
+    parts = gather(list(own))
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def require_same(values: Mapping[str, object]) -> None:
+    """Raise `SharedError` unless all processes have the same values by name."""
+    parts = gather(dict(values))
+    differing = [
+        f"{name} is {first!r} in process 0, but {part.get(name)!r} in process {i}"
+        for name, first in parts[0].items()
+        for i, part in enumerate(parts)
+        if part.get(name) != first
+    ]
+    if differing:
+        raise SharedError(
+            f"the processes do not run the same experiment: {'; '.join(differing[:3])}."
+            " Start all with the same flags and the same data."
+        )
+
+
+def abandon(status: int) -> NoReturn:
+    """End this process at once, without waiting for the others, who may hang.
+
+    They are ended by the launcher, or by JAX when it misses the heartbeat.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def several() -> bool:
+    """Whether this process has joined others. Does not touch the devices."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1

@@ -1,0 +1,54 @@
+import pytest
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.training import processes
+
+
+def test_one_process_has_all_of_the_work():
+    items = list(range(5))
+    assert processes.share(items) == items == processes.unshare(items)
+    assert processes.gather("x") == ["x"]
+    assert processes.together(lambda: 3) == 3
+
+    def fail():
+        raise UserError("bad file")
+
+    with pytest.raises(UserError, match="bad file"):
+        processes.together(fail)
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Play one of three processes, all of whose values are known beforehand."""
+
+    def play(index, values):
+        monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
+        monkeypatch.setattr(processes.jax, "process_index", lambda: index)
+        monkeypatch.setattr(processes, "gather", lambda value: values)
+
+    return play
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 7])
+def test_shared_items_come_back_in_order(as_process, count):
+    items = [f"s{i}" for i in range(count)]
+    parts = []
+    for i in range(3):
+        as_process(i, None)
+        parts.append(processes.share(items))
+    as_process(1, parts)
+    assert processes.unshare(parts[1]) == items
+
+
+def test_an_error_of_one_process_is_raised_in_all(as_process):
+    as_process(1, [None, None, "bad file in the last"])
+    with pytest.raises(processes.SharedError, match="bad file in the last"):
+        processes.together(lambda: 3)
+    as_process(1, [None, None, None])
+    assert processes.together(lambda: 3) == 3
+
+
+def test_processes_with_other_values_are_refused(as_process):
+    as_process(1, [{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 5}])
+    with pytest.raises(processes.SharedError, match="b is 2 in .* 0, but 5 in .* 2"):
+        processes.require_same({"a": 1, "b": 2})

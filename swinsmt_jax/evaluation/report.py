@@ -45,28 +45,10 @@ def evaluate_split(
     """
     checks.in_range("limit", limit, 0, 10**9)
     groups = run.known_groups(groups, config.model.out_channels)
-    first = processes.is_first()
-
-    def find():
-        cases = totalsegmentator.find_cases(config.data.root, split=split)
-        if first:
-            make_folder(output)
-        return cases[: limit or None]
-
-    def segment():
-        own = processes.share(cases)
-        segmented = run.segment_cases(
-            run.predict_fn(model),
-            config,
-            tqdm(own, desc=f"evaluating {split}", unit="case", disable=not first),
-            sharding=run.batch_sharding(config.inference.window_batch),
-        )
-        return [(case.result, pictures.views_of(case)) for case in segmented]
-
-    cases = processes.together(find)
+    cases = processes.together(lambda: _cases(config, split, limit, output))
     processes.require_same({"cases": [case.name for case in cases]})
-    found = processes.unshare(processes.together(segment))
-    results, views = zip(*found, strict=True)
+    found = processes.together(lambda: _segment(model, config, cases, split))
+    results, views = zip(*processes.unshare(found), strict=True)
     about = {
         "split": split,
         "step": step,
@@ -91,9 +73,35 @@ def evaluate_split(
             hu_range=config.data.hu_range,
         )
 
+    first = processes.is_first()
     processes.together(lambda: write() if first else None)
     title = f"{len(results)} cases of the split {split!r}, checkpoint of step {step}"
     return tables.dice_table(results, groups=groups, rule=rule, title=title)
+
+
+def _cases(config, split, limit, output):
+    """Find the cases, and make the folder of the results once they are found."""
+    cases = totalsegmentator.find_cases(config.data.root, split=split)
+    if processes.is_first():
+        make_folder(output)
+    return cases[: limit or None]
+
+
+def _segment(model, config, cases, split):
+    """Return result and views of each case that this process has to do."""
+    bar = tqdm(
+        processes.share(cases),
+        desc=f"evaluating {split}",
+        unit="case",
+        disable=not processes.is_first(),
+    )
+    segmented = run.segment_cases(
+        run.predict_fn(model),
+        config,
+        bar,
+        sharding=run.batch_sharding(config.inference.window_batch),
+    )
+    return [(case.result, pictures.views_of(case)) for case in segmented]
 
 
 def make_folder(path: Path) -> None:

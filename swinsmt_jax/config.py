@@ -17,7 +17,7 @@ STAGES = ("stage1", "stage2", "stage3", "stage4")
 REMAT_CHOICES = (*STAGES, "encoder", "decoder")
 PATCH_MERGING = ("legacy", "octants", "octants_v2")
 DTYPES = ("float32", "bfloat16")
-ROUTING = ("dense", "streaming", "auto")
+ROUTING = ("dense", "streaming", "auto", "cudnn")
 SLOTS = ("dynamic", "learned")
 
 
@@ -122,7 +122,8 @@ class SwinSMTConfig(SwinUNETRConfig):
         num_moe_stages: in how many of the last stages the MLP is a Soft MoE.
         routing: "dense" makes the weights of all tokens and slots, "streaming" never
             holds more than a block of them, "auto" takes the faster. Equal up to
-            rounding.
+            rounding. "cudnn" streams by cuDNN's kernel, with logits of bfloat16
+            operands, where its limits allow.
         slots: "dynamic" makes as many slots as tokens, from the tokens, as published;
             "learned" has parameters for `slots_per_expert`, as in the Soft MoE paper.
         slots_per_expert: number of learned slots of each expert.

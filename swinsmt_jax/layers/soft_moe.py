@@ -37,7 +37,8 @@ class SoftMoE(nnx.Module):
         slots_per_expert: S of learned slots.
         routing: "dense" makes the weights of all tokens and slots; "streaming" never
             holds more than a block of them, forward and backward; "auto" takes what
-            is faster for the number of tokens. Equal up to rounding.
+            is faster for the number of tokens. Equal up to rounding. "cudnn" streams by
+            cuDNN's kernel, with logits of bfloat16 operands, where its limits allow.
         hidden: channels inside an expert; 4 C if not given.
         dropout_rate: inside the experts.
         dtype: of the experts and of the weighted averages; routing is float32.
@@ -130,16 +131,16 @@ class SoftMoE(nnx.Module):
             if mask is not None and self.slots == "dynamic":
                 slot_mask = soft_routing.slot_mask(mask, self.num_experts)
         values = tokens.astype(self.dtype)
-        expert_key = fold_in(key, 0)
+        expert_key, cudnn = fold_in(key, 0), self.routing == "cudnn"
         if return_routing is not True and self._streams(embeddings.shape, x.shape[1]):
             with jax.named_scope("dispatch"):
                 slots = soft_routing.dispatch_streaming(
-                    tokens, embeddings, values, token_mask=mask
+                    tokens, embeddings, values, token_mask=mask, cudnn=cudnn
                 )
             outputs = self.experts(slots, key=expert_key, sparing=True)
             with jax.named_scope("combine"):
                 y = soft_routing.combine_streaming(
-                    tokens, embeddings, outputs, slot_mask=slot_mask
+                    tokens, embeddings, outputs, slot_mask=slot_mask, cudnn=cudnn
                 )
             weights = None
         else:
@@ -162,7 +163,7 @@ class SoftMoE(nnx.Module):
 
     def _streams(self, slots_shape, tokens):
         if self.routing != "auto":
-            return self.routing == "streaming"
+            return self.routing != "dense"
         b, e, s, _ = slots_shape
         limit = DENSE_ON_CPU if jax.default_backend() == "cpu" else DENSE_ON_ACCELERATOR
         return tokens * e * s > limit

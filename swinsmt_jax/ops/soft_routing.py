@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from swinsmt_jax.ops import blockwise_attention
+from swinsmt_jax.ops import blockwise_attention, cudnn_attention
 
 
 class RoutingWeights(NamedTuple):
@@ -136,6 +136,7 @@ def dispatch_streaming(
     values: jax.Array,
     *,
     token_mask: jax.Array | None = None,
+    cudnn: bool = False,
 ) -> jax.Array:
     """Do `dispatch_weights` and `dispatch` in memory that grows with N + E S.
 
@@ -144,13 +145,13 @@ def dispatch_streaming(
         slot_embeddings: [B, E, S, C].
         values: [B, N, V], what the slots average.
         token_mask: bool [B, N]; tokens that are False get no weight.
+        cudnn: take cuDNN's kernel with bfloat16 logits where its limits allow.
 
     Returns:
         [B, E, S, V] in the values' dtype.
     """
-    out = blockwise_attention.attend(
-        _flat(slot_embeddings), tokens, values, key_mask=token_mask
-    )
+    attend = (cudnn_attention if cudnn else blockwise_attention).attend
+    out = attend(_flat(slot_embeddings), tokens, values, key_mask=token_mask)
     return out.reshape(*slot_embeddings.shape[:3], -1)
 
 
@@ -160,6 +161,7 @@ def combine_streaming(
     outputs: jax.Array,
     *,
     slot_mask: jax.Array | None = None,
+    cudnn: bool = False,
 ) -> jax.Array:
     """Do `combine_weights` and `combine` in memory that grows with N + E S.
 
@@ -168,11 +170,13 @@ def combine_streaming(
         slot_embeddings: [B, E, S, C].
         outputs: of the experts, [B, E, S, V].
         slot_mask: bool [B, E, S]; slots that are False get no weight.
+        cudnn: take cuDNN's kernel with bfloat16 logits where its limits allow.
 
     Returns:
         [B, N, V] in the outputs' dtype.
     """
-    return blockwise_attention.attend(
+    attend = (cudnn_attention if cudnn else blockwise_attention).attend
+    return attend(
         tokens, _flat(slot_embeddings), _flat(outputs), key_mask=_flat(slot_mask)
     )
 

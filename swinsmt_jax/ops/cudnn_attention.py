@@ -1,0 +1,70 @@
+"""Softmax attention by cuDNN's fused kernel, where its limits allow.
+
+It rounds queries and keys to bfloat16, which moves logits as large as Soft MoE's by
+tenths: benchmarks/soft_moe.py measures what becomes of that. So it is a choice of its
+own, and never made for the user.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from swinsmt_jax.ops import blockwise_attention
+
+MOST_CHANNELS = 128  # of a head, with gradients, on Ampere and later
+
+
+def refusal(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    key_mask: jax.Array | None = None,
+) -> str | None:
+    """Return why cuDNN cannot take these [B, N, C], or None if it can."""
+    channels = queries.shape[-1]
+    if jax.default_backend() != "gpu":
+        return f"the platform is {jax.default_backend()}, not gpu"
+    if values.dtype != jnp.bfloat16:
+        return f"it computes in bfloat16 alone, and the values are {values.dtype}"
+    if values.shape[-1] != channels:
+        return f"values have {values.shape[-1]} channels and keys {channels}"
+    if channels % 8 or channels > MOST_CHANNELS:
+        return f"{channels} channels are not a multiple of 8 up to {MOST_CHANNELS}"
+    if key_mask is not None:
+        return "there is a mask"
+    return None
+
+
+def attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    key_mask: jax.Array | None = None,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """Do `blockwise_attention.attend` by cuDNN, or by itself with one line in the log.
+
+    Args:
+        queries: [B, Q, C].
+        keys: [B, K, C].
+        values: [B, K, C].
+        key_mask: bool [B, K], or None.
+        implementation: of `jax.nn.dot_product_attention`; "xla" rounds alike on any
+            platform, and holds the whole matrix.
+
+    Returns:
+        [B, Q, C] in the values' dtype.
+    """
+    reason = refusal(queries, keys, values, key_mask=key_mask)
+    if reason and implementation == "cudnn":
+        logging.log_first_n(
+            logging.WARNING, "routing=cudnn streams instead: %s", 1, reason
+        )
+        return blockwise_attention.attend(queries, keys, values, key_mask=key_mask)
+    one_head = [x.astype(jnp.bfloat16)[:, :, None] for x in (queries, keys, values)]
+    out = jax.nn.dot_product_attention(
+        *one_head, scale=1.0, implementation=implementation
+    )
+    return out[:, :, 0].astype(values.dtype)

@@ -64,17 +64,27 @@ def predict_labels(
     blend: str = "gaussian",
     window_batch: int = 1,
     sharding: jax.sharding.Sharding | None = None,
+    positions: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """Class of the largest averaged logit of each voxel, uint8 `[D, H, W]`.
 
     Arguments as in `sliding_window`. Logits are kept only while a further window can
     touch them, in a slab `window[0]` planes deep, and become labels behind it.
+
+    Args:
+        positions: where the planes, rows and columns of another grid lie on the
+            volume's, in voxels and rising. Given, probabilities are interpolated
+            linearly to that grid, plane by plane, and the labels are its.
     """
     checks.in_range("num_classes", num_classes, 1, 256)
-    labels = np.empty(volume.shape[:3], np.uint8)
     planes = _planes(
         predict, volume, window, num_classes, overlap, blend, window_batch, sharding
     )
+    shape = volume.shape[:3]
+    if positions is not None:
+        planes = _interpolated(planes, shape, positions)
+        shape = tuple(len(axis) for axis in positions)
+    labels = np.empty(shape, np.uint8)
     for z, plane in planes:
         labels[z] = plane.argmax(axis=-1)
     return labels
@@ -125,6 +135,33 @@ def _planes(
             total[here][box] += logits[i] * weight[i]
             weights[here][box] += weight[i]
     yield from finish(front, padded.shape[0])
+
+
+def _interpolated(planes, shape, positions):
+    """Yield the planes of another grid with probabilities in place of logits."""
+    depth, *sides = (_neighbours(p, n) for p, n in zip(positions, shape, strict=True))
+    waiting, known = 0, {}
+    for z, logits in planes:
+        plane = np.exp(logits - logits.max(-1, keepdims=True))
+        plane /= plane.sum(-1, keepdims=True)
+        for axis, (low, high, share) in enumerate(sides):
+            share = share[:, None, None] if axis == 0 else share[:, None]
+            plane = plane.take(low, axis) * (1 - share) + plane.take(high, axis) * share
+        known = {z: plane} | {i: p for i, p in known.items() if i == z - 1}
+        low, high, share = depth
+        while waiting < len(low) and high[waiting] <= z:
+            below, above = known[low[waiting]], known[high[waiting]]
+            weight = share[waiting]
+            yield waiting, below if weight == 0 else below + weight * (above - below)
+            waiting += 1
+
+
+def _neighbours(positions, size):
+    """Return the voxels on both sides of each position, and the share of the second."""
+    inside = np.clip(np.asarray(positions, np.float64), 0, size - 1)
+    low = np.floor(inside).astype(int)
+    share = (inside - low).astype(np.float32)
+    return low, np.where(share > 0, np.minimum(low + 1, size - 1), low), share
 
 
 def _predict_windows(predict, volume, starts, window, window_batch, sharding):

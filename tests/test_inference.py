@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy import ndimage
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.inference import predict_labels, sliding_window
@@ -88,6 +89,22 @@ def test_labels_are_the_argmax(rng):
     assert labels.dtype == np.uint8 and labels.shape == (21, 11, 9)
     logits = sliding_window(local, volume, **options)
     np.testing.assert_array_equal(labels, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("step", [0.4, 1.0, 2.3])
+def test_labels_on_another_grid_are_those_of_interpolated_probabilities(rng, step):
+    volume = rng.random((13, 11, 9, 1), dtype=np.float32)
+    options = dict(window=WINDOW, num_classes=3, window_batch=2)
+    positions = [step * np.arange(int(n / step)) + 0.3 - 0.5 for n in (13, 11, 9)]
+    labels = predict_labels(local, volume, **options, positions=positions)
+    logits = sliding_window(local, volume, **options)
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    points = np.meshgrid(*positions, indexing="ij")
+    expected = [
+        ndimage.map_coordinates(p, points, order=1, mode="nearest")
+        for p in np.moveaxis(probabilities, -1, 0)
+    ]
+    np.testing.assert_array_equal(labels, np.argmax(expected, axis=0))
 
 
 def test_every_call_has_the_same_shape_and_padding_is_air():

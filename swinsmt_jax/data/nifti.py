@@ -150,6 +150,23 @@ def resample(
     return resampled, affine @ step
 
 
+def positions(
+    shape: tuple[int, ...], affine: np.ndarray, *, on: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Return where the voxels of one grid lie on another with the same axes.
+
+    Args:
+        shape: of the grid.
+        affine: [4, 4] of the grid.
+        on: affine [4, 4] of the other grid.
+
+    Returns:
+        For each axis the positions in voxels of the other grid, float64.
+    """
+    step = np.linalg.inv(on) @ affine
+    return tuple(step[a, a] * np.arange(n) + step[a, 3] for a, n in enumerate(shape))
+
+
 def save_labels(path: str | Path, array: np.ndarray, *, like: Volume) -> None:
     """Write label ids [X, Y, Z] on the grid of `like` in the orientation of its file.
 

@@ -94,15 +94,26 @@ def load_volume(config: DataConfig, case: Case) -> dict:
 
     Returns:
         `image` float32 [D, H, W, 1], scaled as in training; `label` uint8 [D, H, W];
-        `spacing` in mm; `affine` [4, 4]; `name`.
+        `spacing` in mm; `affine` [4, 4]; `name`; and the scan itself: `scan_image`,
+        `scan_label` and `scan_spacing`. `positions` says where the scan's planes, rows
+        and columns lie on the grid of `image`, in voxels; None if there is but one.
     """
-    sample = transforms.scale_hu(_read(config, case), hu_range=config.hu_range)
+    scan = totalsegmentator.load_case(case)
+    sample = transforms.scale_hu(_resampled(config, scan), hu_range=config.hu_range)
+    same = sample.affine is scan.affine
+    own = sample if same else transforms.scale_hu(scan, hu_range=config.hu_range)
     return {
         "image": sample.image[..., None],
         "label": sample.label,
         "spacing": nifti.spacing_of(sample.affine),
         "affine": sample.affine,
         "name": sample.name,
+        "scan_image": own.image,
+        "scan_label": own.label,
+        "scan_spacing": nifti.spacing_of(own.affine),
+        "positions": None
+        if same
+        else nifti.positions(own.image.shape, own.affine, on=sample.affine),
     }
 
 
@@ -121,7 +132,10 @@ def _sizes(path: Path) -> list[int]:
 
 
 def _read(config: DataConfig, case: Case) -> Sample:
-    sample = totalsegmentator.load_case(case)
+    return _resampled(config, totalsegmentator.load_case(case))
+
+
+def _resampled(config: DataConfig, sample: Sample) -> Sample:
     if config.spacing == 0:
         return sample
     image, affine = nifti.resample(

@@ -69,7 +69,9 @@ def segment_cases(
     """Yield every case with the labels that sliding windows gave it.
 
     Windows have the shape of the training patch, since a Soft MoE's result depends on
-    it; overlap, blending and batch are those of `config.inference`.
+    it; overlap, blending and batch are those of `config.inference`. Where the network
+    sees the scan resampled, its probabilities are brought back to the scan's own grid:
+    there they become labels, and there they are compared.
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
@@ -83,7 +85,7 @@ def segment_cases(
     num_classes = config.model.out_channels
     for case in cases:
         volume = pipeline.load_volume(config.data, case)
-        top = int(volume["label"].max())
+        top = int(volume["scan_label"].max())
         checks.require(
             top < num_classes,
             f"case {case.name!r} holds label {top}, but the network's model."
@@ -100,17 +102,17 @@ def segment_cases(
             blend=config.inference.blend,
             window_batch=config.inference.window_batch,
             sharding=sharding,
+            positions=volume["positions"],
         )
         seconds = time.perf_counter() - start
-        counts = metrics.overlap_counts(
-            prediction, volume["label"], num_classes=num_classes
-        )
+        truth = volume["scan_label"]
+        counts = metrics.overlap_counts(prediction, truth, num_classes=num_classes)
         yield Segmented(
             CaseResult(case.name, counts, seconds),
-            volume["image"][..., 0],
-            volume["label"],
+            volume["scan_image"],
+            truth,
             prediction,
-            tuple(float(side) for side in volume["spacing"]),
+            tuple(float(side) for side in volume["scan_spacing"]),
         )
 
 

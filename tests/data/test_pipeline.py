@@ -159,6 +159,11 @@ def test_volume_is_resampled_to_the_spacing_asked(config):
         volume["label"].shape, np.array(own["label"].shape) / 2, atol=0.51
     )
     assert set(np.unique(volume["label"])) <= set(range(118))
+    assert own["positions"] is None and own["scan_label"] is own["label"]
+    np.testing.assert_array_equal(volume["scan_image"], own["image"][..., 0])
+    np.testing.assert_array_equal(volume["scan_label"], own["label"])
+    for axis, n in zip(volume["positions"], own["label"].shape, strict=True):
+        np.testing.assert_allclose(axis, np.arange(n) / 2 - 0.25, atol=1e-6)
 
 
 def test_fingerprint_tells_datasets_apart(config, cases, tmp_path):

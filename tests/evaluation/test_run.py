@@ -52,6 +52,10 @@ def cases(monkeypatch, rng):
             "spacing": (2.0, 3.0, 4.0),
             "affine": np.eye(4),
             "name": case.name,
+            "scan_image": truth.astype(np.float32) / 10,
+            "scan_label": truth,
+            "scan_spacing": (2.0, 3.0, 4.0),
+            "positions": None,
         }
 
     monkeypatch.setattr(pipeline, "load_volume", load_volume)

@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["checks"],
-    ["config", "labels"],
+    ["swin_config", "labels"],
+    ["config"],
     ["ops", "losses", "metrics", "data"],
     ["layers"],
     ["models"],
@@ -17,7 +18,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FLAX = {"layers", "models", "sharding", "training", "convert", "evaluation"}
-JAXLESS = {"config", "checks", "labels", "data", "metrics"}
+JAXLESS = {"config", "swin_config", "checks", "labels", "data", "metrics"}
 
 
 def imports(path):

@@ -130,8 +130,8 @@ def test_the_demo_trains_continues_and_is_evaluated(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_scan_goes_through_the_whole_chain(shared, tmp_path):
-    """The README's commands for one scan of one's own, in a few small steps."""
+def test_a_real_scan_is_learnt_through_the_whole_chain(shared, tmp_path):
+    """The README's commands for one scan of one's own, evaluated on its own voxels."""
     scan = shared / "data" / "totalsegmentator_example"
     root, workdir = tmp_path / "one_scan", tmp_path / "run"
     commands = (
@@ -144,8 +144,6 @@ def test_a_real_scan_goes_through_the_whole_chain(shared, tmp_path):
         [
             *("train.py", "--config=configs/real_scan.py"),
             *(f"--workdir={workdir}", f"--config.data.root={root}"),
-            *("--config.data.patch_shape=(32, 32, 32)", "--config.inference.overlap=0"),
-            "--config.training.num_steps=20",
         ],
         ["evaluate.py", f"--workdir={workdir}", "--split=test"],
     )
@@ -155,4 +153,4 @@ def test_a_real_scan_goes_through_the_whole_chain(shared, tmp_path):
     (case,) = result["cases"].values()
     dice = {name: value for name, value in case["dice"].items() if value is not None}
     assert len(dice) == 61
-    assert max(dice.values()) > 0
+    assert sum(dice.values()) / len(dice) >= 0.7

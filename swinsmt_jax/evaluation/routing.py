@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from swinsmt_jax import checks, inference
-from swinsmt_jax.config import STAGES, ExperimentConfig, SwinSMTConfig
+from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig
+from swinsmt_jax.swin_config import STAGES
 
 
 def block_names(config: SwinSMTConfig) -> tuple[str, ...]:

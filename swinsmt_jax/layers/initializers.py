@@ -43,10 +43,11 @@ def constant(value: float, shape: tuple[int, ...]) -> nnx.Param:
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draw from U[-1, 1) by hashing each element's index with the key.
 
-    A network has some 250 parameters, and XLA compiles a hash several times faster than
-    as many threefry generators. Unlike the hardware generators ("rbg") it gives the
-    same values on every backend and under every sharding. The mixing function has
-    the constants of "triple32" (C. Wellons, "Prospecting for Hash Functions", 2018).
+    A network has some 250 parameters: a hash of each is a few instructions to compile,
+    a threefry generator a loop of rounds. Unlike the hardware generators ("rbg") it
+    gives the same values on every backend and under every sharding. The mixing
+    function has the constants of "triple32" (C. Wellons, "Prospecting for Hash
+    Functions", 2018).
     """
     words = jax.random.key_data(key)
     index, stride = jnp.zeros(shape, jnp.uint32), 1

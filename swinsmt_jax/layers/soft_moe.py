@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ROUTING, SLOTS
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.experts import Experts
 from swinsmt_jax.layers.linear import fold_in
 from swinsmt_jax.ops import soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
+from swinsmt_jax.swin_config import ROUTING, SLOTS
 
 # Weights of a sample above which "auto" streams. On a CPU streaming is faster from 2^21
 # on (benchmarks/soft_moe.py), but up to 4,096 tokens, those of a 64^3 patch, the dense
@@ -123,58 +123,65 @@ class SoftMoE(nnx.Module):
         Raises:
             UserError: for a wrong rank, or fewer tokens than experts.
         """
-        self._check(x)
+        self._check(x, return_routing)
         with jax.named_scope("routing"):
             tokens = rms_norm(x, self.gamma[...])
-            embeddings = self.slot_embeddings(tokens, mask=mask)
+            slots = self.slot_embeddings(tokens, mask=mask)
             slot_mask = None
             if mask is not None and self.slots == "dynamic":
                 slot_mask = soft_routing.slot_mask(mask, self.num_experts)
-        values = tokens.astype(self.dtype)
-        expert_key, cudnn = fold_in(key, 0), self.routing == "cudnn"
-        if return_routing is not True and self._streams(embeddings.shape, x.shape[1]):
-            with jax.named_scope("dispatch"):
-                slots = soft_routing.dispatch_streaming(
-                    tokens, embeddings, values, token_mask=mask, cudnn=cudnn
-                )
-            outputs = self.experts(slots, key=expert_key, sparing=True)
-            with jax.named_scope("combine"):
-                y = soft_routing.combine_streaming(
-                    tokens, embeddings, outputs, slot_mask=slot_mask, cudnn=cudnn
-                )
-            weights = None
+        masks = {"token_mask": mask, "slot_mask": slot_mask}
+        key, routing = fold_in(key, 0), None
+        if return_routing is True or not self._streams(slots.shape, x.shape[1]):
+            y, routing = self._dense(tokens, slots, key, **masks)
         else:
-            with jax.named_scope("routing"):
-                logits = soft_routing.logits(tokens, embeddings)
-                weights = soft_routing.RoutingWeights(
-                    dispatch=soft_routing.dispatch_weights(logits, token_mask=mask),
-                    combine=soft_routing.combine_weights(logits, slot_mask=slot_mask),
-                )
-            slots = soft_routing.dispatch(weights.dispatch, values)
-            outputs = self.experts(slots, key=expert_key)
-            y = soft_routing.combine(weights.combine, outputs)
+            y = self._streaming(tokens, slots, key, **masks)
         if mask is not None:
             y = jnp.where(mask[..., None], y, 0)
         if return_routing == "statistics":
-            return y, soft_routing.statistics(
-                tokens, embeddings, token_mask=mask, slot_mask=slot_mask
+            routing = soft_routing.statistics(tokens, slots, **masks)
+        return (y, routing) if return_routing else y
+
+    def _dense(self, tokens, slots, key, *, token_mask, slot_mask):
+        with jax.named_scope("routing"):
+            logits = soft_routing.logits(tokens, slots)
+            weights = soft_routing.RoutingWeights(
+                dispatch=soft_routing.dispatch_weights(logits, token_mask=token_mask),
+                combine=soft_routing.combine_weights(logits, slot_mask=slot_mask),
             )
-        return (y, weights) if return_routing else y
+        inputs = soft_routing.dispatch(weights.dispatch, tokens.astype(self.dtype))
+        outputs = self.experts(inputs, key=key)
+        return soft_routing.combine(weights.combine, outputs), weights
+
+    def _streaming(self, tokens, slots, key, *, token_mask, slot_mask):
+        cudnn = self.routing == "cudnn"
+        with jax.named_scope("dispatch"):
+            values = tokens.astype(self.dtype)
+            inputs = soft_routing.dispatch_streaming(
+                tokens, slots, values, token_mask=token_mask, cudnn=cudnn
+            )
+        outputs = self.experts(inputs, key=key, sparing=True)
+        with jax.named_scope("combine"):
+            return soft_routing.combine_streaming(
+                tokens, slots, outputs, slot_mask=slot_mask, cudnn=cudnn
+            )
 
     def _streams(self, slots_shape, tokens):
         if self.routing != "auto":
             return self.routing != "dense"
-        b, e, s, _ = slots_shape
+        _, e, s, _ = slots_shape
         limit = DENSE_ON_CPU if jax.default_backend() == "cpu" else DENSE_ON_ACCELERATOR
         return tokens * e * s > limit
 
-    def _check(self, x):
+    def _check(self, x, return_routing):
         checks.require(
             x.ndim == 3,
             f"tokens have shape {x.shape}, but must be [B, N, C].",
         )
         checks.require(
-            x.shape[1] >= self.num_experts,
+            self.slots == "learned" or x.shape[1] >= self.num_experts,
             f"there are {x.shape[1]} tokens for num_experts = {self.num_experts}, but "
-            "each expert needs one; take a larger patch or fewer experts.",
+            "each expert's slots are made of its own; take a larger patch or fewer "
+            "experts.",
         )
+        checks.one_of("return_routing", return_routing, (False, True, "statistics"))

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import STAGES, SwinUNETRConfig
 from swinsmt_jax.layers.conv import Conv, ResidualBlock, UpBlock
 from swinsmt_jax.layers.linear import dropout, fold_in
 from swinsmt_jax.layers.patch import PatchEmbed
 from swinsmt_jax.layers.soft_moe import Routing
 from swinsmt_jax.layers.swin import SwinStage
 from swinsmt_jax.ops.normalization import standardize
+from swinsmt_jax.swin_config import STAGES, SwinUNETRConfig
 
 
 class SwinTransformer(nnx.Module):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from hypothesis import settings
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -17,6 +18,8 @@ CACHE = os.environ.get(
 )
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+settings.register_profile("reproducible", derandomize=True)
+settings.load_profile("reproducible")
 if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
     flags.FLAGS.mark_as_parsed()
 

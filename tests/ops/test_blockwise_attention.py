@@ -44,9 +44,12 @@ def assert_same(q, k, v, g, mask, *, tolerance=1e-5):
         lambda: value_and_gradients(lambda q, k, v: attend(q, k, v, key_mask=mask))
     )()
     theirs = value_and_gradients(lambda q, k, v: whole(q, k, v, mask))
-    for a, b in zip(ours, theirs, strict=True):
+    # Gradients of queries and keys are sums of products that cancel where the softmax
+    # picks one key: rounding is measured against the products, not against the sum.
+    q_size, k_size, v_size, g_size = (float(jnp.abs(a).max()) for a in (q, k, v, g))
+    scales = v_size, g_size * v_size * k_size, g_size * v_size * q_size, g_size
+    for a, b, scale in zip(ours, theirs, scales, strict=True):
         assert bool(jnp.isfinite(a).all())
-        scale = float(jnp.abs(b).max()) or 1.0
         np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance)
 
 
@@ -74,7 +77,7 @@ def test_equals_the_whole_softmax_for_any_shape(
     # Logits of 6 channels reach 6 * 30^2 and more: there the softmax picks one key, and
     # a rounding of its logit, some 1e-4, is a relative error of the others' weights.
     shape = {"batch": batch, "queries": queries, "keys": keys}
-    tolerance = 1e-5 if size <= 4 else 1e-3
+    tolerance = 1e-5 if size <= 4 else 2e-4
     assert_same(*operands(seed, **shape, size=size, masked=masked), tolerance=tolerance)
 
 

@@ -90,30 +90,39 @@ def _batches(iterator: grain.DatasetIterator) -> Generator[dict, None, None]:
 
 
 def load_volume(config: DataConfig, case: Case) -> dict:
-    """Read a whole scan as the network sees it, without cropping or augmentation.
+    """Read a whole scan as the network sees it in training: its foreground, scaled.
 
     Returns:
-        `image` float32 [D, H, W, 1], scaled as in training; `label` uint8 [D, H, W];
-        `spacing` in mm; `affine` [4, 4]; `name`; and the scan itself: `scan_image`,
-        `scan_label` and `scan_spacing`. `positions` says where the scan's planes, rows
-        and columns lie on the grid of `image`, in voxels; None if there is but one.
+        `image` float32 [D, H, W, 1], the smallest box around the foreground, scaled as
+        in training but not augmented; `label` uint8 [D, H, W]; `spacing` in mm;
+        `affine` [4, 4]; `name`; and the scan itself: `scan_image`, `scan_label` and
+        `scan_spacing`. `scan_box` are the slices of the scan that `image` covers, and
+        `positions` says where their planes, rows and columns lie on the grid of
+        `image`, in voxels; None where both grids are one.
     """
     scan = totalsegmentator.load_case(case)
-    sample = transforms.scale_hu(_resampled(config, scan), hu_range=config.hu_range)
-    same = sample.affine is scan.affine
-    own = sample if same else transforms.scale_hu(scan, hu_range=config.hu_range)
+    low = config.hu_range[0]
+    whole = _resampled(config, scan)
+    sample = transforms.crop_foreground(whole, air=low)
+    positions = nifti.positions(scan.image.shape, scan.affine, on=sample.affine)
+    box = tuple(
+        slice(*np.searchsorted(axis, (-0.5, n - 0.5)).tolist())
+        for axis, n in zip(positions, sample.image.shape, strict=True)
+    )
+    own_grid = whole.affine is scan.affine
     return {
-        "image": sample.image[..., None],
+        "image": transforms.scale_hu(sample, hu_range=config.hu_range).image[..., None],
         "label": sample.label,
         "spacing": nifti.spacing_of(sample.affine),
         "affine": sample.affine,
-        "name": sample.name,
-        "scan_image": own.image,
-        "scan_label": own.label,
-        "scan_spacing": nifti.spacing_of(own.affine),
+        "name": scan.name,
+        "scan_image": transforms.scale_hu(scan, hu_range=config.hu_range).image,
+        "scan_label": scan.label,
+        "scan_spacing": nifti.spacing_of(scan.affine),
+        "scan_box": box,
         "positions": None
-        if same
-        else nifti.positions(own.image.shape, own.affine, on=sample.affine),
+        if own_grid
+        else tuple(axis[s] for axis, s in zip(positions, box, strict=True)),
     }
 
 

@@ -69,9 +69,10 @@ def segment_cases(
     """Yield every case with the labels that sliding windows gave it.
 
     Windows have the shape of the training patch, since a Soft MoE's result depends on
-    it; overlap, blending and batch are those of `config.inference`. Where the network
-    sees the scan resampled, its probabilities are brought back to the scan's own grid:
-    there they become labels, and there they are compared.
+    it, and cover the foreground, as in training; overlap, blending and batch are those
+    of `config.inference`. Where the network sees the scan resampled, its probabilities
+    are brought back to the scan's own grid: there they become labels, and there they
+    are compared.
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
@@ -93,7 +94,9 @@ def segment_cases(
             "evaluate on data with the classes of the training.",
         )
         start = time.perf_counter()
-        prediction = predict_labels(
+        truth = volume["scan_label"]
+        prediction = np.zeros_like(truth)  # outside the foreground is background
+        prediction[volume["scan_box"]] = predict_labels(
             predict,
             volume["image"],
             window=config.data.patch_shape,
@@ -105,7 +108,6 @@ def segment_cases(
             positions=volume["positions"],
         )
         seconds = time.perf_counter() - start
-        truth = volume["scan_label"]
         counts = metrics.overlap_counts(prediction, truth, num_classes=num_classes)
         yield Segmented(
             CaseResult(case.name, counts, seconds),

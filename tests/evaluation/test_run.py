@@ -55,6 +55,7 @@ def cases(monkeypatch, rng):
             "scan_image": truth.astype(np.float32) / 10,
             "scan_label": truth,
             "scan_spacing": (2.0, 3.0, 4.0),
+            "scan_box": (slice(None),) * 3,
             "positions": None,
         }
 
@@ -128,3 +129,18 @@ def test_refuses_no_cases():
 def test_known_groups_drop_what_the_network_lacks():
     groups = {"a": (1, 2, 9), "b": (8, 9)}
     assert run.known_groups(groups, 4) == {"a": (1, 2)}
+
+
+def test_outside_the_foreground_is_background(cases, monkeypatch):
+    load_whole = pipeline.load_volume
+
+    def load_part(data, case):
+        volume = load_whole(data, case)
+        box = slice(2, 30), slice(0, 40), slice(3, 20)
+        return volume | {"scan_box": box, "image": volume["image"][box]}
+
+    monkeypatch.setattr(pipeline, "load_volume", load_part)
+    (case,) = run.segment_cases(reads_the_image, config(), cases[:1])
+    expected = np.zeros_like(case.truth)
+    expected[2:30, :, 3:] = case.truth[2:30, :, 3:]
+    np.testing.assert_array_equal(case.prediction, expected)

@@ -232,5 +232,5 @@ if __name__ == "__main__":
     _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
     _CHANNELS = flags.DEFINE_integer("channels", 96, "channels of a token")
     _EXPERTS = flags.DEFINE_integer("experts", 32, "experts")
-    _LIMIT = flags.DEFINE_float("limit_gb", 12.0, "run what needs no more temporaries")
+    _LIMIT = flags.DEFINE_float("limit_gb", 14.0, "run what needs no more temporaries")
     app.run(main)

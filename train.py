@@ -8,12 +8,14 @@ holds config.json, metrics.jsonl, tensorboard/ and checkpoints/, for evaluate.py
 several processes and hosts see docs/multi_node.md.
 """
 
+import functools
+
 from absl import app, flags
 from ml_collections import config_flags
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation import pictures, run
 from swinsmt_jax.training import distributed, loop, startup
 
 
@@ -22,6 +24,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "file with get_config(), such as configs/demo.py"
     config_flags.DEFINE_config_file("config", None, help, flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    help = "steps to trace into <workdir>/profile"
+    flags.DEFINE_integer("profile", 0, help, lower_bound=0, flag_values=values)
     distributed.define_flags(values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
@@ -46,7 +50,12 @@ def main(_) -> None:
     startup.start()
     distributed.start()
     config = from_config_dict(flags.FLAGS.config)
-    loop.train(config, workdir=flags.FLAGS.workdir, validate=run.validate)
+    loop.train(
+        config,
+        workdir=flags.FLAGS.workdir,
+        validate=functools.partial(run.validate, draw=pictures.panel),
+        profile_steps=flags.FLAGS.profile,
+    )
 
 
 if __name__ == "__main__":

@@ -123,6 +123,11 @@ class TrainingConfig:
         eval_every: steps between validations; 0 validates at the end alone.
         eval_cases: validation cases used; 0 takes the whole split.
         checkpoint_every: steps between checkpoints; the last step is always kept.
+        accumulate: parts of a batch whose gradients are averaged one after the other.
+        ema_decay: of the running average of the parameters that is then validated and
+            evaluated; 0 has none.
+        max_skipped: steps in a row that may be left out, because loss or gradient is
+            not finite, before the run stops.
     """
 
     num_steps: int
@@ -131,10 +136,19 @@ class TrainingConfig:
     eval_every: int = 0
     eval_cases: int = 0
     checkpoint_every: int = 1000
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    max_skipped: int = 10
 
     def __post_init__(self):
-        for name in ("num_steps", "log_every", "checkpoint_every"):
+        for name in ("num_steps", "log_every", "checkpoint_every", "accumulate"):
             checks.positive(f"training.{name}", getattr(self, name))
+        checks.positive("training.max_skipped", self.max_skipped)
+        checks.require(
+            0.0 <= self.ema_decay < 1.0,
+            f"training.ema_decay is {self.ema_decay}, but must lie in [0, 1); 0 keeps "
+            "no average.",
+        )
         for name in ("eval_every", "eval_cases", "seed"):
             checks.in_range(f"training.{name}", getattr(self, name), 0, 2**32 - 1)
 

@@ -75,6 +75,12 @@ def require_divisible(config: ExperimentConfig, mesh: Mesh) -> None:
         f"valid size is {-(-batch // size) * size}. Fewer devices are taken with "
         "mesh.data.",
     )
+    parts = size * config.training.accumulate
+    checks.require(
+        batch % parts == 0,
+        f"training.accumulate is {config.training.accumulate}, but must divide the "
+        f"{batch // size} samples that each device has of data.batch_size = {batch}.",
+    )
     if isinstance(config.model, SwinSMTConfig):
         experts, axis = config.model.num_experts, mesh.shape[EXPERT]
         checks.require(

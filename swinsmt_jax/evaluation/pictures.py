@@ -102,6 +102,24 @@ def write_overview(
         figure.savefig(partial, format="png", facecolor="black")
 
 
+def panel(case: Segmented) -> np.ndarray:
+    """Return CT, truth and prediction of a coronal plane side by side, uint8 [H, W, 3].
+
+    A voxel is a pixel, in the layout of the overview; the CT fills grey levels from its
+    darkest to its brightest voxel.
+    """
+    view = _view(case, "coronal", 1)
+    spread = max(float(np.ptp(view.ct)), 1e-6)
+    grey = np.repeat(((view.ct - view.ct.min()) / spread)[..., None], 3, axis=-1)
+    top = max(int(view.truth.max()), int(view.prediction.max()))
+    palette = colors_of(top + 1)
+    parts = [grey]
+    for labels in (view.truth, view.prediction):
+        alpha = OPACITY * (labels > 0)[..., None]
+        parts.append((1 - alpha) * grey + alpha * palette[labels])
+    return np.round(255 * np.concatenate(parts, axis=1)).astype(np.uint8)
+
+
 def colors_of(num_classes: int) -> np.ndarray:
     """Return RGB in [0, 1] for each class, `[K, 3]`; the background is black.
 

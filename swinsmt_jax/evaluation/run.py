@@ -14,6 +14,8 @@ from swinsmt_jax.inference import Predict, predict_labels
 from swinsmt_jax.metrics import Counts
 from swinsmt_jax.training import processes
 
+PICTURES = 3  # cases drawn in a validation
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -135,22 +137,30 @@ def validate(
     *,
     groups: Mapping[str, Sequence[int]] | None = None,
     sharding: jax.sharding.Sharding | None = None,
+    draw: Callable[[Segmented], np.ndarray] | None = None,
 ) -> dict:
     """Score the cases: what the training loop logs and picks the best step by.
 
-    Several processes divide the cases between them, and each gets the whole result.
+    Several processes divide the cases between them, and each gets the whole result, but
+    its own pictures: what `draw` makes of its first `PICTURES` cases.
 
     Returns:
         `dice`, the mean over the cases of each class and then over classes; `groups`,
         the same in each group; `false_positives`, the number of (case, class) pairs
-        predicted though absent. NaN where no case has any of the classes.
+        predicted though absent. NaN where no case has any of the classes. `pictures`,
+        by name.
     """
     checks.require(len(cases) > 0, "validation needs at least one case, but has 0.")
 
+    pictures = {}
+
     def segment():
-        own = processes.share(cases)
-        segmented = segment_cases(predict, config, own, sharding=sharding)
-        return [case.result for case in segmented]
+        own, found = processes.share(cases), []
+        for case in segment_cases(predict, config, own, sharding=sharding):
+            if draw is not None and len(pictures) < PICTURES:
+                pictures[f"validation/{case.result.name}"] = draw(case)
+            found.append(case.result)
+        return found
 
     results = processes.unshare(processes.together(segment))
     groups = known_groups(groups or labels.GROUPS, config.model.out_channels)
@@ -160,6 +170,7 @@ def validate(
         "dice": dice.pop("overall"),
         "groups": dice,
         "false_positives": int(false_positives(results).sum()),
+        "pictures": pictures,
     }
 
 

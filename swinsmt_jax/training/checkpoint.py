@@ -7,6 +7,7 @@ onto stated shardings, so a run may continue on another mesh.
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.sharding import path_name
+from swinsmt_jax.training import processes
 from swinsmt_jax.training.state import TrainState, abstract_model
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged"
 METRIC = "val_dice"
 LATEST_KEPT = 2
 SHOWN = 6  # differing parameters in a message
@@ -51,6 +55,10 @@ class Origin:
         }
 
 
+class DamagedError(checks.UserError):
+    """A checkpoint that cannot be read, though it was once complete."""
+
+
 class Checkpoints:
     """The checkpoints of a workdir; open with `open_checkpoints`."""
 
@@ -63,6 +71,10 @@ class Checkpoints:
         """Write the state in the background, with its validation Dice if there is one.
 
         Device memory of `state` is free to be donated when this returns.
+
+        Raises:
+            UserError: if this checkpoint or the one before could not be written; those
+                that were complete stay as they are.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -70,18 +82,48 @@ class Checkpoints:
         )
         scored = dice is not None and math.isfinite(dice)
         metrics = {METRIC: dice} if scored else None
-        self._manager.save(int(state.step), args=items, metrics=metrics, force=True)
+        with self._written():
+            self._manager.save(int(state.step), args=items, metrics=metrics, force=True)
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints, the one being written included."""
+        return sorted(self._manager.all_steps())
+
+    def check(self) -> None:
+        """Raise the `UserError` of a checkpoint that failed in the background."""
+        with self._written():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete; a `UserError` if it failed."""
+        with self._written():
+            self._manager.wait_until_finished()
 
     def restore_latest(self, like: TrainState, *, origin: Origin) -> TrainState | None:
         """Read the latest state onto the shardings of `like`; None if there is none.
 
+        A checkpoint that cannot be read is moved to the workdir's folder "damaged",
+        with a line in the log, and the one before it is read.
+
         Raises:
-            UserError: for a checkpoint of another model, seed, batch size or data, or
-                one that cannot be read.
+            UserError: for a checkpoint of another model, seed, batch size or data, and
+                if there are checkpoints but none can be read.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        damaged = []
+        while (step := self._manager.latest_step()) is not None:
+            try:
+                return self._restore(step, like, origin=origin)
+            except DamagedError as error:
+                damaged.append(self._put_aside(step))
+                logging.error("%s; going on with the one before it", error)
+        checks.require(
+            not damaged,
+            f"none of the checkpoints could be read; they are now in {damaged[:1]}. "
+            "Start again in a new --workdir, or with the same command from step 0.",
+        )
+        return None
+
+    def _restore(self, step, like, *, origin):
         folder = Path(self._manager.directory) / str(step)
         with _readable(folder):
             found = self._manager.restore(
@@ -94,14 +136,48 @@ class Checkpoints:
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
             ).state
 
+    def _put_aside(self, step):
+        """Move a damaged checkpoint out of the way and return where it is."""
+        folder = Path(self._manager.directory)
+        target = folder.parent / DAMAGED / str(step)
+        if processes.is_first():
+            target.parent.mkdir(exist_ok=True)
+            while target.exists():
+                target = target.with_name(target.name + "_")
+            os.replace(folder / str(step), target)
+        processes.meet()
+        self._manager.reload()
+        return target
+
+    @contextlib.contextmanager
+    def _written(self):
+        """Turn what storage libraries raise on failed writes into a `UserError`."""
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:
+            steps = sorted(self._manager.all_steps(read=True))
+            latest = f"that of step {steps[-1]}" if steps else "none"
+            reason = " ".join(str(error).split())[:300]
+            raise checks.UserError(
+                f"a checkpoint could not be written to {self._manager.directory} "
+                f"({reason}). The latest complete one is {latest}, and it is intact. "
+                "Make room or mend the folder's permissions, and give the same command "
+                "again."
+            ) from error
+
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: str | Path) -> Iterator[Checkpoints]:
     """Open the checkpoints of a run for writing; wait for the last one at the end."""
     folder = Path(workdir).absolute() / FOLDER
-    with ocp.CheckpointManager(folder, options=_options()) as manager:
-        yield Checkpoints(manager)
-        manager.wait_until_finished()
+    manager = ocp.CheckpointManager(folder, options=_options())
+    checkpoints = Checkpoints(manager)
+    try:
+        yield checkpoints
+        checkpoints.wait()
+    finally:
+        with contextlib.suppress(ValueError, OSError, RuntimeError):
+            manager.close()  # what it may raise has been told above
 
 
 def load_model(
@@ -136,15 +212,18 @@ def load_model(
             ).meta
             config = from_config_dict(meta["config"])
     graphdef, params = abstract_model(config.model)
-    params = _read_parameters(root / str(step), params)
+    part = "average" if config.training.ema_decay else "params"
+    params = _read_parameters(root / str(step), params, part=part)
     model = nnx.merge(graphdef, params)
     return config, model, {"step": step, "metrics": dict(metrics)}
 
 
-def require_same_parameters(folder: Path, params: Mapping) -> None:
+def require_same_parameters(
+    folder: Path, params: Mapping, *, part: str = "params"
+) -> None:
     """Raise `UserError` unless a checkpoint holds parameters of these shapes."""
     with _readable(folder), ocp.PyTreeCheckpointer() as reader:
-        saved = reader.metadata(folder / "state").item_metadata.tree["params"]
+        saved = reader.metadata(folder / "state").item_metadata.tree[part]
     saved, wanted = _shapes(saved), _shapes(params)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
@@ -167,10 +246,10 @@ def _shapes(tree):
     return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _read_parameters(folder, like):
+def _read_parameters(folder, like, *, part):
     """Parameters as arrays that are not tied to a device."""
-    require_same_parameters(folder, like)
-    wanted = {"params": like}
+    require_same_parameters(folder, like, part=part)
+    wanted = {part: like}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     with _readable(folder), ocp.PyTreeCheckpointer() as reader:
         found = reader.restore(
@@ -179,7 +258,7 @@ def _read_parameters(folder, like):
                 item=wanted, restore_args=as_numpy, partial_restore=True
             ),
         )
-    return jax.tree.map(jnp.asarray, found["params"])
+    return jax.tree.map(jnp.asarray, found[part])
 
 
 def _choose(manager, step, root):
@@ -226,7 +305,7 @@ def _readable(folder):
         yield
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise checks.UserError(
+        raise DamagedError(
             f"the checkpoint {folder} cannot be read; it is damaged or incomplete "
             f"({reason}). Remove this folder to use the checkpoint before it."
         ) from error

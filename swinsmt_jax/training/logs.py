@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from swinsmt_jax.training import processes
+from swinsmt_jax.training.cost import Cost
 from swinsmt_jax.training.workdir import write_atomically
 
 FILE = "metrics.jsonl"
@@ -21,27 +23,42 @@ SHOWN = {"loss": "loss", "learning_rate": "lr", "patches_per_second": "patch/s"}
 
 
 class Clock:
-    """Crops per second over the last finished steps.
+    """Rates over the last finished steps; the first step is not timed."""
 
-    The first step compiles and is not timed.
-    """
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, cost: Cost):
+        self._batch_size, self._cost = batch_size, cost
         self._ends = collections.deque(maxlen=TIMED_STEPS + 1)
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what happens within as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def tick(self) -> dict[str, float]:
-        """Note the end of a step; return {"patches_per_second": ...} once known."""
-        self._ends.append(time.perf_counter())
-        steps, seconds = len(self._ends) - 1, self._ends[-1] - self._ends[0]
+        """Note the end of a step.
+
+        Returns:
+            Once known, `patches_per_second`, `input_wait`, the share of the time in
+            which the step waited for data, and the rates of `Cost.rates`.
+        """
+        self._ends.append((time.perf_counter(), self._waited))
+        steps = len(self._ends) - 1
         if not steps:
             return {}
-        return {"patches_per_second": steps * self._batch_size / seconds}
+        (start, waited_before), (end, waited) = self._ends[0], self._ends[-1]
+        return {
+            "patches_per_second": steps * self._batch_size / (end - start),
+            "input_wait": (waited - waited_before) / (end - start),
+            **self._cost.rates(steps / (end - start)),
+        }
 
     def restart(self) -> None:
         """Leave out what has passed since the last step."""
         self._ends.clear()
-        self._ends.append(time.perf_counter())
+        self._ends.append((time.perf_counter(), self._waited))
 
 
 class Log:
@@ -65,10 +82,20 @@ class Log:
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
 
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Show pictures, uint8 [H, W, 3], in TensorBoard."""
+        for name, picture in pictures.items():
+            self._board.add_image(name, picture, step, dataformats="HWC")
+
     def say(self, message: str, *values) -> None:
         """Log a line above the bar."""
         with tqdm.external_write_mode():
             logging.info(message, *values)
+
+    def warn(self, message: str, *values) -> None:
+        """Log a warning above the bar."""
+        with tqdm.external_write_mode():
+            logging.warning(message, *values)
 
 
 @contextlib.contextmanager

@@ -44,16 +44,14 @@ def meet() -> None:
     barrier(key=f"swinsmt_jax.{next(_meetings)}", timeout_ms=LONGEST_WAIT_MS)
 
 
-def compiled(function: jax.stages.Wrapped, *arguments) -> Callable:
+def compiled(function: jax.stages.Wrapped, *arguments) -> jax.stages.Compiled:
     """Compile for these arguments in all processes before one of them goes on.
 
-    Some find the program in the cache and some do not. A single process gets the
-    function back, which compiles when it is called.
+    Some find the program in the cache and some do not.
     """
-    if jax.process_count() == 1:
-        return function
     program = function.lower(*arguments).compile()
-    meet()
+    if jax.process_count() > 1:
+        meet()
     return program
 
 

@@ -11,7 +11,7 @@ import jax
 from absl import logging
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.training import processes
+from swinsmt_jax.training import interrupts, processes
 
 CACHE = Path("~/.cache/swinsmt_jax")
 PACKAGE = str(Path(__file__).parents[1])
@@ -32,10 +32,15 @@ def start() -> None:
 def exit_on_user_error(script: str) -> Iterator[None]:
     """Make a `UserError` one line on stderr and exit status 2, without traceback.
 
+    A run that ended at a signal exits with `interrupts.STATUS`.
     Of several processes, one that fails alone does not wait for the others.
     """
     try:
         yield
+    except interrupts.Interrupted as error:
+        if processes.is_first():
+            print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(error.status)
     except processes.SharedError as error:
         if processes.is_first():
             print(f"{script}: {error}", file=sys.stderr)

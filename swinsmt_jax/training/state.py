@@ -21,11 +21,21 @@ class TrainState:
         step: int32; with the seed it decides the keys and the data of the next update.
         params: nested dictionaries of float32 arrays, named as the network's parts.
         opt_state: optax's state; its moments are nested as `params`.
+        average: running average of `params`; empty if none is kept.
+        skipped: int32 [2], steps left out because they were not finite: in all, and
+            the last ones in a row.
     """
 
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+    average: dict
+    skipped: jax.Array
+
+    @property
+    def evaluated_params(self) -> dict:
+        """What is validated and evaluated: the average, if one is kept."""
+        return self.average or self.params
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
@@ -39,15 +49,20 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
 
 
 def blueprint(
-    config: ModelConfig, optimizer: optax.GradientTransformation, *, mesh: Mesh
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    averaged: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Return the network's structure and the state to be, as shapes with shardings.
 
     Takes no memory. The leaves are `jax.ShapeDtypeStruct` with dtype and sharding:
-    what a state is made by, restored onto and compiled for.
+    what a state is made by, restored onto and compiled for. `averaged` adds the
+    running average of the parameters.
     """
     graphdef, params = abstract_model(config)
-    state = jax.eval_shape(lambda p: _start(p, optimizer), params)
+    state = jax.eval_shape(lambda p: _start(p, optimizer, averaged), params)
     rules = sharding.parameter_rules(config)
     shardings = sharding.tree_shardings(state, mesh=mesh, rules=rules)
     return graphdef, jax.tree.map(
@@ -71,7 +86,7 @@ def initialize(
 
     def make(key):
         _, params = split(models.create(config, rngs=nnx.Rngs(key)))
-        return _start(params, optimizer)
+        return _start(params, optimizer, bool(like.average))
 
     make = jax.jit(make, out_shardings=shardings_of(like))
     return make(jax.random.key(seed))
@@ -82,5 +97,11 @@ def shardings_of(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _start(params, optimizer):
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def _start(params, optimizer, averaged):
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        average=jax.tree.map(jnp.copy, params) if averaged else {},
+        skipped=jnp.zeros(2, jnp.int32),
+    )

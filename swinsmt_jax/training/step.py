@@ -24,11 +24,15 @@ def make_train_step(
     seed: int,
     like: TrainState,
     mesh: Mesh,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
     """Return the jitted function (state, batch) -> (state, metrics).
 
     The state handed in is donated: use the returned one. Its dropout key is
     `fold_in(key(seed), step)`, so that an update depends on state and batch alone.
+    Where the loss or the gradient is not finite, the step is counted and nothing else
+    of the state changes.
 
     Args:
         graphdef: structure of the network, from `state.blueprint`.
@@ -38,11 +42,15 @@ def make_train_step(
         seed: of dropout and drop path.
         like: the state's shapes and shardings, from `state.blueprint`.
         mesh: over which batches are divided.
+        accumulate: parts of a batch whose gradients are averaged in turn: the memory of
+            one part, and the gradient of the whole. Divides the batch of a device.
+        ema_decay: of `like.average`, if it has one. The decay after step t is at most
+            (1 + t) / (10 + t), so that the first parameters are soon forgotten.
 
     Returns:
         The step. Its batch holds `image` [B, D, H, W, C] and `label` [B, D, H, W];
-        its metrics are the float32 scalars `loss`, `grad_norm` (before clipping) and
-        `learning_rate`.
+        its metrics are the scalars `loss`, `grad_norm` (before clipping) and
+        `learning_rate`, and the counts `skipped` and `skipped_in_row`.
     """
 
     def loss_of(params, batch, key):
@@ -51,19 +59,51 @@ def make_train_step(
         with jax.named_scope("loss"):
             return loss_fn(logits, batch["label"])
 
+    def gradient(params, batch, key):
+        if accumulate == 1:
+            return jax.value_and_grad(loss_of)(params, batch, key)
+        parts = {name: _parts(batch[name], accumulate) for name in ("image", "label")}
+
+        def add(total, part):
+            index, part = part
+            key_of_part = jax.random.fold_in(key, index)
+            found = jax.value_and_grad(loss_of)(params, part, key_of_part)
+            return jax.tree.map(jnp.add, total, found), None
+
+        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
+        return jax.tree.map(lambda sum: sum / accumulate, total)
+
+    def averaged(state, params):
+        step = state.step - state.skipped[0]
+        decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
+        return optax.incremental_update(params, state.average, 1 - decay)
+
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         with sharding.within(mesh):
-            loss, grads = jax.value_and_grad(loss_of)(state.params, batch, key)
+            loss, grads = gradient(state.params, batch, key)
         with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            new = params, opt_state, averaged(state, params) if state.average else {}
+            old = state.params, state.opt_state, state.average
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        total = state.skipped[0] + ~finite
+        in_row = jnp.where(finite, 0, state.skipped[1] + 1)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(
+                schedule(state.step - state.skipped[0]), jnp.float32
+            ),
+            "skipped": total,
+            "skipped_in_row": in_row,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        skipped = jnp.stack([total, in_row])
+        return TrainState(state.step + 1, *new, skipped), metrics
 
     places = shardings_of(like)
     return jax.jit(
@@ -72,6 +112,11 @@ def make_train_step(
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
     )
+
+
+def _parts(array, count):
+    """Cut [B, ...] into [count, B / count, ...]; every device cuts its own part."""
+    return array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
 
 
 def make_predict(

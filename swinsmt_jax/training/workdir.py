@@ -3,11 +3,19 @@
 <workdir>/config.json         the resolved config of the last start
 <workdir>/checkpoints/<step>  state, config and seed, data and batch of the run
 <workdir>/metrics.jsonl       one row of metrics per logged step
-<workdir>/tensorboard/        the same for TensorBoard
+<workdir>/tensorboard/        the same for TensorBoard, and pictures
+<workdir>/run.json            each start: command, revision, versions, data, machine
+<workdir>/profile/            traces of `--profile`
+<workdir>/damaged/            checkpoints that could not be read
+<workdir>/lock                held while a run is alive
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 from swinsmt_jax import checks
@@ -15,6 +23,7 @@ from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.training import processes
 
 CONFIG = "config.json"
+LOCK = "lock"
 
 # Keys that a run may change when it is continued. A new num_steps stretches the
 # remaining decay of the learning rate; data.root may move, since the checkpoint knows
@@ -25,6 +34,8 @@ MAY_CHANGE = (
     "training.eval_every",
     "training.eval_cases",
     "training.checkpoint_every",
+    "training.accumulate",
+    "training.max_skipped",
     "mesh.data",
     "mesh.expert",
     "model.remat",
@@ -66,14 +77,59 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
     return workdir
 
 
-def _claim(workdir, config):
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Make the folder and hold it against a second run until the end, or until killed.
+
+    Of several processes the first one does so.
+
+    Raises:
+        UserError: for a path that cannot be a folder that is written to, and one that a
+            live run holds.
+    """
+    workdir = Path(path).absolute()
+    file = processes.together(lambda: _lock(workdir) if processes.is_first() else None)
     try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(workdir):
+    with _usable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise checks.UserError(
+            f"the workdir {workdir} is in use by a live run ({holder}); wait for it or "
+            "end it, or choose another --workdir."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def _usable(workdir):
+    try:
+        yield
     except OSError as error:
         raise checks.UserError(
-            f"the workdir {workdir} cannot be made: {error.strerror}; choose another "
-            "--workdir."
+            f"the workdir {workdir} cannot be made or written to: {error.strerror}; "
+            "mend its permissions, or choose another --workdir."
         ) from error
+
+
+def _claim(workdir, config):
+    with _usable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / CONFIG
     if file.exists():
         _require_same(workdir, recorded_config(file), config)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import MeshConfig
 from swinsmt_jax.training.checkpoint import Origin, load_model, open_checkpoints
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.state import TrainState, blueprint, initialize
+from swinsmt_jax.training.state import blueprint, initialize
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -27,7 +28,7 @@ def states(config, *, data=1, expert=1):
 
 
 def at(state, step):
-    return TrainState(jnp.int32(step), state.params, state.opt_state)
+    return dataclasses.replace(state, step=jnp.int32(step))
 
 
 def write(workdir, config, dice):
@@ -162,15 +163,43 @@ def truncate(folder):
     ],
     ids=["truncated", "no state", "no meta", "no structure", "half a meta"],
 )
-def test_damage_is_told_with_its_remedy(tmp_path, make_config, damage):
+def test_damage_falls_back_to_the_checkpoint_before(
+    tmp_path, make_config, damage, caplog
+):
     config = make_config()
     write(tmp_path, config, {3: None, 4: None})
     damage(tmp_path / "checkpoints" / "4")
     words = "checkpoints/4 cannot be read; it is damaged.*Remove this folder"
     with pytest.raises(UserError, match=words):
-        restore(tmp_path, config, states(config)[1])
-    with pytest.raises(UserError, match=words):
         load_model(tmp_path)
+    assert int(restore(tmp_path, config, states(config)[1]).step) == 3
+    assert re.search(words, caplog.text)
+    assert folders(tmp_path) == [3] and (tmp_path / "damaged" / "4").is_dir()
+    write(tmp_path, config, {4: None})  # its number is free again
+    assert int(restore(tmp_path, config, states(config)[1]).step) == 4
+
+
+def test_no_readable_checkpoint_is_an_error(tmp_path, make_config):
+    config = make_config()
+    write(tmp_path, config, {3: None})
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "state")
+    with pytest.raises(UserError, match="none of the checkpoints could be read"):
+        restore(tmp_path, config, states(config)[1])
+    assert (tmp_path / "damaged" / "3").is_dir()
+
+
+def test_the_average_is_what_is_evaluated(tmp_path, make_config):
+    config = make_config(training={"ema_decay": 0.5})
+    _, like = states(config)
+    state = dataclasses.replace(
+        states(config)[0],
+        step=jnp.int32(1),
+        average=jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7.0), like.params),
+    )
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, origin=Origin(config, data="abc"))
+    _, model, _ = load_model(tmp_path)
+    assert (model.stem.kernel[...] == 7).all()
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path, make_config):

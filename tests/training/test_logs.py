@@ -2,9 +2,9 @@ import json
 import math
 
 import jax
-import pytest
 
 from swinsmt_jax.training import logs
+from swinsmt_jax.training.cost import Cost
 
 
 def test_rows_are_json_and_a_nan_is_null(tmp_path):
@@ -37,11 +37,16 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 
 
 def test_the_clock_leaves_out_compilation_and_pauses(monkeypatch):
-    now = iter([100.0, 102.0, 104.0, 1000.0, 1001.0])
+    now = iter([100.0, 101.0, 101.5, 102.0, 104.0, 1000.0, 1001.0])
     monkeypatch.setattr(logs.time, "perf_counter", lambda: next(now))
-    clock = logs.Clock(batch_size=4)
+    cost = Cost(operations=3e12, arguments=1, temporaries=1, limit=None, peak=1.5e13)
+    clock = logs.Clock(4, cost)
     assert clock.tick() == {}
-    assert clock.tick() == {"patches_per_second": pytest.approx(2)}
-    assert clock.tick() == {"patches_per_second": pytest.approx(2)}
+    with clock.waiting():
+        pass
+    rates = {"tflops_per_second": 1.5, "utilisation": 0.1}
+    assert clock.tick() == {"patches_per_second": 2, "input_wait": 0.25, **rates}
+    assert clock.tick()["input_wait"] == 0.125  # of both steps
     clock.restart()
-    assert clock.tick() == {"patches_per_second": pytest.approx(4)}
+    rates = {"tflops_per_second": 3, "utilisation": 0.2}
+    assert clock.tick() == {"patches_per_second": 4, "input_wait": 0, **rates}

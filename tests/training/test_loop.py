@@ -1,4 +1,8 @@
 import dataclasses
+import json
+import os
+import re
+import signal
 
 import jax
 import numpy as np
@@ -7,7 +11,8 @@ import pytest
 from swinsmt_jax import losses
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import checkpoint, loop
+from swinsmt_jax.training import checkpoint, cost, interrupts, loop, steps
+from swinsmt_jax.training import workdir as workdir_module
 from swinsmt_jax.training.logs import read_rows
 
 pytestmark = pytest.mark.usefixtures("tiny", "dataset")
@@ -38,6 +43,7 @@ def test_a_run_learns_validates_and_keeps_its_best(tmp_path, make_config):
     assert set(rows[20]) >= {"val_dice", "val_dice/organs", "learning_rate"}
     found, _, info = checkpoint.load_model(tmp_path / "run")
     assert found == config and info["metrics"]["val_dice"] > 0.5
+    assert 0 <= rows[40]["input_wait"] <= 1 and rows[40]["tflops_per_second"] > 0
     best = max((20, 40), key=lambda step: rows[step]["val_dice"])
     assert info["step"] == best
 
@@ -51,15 +57,15 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(
     class KilledError(Exception):
         pass
 
-    record = loop._record
+    record = steps._record
 
-    def dies_after_5(log, step, *rest):
-        record(log, step, *rest)
+    def dies_after_5(run, log, step, *rest, **options):
+        record(run, log, step, *rest, **options)
         if step == 5:
             raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_record", dies_after_5)
+        patch.setattr(steps, "_record", dies_after_5)
         with pytest.raises(KilledError):
             loop.train(config, workdir=tmp_path / "cut")
     assert list(by_step(tmp_path / "cut")) == [1, 2, 3, 4, 5]  # checkpoint: step 4
@@ -105,21 +111,118 @@ def test_the_result_does_not_depend_on_rhythm(tmp_path, make_config):
     assert_equal_states(*states)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make_config, monkeypatch):
+def break_losses_below(monkeypatch, bound):
     def breaks(logits, labels):
         loss = losses._loss(logits, labels.astype("int32"))
-        return jax.numpy.where(loss < 1.9, jax.numpy.nan, loss)
+        return jax.numpy.where(loss < bound, jax.numpy.nan, loss)
 
     monkeypatch.setattr(losses, "dice_cross_entropy", breaks)
+
+
+def test_losses_that_are_not_finite_stop_the_run(
+    tmp_path, make_config, monkeypatch, caplog
+):
+    break_losses_below(monkeypatch, 1.9)
     config = make_config(
-        training={"num_steps": 100, "checkpoint_every": 1},
+        training={"num_steps": 100, "checkpoint_every": 1, "max_skipped": 3},
         optimizer={"learning_rate": 0.05},
     )
-    with pytest.raises(UserError, match=r"step \d+, on crops of s\d, s\d: the loss is"):
+    words = r"step \d+, on crops of s\d, s\d: the loss is nan.*3 steps in a row"
+    with pytest.raises(UserError, match=words) as error:
         loop.train(config, workdir=tmp_path / "run")
+    assert re.search("left out .2 so far, 2 in a row", caplog.text)
     _, model, info = checkpoint.load_model(tmp_path / "run")
-    assert info["step"] == max(by_step(tmp_path / "run"))
     assert np.isfinite(model.stem.kernel[...]).all()
+    last_good = int(
+        re.search(r"parameters are those after step (\d+)", str(error.value))[1]
+    )
+    assert last_good <= info["step"] <= last_good + 3
+
+
+def test_a_single_bad_step_is_counted_and_passed(tmp_path, make_config, monkeypatch):
+    def breaks(logits, labels):  # on one crop of one case, seen at some steps
+        loss = losses._loss(logits, labels.astype("int32"))
+        return jax.numpy.where(labels[0, 0, 0, 0] == 1, jax.numpy.nan, loss)
+
+    monkeypatch.setattr(losses, "dice_cross_entropy", breaks)
+    config = make_config(training={"num_steps": 12})
+    state = loop.train(config, workdir=tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    bad = [row["step"] for row in rows if row["loss"] is None]
+    assert bad and len(bad) < 12 and rows[-1]["skipped"] == len(bad)
+    assert int(state.skipped[0]) == len(bad) and int(state.step) == 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_continues(
+    tmp_path, make_config, monkeypatch, number
+):
+    config = make_config(training={"num_steps": 7, "checkpoint_every": 100})
+    whole = loop.train(config, workdir=tmp_path / "whole")
+    record = steps._record
+
+    def signals_after_3(run, log, step, *rest, **options):
+        record(run, log, step, *rest, **options)
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "_record", signals_after_3)
+        words = f"{number.name} received: stopped after step 4 of 7, which is saved"
+        with pytest.raises(interrupts.Interrupted, match=words) as error:
+            loop.train(config, workdir=tmp_path / "cut")
+    assert error.value.status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    assert list(by_step(tmp_path / "cut")) == [1, 2, 3, 4]
+    assert_equal_states(whole, loop.train(config, workdir=tmp_path / "cut"))
+    assert by_step(tmp_path / "cut") == by_step(tmp_path / "whole")
+    starts = record_file(tmp_path / "cut")
+    assert [start["first_step"] for start in starts] == [1, 5]
+
+
+def record_file(workdir):
+    return json.loads((workdir / "run.json").read_text())["starts"]
+
+
+def test_a_workdir_in_use_is_refused(tmp_path, make_config):
+    config = make_config(training={"num_steps": 1})
+    with (
+        workdir_module.locked(tmp_path / "run"),
+        pytest.raises(UserError, match=r"in use by a live run .process \d+ on"),
+    ):
+        loop.train(config, workdir=tmp_path / "run")
+    loop.train(config, workdir=tmp_path / "run")
+
+
+def test_a_case_lost_on_the_way_is_named_and_nothing_else_is(
+    tmp_path, make_config, dataset, monkeypatch
+):
+    config = make_config(
+        training={"num_steps": 30, "checkpoint_every": 100}, data={"cache": False}
+    )
+    record = steps._record
+    hidden = dataset / "s1" / "hidden"
+
+    def loses_a_case_after_3(run, log, step, *rest, **options):
+        record(run, log, step, *rest, **options)
+        if step == 3:
+            (dataset / "s1" / "ct.nii.gz").rename(hidden)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "_record", loses_a_case_after_3)
+        with pytest.raises(UserError, match=r"s1/ct.nii.gz.*The state after step \d+"):
+            loop.train(config, workdir=tmp_path / "run")
+    hidden.rename(dataset / "s1" / "ct.nii.gz")
+    assert checkpoint.load_model(tmp_path / "run")[2]["step"] >= 3
+    assert int(loop.train(config, workdir=tmp_path / "run").step) == 30
+
+
+def test_a_step_beyond_the_memory_is_refused_with_remedies(
+    tmp_path, make_config, monkeypatch
+):
+    monkeypatch.setattr(cost, "device_memory", lambda mesh: 10_000_000)
+    words = "needs .* GB on each device .*has 0.01 GB. What helps: .*accumulate.*remat"
+    with pytest.raises(UserError, match=words):
+        loop.train(make_config(), workdir=tmp_path / "run")
 
 
 def test_labels_beyond_the_network_are_refused(tmp_path, make_config):

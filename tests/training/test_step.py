@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,6 @@ from swinsmt_jax.config import (
 )
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import (
-    TrainState,
     blueprint,
     initialize,
     shardings_of,
@@ -20,11 +22,12 @@ from swinsmt_jax.training.state import (
 from swinsmt_jax.training.step import make_predict, make_train_step
 
 
-def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0):
+def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0, **options):
     """Everything but the parameters: (step, state's blueprint, optimizer, graphdef)."""
     schedule = make_schedule(optimizer_config, num_steps=num_steps)
     optimizer = make_optimizer(optimizer_config, schedule)
-    graphdef, like = blueprint(model, optimizer, mesh=mesh)
+    averaged = bool(options.get("ema_decay"))
+    graphdef, like = blueprint(model, optimizer, mesh=mesh, averaged=averaged)
     step = make_train_step(
         graphdef,
         optimizer,
@@ -33,6 +36,7 @@ def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0):
         seed=seed,
         like=like,
         mesh=mesh,
+        **options,
     )
     return step, like, optimizer, graphdef
 
@@ -54,7 +58,7 @@ def random_state(like, rng):
 
     params = jax.tree.map(draw, like.params)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    state = TrainState(zeros.step, params, zeros.opt_state)
+    state = dataclasses.replace(zeros, params=params)
     return jax.device_put(state, shardings_of(like))
 
 
@@ -62,11 +66,11 @@ def random_state(like, rng):
 def start(tiny, make_config):
     """Make a step, a state and its blueprint for the tiny network."""
 
-    def make(*, data=1, expert=1, dropout=0.0, seed=0, **optimizer):
+    def make(*, data=1, expert=1, dropout=0.0, seed=0, options=None, **optimizer):
         config = make_config(model={"dropout": dropout}, optimizer=optimizer)
         mesh = sharding.make_mesh(MeshConfig(data, expert))
         step, like, optimizer, graphdef = prepare(
-            config.model, config.optimizer, mesh=mesh, seed=seed
+            config.model, config.optimizer, mesh=mesh, seed=seed, **(options or {})
         )
         state = initialize(config.model, optimizer, seed=0, like=like)
         return step, state, like, graphdef, mesh
@@ -103,13 +107,58 @@ def test_dropout_depends_on_seed_and_step_alone(start, rng):
         step, state, *_ = start(dropout=0.5, seed=seed)
         for at in steps:
             copy = jax.tree.map(jnp.array, state)  # since the step donates it
-            copy = TrainState(jnp.int32(at), copy.params, copy.opt_state)
+            copy = dataclasses.replace(copy, step=jnp.int32(at))
             yield float(step(copy, batch)[1]["loss"])
 
     first, other, again = losses_at((3, 4, 3), seed=0)
     (reseeded,) = losses_at((3,), seed=1)
     assert first == again
     assert len({first, other, reseeded}) == 3
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_accumulated_gradients_are_those_of_the_batch(start, rng, data):
+    batch = random_batch(rng, batch=8, side=8, classes=4)
+    results = []
+    for parts in (1, 4):
+        step, state, *_, mesh = start(data=data, options={"accumulate": parts})
+        state, metrics = step(state, sharding.place_batch(batch, mesh))
+        results.append((state.opt_state, metrics))
+    whole, parted = (jax.tree.map(np.asarray, result) for result in results)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, parted, whole)
+
+
+def test_the_average_follows_the_parameters(start, rng):
+    step, state, *_ = start(learning_rate=0.05, options={"ema_decay": 0.3})
+    batch = random_batch(rng, batch=2, side=8, classes=4)
+    average = np.asarray(state.params["stem"]["kernel"])
+    for t in range(5):
+        state, _ = step(state, batch)
+        decay = min(0.3, (1 + t) / (10 + t))
+        kernel = np.asarray(state.params["stem"]["kernel"])
+        average = decay * average + (1 - decay) * kernel
+    np.testing.assert_allclose(state.average["stem"]["kernel"], average, rtol=1e-5)
+    assert state.evaluated_params is state.average
+
+
+def test_a_step_that_is_not_finite_is_left_out(start, rng):
+    step, state, *_ = start(learning_rate=0.05, options={"ema_decay": 0.3})
+    good = random_batch(rng, batch=2, side=8, classes=4)
+    bad = good | {"image": np.full_like(good["image"], np.nan)}
+    state, _ = step(state, good)
+    before = jax.tree.map(np.asarray, state)
+    for in_row in (1, 2):
+        state, metrics = step(state, bad)
+        assert np.isnan(metrics["loss"]) and metrics["skipped_in_row"] == in_row
+    for part in ("params", "opt_state", "average"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(state, part), getattr(before, part)
+        )
+    assert int(state.step) == 3
+    state, metrics = step(state, good)
+    assert metrics["skipped"] == 2 and metrics["skipped_in_row"] == 0
+    assert (state.params["stem"]["kernel"] != before.params["stem"]["kernel"]).any()
 
 
 def test_prediction_has_no_dropout(start, rng):
@@ -157,5 +206,5 @@ def test_the_papers_step_lowers_for_gpu_and_tpu(data, expert):
     }
     exported = jax.export.export(step, platforms=("cuda", "tpu"))(like, batch)
     assert exported.platforms == ("cuda", "tpu") and exported.nr_devices == 8
-    leaves = len(jax.tree.leaves(like)) + 3  # the new state and three metrics
+    leaves = len(jax.tree.leaves(like)) + 5  # the new state and five metrics
     assert len(exported.out_avals) == leaves

@@ -1,0 +1,130 @@
+"""What a training step costs: memory as compiled, operations of the network."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from swinsmt_jax import checks
+from swinsmt_jax.config import ExperimentConfig, ModelConfig
+from swinsmt_jax.training.state import abstract_model
+
+# Dense bfloat16 operations per second by the start of `device_kind`, of the vendors'
+# data sheets.
+PEAK = {
+    "NVIDIA V100": 125e12,  # float16
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step.
+
+    Attributes:
+        operations: floating-point operations of the network for the whole batch,
+            forward and backward, without what rematerialisation and streaming repeat.
+        arguments: bytes of the state and the batch on one device.
+        temporaries: bytes of everything in between on one device.
+        limit: bytes that one device has; None if unknown.
+        peak: operations per second of all devices in bfloat16; None if unknown.
+    """
+
+    operations: float
+    arguments: int
+    temporaries: int
+    limit: int | None
+    peak: float | None
+
+    def rates(self, steps_per_second: float) -> dict[str, float]:
+        """Return `tflops_per_second` and, where the peak is known, `utilisation`."""
+        rate = self.operations * steps_per_second
+        known = {"utilisation": rate / self.peak} if self.peak else {}
+        return {"tflops_per_second": rate / 1e12, **known}
+
+
+def measure(config: ExperimentConfig, compiled: Callable, *, mesh: Mesh) -> Cost:
+    """Read the cost of a compiled training step.
+
+    Args:
+        config: of the experiment.
+        compiled: the step, a `jax.stages.Compiled`.
+        mesh: that it runs on.
+    """
+    memory = compiled.memory_analysis()
+    forward = forward_operations(config.model, config.data.patch_shape)
+    device = mesh.devices.flat[0]
+    names = [name for name in PEAK if device.device_kind.startswith(name)]
+    return Cost(
+        operations=3 * config.data.batch_size * forward,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        limit=device_memory(mesh),
+        peak=PEAK[names[0]] * mesh.size if names else None,
+    )
+
+
+def forward_operations(config: ModelConfig, shape: Sequence[int]) -> float:
+    """Count the forward pass for one patch, by XLA from the uncompiled program.
+
+    The network is taken in its plainest form, Soft MoE dense and nothing repeated,
+    since XLA counts the body of a loop once.
+    """
+    fields = {field.name for field in dataclasses.fields(config)}
+    plain = {"routing": "dense", "remat": ()}
+    config = dataclasses.replace(
+        config, **{name: plain[name] for name in plain.keys() & fields}
+    )
+    graphdef, params = abstract_model(config)
+    image = jax.ShapeDtypeStruct((1, *shape, config.in_channels), jnp.float32)
+    apply = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+    return apply.lower(params, image).cost_analysis()["flops"]
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Return the bytes one device can use; CPU devices share the machine's memory."""
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // len(mesh.local_devices)
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def require_fit(cost: Cost, config: ExperimentConfig, *, devices: int) -> None:
+    """Raise `UserError` where a step needs more memory than its device has."""
+    if cost.limit is None:
+        return
+    remedies = [
+        f"a larger training.accumulate or a smaller data.batch_size (now "
+        f"{config.data.batch_size} on {devices} devices)",
+        f"a smaller data.patch_shape (now {config.data.patch_shape})",
+        f"model.remat for all stages (now {config.model.remat})",
+    ]
+    if config.model.dtype != "bfloat16":
+        remedies.append(f"model.dtype='bfloat16' (now {config.model.dtype!r})")
+    together = cost.arguments + cost.temporaries
+    checks.require(
+        together <= cost.limit,
+        f"a training step needs {gigabytes(together)} on each device "
+        f"({gigabytes(cost.arguments)} for state and batch and "
+        f"{gigabytes(cost.temporaries)} to compute with), but a device has "
+        f"{gigabytes(cost.limit)}. What helps: {'; '.join(remedies)}; or more devices, "
+        "with mesh.expert dividing the experts over them.",
+    )
+
+
+def gigabytes(count: int) -> str:
+    """Write bytes as GB."""
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,73 @@
+"""Signals that ask a run to end: finish the step, save, and exit with a status.
+
+SLURM and spot machines send SIGTERM before they take a machine away; Ctrl-C is SIGINT.
+A second signal ends the process as if nobody listened.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "try again"
+
+
+class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt
+    """A run ended by a signal, after its state was saved.
+
+    Attributes:
+        status: exit status of the script.
+    """
+
+    def __init__(self, number: signal.Signals, *, step: int, stop: int):
+        super().__init__(
+            f"{number.name} received: stopped after step {step} of {stop}, which is "
+            "saved; the same command continues."
+        )
+        self.status = STATUS[number]
+
+
+class Listener:
+    """Remembers the first signal; open with `listening`."""
+
+    def __init__(self):
+        self._found: signal.Signals | None = None
+
+    def hear(self, number: int, _) -> None:
+        """Note a signal; the next of its kind acts as usual."""
+        self._found = signal.Signals(number)
+        default = signal.default_int_handler if number == signal.SIGINT else None
+        signal.signal(number, default or signal.SIG_DFL)
+
+    def heard(self, step: int) -> signal.Signals | None:
+        """Return the signal that asks to end after this step, in all processes alike.
+
+        With several processes JAX listens for SIGTERM, and all agree on the step; each
+        of them must ask after each step.
+        """
+        if jax.process_count() == 1:
+            return self._found
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        return signal.SIGTERM if reached else None
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Listener]:
+    """Listen for SIGTERM and SIGINT; what was there before comes back afterwards.
+
+    Only the main thread of a single process can: elsewhere nothing is changed.
+    """
+    listener = Listener()
+    main = threading.current_thread() is threading.main_thread()
+    if not main or jax.process_count() > 1:
+        yield listener
+        return
+    before = {number: signal.signal(number, listener.hear) for number in STATUS}
+    try:
+        yield listener
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

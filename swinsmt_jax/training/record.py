@@ -1,0 +1,80 @@
+"""run.json: what the run of a workdir is, at one glance.
+
+One entry for each start: when, where, by which command, of which revision, with which
+packages, on which data and devices, from which step.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from swinsmt_jax import checks
+from swinsmt_jax.training import processes
+from swinsmt_jax.training.workdir import write_atomically
+
+FILE = "run.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def add_start(workdir: Path, facts: dict) -> None:
+    """Add an entry with these facts and those of machine and software.
+
+    Of several processes the first one does so.
+
+    Raises:
+        UserError: for a `run.json` that is none, or cannot be written.
+    """
+    if not processes.is_first():
+        return
+    file = workdir / FILE
+    starts = read(file) if file.exists() else []
+    device = jax.devices()[0]
+    entry = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "processes": jax.process_count(),
+        "device": device.device_kind,
+        "revision": revision(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        **facts,
+    }
+    content = json.dumps({"starts": [*starts, entry]}, indent=2)
+    write_atomically(file, content + "\n")
+
+
+def read(file: Path) -> list[dict]:
+    """Return the entries of a run.json, the first start first."""
+    try:
+        return list(json.loads(file.read_text())["starts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise checks.UserError(
+            f"{file} is not the record of a run ({error}); remove it: only the "
+            "list of earlier starts is lost."
+        ) from error
+
+
+def revision() -> str | None:
+    """Return the git revision of this code, "+changes" if it was edited since."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments):
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout
+
+    try:
+        edited = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "HEAD").strip() + ("+changes" if edited else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,217 @@
+"""The steps of a run: data in, updates, metrics, validation and checkpoints out."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from swinsmt_jax import checks, sharding
+from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.data import pipeline
+from swinsmt_jax.training import cost, interrupts, processes
+from swinsmt_jax.training.checkpoint import METRIC, Checkpoints, Origin
+from swinsmt_jax.training.logs import Clock, Log, open_log
+from swinsmt_jax.training.profile import Profile
+from swinsmt_jax.training.state import TrainState
+from swinsmt_jax.training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from step to step.
+
+    Attributes:
+        config: of the experiment.
+        workdir: folder of the run.
+        mesh: of the devices.
+        cases: of the train split.
+        origin: of the checkpoints.
+        train_step: the jitted update.
+        score: parameters -> what `evaluation.run.validate` returns; None validates
+            nothing.
+        checkpoints: of the run.
+        profile_steps: steps to trace.
+    """
+
+    config: ExperimentConfig
+    workdir: Path
+    mesh: Mesh
+    cases: tuple
+    origin: Origin
+    train_step: TrainStep
+    score: Callable[[dict], dict] | None
+    checkpoints: Checkpoints
+    profile_steps: int = 0
+
+
+def take_steps(run: Run, state: TrainState) -> TrainState:
+    """Take the steps that are left and return the last state.
+
+    Raises:
+        UserError: as `loop.train`; where data are bad, the state before is saved.
+        Interrupted: after a signal, once the state is saved.
+    """
+    start, stop = int(state.step), run.config.training.num_steps
+    with (
+        interrupts.listening() as listener,
+        _batches(run, start=start) as batches,
+        open_log(run.workdir, start=start, stop=stop) as log,
+        Profile(run.workdir, steps=run.profile_steps, first=start + 1) as profile,
+    ):
+        batch, names = _next(run, batches, state)
+        train_step, clock = _compile(run, state, batch)
+        pending = None  # the step before: its metrics are fetched while this one runs
+        for step in range(start + 1, stop + 1):
+            if step > start + 1:
+                with clock.waiting():
+                    batch, names = _next(run, batches, state)
+            with profile.step(step):
+                state, metrics = train_step(state, batch)
+            profile.ended(step, metrics)
+            if pending:
+                values = _fetch(run, log, *pending) | clock.tick()
+                _record(run, log, pending[0], values)
+            pending = step, metrics, names
+            signal = listener.heard(step)
+            validates = run.score is not None and _due(run, step, "eval_every")
+            if validates or signal or _due(run, step, "checkpoint_every"):
+                _finish(run, log, clock, pending, state, validates=validates)
+                pending = None
+                clock.restart()
+            if signal and step < stop:
+                run.checkpoints.wait()
+                raise interrupts.Interrupted(signal, step=step, stop=stop)
+            run.checkpoints.check()
+    return state
+
+
+def _next(run, batches, state):
+    """Return the next batch on the devices, and the names of its cases."""
+    try:
+        batch = next(batches)
+        names = [run.cases[i].name for i in batch["case"]]
+        _require_known_labels(batch, names, run.config.model.out_channels)
+    except checks.UserError as error:
+        _save_before(run, state, error)
+        raise
+    return sharding.place_batch(batch, run.mesh), names
+
+
+def _save_before(run, state, error):
+    """Save the state before an error, unless other processes would have to help."""
+    if jax.process_count() > 1 or int(state.step) in run.checkpoints.steps():
+        return
+    if int(state.step):
+        run.checkpoints.save(state, origin=run.origin)
+        error.args = (f"{error} The state after step {state.step} is saved.",)
+
+
+def _compile(run, state, batch):
+    """Compile the step, and refuse one that does not fit into memory."""
+    compiled = processes.compiled(run.train_step, state, batch)
+    found = cost.measure(run.config, compiled, mesh=run.mesh)
+    logging.info(
+        "a step takes %.4g TFLOP, and on each device %s for state and batch and %s to "
+        "compute with",
+        found.operations / 1e12,
+        cost.gigabytes(found.arguments),
+        cost.gigabytes(found.temporaries),
+    )
+    cost.require_fit(found, run.config, devices=run.mesh.size)
+    return compiled, Clock(run.config.data.batch_size, found)
+
+
+def _finish(run, log, clock, pending, state, *, validates):
+    """Record a step, validate if that is due, and save the state."""
+    step = pending[0]
+    values = _fetch(run, log, *pending) | clock.tick()
+    result = run.score(state.evaluated_params) if validates else {}
+    _record(run, log, step, values, scores=_scores(result))
+    if log is not None:
+        log.pictures(step, result.get("pictures", {}))
+    run.checkpoints.save(state, origin=run.origin, dice=result.get("dice"))
+
+
+def _fetch(run, log, step, metrics, names):
+    """Bring a step's metrics to the host; tell of a step that was left out."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if values["skipped_in_row"]:
+        _tell_skipped(run, log, step, values, names)
+    return values
+
+
+def _record(run, log: Log | None, step, values, *, scores=None):
+    """Show a step's metrics, and write them where they are due."""
+    if log is None:
+        return
+    values = values | (scores or {})
+    log.progress(values)
+    if scores:
+        log.say("step %d: validation Dice %.4f", step, values[METRIC])
+    if scores or _due(run, step, "log_every"):
+        log.row(step, values)
+
+
+def _tell_skipped(run, log, step, values, names):
+    """Warn of a step without an update; end the run after too many in a row."""
+    names = [name for part in processes.gather(names) for name in part]
+    what = (
+        f"step {step}, on crops of {', '.join(names)}: the loss is {values['loss']:g} "
+        f"and the norm of its gradient {values['grad_norm']:g}"
+    )
+    total, in_row = int(values["skipped"]), int(values["skipped_in_row"])
+    if in_row < run.config.training.max_skipped:
+        if log is not None:
+            log.warn("%s; left out (%d so far, %d in a row)", what, total, in_row)
+        return
+    saved = [number for number in run.checkpoints.steps() if number <= step - in_row]
+    latest = f"the checkpoint of step {saved[-1]} is" if saved else "no checkpoint is"
+    raise processes.SharedError(
+        f"{what}, and {in_row} steps in a row were left out (training.max_skipped). "
+        f"The parameters are those after step {step - in_row}; {latest} from before. "
+        "Start again in a new --workdir with a lower optimizer.learning_rate or more "
+        "optimizer.warmup_steps, or look at these cases."
+    )
+
+
+def _due(run, step, rhythm):
+    """Whether something happens after this step; it always does after the last."""
+    every = getattr(run.config.training, rhythm)
+    last = step == run.config.training.num_steps
+    return last or (every > 0 and step % every == 0)
+
+
+def _scores(result):
+    """Flatten what `validate` returned to the names of the metrics."""
+    if not result:
+        return {}
+    groups = {f"{METRIC}/{name}": v for name, v in result.get("groups", {}).items()}
+    return {METRIC: result["dice"], **groups}
+
+
+@contextlib.contextmanager
+def _batches(run, *, start):
+    batches = pipeline.training_batches(
+        run.config.data,
+        run.cases,
+        seed=run.config.training.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        yield batches
+
+
+def _require_known_labels(batch, names, num_classes):
+    tops = batch["label"].max(axis=(1, 2, 3))
+    for name, top in zip(names, tops, strict=True):
+        checks.require(
+            top < num_classes,
+            f"case {name!r} holds label {top}, but model.out_channels is "
+            f"{num_classes}, background included, so labels end at {num_classes - 1}.",
+        )

@@ -13,6 +13,7 @@ import functools
 from absl import app, flags
 from ml_collections import config_flags
 
+from swinsmt_jax import convert
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation import pictures, run
@@ -24,6 +25,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "file with get_config(), such as configs/demo.py"
     config_flags.DEFINE_config_file("config", None, help, flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    help = "weights to begin a new run with: a workdir, .pt, .pth or .safetensors"
+    flags.DEFINE_string("start_from", None, help, flag_values=values)
     help = "steps to trace into <workdir>/profile"
     flags.DEFINE_integer("profile", 0, help, lower_bound=0, flag_values=values)
     distributed.define_flags(values)
@@ -50,11 +53,19 @@ def main(_) -> None:
     startup.start()
     distributed.start()
     config = from_config_dict(flags.FLAGS.config)
+    start_from = None
+    if flags.FLAGS.start_from:
+        weights = convert.read_weights(flags.FLAGS.start_from)
+
+        def start_from(model):
+            return convert.load_what_fits(model, weights)
+
     loop.train(
         config,
         workdir=flags.FLAGS.workdir,
         validate=functools.partial(run.validate, draw=pictures.panel),
         profile_steps=flags.FLAGS.profile,
+        start_from=start_from,
     )
 
 

@@ -1,6 +1,7 @@
 """Messages for user errors: argument, value, rule and remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -23,6 +24,16 @@ def one_of(name: str, value: object, choices: Iterable) -> None:
         f"{name} is {value!r}, but must be one of "
         f"{', '.join(repr(c) for c in choices)}.{did_you_mean(value, choices)}"
     )
+
+
+def pattern(name: str, value: str) -> None:
+    """Raise `UserError` unless `value` is a regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise UserError(
+            f"{name} holds {value!r}, which is no regular expression: {error}."
+        ) from error
 
 
 def did_you_mean(value: object, choices: Iterable) -> str:

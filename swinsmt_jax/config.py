@@ -85,7 +85,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to `final_ratio * learning_rate`."""
+    """AdamW with linear warm-up and cosine decay to `final_ratio * learning_rate`.
+
+    Attributes:
+        learning_rate: at its highest.
+        weight_decay: decoupled, of the kernels alone.
+        warmup_steps: steps of the rise.
+        final_ratio: of the last learning rate to the highest.
+        clip_norm: largest global norm of the gradient.
+        b1, b2: decay of the moments.
+        freeze: regular expressions; parameters whose path one of them is found in
+            ("swinViT/layers1/blocks/0/norm1/scale") keep their value.
+        layer_decay: factor of the learning rate for each stage further from the
+            decoder, for fine-tuning; 1 has none.
+    """
 
     learning_rate: float
     weight_decay: float = 1e-4
@@ -94,8 +107,17 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.999
+    freeze: tuple[str, ...] = ()
+    layer_decay: float = 1.0
 
     def __post_init__(self):
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        for pattern in self.freeze:
+            checks.pattern("optimizer.freeze", pattern)
+        checks.require(
+            0.0 < self.layer_decay <= 1.0,
+            f"optimizer.layer_decay is {self.layer_decay}, but must lie in (0, 1].",
+        )
         checks.require(
             self.learning_rate > 0,
             f"optimizer.learning_rate is {self.learning_rate}, but must be positive.",

@@ -85,6 +85,15 @@ def training_batches(
 def _batches(iterator: grain.DatasetIterator) -> Generator[dict, None, None]:
     try:
         yield from iterator
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise checks.UserError(
+            f"a process that reads data has died ({str(error).splitlines()[0]}). Exit "
+            "code -9 means that it was killed, mostly because memory ran out: lower "
+            "data.num_workers or switch data.cache off, and give the same command "
+            "again."
+        ) from error
     finally:
         iterator.close()
 

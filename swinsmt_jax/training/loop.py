@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import logging
+from flax import nnx
 from jax.sharding import Mesh
 
 from swinsmt_jax import checks, losses, sharding
@@ -18,8 +20,14 @@ from swinsmt_jax.data import pipeline, totalsegmentator
 from swinsmt_jax.data.totalsegmentator import Case
 from swinsmt_jax.training import processes, record
 from swinsmt_jax.training.checkpoint import Origin, open_checkpoints
-from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.state import TrainState, blueprint, initialize
+from swinsmt_jax.training.optimizer import make_optimizer, make_schedule, require_frozen
+from swinsmt_jax.training.state import (
+    TrainState,
+    blueprint,
+    initialize,
+    shardings_of,
+    split,
+)
 from swinsmt_jax.training.step import make_predict, make_train_step
 from swinsmt_jax.training.steps import Run, take_steps
 from swinsmt_jax.training.workdir import locked, open_workdir
@@ -33,6 +41,7 @@ def train(
     workdir: str | Path,
     validate: Validate | None = None,
     profile_steps: int = 0,
+    start_from: Callable[[nnx.Module], object] | None = None,
 ) -> TrainState:
     """Train the config's network, or continue, and return the last state.
 
@@ -44,6 +53,8 @@ def train(
             {"pictures": {name: uint8 [H, W, 3]}}. Of several processes all call it, and
             `predict` takes this process's devices.
         profile_steps: steps of which a trace is written to <workdir>/profile.
+        start_from: changes the parameters of a new run's network before its first step;
+            what it returns is logged. A run that continues has its own.
 
     Raises:
         UserError: before anything is compiled, for impossible configs, missing data
@@ -66,7 +77,7 @@ def train(
     origin = Origin(config, data=data)
     with locked(workdir):
         workdir = open_workdir(workdir, config)
-        like, start, train_step, predict = _network(config, mesh)
+        like, start, train_step, predict = _network(config, mesh, start_from)
         with open_checkpoints(workdir) as checkpoints:
             state = checkpoints.restore_latest(like, origin=origin)
             _announce(config, workdir, mesh, like, cases=len(cases), state=state)
@@ -92,7 +103,7 @@ def train(
             return take_steps(run, start() if state is None else state)
 
 
-def _network(config, mesh):
+def _network(config, mesh, start_from):
     """Return (blueprint of the state, its initialisation, update, prediction)."""
     training = config.training
     schedule = make_schedule(config.optimizer, num_steps=training.num_steps)
@@ -100,6 +111,7 @@ def _network(config, mesh):
     graphdef, like = blueprint(
         config.model, optimizer, mesh=mesh, averaged=training.ema_decay > 0
     )
+    require_frozen(config.optimizer, like.params)
     train_step = make_train_step(
         graphdef,
         optimizer,
@@ -113,7 +125,15 @@ def _network(config, mesh):
     )
 
     def start():
-        return initialize(config.model, optimizer, seed=training.seed, like=like)
+        state = initialize(config.model, optimizer, seed=training.seed, like=like)
+        if start_from is None:
+            return state
+        model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.params))
+        for line in str(start_from(model)).splitlines():
+            logging.info("%s", line)
+        params = jax.device_put(split(model)[1], shardings_of(like.params))
+        average = jax.tree.map(jnp.copy, params) if state.average else {}
+        return dataclasses.replace(state, params=params, average=average)
 
     predict = make_predict(graphdef, like=like, mesh=sharding.local_mesh(mesh))
     return like, start, train_step, predict

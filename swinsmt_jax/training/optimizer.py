@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from swinsmt_jax import checks
 from swinsmt_jax.config import OptimizerConfig
 from swinsmt_jax.sharding import path_name
 
@@ -42,14 +43,31 @@ def is_decayed(name: str) -> bool:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Return AdamW with decoupled weight decay on the kernels (Loshchilov 2019)."""
+    """Return AdamW with decoupled weight decay on the kernels (Loshchilov 2019).
+
+    Frozen parameters take no part in the norm by which gradients are clipped.
+    """
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(
             lambda path, _: is_decayed(path_name(path)), params
         )
 
-    return optax.chain(
+    def scaled_by(factor):
+        def scale(updates, params):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, a: a * factor(path_name(path)), updates
+            )
+
+        return optax.stateless(scale)
+
+    def learning(name):
+        return float(not any(re.search(p, name) for p in config.freeze))
+
+    def rate(name):
+        return learning(name) * config.layer_decay ** stages_from_decoder(name)
+
+    adamw = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             schedule,
@@ -58,4 +76,33 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=decayed,
         ),
+    )
+    if not config.freeze and config.layer_decay == 1:
+        return adamw
+    return optax.chain(scaled_by(learning), adamw, scaled_by(rate))
+
+
+def stages_from_decoder(name: str) -> int:
+    """Return how many stages of the encoder a parameter is away from the decoder.
+
+    1 for the last stage (swinViT/layers4), 5 for the patch embedding, 0 for the rest.
+    """
+    found = re.search(r"swinViT/(?:layers(\d)|patch_embed)", name)
+    return 0 if found is None else 5 - int(found[1] or 0)
+
+
+def require_frozen(config: OptimizerConfig, params: dict) -> None:
+    """Raise `UserError` for a pattern of `freeze` that no parameter's path matches."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = [path_name(path) for path, _ in leaves]
+    for pattern in config.freeze:
+        checks.require(
+            any(re.search(pattern, name) for name in names),
+            f"optimizer.freeze holds {pattern!r}, which matches no parameter; their "
+            f"paths are such as {', '.join(names[:: max(1, len(names) // 4)][:4])}.",
+        )
+    checks.require(
+        not all(any(re.search(p, n) for p in config.freeze) for n in names),
+        f"optimizer.freeze = {config.freeze} freezes all parameters; nothing is left "
+        "to learn.",
     )

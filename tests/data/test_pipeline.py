@@ -1,4 +1,8 @@
 import ast
+import contextlib
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -227,3 +231,17 @@ def test_phantoms_and_readers_do_not_load_jax():
         "sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told(config, cases):
+    batches = pipeline.training_batches(replace(config, num_workers=1), cases, seed=0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with (
+        contextlib.closing(batches),
+        pytest.raises(checks.UserError, match="has died .*exit code -9.*num_workers"),
+    ):
+        for _ in range(100):
+            next(batches)

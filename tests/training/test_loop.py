@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 
 import jax
@@ -263,3 +264,47 @@ def test_data_that_changed_is_refused(tmp_path, make_config, dataset):
     longer = make_config(training={"num_steps": 4})
     with pytest.raises(UserError, match="cannot be continued: its data is"):
         loop.train(longer, workdir=tmp_path / "run")
+
+
+def test_a_new_run_starts_from_other_parameters(tmp_path, make_config, caplog):
+    def start_from(model):
+        model.stem.kernel[...] = jax.numpy.full_like(model.stem.kernel[...], 3.0)
+        return "1 parameter loaded"
+
+    config = make_config(
+        training={"num_steps": 2, "ema_decay": 0.5}, optimizer={"freeze": ("^stem/",)}
+    )
+    with caplog.at_level("INFO", logger="absl"):
+        state = loop.train(config, workdir=tmp_path / "run", start_from=start_from)
+    assert (state.params["stem"]["kernel"] == 3).all()
+    assert (state.average["stem"]["kernel"] == 3).all()
+    assert "1 parameter loaded" in caplog.text
+
+
+def test_a_run_of_eight_devices_continues_on_fewer(tmp_path, make_config):
+    """From 4 x 2 devices to 2, 1 and 1 x 8: the losses stay the same to 1e-4."""
+
+    def config(data, expert, steps=6):
+        return make_config(
+            model={"num_experts": 8},
+            data={"batch_size": 8},
+            mesh={"data": data, "expert": expert},
+            training={"num_steps": steps, "checkpoint_every": 3},
+        )
+
+    loop.train(config(4, 2), workdir=tmp_path / "whole")
+    wanted = np.array(list(by_step(tmp_path / "whole").values()))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "6")
+    for data, expert in ((2, 1), (1, 1), (1, 8)):
+        workdir = tmp_path / f"{data} x {expert}"
+        shutil.copytree(tmp_path / "half", workdir)
+        state = loop.train(config(data, expert), workdir=workdir)
+        assert state.params["stem"]["kernel"].sharding.num_devices == data * expert
+        found = np.array(list(by_step(workdir).values()))
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_a_trace_is_written(tmp_path, make_config):
+    loop.train(make_config(), workdir=tmp_path / "run", profile_steps=2)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -3,9 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import OptimizerConfig, SwinSMTConfig
 from swinsmt_jax.sharding import path_name
-from swinsmt_jax.training.optimizer import is_decayed, make_optimizer, make_schedule
+from swinsmt_jax.training.optimizer import (
+    is_decayed,
+    make_optimizer,
+    make_schedule,
+    require_frozen,
+)
 from swinsmt_jax.training.state import abstract_model
 
 
@@ -49,3 +55,39 @@ def test_decay_is_decoupled_and_gradients_are_clipped():
     _, state = optimizer.update(large, optimizer.init(params), params)
     seen = jax.tree.leaves(state[1][0].mu)  # with b1 = 0, the clipped gradient
     assert np.sqrt(sum(float((g**2).sum()) for g in seen)) == pytest.approx(1, 1e-5)
+
+
+def test_frozen_parameters_keep_their_value_and_do_not_count():
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
+    grads = {"a": {"kernel": jnp.full(2, 1e6)}, "b": {"kernel": jnp.full(2, 0.1)}}
+    config = OptimizerConfig(0.1, freeze=("^a/",), weight_decay=0.1)
+    alone = make_optimizer(OptimizerConfig(0.1, weight_decay=0.1), lambda step: 0.1)
+    optimizer = make_optimizer(config, lambda step: 0.1)
+    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    assert not updates["a"]["kernel"].any()
+    part = {"b": params["b"]}
+    expected, _ = alone.update({"b": grads["b"]}, alone.init(part), part)
+    np.testing.assert_allclose(updates["b"]["kernel"], expected["b"]["kernel"])
+
+
+def test_layers_far_from_the_decoder_learn_slowly():
+    names = ("patch_embed", "layers1", "layers4")
+    params = {"swinViT": {n: jnp.ones(2) for n in names}, "out": jnp.ones(2)}
+    grads = jax.tree.map(lambda a: 0.1 * a, params)
+    config = OptimizerConfig(1.0, layer_decay=0.5, weight_decay=0.0)
+    optimizer = make_optimizer(config, lambda step: 1.0)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    rates = [updates["swinViT"][n][0] / updates["out"][0] for n in names]
+    np.testing.assert_allclose(rates, [0.5**5, 0.5**4, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "freeze, words",
+    [(("nothing",), "matches no parameter"), (("a", "b"), "freezes all parameters")],
+)
+def test_patterns_must_leave_something_to_learn(freeze, words):
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
+    with pytest.raises(UserError, match=words):
+        require_frozen(OptimizerConfig(0.1, freeze=freeze), params)
+    with pytest.raises(UserError, match="is no regular expression"):
+        OptimizerConfig(0.1, freeze=("(",))

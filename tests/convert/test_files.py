@@ -1,0 +1,135 @@
+import io
+import pickle
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.convert import files
+
+
+class Tensor:
+    """Pickles as PyTorch's tensors do: a view of a storage in the archive."""
+
+    def __init__(self, storage, offset, shape, strides):
+        self.arguments = storage, offset, shape, strides, False, {}
+
+    def __reduce__(self):
+        return sys.modules["torch._utils"]._rebuild_tensor_v2, self.arguments
+
+
+class Storage:
+    def __init__(self, key, array):
+        self.key, self.array = key, array
+
+
+@pytest.fixture
+def save(monkeypatch):
+    """Write a .pt file in PyTorch's format, without PyTorch."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    for name, dtype in files.STORAGES.items():
+        storage = type(name, (), {"__module__": "torch", "dtype": np.dtype(dtype)})
+        setattr(torch, name, storage)
+
+    def rebuild(*_):
+        raise AssertionError("only its name is used")
+
+    rebuild.__module__, rebuild.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+    utils._rebuild_tensor_v2 = rebuild
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch._utils", utils)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if not isinstance(value, Storage):
+                return None
+            name = next(
+                n for n, d in files.STORAGES.items() if np.dtype(d) == value.array.dtype
+            )
+            kind = getattr(torch, name)
+            return "storage", kind, value.key, "cpu", value.array.size
+
+    def write(path, content, storages=()):
+        file = io.BytesIO()
+        Pickler(file, protocol=2).dump(content)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", file.getvalue())
+            archive.writestr("archive/byteorder", "little")
+            for storage in storages:
+                archive.writestr(f"archive/data/{storage.key}", storage.array.tobytes())
+        return path
+
+    return write
+
+
+def test_tensors_come_back_with_their_strides(tmp_path, save):
+    numbers = Storage("0", np.arange(24, dtype=np.float32))
+    counts = Storage("1", np.array([7], np.int64))
+    content = {
+        "whole": Tensor(numbers, 0, (2, 3, 4), (12, 4, 1)),
+        "transposed part": Tensor(numbers, 1, (3, 2), (4, 12)),
+        "scalar": Tensor(counts, 0, (), ()),
+        "empty": Tensor(numbers, 24, (0, 4), (4, 1)),
+    }
+    found = files.read(save(tmp_path / "a.pt", content, [numbers, counts]))
+    whole = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    np.testing.assert_array_equal(found["whole"], whole)
+    np.testing.assert_array_equal(found["transposed part"], whole[:, :, 1].T)
+    assert found["scalar"] == 7 and found["empty"].shape == (0, 4)
+
+
+def test_parameters_are_found_inside_a_training_checkpoint(tmp_path, save):
+    numbers = Storage("0", np.ones(3, np.float32))
+    content = {
+        "epoch": 3,
+        "state_dict": {"w": Tensor(numbers, 0, (3,), (1,))},
+        "optimizer": {"lr": 0.1},
+    }
+    found = files.read(save(tmp_path / "a.pth", content, [numbers]))
+    assert list(found) == ["w"] and found["w"].tolist() == [1, 1, 1]
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, save, capsys):
+    path = save(tmp_path / "a.pt", {"w": Evil()})
+    with pytest.raises(UserError, match="cannot be loaded safely.*builtin.*print"):
+        files.read(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path, save):
+    numbers = Storage("0", np.ones(3, np.float32))
+    content = {"w": Tensor(numbers, 0, (4,), (1,))}
+    with pytest.raises(UserError, match="a.pt cannot be read.*beyond its storage"):
+        files.read(save(tmp_path / "a.pt", content, [numbers]))
+
+
+def test_safetensors_come_back_bit_by_bit(tmp_path, rng):
+    arrays = {"a": rng.random((2, 3), np.float32).T, "b": np.arange(3)}
+    files.write(tmp_path / "new" / "w.safetensors", arrays)
+    found = files.read(tmp_path / "new" / "w.safetensors")
+    assert set(found) == {"a", "b"}
+    np.testing.assert_array_equal(found["a"], arrays["a"])
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["w.safetensors"]
+
+
+def test_what_is_no_file_of_weights_is_told(tmp_path, save):
+    for name in ("half.pt", "half.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 half a file")
+        with pytest.raises(UserError, match=f"{name} cannot be read as weights"):
+            files.read(tmp_path / name)
+    with pytest.raises(UserError, match="none.pt does not exist"):
+        files.read(tmp_path / "none.pt")
+    with pytest.raises(UserError, match=r"suffix of .*a.onnx is '.onnx', but must be"):
+        files.read(tmp_path / "a.onnx")
+    with pytest.raises(UserError, match="holds no parameters"):
+        files.read(save(tmp_path / "a.pt", {"epoch": 3}))
+    with pytest.raises(UserError, match="written as .safetensors, but .*a.pt"):
+        files.write(tmp_path / "a.pt", {})

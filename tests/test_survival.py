@@ -1,0 +1,153 @@
+"""What a run survives, with the real script in real processes."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import train
+from swinsmt_jax.data import phantom
+from swinsmt_jax.training.checkpoint import load_model
+from swinsmt_jax.training.logs import read_rows
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(train.__file__).parent
+STEPS = 40
+CONFIG = f'''
+"""A small network with everything that a run carries along."""
+
+from configs import demo
+
+
+def get_config():
+    config = demo.get_config()
+    config.model.update({{"feature_size": 12, "depths": (1, 1, 1, 1), "dropout": 0.1}})
+    config.data.update({{"patch_shape": (32, 32, 32), "rotate_probability": 0.5}})
+    config.optimizer.update({{"warmup_steps": 5}})
+    config.training.update({{"num_steps": {STEPS}, "ema_decay": 0.9, "eval_cases": 1}})
+    config.training.update({{"log_every": 1, "checkpoint_every": 3}})
+    config.inference.update({{"overlap": 0.0}})
+    return config
+'''
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """The command line of a run, but for its workdir."""
+    folder = tmp_path_factory.mktemp("survival")
+    config = folder / "config.py"
+    config.write_text(CONFIG)
+    root = folder / "data"
+    phantom.write_dataset(root, train=3, val=1, test=1, spacing=12.0, seed=0)
+    return (
+        *(sys.executable, "train.py", f"--config={config}"),
+        f"--config.data.root={root}",
+    )
+
+
+def start(command, workdir, *more, **options):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *more],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run(command, workdir, *more, **options):
+    """Run to the end; return the exit status and what was said."""
+    process = start(command, workdir, *more, **options)
+    _, said = process.communicate(timeout=600)
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    """The workdir of a run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    status, said = run(command, workdir)
+    assert status == 0, said
+    return workdir
+
+
+def wait_for(process, workdir, rows):
+    """Wait until so many steps are logged, or the process has ended."""
+    deadline = time.monotonic() + 300
+    while len(read_rows(workdir / "metrics.jsonl")) < rows and process.poll() is None:
+        assert time.monotonic() < deadline, f"no {rows} steps in 300 s"
+        time.sleep(0.01)
+
+
+def curve(workdir):
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [tuple(row[name] for name in names) for row in rows]
+
+
+def assert_same_run(one, other):
+    """All losses and the final parameters are equal bit by bit."""
+    assert curve(one) == curve(other)
+    assert [row[0] for row in curve(one)] == list(range(1, STEPS + 1))
+    (_, one, a), (_, other, b) = (load_model(w, step="latest") for w in (one, other))
+    assert a["step"] == b["step"] == STEPS
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(other))
+
+
+def test_ten_kills_change_nothing(command, undisturbed, tmp_path):
+    workdir, moment = tmp_path / "run", random.Random(0)
+    kills = 0
+    while kills < 10:
+        process = start(command, workdir)
+        done = len(read_rows(workdir / "metrics.jsonl"))
+        wait_for(process, workdir, min(done + moment.randint(1, 4), STEPS))
+        time.sleep(moment.random() * 0.5)  # in a step, between steps, or in a save
+        assert process.poll() is None, process.communicate()[1]
+        process.kill()
+        process.communicate()
+        kills += 1
+    status, said = run(command, workdir)
+    assert status == 0, said
+    assert_same_run(undisturbed, workdir)
+    starts = json.loads((workdir / "run.json").read_text())["starts"]
+    assert len(starts) == 11
+
+
+def test_sigterm_saves_and_says_how_to_go_on(command, undisturbed, tmp_path):
+    process = start(command, tmp_path / "run")
+    wait_for(process, tmp_path / "run", 4)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 75
+    assert "SIGTERM received: stopped after step" in said and "Traceback" not in said
+    status, said = run(command, tmp_path / "run")
+    assert status == 0, said
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(command, undisturbed, tmp_path):
+    def no_large_files():  # as a quota: what is longer cannot be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    short = "--config.training.num_steps=5", "--config.training.checkpoint_every=5"
+    assert run(command, tmp_path / "run", *short)[0] == 0
+    more = "--config.training.num_steps=9", "--config.training.checkpoint_every=9"
+    status, said = run(command, tmp_path / "run", *more, preexec_fn=no_large_files)
+    assert status == 2 and "Traceback" not in said, said
+    assert "could not be written" in said and "that of step 5, and it is intact" in said
+    assert load_model(tmp_path / "run")[2]["step"] == 5
+    assert run(command, tmp_path / "run", *more)[0] == 0
+    assert load_model(tmp_path / "run", step="latest")[2]["step"] == 9

@@ -15,6 +15,9 @@
 #SBATCH --exclusive           # whole nodes: see "Parts of a node" in the docs
 #SBATCH --time=48:00:00
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append    # a job that is started again adds to its log
+#SBATCH --signal=TERM@180     # before the time is up: the run saves and ends with 75
+#SBATCH --requeue
 # Not --gpus-per-task: a process would see one GPU, number 0, and look for its own number.
 
 set -euo pipefail
@@ -37,6 +40,7 @@ mkdir -p "$JAX_COMPILATION_CACHE_DIR"
 
 # --kill-on-bad-exit: when one process fails, the others wait for it; end them at once.
 # --gpu-bind=none: some sites bind a GPU to each process unless told not to.
+status=0
 srun --kill-on-bad-exit=1 --gpu-bind=none \
     "$PYTHON" train.py \
     --distributed=auto \
@@ -44,4 +48,7 @@ srun --kill-on-bad-exit=1 --gpu-bind=none \
     --workdir="$WORKDIR" \
     --config.data.root="$DATA" \
     --config.data.num_threads="$SRUN_CPUS_PER_TASK" \
-    "$@"
+    "$@" || status=$?
+# 75: a signal ended the run after it was saved. The job waits for its turn again.
+if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

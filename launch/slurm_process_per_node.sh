@@ -14,6 +14,9 @@
 #SBATCH --cpus-per-task=96    # the node's cores
 #SBATCH --time=48:00:00
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append    # a job that is started again adds to its log
+#SBATCH --signal=TERM@180     # before the time is up: the run saves and ends with 75
+#SBATCH --requeue
 
 set -euo pipefail
 
@@ -40,6 +43,7 @@ mkdir -p "$JAX_COMPILATION_CACHE_DIR"
 DEVICE_IDS=$(seq -s, 0 $((GPUS_PER_NODE - 1)))
 
 # --kill-on-bad-exit: when one process fails, the others wait for it; end them at once.
+status=0
 srun --kill-on-bad-exit=1 \
     "$PYTHON" train.py \
     --distributed=auto \
@@ -48,4 +52,7 @@ srun --kill-on-bad-exit=1 \
     --workdir="$WORKDIR" \
     --config.data.root="$DATA" \
     --config.data.num_threads="$NUM_THREADS" \
-    "$@"
+    "$@" || status=$?
+# 75: a signal ended the run after it was saved. The job waits for its turn again.
+if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

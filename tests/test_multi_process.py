@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +178,26 @@ def test_what_processes_of_slurm_refuse_is_said_once(training, data, tmp_path):
     said = [err.count("missing does not exist") for _, _, err in results]
     assert said == [1, 0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_both_saved(training, data, tmp_path):
+    more = "--config.training.num_steps=400", "--config.training.checkpoint_every=400"
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    command = [*training(data, tmp_path / "run"), *more]
+    processes = [
+        launch(*command, address, "--num_processes=2", f"--process_id={i}", devices="4")
+        for i in (0, 1)
+    ]
+    deadline = time.monotonic() + 600
+    while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 2:
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    results = [finish(process) for process in processes]
+    assert [status for status, _, _ in results] == [75, 75], results
+    assert "SIGTERM received: stopped after step" in results[0][2]
+    steps = len(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        str(steps)
+    ]

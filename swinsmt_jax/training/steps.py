@@ -84,6 +84,7 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
                 clock.restart()
             if signal and step < stop:
                 run.checkpoints.wait()
+                processes.meet()  # the launcher may end all when the first one ends
                 raise interrupts.Interrupted(signal, step=step, stop=stop)
             run.checkpoints.check()
     return state

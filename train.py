@@ -4,8 +4,12 @@
 
 Values of the config are changed by name: --config.optimizer.learning_rate=1e-3. The
 files in configs/ say what they train, on what, and what to expect. The workdir then
-holds config.json, metrics.jsonl, tensorboard/ and checkpoints/, for evaluate.py. For
-several processes and hosts see docs/multi_node.md.
+holds config.json, run.json, metrics.jsonl, tensorboard/ and checkpoints/, for
+evaluate.py.
+
+SIGTERM and Ctrl-C finish the step, save, and exit with status 75 and 130. Status 2 is an
+error that you can mend, said in one line. docs/training.md tells of resuming, faults,
+memory, other weights and profiles, docs/multi_node.md of several processes and hosts.
 """
 
 import functools

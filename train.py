@@ -7,9 +7,9 @@ files in configs/ say what they train, on what, and what to expect. The workdir 
 holds config.json, run.json, metrics.jsonl, tensorboard/ and checkpoints/, for
 evaluate.py.
 
-SIGTERM and Ctrl-C finish the step, save, and exit with status 75 and 130. Status 2 is an
-error that you can mend, said in one line. docs/training.md tells of resuming, faults,
-memory, other weights and profiles, docs/multi_node.md of several processes and hosts.
+SIGTERM and Ctrl-C finish the step, save, and exit with status 75 and 130. Status 2 is
+an error that you can mend, said in one line. docs/training.md tells of resuming,
+faults, memory, other weights and profiles, docs/multi_node.md of several hosts.
 """
 
 import functools

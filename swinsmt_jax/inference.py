@@ -4,7 +4,8 @@ The window's shape is part of the model: a Soft MoE mixes all tokens of its inpu
 another window gives other results than the patch that the network was trained with.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -45,12 +46,11 @@ def sliding_window(
     Raises:
         UserError: for a volume of another rank, or options out of range.
     """
+    windows = _Windows(volume, window, overlap, blend)
     logits = np.empty((*volume.shape[:3], num_classes), np.float32)
-    planes = _planes(
-        predict, volume, window, num_classes, overlap, blend, window_batch, sharding
-    )
-    for z, plane in planes:
-        logits[z] = plane
+    found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
+    for box, block in _blocks(windows, found, num_classes):
+        windows.swept(logits)[box] = block
     return logits
 
 
@@ -65,76 +65,180 @@ def predict_labels(
     window_batch: int = 1,
     sharding: jax.sharding.Sharding | None = None,
     positions: Sequence[np.ndarray] | None = None,
+    sums: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Class of the largest averaged logit of each voxel, uint8 `[D, H, W]`.
 
-    Arguments as in `sliding_window`. Logits are kept only while a further window can
-    touch them, in a slab `window[0]` planes deep, and become labels behind it.
+    Arguments as in `sliding_window`. Windows come in layers along the axis with the
+    smallest cross-section. Logits are kept only where a further window can touch them:
+    between two layers of overlap 0.5 half a window deep, and they become labels behind.
 
     Args:
         positions: where the planes, rows and columns of another grid lie on the
             volume's, in voxels and rising. Given, probabilities are interpolated
-            linearly to that grid, plane by plane, and the labels are its.
+            linearly to that grid, layer by layer, and the labels are its.
+        sums: "float16" halves the memory of the logits kept, at their precision.
+        progress: called with the windows done and their number, after each of them.
     """
     checks.in_range("num_classes", num_classes, 1, 256)
-    planes = _planes(
-        predict, volume, window, num_classes, overlap, blend, window_batch, sharding
-    )
-    shape = volume.shape[:3]
-    if positions is not None:
-        planes = _interpolated(planes, shape, positions)
-        shape = tuple(len(axis) for axis in positions)
-    labels = np.empty(shape, np.uint8)
-    for z, plane in planes:
-        labels[z] = plane.argmax(axis=-1)
+    checks.one_of("sums", sums, ("float32", "float16"))
+    windows = _Windows(volume, window, overlap, blend)
+    found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
+    if progress is not None:
+        found = _counted(found, len(windows.starts), progress)
+    blocks = _blocks(windows, found, num_classes, np.dtype(sums))
+    if positions is None:
+        labels = np.empty(volume.shape[:3], np.uint8)
+        for box, block in blocks:
+            windows.swept(labels)[box] = block.argmax(axis=-1)
+        return labels
+    labels = np.empty(tuple(len(axis) for axis in positions), np.uint8)
+    shape = windows.swept(volume).shape[:3]
+    positions = [positions[axis] for axis in windows.order]
+    planes = _planes(blocks, shape, num_classes)
+    for z, plane in _interpolated(planes, shape, positions):
+        windows.swept(labels)[z] = plane.argmax(axis=-1)
     return labels
 
 
-def _planes(
-    predict, volume, window, num_classes, overlap, blend, window_batch, sharding
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each plane z of the volume with its averaged logits `[H, W, K]`.
+class _Windows:
+    """Where the windows of a volume lie, in layers along the axis `order[0]`.
 
-    Windows come in order of their first plane, so everything before the present
-    window is final. The slab is a ring: plane z is kept at z modulo its depth.
+    Attributes:
+        padded: the volume, at least as large as a window.
+        order: the volume's axes in the order of the sweep, its own slowest.
+        sides: of a window, in this order, as all that follows.
+        starts: first voxels of the windows, in the order of their visit.
+        weight: of a window's voxels in the average.
+        pad: voxels added in front.
+        shape: of the volume without them.
     """
-    _check(volume, window, window_batch, sharding)
-    pad = patches.padding(volume.shape[:3], window)
-    padded = np.pad(volume, (*pad, (0, 0)))
-    starts = patches.window_starts(padded.shape[:3], window, overlap=overlap)
-    weight = patches.importance(window, blend=blend)[..., None]
-    depth, height, width = window
-    total = np.zeros((depth, *padded.shape[1:3], num_classes), np.float32)
-    weights = np.zeros((depth, *padded.shape[1:3], 1), np.float32)
-    rows, columns = (
-        slice(before, before + n)
-        for (before, _), n in zip(pad[1:], volume.shape[1:3], strict=True)
-    )
 
-    def finish(first, last):
-        for z in range(first, last):
-            here = z % depth
-            if 0 <= z - pad[0][0] < volume.shape[0]:
-                plane = total[here] / weights[here]
-                yield z - pad[0][0], plane[rows, columns]
-            total[here], weights[here] = 0, 0
-
-    front = 0
-    batches = _predict_windows(predict, padded, starts, window, window_batch, sharding)
-    for (z, y, x), logits in zip(starts, batches, strict=True):
+    def __init__(self, volume, window, overlap, blend):
         checks.require(
-            logits.shape == (*window, num_classes),
-            f"predict returned {logits.shape} for a window {tuple(window)}, but "
-            f"num_classes is {num_classes}.",
+            volume.ndim == 4 and len(window) == 3,
+            f"volume has shape {volume.shape} and window {tuple(window)}, but the "
+            "volume must be [D, H, W, C] and the window (D, H, W).",
         )
-        yield from finish(front, z)
-        front = z
-        ring = np.arange(z, z + depth) % depth
-        box = (slice(y, y + height), slice(x, x + width))
-        for i, here in enumerate(ring):
-            total[here][box] += logits[i] * weight[i]
-            weights[here][box] += weight[i]
-    yield from finish(front, padded.shape[0])
+        pad = patches.padding(volume.shape[:3], window)
+        self.padded = volume
+        if any(map(any, pad)):
+            self.padded = np.pad(volume, (*pad, (0, 0)))
+        size = self.padded.shape[:3]
+        self.order = tuple(sorted(range(3), key=lambda axis: -size[axis]))
+        self.sides = tuple(window[axis] for axis in self.order)
+        swept = tuple(size[axis] for axis in self.order)
+        self.starts = patches.window_starts(swept, self.sides, overlap=overlap)
+        weight = patches.importance(window, blend=blend)
+        self.weight = self.swept(weight)[..., None]
+        self.pad = tuple(pad[axis][0] for axis in self.order)
+        self.shape = tuple(volume.shape[axis] for axis in self.order)
+
+    def swept(self, array):
+        """View an array [D, H, W, ...] with its axes in the order of the sweep."""
+        return array.transpose(*self.order, *range(3, array.ndim))
+
+    def cut(self, start):
+        """Return the window [*window, C] of the volume, its axes in their own order."""
+        box = [slice(None)] * 3
+        for axis, first, side in zip(self.order, start, self.sides, strict=True):
+            box[axis] = slice(first, first + side)
+        return self.padded[tuple(box)]
+
+
+def _blocks(windows, predictions, num_classes, dtype=np.float32):
+    """Yield (box, averaged logits [*box, K]) of blocks that no further window touches.
+
+    The cross-section is cut into tiles at the windows' edges. A tile's sums are made
+    when the first window of a layer touches it, begin with what the layer before left
+    over, and are finished by the last window of the layer that touches it.
+    """
+    layers, rows, columns = (
+        sorted(set(axis)) for axis in zip(*windows.starts, strict=True)
+    )
+    depth, height, width = windows.sides
+    tiles = _tiles(rows, height), _tiles(columns, width)
+    following = dict(zip(layers, [*layers[1:], layers[-1] + depth], strict=True))
+    left_over, sums = {}, {}
+    for (z, y, x), logits in zip(windows.starts, predictions, strict=True):
+        logits = windows.swept(logits)
+        ended = following[z]
+        for (top, bottom, last_y), (left, right, last_x) in itertools.product(
+            *(
+                [t for t in line if start <= t[0] < start + side]
+                for line, start, side in zip(
+                    tiles, (y, x), (height, width), strict=True
+                )
+            )
+        ):
+            tile = top, left
+            if tile not in sums:
+                sums[tile] = _begin(
+                    left_over.pop(tile, None),
+                    (depth, bottom - top, right - left, num_classes),
+                    dtype,
+                )
+            total, weights = sums[tile]
+            part = (
+                slice(None),
+                slice(top - y, bottom - y),
+                slice(left - x, right - x),
+            )
+            total += (logits[part] * windows.weight[part]).astype(dtype, copy=False)
+            weights += windows.weight[part]
+            if (y, x) != (last_y, last_x):
+                continue
+            del sums[tile]
+            if ended < z + depth:
+                left_over[tile] = total[ended - z :].copy(), weights[ended - z :].copy()
+            block = total[: ended - z].astype(np.float32, copy=False)
+            block /= weights[: ended - z]
+            del total, weights
+            yield from _inside(windows, (z, top, left), block)
+
+
+def _begin(left_over, shape, dtype):
+    """Return the sums of a tile: those of the layer before, and zeros behind them."""
+    total, weights = np.zeros(shape, dtype), np.zeros((*shape[:3], 1), np.float32)
+    if left_over is not None:
+        planes = len(left_over[0])
+        total[:planes], weights[:planes] = left_over
+    return total, weights
+
+
+def _tiles(starts, side):
+    """Return (first, end, start of the last window that covers it) of each tile."""
+    edges = sorted({*starts, *(start + side for start in starts)})
+    return [
+        (first, end, max(s for s in starts if s <= first < s + side))
+        for first, end in itertools.pairwise(edges)
+    ]
+
+
+def _inside(windows, first, block):
+    """Yield the part of a block that lies in the volume, without the padding."""
+    box, part = [], []
+    for start, side, pad, size in zip(
+        first, block.shape, windows.pad, windows.shape, strict=False
+    ):
+        low, high = max(start - pad, 0), min(start + side - pad, size)
+        if low >= high:
+            return
+        box.append(slice(low, high))
+        part.append(slice(low + pad - start, high + pad - start))
+    yield tuple(box), block[tuple(part)]
+
+
+def _planes(blocks, shape, num_classes):
+    """Yield (z, logits [H, W, K]) of each plane, a layer of blocks at a time."""
+    for (first, end), layer in itertools.groupby(
+        blocks, key=lambda found: (found[0][0].start, found[0][0].stop)
+    ):
+        slab = np.empty((end - first, *shape[1:], num_classes), np.float32)
+        for (_, rows, columns), block in layer:
+            slab[:, rows, columns] = block
+        yield from zip(range(first, end), slab, strict=True)
 
 
 def _interpolated(planes, shape, positions):
@@ -164,28 +268,8 @@ def _neighbours(positions, size):
     return low, np.where(share > 0, np.minimum(low + 1, size - 1), low), share
 
 
-def _predict_windows(predict, volume, starts, window, window_batch, sharding):
-    """Yield the logits of the windows, one batch computed while the last is used."""
-    waiting = None
-    for first in range(0, len(starts), window_batch):
-        group = starts[first : first + window_batch]
-        batch = np.zeros((window_batch, *window, volume.shape[-1]), np.float32)
-        for i, start in enumerate(group):
-            box = tuple(slice(s, s + w) for s, w in zip(start, window, strict=True))
-            batch[i] = volume[box]
-        logits = predict(jax.device_put(batch, sharding))
-        if waiting is not None:
-            yield from np.asarray(waiting)
-        waiting = logits[: len(group)]
-    yield from np.asarray(waiting)
-
-
-def _check(volume, window, window_batch, sharding):
-    checks.require(
-        volume.ndim == 4 and len(window) == 3,
-        f"volume has shape {volume.shape} and window {tuple(window)}, but the volume "
-        "must be [D, H, W, C] and the window (D, H, W).",
-    )
+def _predict_windows(predict, windows, num_classes, window_batch, sharding):
+    """Return the windows' logits, a batch computed while the last one is used."""
     checks.positive("window_batch", window_batch)
     devices = 1 if sharding is None else sharding.num_devices
     checks.require(
@@ -193,3 +277,34 @@ def _check(volume, window, window_batch, sharding):
         f"window_batch is {window_batch}, but must be a multiple of {devices}, the "
         "number of devices.",
     )
+    starts, size = windows.starts, windows.cut(windows.starts[0]).shape
+
+    def launch(group):
+        batch = np.zeros((window_batch, *size), np.float32)
+        for i, start in enumerate(group):
+            batch[i] = windows.cut(start)
+        logits = predict(jax.device_put(batch, sharding))
+        wanted = (*size[:3], num_classes)
+        checks.require(
+            logits.shape[1:] == wanted,
+            f"predict returned {logits.shape[1:]} for a window, but {wanted} is "
+            f"needed: num_classes is {num_classes}.",
+        )
+        return logits[: len(group)]
+
+    def run():
+        waiting = None
+        for first in range(0, len(starts), window_batch):
+            logits = launch(starts[first : first + window_batch])
+            if waiting is not None:
+                yield from np.asarray(waiting)
+            waiting = logits
+        yield from np.asarray(waiting)
+
+    return run()
+
+
+def _counted(items, number, progress):
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(done, number)

@@ -15,6 +15,7 @@ LAYERS = [
     ["training"],
     ["convert"],
     ["evaluation"],
+    ["prediction"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FLAX = {"layers", "models", "sharding", "training", "convert", "evaluation"}

@@ -26,6 +26,7 @@ class Volume:
         source_affine: [4, 4] of the file.
         source_shape: shape of the file's array.
         path: the file, for messages.
+        notes: what a user should know about the file, in sentences.
     """
 
     array: np.ndarray
@@ -33,6 +34,7 @@ class Volume:
     source_affine: np.ndarray
     source_shape: tuple[int, int, int]
     path: Path
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -52,7 +54,21 @@ def load_ct(path: str | Path) -> Volume:
         UserError: for a file that is missing, truncated, not NIfTI, not 3-D, of RGB or
             complex voxels, with NaN or infinite voxels, or without a usable affine.
     """
+    return _as_ct(_load(path))
+
+
+def from_array(hu: np.ndarray, affine: np.ndarray) -> Volume:
+    """Return a CT in memory as `load_ct` does that of a file, with the same errors."""
+    return _as_ct(_checked(Path("the array"), np.asarray(hu), affine, ()))
+
+
+def grid_of(path: str | Path) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return affine and shape of a NIfTI file, in its own axes."""
     volume = _load(path)
+    return volume.source_affine, volume.source_shape
+
+
+def _as_ct(volume: Volume) -> Volume:
     _require_finite(volume)
     limits = np.iinfo(np.int16)
     array = volume.array
@@ -167,7 +183,9 @@ def positions(
     return tuple(step[a, a] * np.arange(n) + step[a, 3] for a, n in enumerate(shape))
 
 
-def save_labels(path: str | Path, array: np.ndarray, *, like: Volume) -> None:
+def save_labels(
+    path: str | Path, array: np.ndarray, *, like: Volume, description: str = ""
+) -> None:
     """Write label ids [X, Y, Z] on the grid of `like` in the orientation of its file.
 
     Where `like` was resampled, the nearest label is taken for each voxel of the file.
@@ -181,25 +199,34 @@ def save_labels(path: str | Path, array: np.ndarray, *, like: Volume) -> None:
     array = np.asarray(array).astype(np.uint8)
     if not np.allclose(like.affine, _ras_affine(like)):
         array = _nearest(array, like)
-    save(path, array, like=like)
+    save(path, array, like=like, description=description)
 
 
-def save(path: str | Path, array: np.ndarray, *, like: Volume) -> None:
+def save(
+    path: str | Path, array: np.ndarray, *, like: Volume, description: str = ""
+) -> None:
     """Write an array [X, Y, Z], on the RAS grid of a file, in that file's orientation.
 
-    The file appears under its name only when complete.
+    The file appears under its name only when complete. `description` becomes a header
+    extension, such as `label_table.xml`.
     """
     to_ras = orientations.io_orientation(like.source_affine)
     from_ras = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_ras)
-    write(path, orientations.apply_orientation(array, from_ras), like.source_affine)
+    array = orientations.apply_orientation(array, from_ras)
+    write(path, array, like.source_affine, description=description)
 
 
-def write(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:
+def write(
+    path: str | Path, array: np.ndarray, affine: np.ndarray, *, description: str = ""
+) -> None:
     """Write an array and its affine as NIfTI; atomic: a temporary name, then rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(np.ascontiguousarray(array), affine)
     image.header.set_xyzt_units("mm")
+    if description:
+        extension = nib.nifti1.Nifti1Extension(0, description.encode())
+        image.header.extensions.append(extension)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         partial = Path(folder) / path.name  # gzip stores the name: keep it
         nib.save(image, partial)
@@ -233,6 +260,11 @@ def _load(path: str | Path) -> Volume:
         raise checks.UserError(
             f"{path} is truncated or corrupt ({error}); copy or download it again."
         ) from error
+    return _checked(path, array, image.affine, _notes(path, image))
+
+
+def _checked(path, array, affine, notes) -> Volume:
+    """Bring a scalar volume with a usable affine to RAS orientation."""
     checks.require(
         array.dtype.kind in "iufb",
         f"{path} holds voxels of type {array.dtype}, but one real number a voxel is "
@@ -243,7 +275,7 @@ def _load(path: str | Path) -> Volume:
         f"{path} has shape {array.shape}, but must be 3-D with no empty axis; take one "
         "volume out of a series, for example with nibabel's img.slicer[..., 0].",
     )
-    affine = np.array(image.affine, dtype=np.float64)
+    affine = np.array(affine, dtype=np.float64)
     checks.require(
         bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine[:3, :3])) > 1e-9,
         f"{path} has the affine {affine[:3].tolist()}, which cannot be inverted, so "
@@ -252,7 +284,24 @@ def _load(path: str | Path) -> Volume:
     to_ras = orientations.io_orientation(affine)
     ras = affine @ orientations.inv_ornt_aff(to_ras, array.shape)
     array_ras = orientations.apply_orientation(array, to_ras)
-    return Volume(array_ras, ras, affine, array.shape, path)
+    return Volume(array_ras, ras, affine, array.shape, path, notes)
+
+
+def _notes(path, image) -> tuple[str, ...]:
+    """Say if a NIfTI file gives two different places for its voxels."""
+    if not isinstance(image, nib.Nifti1Image):
+        return ()
+    sform, qform = image.get_sform(coded=True)[0], image.get_qform(coded=True)[0]
+    if sform is None or qform is None:
+        return ()
+    corner = np.array([*(n - 1 for n in image.shape[:3]), 1.0])
+    miss = max(np.abs((sform - qform) @ p).max() for p in (corner, np.eye(4)[3]))
+    if miss < 0.1:
+        return ()
+    return (
+        f"{path}: its sform and qform disagree by up to {miss:.1f} mm; the sform is "
+        "taken, so check left and right.",
+    )
 
 
 def _require_finite(volume: Volume) -> None:

@@ -99,7 +99,12 @@ def _batches(iterator: grain.DatasetIterator) -> Generator[dict, None, None]:
 
 
 def load_volume(config: DataConfig, case: Case) -> dict:
-    """Read a whole scan as the network sees it in training: its foreground, scaled.
+    """Read a whole scan of a dataset; see `network_view`."""
+    return network_view(config, totalsegmentator.load_case(case))
+
+
+def network_view(config: DataConfig, scan: Sample) -> dict:
+    """Return a whole scan as the network sees it in training: its foreground, scaled.
 
     Returns:
         `image` float32 [D, H, W, 1], the smallest box around the foreground, scaled as
@@ -109,10 +114,8 @@ def load_volume(config: DataConfig, case: Case) -> dict:
         `positions` says where their planes, rows and columns lie on the grid of
         `image`, in voxels; None where both grids are one.
     """
-    scan = totalsegmentator.load_case(case)
-    low = config.hu_range[0]
     whole = _resampled(config, scan)
-    sample = transforms.crop_foreground(whole, air=low)
+    sample = transforms.crop_foreground(whole, air=config.hu_range[0])
     positions = nifti.positions(scan.image.shape, scan.affine, on=sample.affine)
     box = tuple(
         slice(*np.searchsorted(axis, (-0.5, n - 0.5)).tolist())

@@ -13,6 +13,7 @@ from matplotlib import colors
 from matplotlib.figure import Figure
 
 from swinsmt_jax import metrics
+from swinsmt_jax.data.nifti import Volume
 from swinsmt_jax.evaluation.run import Segmented
 from swinsmt_jax.evaluation.tables import class_name, replacing
 
@@ -102,6 +103,42 @@ def write_overview(
         figure.savefig(partial, format="png", facecolor="black")
 
 
+def write_preview(
+    path: Path, volume: Volume, labels: np.ndarray, *, hu_range: Sequence[float]
+) -> None:
+    """Draw CT and labels in a coronal and an axial plane and write a PNG.
+
+    Args:
+        path: of the picture.
+        volume: the CT, int16 HU in RAS orientation.
+        labels: uint8 [X, Y, Z] on its grid.
+        hu_range: HU between which grey levels are told apart.
+    """
+    low, high = hu_range
+    scaled = np.clip((volume.array.astype(np.float32) - low) / (high - low), 0, 1)
+    views = [
+        _cut(scaled, labels, labels, volume.spacing, plane, axis)
+        for plane, axis in (("coronal", 1), ("axial", 2))
+    ]
+    ratios = [
+        min(max(v.extent[0] / v.extent[1], 0.4), 2.0) for v in views for _ in "ab"
+    ]
+    figure = Figure(
+        figsize=(ROW_INCHES * sum(ratios), ROW_INCHES), facecolor="black", dpi=110
+    )
+    axes = figure.subplots(1, 4, width_ratios=ratios)
+    palette = colors_of(int(labels.max()) + 1)
+    for i, view in enumerate(views):
+        for axis, shown in zip(
+            axes[2 * i :], (np.zeros_like(view.truth), view.truth), strict=False
+        ):
+            _draw(axis, view, shown, palette, hu_range)
+            axis.set_title(view.plane, color=INK, fontsize=9)
+    figure.tight_layout(pad=0.6)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", facecolor="black")
+
+
 def panel(case: Segmented) -> np.ndarray:
     """Return CT, truth and prediction of a coronal plane side by side, uint8 [H, W, 3].
 
@@ -141,15 +178,19 @@ def colors_of(num_classes: int) -> np.ndarray:
 
 
 def _view(case: Segmented, plane: str, axis: int) -> View:
-    index = _richest_plane(case.truth, axis)
+    return _cut(case.image, case.truth, case.prediction, case.spacing, plane, axis)
+
+
+def _cut(image, truth, prediction, spacing, plane, axis) -> View:
+    index = _richest_plane(truth, axis)
 
     def rows(volume):  # [X, Y] or [X, Z] -> rows from the top, columns from the right
         return np.ascontiguousarray(volume.take(index, axis=axis)[::-1, ::-1].T)
 
-    across, up = (case.spacing[i] for i in range(3) if i != axis)
-    ct = rows(case.image)
+    across, up = (spacing[i] for i in range(3) if i != axis)
+    ct = rows(image)
     extent = (across * ct.shape[1], up * ct.shape[0])
-    return View(plane, ct, rows(case.truth), rows(case.prediction), extent)
+    return View(plane, ct, rows(truth), rows(prediction), extent)
 
 
 def _richest_plane(truth: np.ndarray, axis: int) -> int:

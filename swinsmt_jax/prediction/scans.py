@@ -1,0 +1,213 @@
+"""Segment many scans: find them, write what is wanted, pass over what fails."""
+
+import contextlib
+import csv
+import io
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from swinsmt_jax import checks
+from swinsmt_jax.data import label_table, nifti
+from swinsmt_jax.evaluation import pictures
+from swinsmt_jax.evaluation.tables import replacing
+from swinsmt_jax.prediction.segmenter import Segmenter
+
+SUFFIXES = (".nii.gz", ".nii")
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is written for each scan besides or instead of its labels.
+
+    Attributes:
+        roi: classes to keep; empty keeps all.
+        masks: a file for each class instead of one of labels.
+        statistics: volume and mean HU of each class as CSV.
+        preview: a picture.
+        overwrite: segment again what is there.
+    """
+
+    roi: Sequence[str] = ()
+    masks: bool = False
+    statistics: bool = False
+    preview: bool = False
+    overwrite: bool = False
+
+
+def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
+    """Return {name: file} of NIfTI files and of those in folders, sorted by folder.
+
+    The name is that of the file without its suffix, or of its folder where several
+    files have one name, as in `s0001/ct.nii.gz`.
+
+    Raises:
+        UserError: for an input that does not exist, is no NIfTI file or a folder
+            without any, and for scans that would have one name.
+    """
+    files = [file for given in inputs for file in _files(Path(given))]
+    stems = [_stem(file) for file in files]
+    names = [
+        stem if stems.count(stem) == 1 else file.absolute().parent.name
+        for file, stem in zip(files, stems, strict=True)
+    ]
+    for name in names:
+        same = [str(f) for f, n in zip(files, names, strict=True) if n == name]
+        checks.require(
+            len(same) == 1,
+            f"{len(same)} inputs would all be written as {name!r}: {', '.join(same)}; "
+            "rename them, or segment them one after the other.",
+        )
+    return dict(zip(names, files, strict=True))
+
+
+def segment_scans(
+    segmenter: Segmenter, scans: Mapping[str, Path], output: Path, wishes: Wishes
+) -> dict[str, dict]:
+    """Segment each scan and write its results to the folder `output`.
+
+    Files appear when complete. Scans whose labels are there are skipped unless
+    `wishes.overwrite`; one that fails with a `UserError` does not stop the others.
+
+    Returns:
+        {name: {"file", "labels", "seconds", "structures"}}, with {"error"} for those
+        that failed and without "seconds" for those skipped; also `summary.json`.
+
+    Raises:
+        UserError: for classes that the network does not give, and an output path that
+            cannot be a folder.
+    """
+    names = _wanted(segmenter, wishes.roi)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise checks.UserError(
+            f"the output folder {output} cannot be made: {error.strerror}; choose "
+            "another --output."
+        ) from error
+    summary = {}
+    for number, (name, file) in enumerate(scans.items(), start=1):
+        target = output / name if wishes.masks else output / f"{name}{SUFFIXES[0]}"
+        found = {"file": str(file), "labels": str(target)}
+        if wishes.overwrite or not target.exists():
+            title = f"{name} ({number} of {len(scans)})"
+            try:
+                found |= _segment(segmenter, file, target, names, wishes, title)
+            except checks.UserError as error:
+                logging.error("%s: %s", name, error)
+                found["error"] = str(error)
+        summary[name] = found
+        with replacing(output / SUMMARY) as partial:
+            partial.write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _segment(segmenter, file, target, names, wishes, title):
+    volume = nifti.load_ct(file)
+    for note in volume.notes:
+        logging.warning("%s", note)
+    start = time.perf_counter()
+    with _bar(title) as progress:
+        labels = segmenter.segment_volume(volume, progress=progress)
+    seconds = time.perf_counter() - start
+    kept = np.zeros(256, np.uint8)
+    kept[list(names)] = list(names)
+    labels = kept[labels]
+    base = target.parent / _stem(target)
+    try:
+        if wishes.statistics:
+            _write_statistics(Path(f"{base}_statistics.csv"), volume, labels, names)
+        if wishes.preview:
+            hu_range = segmenter.config.data.hu_range
+            picture = Path(f"{base}_preview.png")
+            pictures.write_preview(picture, volume, labels, hu_range=hu_range)
+        if wishes.masks:
+            _write_masks(target, labels, names, like=volume)
+        else:
+            table = label_table.xml(names)
+            nifti.save_labels(target, labels, like=volume, description=table)
+    except OSError as error:
+        raise checks.UserError(
+            f"{target} cannot be written: {error}; make room or mend the permissions."
+        ) from error
+    found = np.unique(labels)
+    structures = [names[i] for i in found.tolist() if i]
+    return {"seconds": round(seconds, 2), "structures": structures}
+
+
+def _write_masks(target, labels, names, *, like):
+    """Write a file for each class; the folder appears when all are there."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+        partial = Path(folder) / target.name
+        for number, name in names.items():
+            mask = (labels == number).astype(np.uint8)
+            nifti.save(partial / f"{name}{SUFFIXES[0]}", mask, like=like)
+        if target.exists():
+            target.rename(Path(folder) / "before")
+        partial.rename(target)
+
+
+def _write_statistics(path, volume, labels, names):
+    """Write voxels, millilitres and mean HU of each class."""
+    size = max(names, default=0) + 1
+    flat = labels.reshape(-1)
+    counts = np.bincount(flat, minlength=size)
+    sums = np.bincount(flat, weights=volume.array.reshape(-1), minlength=size)
+    millilitres = abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "voxels", "volume_ml", "mean_hu"])
+    for number, name in names.items():
+        count = int(counts[number])
+        mean = f"{sums[number] / count:.1f}" if count else ""
+        writer.writerow([name, count, f"{count * millilitres:.3f}", mean])
+    with replacing(path) as partial:
+        partial.write_text(text.getvalue())
+
+
+@contextlib.contextmanager
+def _bar(title) -> Iterator:
+    with tqdm(desc=title, unit="window", dynamic_ncols=True) as bar:
+
+        def progress(done, number):
+            bar.total = number
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _wanted(segmenter, roi):
+    names = segmenter.class_names
+    for name in roi:
+        checks.one_of("a class of roi", name, names.values())
+    return {i: name for i, name in names.items() if not roi or name in roi}
+
+
+def _files(path: Path) -> list[Path]:
+    checks.require(path.exists(), f"the input {path} does not exist.")
+    if path.is_file():
+        checks.require(
+            path.name.endswith(SUFFIXES),
+            f"the input {path} is no NIfTI file; its name must end with "
+            ".nii or .nii.gz.",
+        )
+        return [path]
+    files = sorted(f for s in SUFFIXES for f in path.glob(f"*{s}") if f.is_file())
+    checks.require(
+        bool(files),
+        f"the folder {path} holds no .nii or .nii.gz; folders in it are not searched.",
+    )
+    return files
+
+
+def _stem(file: Path) -> str:
+    suffix = next((s for s in SUFFIXES if file.name.endswith(s)), "")
+    return file.name.removesuffix(suffix)

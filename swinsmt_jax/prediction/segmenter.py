@@ -1,0 +1,155 @@
+"""Segment scans with a trained network: files or arrays in, labels on their grid out.
+
+from swinsmt_jax import segmentation
+segmenter = segmentation.load("runs/x")
+labels = segmenter.segment("scan.nii.gz")                  # uint8, in the file's axes
+labels = segmenter.segment_array(hu, affine)               # hu [X, Y, Z], any axes
+segmentation.save("labels.nii.gz", labels, like="scan.nii.gz")
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from nibabel import orientations
+
+from swinsmt_jax import checks
+from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.data import label_table, nifti, pipeline
+from swinsmt_jax.data.nifti import Volume
+from swinsmt_jax.data.totalsegmentator import Sample
+from swinsmt_jax.evaluation.run import batch_sharding, predict_fn
+from swinsmt_jax.evaluation.tables import class_name
+from swinsmt_jax.inference import Predict, predict_labels
+from swinsmt_jax.training.checkpoint import load_model
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmenter:
+    """A trained network and how it sees scans; made by `load`.
+
+    Attributes:
+        config: of the experiment; `data` says spacing and HU, `inference` the windows.
+        predict: a jitted function from windows to logits.
+        step: of the checkpoint.
+        sums: "float32" or "float16", of the logits that are kept.
+    """
+
+    config: ExperimentConfig
+    predict: Predict
+    step: int
+    sums: str = "float32"
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of the label ids that the network gives, background left out."""
+        return {i: class_name(i) for i in range(1, self.config.model.out_channels)}
+
+    def segment(
+        self, path: str | Path, *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a NIfTI file, uint8, in the axes of the file.
+
+        Raises:
+            UserError: as `nifti.load_ct`.
+        """
+        volume = nifti.load_ct(path)
+        return _to_source(self.segment_volume(volume, progress=progress), volume)
+
+    def segment_array(
+        self, hu: np.ndarray, affine: np.ndarray, *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a CT, uint8, on its grid.
+
+        Args:
+            hu: [X, Y, Z] Hounsfield units, its axes in any order and direction.
+            affine: [4, 4], voxel indices to millimetres to the right, front and head.
+            progress: as in `inference.predict_labels`.
+
+        Raises:
+            UserError: for arrays that are not 3-D or not finite, and an affine that
+                cannot be inverted.
+        """
+        volume = nifti.from_array(hu, affine)
+        return _to_source(self.segment_volume(volume, progress=progress), volume)
+
+    def segment_volume(
+        self, volume: Volume, *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
+        config = self.config
+        nothing = np.zeros(volume.array.shape, np.uint8)
+        scan = Sample(volume.array, nothing, volume.affine, volume.path.name)
+        view = pipeline.network_view(config.data, scan)
+        labels = np.zeros(volume.array.shape, np.uint8)
+        labels[view["scan_box"]] = predict_labels(
+            self.predict,
+            view["image"],
+            window=config.data.patch_shape,
+            num_classes=config.model.out_channels,
+            overlap=config.inference.overlap,
+            blend=config.inference.blend,
+            window_batch=config.inference.window_batch,
+            sharding=batch_sharding(config.inference.window_batch),
+            positions=view["positions"],
+            sums=self.sums,
+            progress=progress,
+        )
+        return labels
+
+
+def load(
+    workdir: str | Path,
+    *,
+    step: int | str | None = None,
+    sums: str = "float32",
+    **inference,
+) -> Segmenter:
+    """Load the network of a training run.
+
+    Args:
+        workdir: of the run.
+        step: a number, "latest" or "best"; None takes the best, or else the latest.
+        sums: "float16" halves the memory of the logits that are kept.
+        inference: fields of `config.InferenceConfig` to change, such as overlap=0.25.
+
+    Raises:
+        UserError: as `checkpoint.load_model`, and for fields out of range.
+    """
+    config, model, info = load_model(workdir, step=step)
+    known = {field.name for field in dataclasses.fields(config.inference)}
+    for name in inference:
+        checks.one_of("an option of the inference", name, known)
+    windows = dataclasses.replace(config.inference, **inference)
+    config = dataclasses.replace(config, inference=windows)
+    return Segmenter(config, predict_fn(model), info["step"], sums)
+
+
+def save(
+    path: str | Path, labels: np.ndarray, *, like: str | Path, names: dict | None = None
+) -> None:
+    """Write labels in the axes of a NIfTI file with that file's affine.
+
+    Args:
+        path: .nii.gz or .nii; appears when complete.
+        labels: uint8, from `Segmenter.segment(like)`.
+        like: the scan.
+        names: {label id: name} for the header, as `Segmenter.class_names`.
+    """
+    affine, shape = nifti.grid_of(like)
+    checks.require(
+        labels.shape == shape,
+        f"labels for {path} have shape {labels.shape}, but {like} has {shape}.",
+    )
+    description = label_table.xml(names) if names else ""
+    nifti.write(path, labels, affine, description=description)
+
+
+def _to_source(labels, volume):
+    """Bring an array in RAS orientation to the axes of its source."""
+    to_ras = orientations.io_orientation(volume.source_affine)
+    from_ras = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_ras)
+    return np.ascontiguousarray(orientations.apply_orientation(labels, from_ras))

@@ -1,0 +1,244 @@
+import csv
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel import orientations
+
+import predict as script
+from swinsmt_jax import prediction
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.data import label_table
+from swinsmt_jax.prediction import Segmenter, Wishes, find_scans, segment_scans
+
+CLASSES = 4
+
+
+@jax.jit
+def by_brightness(windows):
+    """A network whose label of a voxel is a quarter of its grey level."""
+    return -jnp.abs(windows * CLASSES - 0.5 - jnp.arange(CLASSES))
+
+
+@jax.jit
+def by_place(windows):
+    """A network that also sees where in the window a voxel lies, but not beyond it."""
+    ramp = jnp.linspace(0, 1, windows.shape[1])[:, None, None, None]
+    return by_brightness(windows) + ramp * jnp.arange(CLASSES) / CLASSES
+
+
+def make(predict=by_brightness, *, spacing=0.0, patch=(32, 32, 32), sums="float32"):
+    config = {
+        "model": {
+            "name": "swin_unetr",
+            "in_channels": 1,
+            "out_channels": CLASSES,
+            "feature_size": 12,
+        },
+        "data": {
+            "root": "nowhere",
+            "patch_shape": patch,
+            "batch_size": 1,
+            "spacing": spacing,
+            "hu_range": (0.0, 1000.0),
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {"num_steps": 1},
+    }
+    return Segmenter(from_config_dict(config), predict, 1, sums)
+
+
+def brightness(hu):
+    """What `by_brightness` says of Hounsfield units."""
+    return np.clip(hu // 250, 0, CLASSES - 1).astype(np.uint8)
+
+
+@pytest.fixture
+def hu(rng):
+    """A scan of few voxels whose HU keep away from the borders between labels."""
+    return (rng.integers(0, CLASSES, (20, 34, 26)) * 250 + 125).astype(np.int16)
+
+
+def reoriented(array, affine, orientation):
+    start = orientations.io_orientation(affine)
+    change = orientations.ornt_transform(start, orientation)
+    turned = orientations.apply_orientation(array, change)
+    return turned, affine @ orientations.inv_ornt_aff(change, array.shape)
+
+
+def test_all_48_orientations_get_the_same_labels(hu):
+    """Of a network that sees where in the window a voxel lies, so none can cancel."""
+    segmenter = make(by_place)
+    affine = np.array([[0.9, 0, 0, -7], [0, 0.9, 0, 3], [0, 0, 5.0, 11], [0, 0, 0, 1]])
+    expected = segmenter.segment_array(hu, affine)
+    assert set(np.unique(expected)) == set(range(CLASSES))
+    own, seen = orientations.io_orientation(affine), set()
+    for axes in itertools.permutations(range(3)):
+        for signs in itertools.product((-1, 1), repeat=3):
+            orientation = np.array(list(zip(axes, signs, strict=True)))
+            turned, turned_affine = reoriented(hu, affine, orientation)
+            labels = segmenter.segment_array(turned, turned_affine)
+            back, _ = reoriented(labels, turned_affine, own)
+            np.testing.assert_array_equal(back, expected)
+            seen.add(tuple(map(tuple, orientation)))
+    assert len(seen) == 48
+
+
+SHEARED = np.array([[1.0, 0, 0, 0], [0, 1, 0.4, 0], [0, 0, 5, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "shape, affine",
+    [
+        ((20, 34, 2), np.diag([0.9, 0.9, 5, 1])),
+        ((1, 1, 1), np.eye(4)),
+        ((20, 34, 26), SHEARED),
+        ((70, 33, 40), np.diag([-1.5, -1.5, 1.5, 1])),
+    ],
+    ids=["two slices", "one voxel", "gantry tilt", "larger than the window"],
+)
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+def test_every_voxel_of_any_scan_gets_its_label(rng, shape, affine, kind):
+    hu = (rng.integers(0, CLASSES, shape) * 250 + 125).astype(kind)
+    labels = make().segment_array(hu, affine)
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, brightness(hu))
+
+
+def test_labels_of_another_spacing_come_back_to_the_scan(rng):
+    blocks = rng.integers(0, CLASSES, (5, 6, 4)) * 250 + 125
+    hu = blocks.repeat(8, 0).repeat(8, 1).repeat(8, 2).astype(np.int16)
+    labels = make(spacing=2.0).segment_array(hu, np.diag([1.0, 1.0, 1.0, 1.0]))
+    inner = np.zeros(hu.shape, bool)
+    inner[2::8, 2::8, 2::8] = inner[5::8, 5::8, 5::8] = True
+    np.testing.assert_array_equal(labels[inner], brightness(hu)[inner])
+
+
+def test_air_around_the_foreground_is_background():
+    hu = np.full((40, 40, 40), -1000, np.int16)
+    hu[10:30, 12:25, 5:35] = 400
+    labels = make().segment_array(hu, np.eye(4))
+    assert (labels[10:30, 12:25, 5:35] == 1).all() and labels.sum() == (hu > 0).sum()
+
+
+def write(path, hu, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(hu, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def test_scans_are_found_and_named(tmp_path, hu):
+    write(tmp_path / "a" / "one.nii", hu)
+    write(tmp_path / "a" / "two.nii.gz", hu)
+    write(tmp_path / "b" / "ct.nii.gz", hu)
+    write(tmp_path / "c" / "ct.nii.gz", hu)
+    folders = [tmp_path / name for name in "abc"]
+    assert list(find_scans(folders)) == ["one", "two", "b", "c"]
+    with pytest.raises(UserError, match="2 inputs would all be written as 'a'"):
+        find_scans([tmp_path / "a" / "one.nii", tmp_path / "a" / "one.nii"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="folder .*empty holds no .nii"):
+        find_scans([tmp_path / "empty"])
+    with pytest.raises(UserError, match="no NIfTI file; its name must end with"):
+        find_scans([__file__])
+    with pytest.raises(UserError, match="nowhere.nii does not exist"):
+        find_scans([tmp_path / "nowhere.nii"])
+
+
+def test_labels_are_written_on_the_scans_own_grid_with_names(tmp_path, hu):
+    affine = np.array([[0, 2.0, 0, 5], [-2, 0, 0, 7], [0, 0, 3, 9], [0, 0, 0, 1]])
+    scan = write(tmp_path / "scan.nii", hu, affine)
+    segmenter, output = make(), tmp_path / "out"
+    summary = segment_scans(segmenter, {"scan": scan}, output, Wishes())
+    image = nib.load(output / "scan.nii.gz")
+    np.testing.assert_array_equal(image.affine, affine)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), brightness(hu))
+    assert image.get_data_dtype() == np.uint8
+    names = label_table.read(image.header.extensions[0].get_content().decode())
+    assert names == segmenter.class_names and names[1] == "spleen"
+    assert summary["scan"]["structures"] == list(names.values())
+    assert json.loads((output / "summary.json").read_text()) == summary
+    labels = segmenter.segment(scan)
+    prediction.save(tmp_path / "own.nii.gz", labels, like=scan, names=names)
+    again = np.asarray(nib.load(tmp_path / "own.nii.gz").dataobj)
+    np.testing.assert_array_equal(again, brightness(hu))
+
+
+def test_one_failure_does_not_stop_the_rest_and_what_is_there_stays(tmp_path, hu):
+    scans = {
+        "bad": write(tmp_path / "bad.nii", np.zeros((4, 4, 4, 2), np.int16)),
+        "good": write(tmp_path / "good.nii.gz", hu),
+        "rgb": tmp_path / "rgb.nii",
+    }
+    rgb = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nib.save(nib.Nifti1Image(rgb, np.eye(4)), scans["rgb"])
+    output = tmp_path / "out"
+    summary = segment_scans(make(), scans, output, Wishes())
+    assert "must be 3-D" in summary["bad"]["error"]
+    assert "RGB and complex" in summary["rgb"]["error"]
+    assert summary["good"]["seconds"] >= 0
+    assert sorted(p.name for p in output.iterdir()) == ["good.nii.gz", "summary.json"]
+    before = (output / "good.nii.gz").stat().st_mtime_ns
+    again = segment_scans(make(), scans, output, Wishes())
+    assert "seconds" not in again["good"]
+    assert (output / "good.nii.gz").stat().st_mtime_ns == before
+    segment_scans(make(), scans, output, Wishes(overwrite=True))
+    assert (output / "good.nii.gz").stat().st_mtime_ns > before
+
+
+def test_masks_classes_statistics_and_picture(tmp_path, hu):
+    scan = write(tmp_path / "s.nii.gz", hu, np.diag([2.0, 2.0, 2.5, 1]))
+    roi = ("spleen", "kidney_left")
+    wishes = Wishes(roi=roi, masks=True, statistics=True, preview=True, overwrite=True)
+    for _ in range(2):  # the folder of masks is replaced as a whole
+        segment_scans(make(), {"s": scan}, tmp_path / "out", wishes)
+    masks = tmp_path / "out" / "s"
+    assert {p.name for p in masks.iterdir()} == {f"{name}.nii.gz" for name in roi}
+    spleen = np.asarray(nib.load(masks / "spleen.nii.gz").dataobj)
+    np.testing.assert_array_equal(spleen, brightness(hu) == 1)
+    with (tmp_path / "out" / "s_statistics.csv").open() as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert set(rows) == set(roi) and float(rows["spleen"]["mean_hu"]) == 375
+    volume = (brightness(hu) == 1).sum() * 10 / 1000
+    assert float(rows["spleen"]["volume_ml"]) == pytest.approx(volume)
+    assert (tmp_path / "out" / "s_preview.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="roi is 'liverr', but must be one of"):
+        segment_scans(make(), {"s": scan}, tmp_path / "out", Wishes(roi=("liverr",)))
+
+
+def test_two_places_in_one_header_are_told(tmp_path, hu, caplog):
+    image = nib.Nifti1Image(hu, np.eye(4))
+    image.set_qform(np.diag([-1.0, 1, 1, 1]), code=1)
+    image.set_sform(np.eye(4), code=1)
+    nib.save(image, tmp_path / "two.nii")
+    segment_scans(make(), {"two": tmp_path / "two.nii"}, tmp_path / "out", Wishes())
+    assert "sform and qform disagree by up to 38.0 mm" in caplog.text
+
+
+def test_half_precision_changes_few_labels(hu):
+    full = make(by_place).segment_array(hu, np.eye(4))
+    half = make(by_place, sums="float16").segment_array(hu, np.eye(4))
+    assert (full != half).mean() < 0.01
+
+
+def test_the_script_tells_what_failed(tmp_path, hu, monkeypatch, capsys):
+    write(tmp_path / "in" / "good.nii.gz", hu)
+    (tmp_path / "in" / "bad.nii.gz").write_bytes(b"no scan")
+    monkeypatch.setattr(prediction, "load", lambda *_, **__: make())
+    values = script.flags.FlagValues()
+    script.define_flags(values)
+    values(
+        ["predict.py", "--workdir=x", f"--input={tmp_path / 'in'}"]
+        + [f"--output={tmp_path / 'out'}"]
+    )
+    monkeypatch.setattr(script.flags, "FLAGS", values)
+    with pytest.raises(SystemExit) as end:
+        script.main([])
+    out, err = capsys.readouterr()
+    assert end.value.code == 1 and "1 segmented, 0 skipped" in out
+    assert "failed: bad: " in err and "bad.nii.gz is" in err

@@ -156,7 +156,11 @@ def line(row):
 
 
 def plot(rows, path):
-    """Draw parameters, operations, memory, time and Dice against the experts."""
+    """Draw parameters, operations, memory, time and Dice against the experts.
+
+    Points of a larger patch, which many experts need, are hollow and stand alone.
+    """
+    side = min(row["side"] for row in rows)
     panels = [
         ("parameters, millions", lambda r: r["parameters"] / 1e6),
         ("forward, GFLOP", lambda r: r["forward_flops"] / 1e9),
@@ -170,10 +174,17 @@ def plot(rows, path):
         np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
     ):
         for stages in sorted({r["moe_stages"] for r in rows}):
-            found = [r for r in rows if r["moe_stages"] == stages]
-            pairs = [(r["experts"], value(r)) for r in found if value(r) is not None]
-            if pairs:
-                axis.plot(*zip(*pairs, strict=True), "o-", label=f"{stages} stages")
+            found = [r for r in rows if r["moe_stages"] == stages and value(r)]
+            same = [(r["experts"], value(r)) for r in found if r["side"] == side]
+            (line,) = axis.plot(
+                *(zip(*same, strict=True) if same else ([], [])),
+                "o-",
+                label=f"{stages} stages",
+            )
+            for row in (r for r in found if r["side"] != side):
+                axis.plot(
+                    row["experts"], value(row), "o", mfc="none", c=line.get_color()
+                )
         axis.set(xlabel="experts", title=name, xscale="log")
         axis.set_xticks(EXPERTS, labels=map(str, EXPERTS))
         axis.minorticks_off()

@@ -6,6 +6,7 @@ another window gives other results than the patch that the network was trained w
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -150,68 +151,59 @@ class _Windows:
 def _blocks(windows, predictions, num_classes, dtype=np.float32):
     """Yield (box, averaged logits [*box, K]) of blocks that no further window touches.
 
-    The cross-section is cut into tiles at the windows' edges. A tile's sums are made
-    when the first window of a layer touches it, begin with what the layer before left
-    over, and are finished by the last window of the layer that touches it.
+    The cross-section is cut into tiles at the windows' edges. A tile is a list of
+    planes of sums. It is begun by the first window of a layer that touches it, with the
+    planes that the layer before left over, and the last window of the layer ends it.
     """
     layers, rows, columns = (
         sorted(set(axis)) for axis in zip(*windows.starts, strict=True)
     )
     depth, height, width = windows.sides
-    tiles = _tiles(rows, height), _tiles(columns, width)
     following = dict(zip(layers, [*layers[1:], layers[-1] + depth], strict=True))
-    left_over, sums = {}, {}
+    lines = _tiles(rows, height), _tiles(columns, width)
+    tiles = {}
     for (z, y, x), logits in zip(windows.starts, predictions, strict=True):
         logits = windows.swept(logits)
-        ended = following[z]
-        for (top, bottom, last_y), (left, right, last_x) in itertools.product(
-            *(
-                [t for t in line if start <= t[0] < start + side]
-                for line, start, side in zip(
-                    tiles, (y, x), (height, width), strict=True
-                )
-            )
+        for row, column in itertools.product(
+            (line for line in lines[0] if y <= line.first < y + height),
+            (line for line in lines[1] if x <= line.first < x + width),
         ):
-            tile = top, left
-            if tile not in sums:
-                sums[tile] = _begin(
-                    left_over.pop(tile, None),
-                    (depth, bottom - top, right - left, num_classes),
-                    dtype,
-                )
-            total, weights = sums[tile]
+            tile = tiles.setdefault((row.first, column.first), [])
+            shape = (row.end - row.first, column.end - column.first)
+            for _ in range(depth - len(tile)):
+                sums = np.zeros((*shape, num_classes), dtype)
+                tile.append((sums, np.zeros((*shape, 1), np.float32)))
             part = (
-                slice(None),
-                slice(top - y, bottom - y),
-                slice(left - x, right - x),
+                slice(row.first - y, row.end - y),
+                slice(column.first - x, column.end - x),
             )
-            total += (logits[part] * windows.weight[part]).astype(dtype, copy=False)
-            weights += windows.weight[part]
-            if (y, x) != (last_y, last_x):
+            for (sums, weights), plane, weight in zip(
+                tile, logits, windows.weight, strict=True
+            ):
+                sums += (plane[part] * weight[part]).astype(dtype, copy=False)
+                weights += weight[part]
+            if (y, x) != (row.last, column.last):
                 continue
-            del sums[tile]
-            if ended < z + depth:
-                left_over[tile] = total[ended - z :].copy(), weights[ended - z :].copy()
-            block = total[: ended - z].astype(np.float32, copy=False)
-            block /= weights[: ended - z]
-            del total, weights
-            yield from _inside(windows, (z, top, left), block)
+            for i in range(following[z] - z):
+                sums, weights = tile.pop(0)
+                mean = sums.astype(np.float32, copy=False) / weights
+                corner = (z + i, row.first, column.first)
+                yield from _inside(windows, corner, mean[None])
 
 
-def _begin(left_over, shape, dtype):
-    """Return the sums of a tile: those of the layer before, and zeros behind them."""
-    total, weights = np.zeros(shape, dtype), np.zeros((*shape[:3], 1), np.float32)
-    if left_over is not None:
-        planes = len(left_over[0])
-        total[:planes], weights[:planes] = left_over
-    return total, weights
+class _Tile(NamedTuple):
+    """A part of an axis: first voxel, end, and start of the last window on it."""
+
+    first: int
+    end: int
+    last: int
 
 
 def _tiles(starts, side):
-    """Return (first, end, start of the last window that covers it) of each tile."""
+    """Cut an axis where windows of this side begin or end."""
     edges = sorted({*starts, *(start + side for start in starts)})
     return [
-        (first, end, max(s for s in starts if s <= first < s + side))
+        _Tile(first, end, max(s for s in starts if s <= first < s + side))
         for first, end in itertools.pairwise(edges)
     ]
 
@@ -231,14 +223,17 @@ def _inside(windows, first, block):
 
 
 def _planes(blocks, shape, num_classes):
-    """Yield (z, logits [H, W, K]) of each plane, a layer of blocks at a time."""
-    for (first, end), layer in itertools.groupby(
-        blocks, key=lambda found: (found[0][0].start, found[0][0].stop)
-    ):
-        slab = np.empty((end - first, *shape[1:], num_classes), np.float32)
-        for (_, rows, columns), block in layer:
-            slab[:, rows, columns] = block
-        yield from zip(range(first, end), slab, strict=True)
+    """Yield (z, logits [H, W, K]) of each plane once all of its blocks are there."""
+    waiting, ready = {}, 0
+    for (depth, rows, columns), block in blocks:
+        plane, missing = waiting.pop(depth.start, (None, shape[1] * shape[2]))
+        if plane is None:
+            plane = np.empty((*shape[1:], num_classes), np.float32)
+        plane[rows, columns] = block[0]
+        waiting[depth.start] = plane, missing - block[0, ..., 0].size
+        while ready in waiting and waiting[ready][1] == 0:
+            yield ready, waiting.pop(ready)[0]
+            ready += 1
 
 
 def _interpolated(planes, shape, positions):

@@ -25,7 +25,7 @@ class DataConfig:
     """Where the scans lie and how crops are taken from them.
 
     Attributes:
-        root: folder in the TotalSegmentator-V2 layout.
+        root: folder in the TotalSegmentator-V2 layout, or a store of preprocess.py.
         patch_shape: training crop (D, H, W) in voxels.
         batch_size: crops per step over all devices and processes.
         spacing: voxel side in mm to which scans are resampled; 0 keeps the scan's own.

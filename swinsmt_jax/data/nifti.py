@@ -1,5 +1,6 @@
 """NIfTI volumes in RAS orientation: load, resample, save. Owns the affine."""
 
+import math
 import os
 import tempfile
 import zlib
@@ -13,6 +14,7 @@ from scipy import ndimage
 
 from swinsmt_jax import checks, labels
 
+MAX_VOXELS = 2**32  # a whole body of 512 x 512 x 2,500 has 2^29.3
 GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
 
 
@@ -147,7 +149,8 @@ def resample(
         array: [X, Y, Z].
         affine: [4, 4] of the array.
         spacing: voxel side in mm.
-        order: 1 for linear interpolation (CT), 0 for the nearest voxel (labels).
+        order: 0 for the nearest voxel (labels); 1 for linear interpolation (CT), after
+            smoothing with a standard deviation of half of what a voxel grows by.
 
     Returns:
         The new array and its affine.
@@ -157,6 +160,13 @@ def resample(
         return array, affine
     shape = np.maximum(1, np.rint(np.array(array.shape) / ratio)).astype(int)
     offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
+    if order > 0 and (ratio > 1).any():  # what the new grid cannot show must not alias
+        sigma = np.maximum(0, (ratio - 1) / 2)
+        smooth = ndimage.gaussian_filter(
+            array.astype(np.float32), sigma, mode="nearest"
+        )
+        whole = np.issubdtype(array.dtype, np.integer)
+        array = np.rint(smooth).astype(array.dtype) if whole else smooth
     resampled = ndimage.affine_transform(
         array, ratio, offset, tuple(shape), order=order, mode="nearest"
     )
@@ -253,6 +263,7 @@ def _load(path: str | Path) -> Volume:
     checks.require(path.is_file(), f"{path} does not exist; expected a NIfTI file.")
     try:
         image = nib.load(path)
+        _require_possible(path, image.shape)
         array = np.asanyarray(image.dataobj)
     except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as e:
         raise checks.UserError(f"{path} is not a NIfTI file: {e}.") from e
@@ -261,6 +272,16 @@ def _load(path: str | Path) -> Volume:
             f"{path} is truncated or corrupt ({error}); copy or download it again."
         ) from error
     return _checked(path, array, image.affine, _notes(path, image))
+
+
+def _require_possible(path, shape):
+    """Refuse a header that asks for absurd memory, before any is taken."""
+    voxels = math.prod(shape)
+    checks.require(
+        voxels <= MAX_VOXELS,
+        f"{path} claims a shape of {tuple(shape)}, {voxels} voxels, more than the "
+        f"{MAX_VOXELS} that a scan may have; its header is damaged.",
+    )
 
 
 def _checked(path, array, affine, notes) -> Volume:

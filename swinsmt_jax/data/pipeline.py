@@ -17,7 +17,8 @@ from absl import flags
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import nifti, totalsegmentator, transforms
+from swinsmt_jax.data import nifti, store, totalsegmentator, transforms
+from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.data.totalsegmentator import Case, Sample
 
 WORKER_BUFFER = 2  # crops that each worker process holds ready
@@ -98,9 +99,38 @@ def _batches(iterator: grain.DatasetIterator) -> Generator[dict, None, None]:
         iterator.close()
 
 
-def load_volume(config: DataConfig, case: Case) -> dict:
+def find_cases(
+    config: DataConfig, *, split: str
+) -> tuple[Case, ...] | tuple[StoredCase, ...]:
+    """List the cases of a split of a dataset or of a store.
+
+    Raises:
+        UserError: as `totalsegmentator.find_cases` and `store.find_cases`, and for a
+            store of another spacing than the config's.
+    """
+    if not store.is_store(config.root):
+        return totalsegmentator.find_cases(config.root, split=split)
+    cases = store.find_cases(config.root, split=split)
+    spacing = store.read_options(Path(config.root)).spacing
+    checks.require(
+        config.spacing in (0.0, spacing),
+        f"data.spacing is {config.spacing:g}, but the store {config.root} was made "
+        f"with --spacing={spacing:g}; take that, or preprocess again with another "
+        "--store.",
+    )
+    return cases
+
+
+def load_case(case: Case | StoredCase) -> Sample:
+    """Read a whole scan with its labels."""
+    if isinstance(case, StoredCase):
+        return case.read()
+    return totalsegmentator.load_case(case)
+
+
+def load_volume(config: DataConfig, case: Case | StoredCase) -> dict:
     """Read a whole scan of a dataset; see `network_view`."""
-    return network_view(config, totalsegmentator.load_case(case))
+    return network_view(config, load_case(case))
 
 
 def network_view(config: DataConfig, scan: Sample) -> dict:
@@ -139,21 +169,17 @@ def network_view(config: DataConfig, scan: Sample) -> dict:
 
 
 def fingerprint(cases: Sequence[Case]) -> str:
-    """Return a hash of the cases' ids, splits, order and file sizes."""
+    """Return a hash of the cases' ids, splits, order and what their files say."""
     digest = hashlib.sha256()
     for case in cases:
-        sizes = [case.ct.stat().st_size, *_sizes(case.segmentation)]
-        digest.update(f"{case.name};{case.split};{sizes}\n".encode())
+        stored = isinstance(case, StoredCase)
+        content = case.facts if stored else totalsegmentator.file_sizes(case)
+        digest.update(f"{case.name};{case.split};{content}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _sizes(path: Path) -> list[int]:
-    files = sorted(path.glob("*.nii.gz")) if path.is_dir() else [path]
-    return [file.stat().st_size for file in files]
-
-
 def _read(config: DataConfig, case: Case) -> Sample:
-    return _resampled(config, totalsegmentator.load_case(case))
+    return _resampled(config, load_case(case))
 
 
 def _resampled(config: DataConfig, sample: Sample) -> Sample:
@@ -188,10 +214,12 @@ class _RandomCrop(grain.transforms.RandomMap):
         self._start()
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict:
-        config = self._config
+        config, case = self._config, self._cases[element]
+        stored = isinstance(case, StoredCase)
         sample = transforms.zoomed_crop(
-            self._sample(element),
+            case if stored else self._sample(element),
             rng,
+            crop=store.balanced_crop if stored else transforms.balanced_crop,
             shape=config.patch_shape,
             foreground_ratio=config.foreground_ratio,
             probability=config.zoom_probability,

@@ -40,12 +40,14 @@ class Sample:
         label: [X, Y, Z], uint8 label ids.
         affine: [4, 4], voxel indices to world millimetres.
         name: the case's id.
+        overlapping: claims of masks to voxels that another mask has too.
     """
 
     image: np.ndarray
     label: np.ndarray
     affine: np.ndarray
     name: str
+    overlapping: int = 0
 
 
 def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
@@ -68,7 +70,7 @@ def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
         + ", ".join(f"{n} of {s!r}" for s, n in counts.items())
         + ".",
     )
-    return tuple(_case(root, name, split) for name in names)
+    return tuple(case_of(root, name, split) for name in names)
 
 
 def read_meta(root: Path) -> dict[str, str]:
@@ -147,17 +149,18 @@ def load_case(case: Case) -> Sample:
         UserError: as `nifti.load_ct`; for a missing mask, a mask of no known class, and
             labels that do not lie on the CT's voxel grid.
     """
-    ct = nifti.load_ct(case.ct)
+    ct, overlapping = nifti.load_ct(case.ct), 0
     if case.segmentation.is_dir():
-        label = _merge_masks(case.segmentation, ct)
+        label, overlapping = _merge_masks(case.segmentation, ct)
     else:
         volume = nifti.load_labels(case.segmentation)
         nifti.require_same_grid(volume, ct)
         label = volume.array
-    return Sample(ct.array, label, ct.affine, case.name)
+    return Sample(ct.array, label, ct.affine, case.name, overlapping)
 
 
-def _merge_masks(folder: Path, ct: nifti.Volume) -> np.ndarray:
+def _merge_masks(folder: Path, ct: nifti.Volume) -> tuple[np.ndarray, int]:
+    """Return the labels, and the number of voxels that several masks claim."""
     names = [p.name.removesuffix(SUFFIX) for p in sorted(folder.glob(f"*{SUFFIX}"))]
     for name in names:
         checks.require(
@@ -173,15 +176,24 @@ def _merge_masks(folder: Path, ct: nifti.Volume) -> np.ndarray:
         f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; an absent "
         "structure needs an empty mask, so download the case again.",
     )
-    label = np.zeros(ct.array.shape, np.uint8)
+    label, claimed = np.zeros(ct.array.shape, np.uint8), 0
     for name in labels.CLASS_NAMES[1:]:
         mask = nifti.load_mask(folder / f"{name}{SUFFIX}")
         nifti.require_same_grid(mask, ct)
+        claimed += int(np.count_nonzero(mask.array))
         label[mask.array] = labels.CLASS_IDS[name]
-    return label
+    return label, claimed - int(np.count_nonzero(label))
 
 
-def _case(root: Path, name: str, split: str) -> Case:
+def file_sizes(case: Case) -> list[int]:
+    """Return the bytes of a case's files: its fingerprint."""
+    folder = case.segmentation
+    files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else [folder]
+    return [file.stat().st_size for file in (case.ct, *files)]
+
+
+def case_of(root: Path, name: str, split: str) -> Case:
+    """Return one case; a `UserError` if a file of it is missing."""
     folder = root / name
     ct = folder / f"ct{SUFFIX}"
     checks.require(

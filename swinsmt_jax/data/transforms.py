@@ -7,7 +7,7 @@ a zoomed patch is a smaller region, enlarged. `air` is the value of empty space:
 `hu_range[0]` before scaling, 0 after.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -65,7 +65,7 @@ def balanced_crop(
     start = []
     for c, side, n in zip(centre, shape, sample.label.shape, strict=True):
         start.append(min(max(c - side // 2, 0), max(n - side, 0)))
-    return _pad(_take(sample, start, shape), shape, air)
+    return pad(_take(sample, start, shape), shape=shape, air=air)
 
 
 def zoomed_crop(
@@ -77,18 +77,18 @@ def zoomed_crop(
     probability: float = 0.3,
     zoom_range: Sequence[float] = (1.3, 1.5),
     air: float = 0.0,
+    crop: Callable[..., Sample] = balanced_crop,
 ) -> Sample:
     """Take a balanced crop of `shape`, enlarged with the given probability.
 
     The zoom factor is uniform in `zoom_range`; the region that fills the crop after
-    enlargement is read, then interpolated (image linear, label nearest).
+    enlargement is read, then interpolated (image linear, label nearest). `crop` takes
+    it, from whatever `sample` is to it.
     """
     factor = rng.uniform(*zoom_range) if rng.random() < probability else 1.0
     region = [max(1, round(side / factor)) for side in shape]
-    crop = balanced_crop(
-        sample, rng, shape=region, foreground_ratio=foreground_ratio, air=air
-    )
-    return enlarge(crop, shape=shape)
+    taken = crop(sample, rng, shape=region, foreground_ratio=foreground_ratio, air=air)
+    return enlarge(taken, shape=shape)
 
 
 def enlarge(sample: Sample, *, shape: Sequence[int]) -> Sample:
@@ -169,7 +169,8 @@ def _take(sample: Sample, start: Sequence[int], shape: Sequence[int]) -> Sample:
     )
 
 
-def _pad(sample: Sample, shape: Sequence[int], air: float) -> Sample:
+def pad(sample: Sample, *, shape: Sequence[int], air: float) -> Sample:
+    """Surround a sample with air and label 0 to `shape`, the larger half behind."""
     missing = [side - n for side, n in zip(shape, sample.label.shape, strict=True)]
     if not any(missing):
         return sample

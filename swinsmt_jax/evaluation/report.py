@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import pictures, run, tables
 from swinsmt_jax.training import processes
 
@@ -81,7 +81,7 @@ def evaluate_split(
 
 def _cases(config, split, limit, output):
     """Find the cases, and make the folder of the results once they are found."""
-    cases = totalsegmentator.find_cases(config.data.root, split=split)
+    cases = pipeline.find_cases(config.data, split=split)
     if processes.is_first():
         make_folder(output)
     return cases[: limit or None]

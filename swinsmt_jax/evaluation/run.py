@@ -79,7 +79,7 @@ def segment_cases(
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
         config: of the experiment whose network `predict` is.
-        cases: as from `totalsegmentator.find_cases`.
+        cases: as from `pipeline.find_cases`.
         sharding: of the batches of windows.
 
     Raises:

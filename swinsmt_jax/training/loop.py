@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from swinsmt_jax import checks, losses, sharding
 from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.data import pipeline, totalsegmentator
+from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.totalsegmentator import Case
 from swinsmt_jax.training import processes, record
 from swinsmt_jax.training.checkpoint import Origin, open_checkpoints
@@ -156,12 +156,12 @@ def _scorer(config, mesh, predict, validate, cases):
 
 
 def _training_cases(config: ExperimentConfig) -> tuple[Sequence[Case], str]:
-    cases = totalsegmentator.find_cases(config.data.root, split="train")
+    cases = pipeline.find_cases(config.data, split="train")
     return cases, pipeline.fingerprint(cases)
 
 
 def _validation_cases(config: ExperimentConfig) -> Sequence[Case]:
-    cases = totalsegmentator.find_cases(config.data.root, split="val")
+    cases = pipeline.find_cases(config.data, split="val")
     return cases[: config.training.eval_cases or None]
 
 

@@ -1,0 +1,152 @@
+"""From a dataset as it downloads to a store: every case once, in parallel.
+
+A run can be killed and started again: finished cases stay, half-written ones are made
+anew. A case that cannot be used is reported by name and reason, and the others go on.
+"""
+
+import concurrent.futures
+import multiprocessing
+import shutil
+import warnings
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from swinsmt_jax import checks
+from swinsmt_jax.data import nifti, store, totalsegmentator
+from swinsmt_jax.data.store import Options
+
+
+def preprocess(
+    source: str | Path,
+    root: str | Path,
+    *,
+    options: Options,
+    workers: int = 1,
+    exclude: Sequence[str] = (),
+    progress: bool = False,
+) -> dict[str, str]:
+    """Write the cases of a dataset in the TotalSegmentator-V2 layout to a store.
+
+    Args:
+        source: folder of the dataset.
+        root: folder of the store; made, or continued.
+        options: spacing of the store.
+        workers: processes; each holds one scan.
+        exclude: ids of cases to leave out, such as those with known wrong labels.
+        progress: show a bar.
+
+    Returns:
+        {case: reason} of those that failed; also in the index of the store.
+
+    Raises:
+        UserError: for a source without meta.csv, unknown ids in `exclude`, a store of
+            other options, and worker processes that die.
+    """
+    source, root = Path(source), Path(root)
+    checks.positive("workers", workers)
+    rows = totalsegmentator.read_meta(source)
+    for name in exclude:
+        checks.require(
+            name in rows,
+            f"exclude names {name!r}, which {source / 'meta.csv'} does not list."
+            f"{checks.did_you_mean(name, rows)}",
+        )
+    rows = {name: split for name, split in rows.items() if name not in exclude}
+    try:
+        store.open_store(root, options)
+        _list_cases(root, rows)
+        waiting = [name for name in rows if not (root / name / store.CASE).is_file()]
+        failed = _run(source, root, waiting, rows, options, workers, progress)
+        index = {"format": store.FORMAT, "options": vars(options), "failed": failed}
+        store.write_json(root / store.INDEX, index)
+    except OSError as error:
+        raise checks.UserError(
+            f"the store {root} cannot be written: {error}; make room or mend its "
+            "permissions, and give the same command again."
+        ) from error
+    return failed
+
+
+def _run(source, root, waiting, rows, options, workers, progress):
+    """Write the cases that are not there; return {case: reason} of failures."""
+    failed = {}
+    total = len(rows)
+    bar = tqdm(
+        total=total,
+        initial=total - len(waiting),
+        desc="preprocessing",
+        unit="case",
+        disable=not progress,
+        dynamic_ncols=True,
+    )
+    context = multiprocessing.get_context("spawn")
+    with bar, concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        jobs = {
+            pool.submit(write, source, root, name, rows[name], options): name
+            for name in waiting
+        }
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                reason = job.result()
+                if reason:
+                    failed[jobs[job]] = reason
+                    bar.write(f"{jobs[job]} is left out: {reason}")
+                bar.update()
+        except BrokenProcessPool as error:
+            raise checks.UserError(
+                "a worker process has died, mostly because memory ran out: give fewer "
+                "--workers, and the same command again; finished cases stay."
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {name: failed[name] for name in rows if name in failed}
+
+
+def write(
+    source: Path, root: Path, name: str, split: str, options: Options
+) -> str | None:
+    """Write one case; return the reason if it cannot be used or written."""
+    try:
+        case = totalsegmentator.case_of(source, name, split)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters is checked
+            sample = totalsegmentator.load_case(case)
+        facts = {
+            "name": name,
+            "source_shape": sample.image.shape,
+            "source_affine": sample.affine.tolist(),
+            "overlapping_voxels": sample.overlapping,
+            "source": totalsegmentator.file_sizes(case),
+        }
+        store.write_case(root, resampled(sample, options.spacing), facts=facts)
+    except checks.UserError as error:
+        return str(error)
+    except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
+        return f"it cannot be written to {root}: {' '.join(str(error).split())[:300]}"
+    return None
+
+
+def resampled(sample: totalsegmentator.Sample, spacing: float):
+    """Return a sample of cubic voxels: the CT linear and smoothed, labels nearest."""
+    if spacing == 0:
+        return sample
+    image, affine = nifti.resample(
+        sample.image, sample.affine, spacing=spacing, order=1
+    )
+    label, _ = nifti.resample(sample.label, sample.affine, spacing=spacing, order=0)
+    return replace(sample, image=image, label=label, affine=affine)
+
+
+def _list_cases(root, rows):
+    """Make the store's meta.csv; remove what it no longer lists."""
+    file = root / "meta.csv"
+    if file.exists():
+        for name in totalsegmentator.read_meta(root).keys() - rows.keys():
+            shutil.rmtree(root / name, ignore_errors=True)
+        file.unlink()
+    totalsegmentator.add_to_meta(root, rows)

@@ -1,0 +1,145 @@
+"""What is in a store: report.json, report.html, and a few lines for the terminal."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from swinsmt_jax import labels
+from swinsmt_jax.data import label_table, store, totalsegmentator
+from swinsmt_jax.data.store import StoredCase
+
+SHOWN = 4  # cases drawn
+STYLE = """body { font: 14px sans-serif; margin: 2em; max-width: 70em }
+td, th { text-align: right; padding: 0 .8em } td:first-child { text-align: left }
+img { max-width: 100%; margin: .5em 0 }"""
+
+
+def write(root: Path) -> str:
+    """Write report.json and report.html into a store; return a summary.
+
+    Raises:
+        UserError: for a store that cannot be read.
+    """
+    failed = store.read_json(root / store.INDEX).get("failed", {})
+    rows = totalsegmentator.read_meta(root)
+    cases = [
+        StoredCase(name, split, root / name)
+        for name, split in rows.items()
+        if (root / name / store.CASE).is_file()
+    ]
+    report = _collect(root, cases, failed)
+    store.write_json(root / "report.json", report)
+    (root / "report.html").write_text(_page(report, cases), encoding="utf-8")
+    splits = ", ".join(f"{n} {split}" for split, n in report["cases"].items())
+    return (
+        f"{len(cases)} cases ({splits}), {report['bytes'] / 1e6:.1f} MB, "
+        f"{report['bytes_per_voxel']:.2f} bytes a voxel; {len(failed)} failed\n"
+        f"{root / 'report.html'}"
+    )
+
+
+def _collect(root, cases, failed):
+    facts = [case.facts for case in cases]
+    counts = np.array([f["counts"] for f in facts]).reshape(len(facts), -1)
+    size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+    voxels = sum(int(np.prod(f["shape"])) for f in facts)
+    splits = [case.split for case in cases]
+    return {
+        "cases": {s: splits.count(s) for s in totalsegmentator.SPLITS},
+        "failed": failed,
+        "bytes": size,
+        "bytes_per_voxel": size / max(1, voxels),
+        "shapes": {c.name: f["shape"] for c, f in zip(cases, facts, strict=True)},
+        "source_spacings": {
+            case.name: np.linalg.norm(np.array(f["source_affine"])[:3, :3], axis=0)
+            .round(4)
+            .tolist()
+            for case, f in zip(cases, facts, strict=True)
+        },
+        "overlapping_voxels": sum(f["overlapping_voxels"] for f in facts),
+        "classes": {
+            name: {
+                "voxels": int(counts[:, i].sum()) if len(facts) else 0,
+                "cases": int((counts[:, i] > 0).sum()) if len(facts) else 0,
+            }
+            for i, name in enumerate(labels.CLASS_NAMES)
+            if i
+        },
+    }
+
+
+def _page(report, cases):
+    text = html.escape
+    rows = "".join(
+        f"<tr><td>{text(name)}<td>{c['cases']}<td>{c['voxels']:,}</tr>"
+        for name, c in report["classes"].items()
+    )
+    failed = "".join(
+        f"<li><b>{text(name)}</b>: {text(why)}</li>"
+        for name, why in report["failed"].items()
+    )
+    splits = ", ".join(f"{n} {split}" for split, n in report["cases"].items())
+    shown = cases[:: max(1, len(cases) // SHOWN)][:SHOWN]
+    pictures = "".join(
+        f"<h3>{text(case.name)} ({case.split})</h3>{_image(_slices(case))}"
+        for case in shown
+    )
+    return f"""<!doctype html><meta charset="utf-8"><title>Store</title>
+<style>{STYLE}</style><h1>Preprocessed cases</h1>
+<p>{splits}; {report["bytes"] / 1e6:,.1f} MB; {len(report["failed"])} failed;
+{report["overlapping_voxels"]:,} claims of masks to voxels of another mask.</p>
+<h2>Left out</h2><ul>{failed or "<li>none</li>"}</ul>
+<h2>Spacing and shape</h2>{_image(_histograms(report))}
+<h2>Middle planes</h2>{pictures}
+<h2>Classes</h2><table><tr><th>class<th>cases<th>voxels</tr>{rows}</table>"""
+
+
+def _image(figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=90)
+    content = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{content}" alt="">'
+
+
+def _histograms(report):
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    spacing, shape = figure.subplots(1, 2)
+    for axis, values, name in (
+        (spacing, report["source_spacings"], "spacing of the source, mm"),
+        (shape, report["shapes"], "voxels along an axis of the store"),
+    ):
+        table = np.array(list(values.values())).reshape(-1, 3)
+        axis.hist(list(table.T), bins=20, label=["right", "front", "head"])
+        axis.set(xlabel=name, ylabel="cases")
+    spacing.legend(frameon=False)
+    return figure
+
+
+def _slices(case):
+    """Draw the middle coronal and axial planes with their labels."""
+    sample = case.read()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    palette = np.array([label_table.colour(i) for i in range(labels.NUM_CLASSES)])
+    axes = figure.subplots(1, 4)
+    for i, axis in enumerate((1, 2)):
+        middle = sample.image.shape[axis] // 2
+        ct, label = (
+            a.take(middle, axis)[::-1, ::-1].T for a in (sample.image, sample.label)
+        )
+        sides = [s for a, s in enumerate(_spacing(case)) if a != axis]
+        grey = np.clip((ct[..., None] + 160.0) / 400, 0, 1).repeat(3, -1)
+        coloured = np.where(
+            label[..., None] > 0, 0.5 * grey + 0.5 * palette[label], grey
+        )
+        for panel, picture in zip(axes[2 * i :], (grey, coloured), strict=False):
+            panel.imshow(picture, aspect=sides[1] / sides[0], interpolation="nearest")
+            panel.axis("off")
+    return figure
+
+
+def _spacing(case):
+    return np.linalg.norm(case.affine[:3, :3], axis=0)

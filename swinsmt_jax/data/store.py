@@ -1,0 +1,344 @@
+"""Preprocessed cases: chunked, compressed volumes from which crops are read alone.
+
+<store>/store.json            format and options; made first
+<store>/meta.csv              as in the source
+<store>/s0001/image           int16 HU   } Zarr v3, one file each: a shard of chunks of
+<store>/s0001/label           uint8 ids  } CHUNK^3 voxels, blosc lz4, read by byte range
+<store>/s0001/voxels.npz      samples of voxels, from which centres of crops are drawn
+<store>/s0001/case.json       affine, shapes, boxes of the foreground, counts; made last
+
+A case's folder appears under its name when it is complete.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorstore
+
+from swinsmt_jax import checks, labels
+from swinsmt_jax.data import totalsegmentator, transforms
+from swinsmt_jax.data.totalsegmentator import Sample
+
+FORMAT = 1
+INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
+PARTIAL = ".partial-"
+CHUNK = 32  # measured: as fast as larger ones and as raw memory maps; see docs/data.md
+SAMPLES = 20_000  # voxels of a kind kept at most
+AIRS = (-1024, -1000, -500, -300, -200)  # HU below which boxes are found beforehand
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the content of a store.
+
+    Attributes:
+        spacing: voxel side in mm; 0 keeps each scan's own.
+        classes: version of the class map.
+    """
+
+    spacing: float
+    classes: str = labels.VERSION
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """One preprocessed scan.
+
+    Attributes:
+        name: the case's id.
+        split: "train", "val" or "test".
+        folder: in the store.
+    """
+
+    name: str
+    split: str
+    folder: Path
+
+    @functools.cached_property
+    def facts(self) -> dict:
+        """Return the content of case.json."""
+        return read_json(self.folder / CASE)
+
+    @functools.cached_property
+    def affine(self) -> np.ndarray:
+        """[4, 4], voxel indices to world millimetres, RAS."""
+        return np.array(self.facts["affine"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sides in voxels."""
+        return tuple(self.facts["shape"])
+
+    @functools.cached_property
+    def voxels(self) -> Mapping[str, np.ndarray]:
+        """Samples of voxels, as `write_case` draws them."""
+        with _readable(self.folder / VOXELS), np.load(self.folder / VOXELS) as file:
+            return dict(file)
+
+    def read(self, box: Sequence[slice] | None = None) -> Sample:
+        """Read image and label, or the voxels of a box inside the volume.
+
+        Raises:
+            UserError: for a file that is missing or damaged.
+        """
+        box = tuple(box or (slice(None),) * 3)
+        with _readable(self.folder):
+            parts = [
+                _open(str(self.folder / p))[box].read() for p in ("image", "label")
+            ]
+            image, label = (part.result() for part in parts)
+        step = np.eye(4)
+        step[:3, 3] = [part.start or 0 for part in box]
+        return Sample(image, label, self.affine @ step, self.name)
+
+    def foreground(self, air: float) -> tuple[slice, slice, slice]:
+        """Return the smallest box around the voxels with HU > air."""
+        found = self.facts["boxes"].get(f"{air:g}")
+        if found is None:
+            found = self._boxes.setdefault(air, _box(self.read().image > air))
+        return tuple(slice(*ends) for ends in found)
+
+    @functools.cached_property
+    def _boxes(self) -> dict:
+        return {}
+
+
+def is_store(root: str | Path) -> bool:
+    """Whether a folder is a store."""
+    return (Path(root) / INDEX).is_file()
+
+
+def open_store(root: Path, options: Options) -> None:
+    """Make the folder with its index, or check that it has these options.
+
+    What killed runs left half-written is removed.
+
+    Raises:
+        UserError: for other options, and a folder that holds something else.
+    """
+    file = root / INDEX
+    wanted = {"format": FORMAT, "options": asdict(options)}
+    if file.exists():
+        found = read_json(file)
+        checks.require(
+            {k: found.get(k) for k in wanted} == wanted,
+            f"the store {root} was made with {found.get('options')} in format "
+            f"{found.get('format')}, but now {wanted['options']} in format {FORMAT} is "
+            "wanted; choose another --store.",
+        )
+    else:
+        checks.require(
+            not root.exists() or not any(root.iterdir()),
+            f"the folder {root} holds other files; choose an empty or new --store.",
+        )
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+    for left in root.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left)
+
+
+def read_options(root: Path) -> Options:
+    """Return the options that a store was made with."""
+    found = read_json(root / INDEX)
+    checks.require(
+        found.get("format") == FORMAT,
+        f"the store {root} has format {found.get('format')!r}, but this version reads "
+        f"{FORMAT}; preprocess again.",
+    )
+    return Options(**found["options"])
+
+
+def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
+    """List the cases of a split in the order of meta.csv; failed ones are left out.
+
+    Raises:
+        UserError: for a store that is not finished, or lost a case, and an empty split.
+    """
+    checks.one_of("split", split, totalsegmentator.SPLITS)
+    root = Path(root)
+    read_options(root)
+    rows = totalsegmentator.read_meta(root)
+    failed = read_json(root / INDEX).get("failed", {})
+    names = [n for n, s in rows.items() if s == split and n not in failed]
+    lost = [name for name in names if not (root / name / CASE).is_file()]
+    checks.require(
+        not lost,
+        f"the store {root} lacks {len(lost)} cases of its meta.csv, such as "
+        f"{', '.join(lost[:3])}: it is not finished, or lost them. Run preprocess.py "
+        "again with the same flags; what is there is kept.",
+    )
+    checks.require(
+        bool(names), f"the store {root} holds no case of the split {split!r}."
+    )
+    return tuple(StoredCase(name, split, root / name) for name in names)
+
+
+def balanced_crop(
+    case: StoredCase,
+    rng: np.random.Generator,
+    *,
+    shape: Sequence[int],
+    foreground_ratio: float,
+    air: float,
+) -> Sample:
+    """Take a crop as `transforms.balanced_crop` from the case's foreground.
+
+    Only the chunks of the crop are read. Centres are drawn from the case's samples of
+    voxels, which are uniform among the labelled ones and among the rest.
+    """
+    box = case.foreground(air)
+    want_foreground = rng.random() < foreground_ratio
+    kinds = (
+        case.voxels["foreground"],
+        case.voxels["background"][case.voxels["background_hu"] > air],
+    )
+    wanted, other = kinds if want_foreground else kinds[::-1]
+    voxels = wanted if len(wanted) else other
+    if len(voxels):
+        centre = voxels[rng.integers(len(voxels))].tolist()
+    else:
+        centre = [int(rng.integers(side.start, side.stop)) for side in box]
+    region = []
+    for c, side, within in zip(centre, shape, box, strict=True):
+        last = max(within.stop - side, within.start)
+        first = min(max(c - side // 2, within.start), last)
+        region.append(slice(first, min(first + side, within.stop)))
+    return transforms.pad(case.read(region), shape=shape, air=air)
+
+
+def write_case(root: Path, sample: Sample, *, facts: Mapping) -> dict:
+    """Write a case; its folder appears when it is complete.
+
+    Args:
+        root: of the store.
+        sample: int16 HU and uint8 labels in RAS orientation.
+        facts: more for case.json.
+
+    Returns:
+        The content of case.json.
+    """
+    partial = root / f"{PARTIAL}{os.getpid()}-{sample.name}"
+    partial.mkdir()
+    try:
+        for name, array in (("image", sample.image), ("label", sample.label)):
+            _create(str(partial / name), array).write(array).result()
+        np.savez(partial / VOXELS, **_voxels(sample))
+        counts = np.bincount(sample.label.reshape(-1), minlength=labels.NUM_CLASSES)
+        content = {
+            **facts,
+            "shape": sample.image.shape,
+            "affine": sample.affine.tolist(),
+            "counts": counts.tolist(),
+            "boxes": {f"{air:g}": _box(sample.image > air) for air in AIRS},
+        }
+        write_json(partial / CASE, content)
+        shutil.rmtree(root / sample.name, ignore_errors=True)  # an incomplete one
+        os.replace(partial, root / sample.name)
+        return content
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(file: Path, content) -> None:
+    """Replace a JSON file as a whole."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, file)
+
+
+def _voxels(sample):
+    """Draw samples of the labelled voxels, of each class, and of the rest."""
+    rng = np.random.default_rng(
+        int(hashlib.sha256(sample.name.encode()).hexdigest(), 16)
+    )
+    flat, shape = sample.label.reshape(-1), sample.label.shape
+
+    def drawn(indices, most):
+        if indices.size > most:
+            indices = rng.choice(indices, most, replace=False)
+        places = np.stack(np.unravel_index(np.sort(indices), shape), axis=1)
+        return places.astype(np.int16)
+
+    labelled = np.flatnonzero(flat)
+    order = labelled[np.argsort(flat[labelled], kind="stable")]
+    ends = np.cumsum(np.bincount(flat[labelled], minlength=256))
+    parts = {}
+    for number in np.unique(flat[labelled]).tolist():
+        indices = order[ends[number - 1] : ends[number]]
+        parts[number] = drawn(indices, SAMPLES // 20)
+    rest = drawn(np.flatnonzero(flat == 0), SAMPLES)
+    return {
+        "foreground": drawn(labelled, SAMPLES),
+        "background": rest,
+        "background_hu": sample.image[tuple(rest.T)],
+        **{f"class_{number}": places for number, places in parts.items()},
+    }
+
+
+def _box(mask):
+    """Return [[first, end], ...] of the true voxels; the whole if there are none."""
+    box = []
+    for axis in range(3):
+        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        if hit.size == 0:
+            return [[0, n] for n in mask.shape]
+        box.append([int(hit[0]), int(hit[-1]) + 1])
+    return box
+
+
+def _create(path, array):
+    shard = [-(-n // CHUNK) * CHUNK for n in array.shape]
+    plain = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    lz4 = {"cname": "lz4", "clevel": 5, "shuffle": "shuffle"}
+    sharding = {
+        "chunk_shape": [CHUNK] * 3,
+        "codecs": [*plain, {"name": "blosc", "configuration": lz4}],
+        "index_codecs": [*plain, {"name": "crc32c"}],
+    }
+    metadata = {
+        "shape": list(array.shape),
+        "data_type": str(array.dtype),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    spec = {**_spec(path), "metadata": metadata, "create": True}
+    return tensorstore.open(spec).result()
+
+
+@functools.lru_cache(maxsize=4096)
+def _open(path):
+    return tensorstore.open(_spec(path), read=True).result()
+
+
+def _spec(path):
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": path},
+        "context": {"cache_pool": {"total_bytes_limit": 0}},  # the page cache serves
+    }
+
+
+def read_json(file: Path):
+    """Read a JSON file of a store; a `UserError` if it cannot be read."""
+    with _readable(file):
+        return json.loads(file.read_text())
+
+
+@contextlib.contextmanager
+def _readable(path):
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise checks.UserError(
+            f"{path} of the store cannot be read ({reason}); remove this case's folder "
+            "and run preprocess.py again."
+        ) from error

@@ -1,4 +1,4 @@
-"""Train Swin SMT or Swin UNETR, or continue a run: the same command again.
+"""Train a network, or continue a run: the same command again.
 
     python train.py --config=configs/demo.py --workdir=runs/demo
 

@@ -58,14 +58,30 @@ def positive(name: str, value: int) -> None:
     )
 
 
-def spatial_shape(name: str, shape: Sequence[int], stride: int | Sequence[int]) -> None:
+def spatial_shape(
+    name: str,
+    shape: Sequence[int],
+    stride: int | Sequence[int],
+    *,
+    exact: Sequence[int] | None = None,
+) -> None:
     """Raise `UserError` unless every side is a positive multiple of the stride.
 
     Args:
         name: what the shape belongs to, for the message.
         shape: spatial sides (D, H, W) in voxels.
         stride: total stride of the encoder, one number or one per side.
+        exact: the only shape that the network takes, if its parameters depend on it;
+            then the stride does not matter.
     """
+    if exact is not None:
+        require(
+            tuple(shape) == tuple(exact),
+            f"{name} has shape {tuple(shape)}, but this network takes {exact} alone: "
+            "its parameters are made for the input shape of its config; change one or "
+            "the other.",
+        )
+        return
     strides = (stride,) * len(shape) if isinstance(stride, int) else tuple(stride)
     if all(n > 0 and n % s == 0 for n, s in zip(shape, strides, strict=True)):
         return
@@ -75,3 +91,25 @@ def spatial_shape(name: str, shape: Sequence[int], stride: int | Sequence[int]) 
         f"{name} has shape {tuple(shape)}, but every side must be a multiple of {rule},"
         f" the total stride of the encoder; the next valid shape is {valid}."
     )
+
+
+def image_batch(
+    shape: Sequence[int],
+    *,
+    channels: int,
+    stride: int | Sequence[int],
+    exact: Sequence[int] | None = None,
+) -> None:
+    """Raise `UserError` unless a network can take [B, D, H, W, channels].
+
+    Args:
+        shape: of the input.
+        channels: that the network was made for.
+        stride, exact: see `spatial_shape`.
+    """
+    require(
+        len(shape) == 5 and shape[-1] == channels,
+        f"input has shape {tuple(shape)}, but must be [B, D, H, W, {channels}] "
+        "(channels last).",
+    )
+    spatial_shape("image patch", shape[1:4], stride, exact=exact)

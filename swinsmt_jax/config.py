@@ -11,12 +11,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swinsmt_jax import checks
+from swinsmt_jax.network_config import (
+    NNFormerConfig,
+    PlainConvUNetConfig,
+    ResidualEncoderUNetConfig,
+    UNETRConfig,
+    UXNetConfig,
+)
 from swinsmt_jax.swin_config import SwinSMTConfig, SwinUNETRConfig
 
-ModelConfig = SwinUNETRConfig | SwinSMTConfig
+ModelConfig = (
+    SwinUNETRConfig
+    | SwinSMTConfig
+    | PlainConvUNetConfig
+    | ResidualEncoderUNetConfig
+    | UNETRConfig
+    | UXNetConfig
+    | NNFormerConfig
+)
 MODEL_CONFIGS: dict[str, type] = {
     "swin_smt": SwinSMTConfig,
     "swin_unetr": SwinUNETRConfig,
+    "nnunet_plain": PlainConvUNetConfig,
+    "nnunet_resenc": ResidualEncoderUNetConfig,
+    "unetr": UNETRConfig,
+    "ux_net": UXNetConfig,
+    "nnformer": NNFormerConfig,
 }
 
 
@@ -226,7 +246,10 @@ class ExperimentConfig:
 
     def __post_init__(self):
         checks.spatial_shape(
-            "data.patch_shape", self.data.patch_shape, self.model.total_stride
+            "data.patch_shape",
+            self.data.patch_shape,
+            self.model.total_stride,
+            exact=self.model.input_shape,
         )
         if isinstance(self.model, SwinSMTConfig):
             self.model.require_tokens(self.data.patch_shape)
@@ -240,8 +263,8 @@ class ExperimentConfig:
 def from_config_dict(config: Mapping) -> ExperimentConfig:
     """Build the checked dataclasses from a (nested) mapping such as a ConfigDict.
 
-    `config["model"]["name"]` is "swin_smt" or "swin_unetr"; all other keys are the
-    fields of the dataclasses.
+    `config["model"]["name"]` is one of `MODEL_CONFIGS`; all other keys are the fields
+    of the dataclasses.
 
     Raises:
         UserError: for an unknown or missing key, a value of the wrong type or out of
@@ -258,7 +281,7 @@ def model_from_dict(values: Mapping) -> ModelConfig:
 
 def to_dict(config: ExperimentConfig | ModelConfig) -> dict:
     """Return the nested plain dictionary from which the config can be built again."""
-    if isinstance(config, SwinUNETRConfig):
+    if not isinstance(config, ExperimentConfig):
         name = next(n for n, c in MODEL_CONFIGS.items() if type(config) is c)
         return {"name": name, **dataclasses.asdict(config)}
     return {**dataclasses.asdict(config), "model": to_dict(config.model)}

@@ -5,11 +5,11 @@ import math
 from dataclasses import dataclass
 
 from swinsmt_jax import checks
+from swinsmt_jax.network_config import DTYPES
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 REMAT_CHOICES = (*STAGES, "encoder", "decoder")
 PATCH_MERGING = ("legacy", "octants", "octants_v2")
-DTYPES = ("float32", "bfloat16")
 ROUTING = ("dense", "streaming", "auto", "cudnn")
 SLOTS = ("dynamic", "learned")
 
@@ -104,6 +104,11 @@ class SwinUNETRConfig:
     def total_stride(self) -> int:
         """Number of which every side of the input must be a multiple."""
         return 2 ** (1 + len(self.depths))
+
+    @property
+    def input_shape(self) -> None:
+        """Any shape of whole strides is taken."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
+import dataclasses
 import importlib
 from pathlib import Path
 
 import pytest
 
 from swinsmt_jax import models
+from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import SwinSMTConfig, from_config_dict
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -15,6 +17,12 @@ PARAMETERS = {
     "swin_smt_e8": 87_014_728,
     "swin_smt_e16": 114_937_672,
     "swin_unetr_b": 72_767_752,
+    "nnunet_plain": 31_288_974,
+    "nnunet_resenc_m": 102_443_150,
+    "nnunet_resenc_l": 102_443_150,
+    "unetr": 102_036_406,
+    "ux_net": 53_011_606,
+    "nnformer": 149_960_014,
 }
 MILLIONS = {"swin_unetr_s": 18.35, "swin_unetr_l": 290.40}
 
@@ -69,8 +77,21 @@ def test_the_papers_network():
     )
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("swin_")])
+@pytest.mark.parametrize("name", sorted({*PARAMETERS, *MILLIONS}))
 def test_variants_differ_from_the_paper_in_the_network_alone(name):
     paper, variant = experiment("swin_smt_paper"), experiment(name)
-    assert variant.data == paper.data and variant.training == paper.training
+    if name in ("nnformer", "nnunet_resenc_m"):  # are of 96^3
+        assert variant.data.patch_shape == (96, 96, 96)
+        data = dataclasses.replace(variant.data, patch_shape=paper.data.patch_shape)
+    else:
+        data = variant.data
+    assert data == paper.data and variant.training == paper.training
     assert variant.optimizer == paper.optimizer
+
+
+@pytest.mark.parametrize("name", ["unetr", "nnformer"])
+def test_a_patch_other_than_the_networks_only_shape_is_refused(name):
+    values = load(name).get_config()
+    values.data.patch_shape = (64, 64, 64)
+    with pytest.raises(UserError, match="data.patch_shape .* takes .* alone: its"):
+        from_config_dict(values)

@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["checks"],
+    ["network_config"],
     ["swin_config", "labels"],
     ["config"],
     ["ops", "losses", "metrics", "data"],
@@ -19,7 +20,15 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FLAX = {"layers", "models", "sharding", "training", "convert", "evaluation"}
-JAXLESS = {"config", "swin_config", "checks", "labels", "data", "metrics"}
+JAXLESS = {
+    "checks",
+    "network_config",
+    "swin_config",
+    "config",
+    "labels",
+    "data",
+    "metrics",
+}
 
 
 def imports(path):

@@ -18,6 +18,13 @@ def test_network(shared, name):
     check(parity.network_figures(golden, parity.NETWORKS[name], name=name))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", parity.ZOO)
+def test_compared_network(shared, name):
+    golden = dict(np.load(shared / "parity" / f"{name}.npz"))
+    check(parity.zoo_figures(golden, name=name))
+
+
 def test_modules(shared):
     check(parity.module_figures(dict(np.load(shared / "parity" / "modules.npz"))))
 

@@ -7,33 +7,58 @@ import numpy as np
 from flax import nnx
 
 from swinsmt_jax import checks
-from swinsmt_jax.convert import swin_names
-from swinsmt_jax.ops import windows
+from swinsmt_jax.convert import (
+    nnformer_names,
+    nnunet_names,
+    swin_names,
+    unetr_names,
+    ux_net_names,
+)
+from swinsmt_jax.convert.names import NameTable
+from swinsmt_jax.models.nnformer import NNFormer
+from swinsmt_jax.models.nnunet import NNUNet
+from swinsmt_jax.models.swin_unetr import SwinUNETR
+from swinsmt_jax.models.unetr import UNETR
+from swinsmt_jax.models.ux_net import UXNet
+
+TABLES = {
+    SwinUNETR: swin_names.TABLE,
+    NNUNet: nnunet_names.TABLE,
+    UNETR: unetr_names.TABLE,
+    UXNet: ux_net_names.TABLE,
+    NNFormer: nnformer_names.TABLE,
+}
 
 
 def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     """Replace the parameters of `model` by those of a PyTorch state dictionary.
 
     Args:
-        model: a Swin UNETR or Swin SMT made by `models.create`.
+        model: a network made by `models.create`.
         state_dict: arrays (or CPU tensors) under PyTorch's names, in PyTorch's layouts.
             A prefix "module." of every name and the integer buffers
-            `relative_position_index` are passed over.
+            `relative_position_index` are passed over. Of tensors that PyTorch writes
+            under several names, the further ones may be missing.
 
     Raises:
-        UserError: if names are missing or unexpected, or shapes differ; the message
-            lists them and the model is unchanged.
+        UserError: if names are missing or unexpected, shapes differ, or two names of
+            one tensor hold different values; the message lists them and the model is
+            unchanged.
     """
+    table = _table(model)
     names = list(state_dict)
     prefix = "module." if names and all(n.startswith("module.") for n in names) else ""
     given = {
         name.removeprefix(prefix): value
         for name, value in state_dict.items()
-        if not re.fullmatch(swin_names.BUFFERS, name)
+        if not re.fullmatch(table.buffers, name)
     }
     parameters = _parameters(model)
-    wanted = {path: _torch_names(path, p[...].shape) for path, p in parameters.items()}
+    wanted = {
+        path: _torch_names(table, path, p[...].shape) for path, p in parameters.items()
+    }
     expected = {name for _, names in wanted.values() for name in names}
+    _drop_aliases(table, expected, given)
     _compare_names(expected, set(given))
 
     arrays, wrong = {}, []
@@ -54,8 +79,8 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     checks.require(
         not wrong,
         "the state dictionary is of another configuration, for these shapes differ: "
-        f"{_listing(wrong)}. Check feature_size, num_experts, window_size, in_channels "
-        "and out_channels.",
+        f"{_listing(wrong)}. Check the config's channels, and what else decides sizes, "
+        "such as num_experts and window_size.",
     )
     for path, parameter in parameters.items():
         parameter[...] = np.ascontiguousarray(arrays[path], np.float32)
@@ -65,24 +90,32 @@ def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarra
     """Write the parameters under PyTorch's names, in PyTorch's layouts, bit for bit.
 
     Args:
-        model: a Swin UNETR or Swin SMT made by `models.create`.
+        model: a network made by `models.create`.
         buffers: add the `relative_position_index` buffers that PyTorch's
             `load_state_dict(strict=True)` asks for.
     """
-    state_dict = {}
+    table, state_dict = _table(model), {}
     for path, parameter in _parameters(model).items():
         array = np.asarray(parameter[...])
-        rule, names = _torch_names(path, array.shape)
+        rule, names = _torch_names(table, path, array.shape)
         parts = array if "experts" in path else [array]
         for name, part in zip(names, parts, strict=True):
-            state_dict[name] = np.ascontiguousarray(rule.to_torch(part))
+            tensor = np.ascontiguousarray(rule.to_torch(part))
+            state_dict |= dict.fromkeys(table.all_names(name), tensor)
     if buffers:
-        index = windows.relative_position_index(model.config.window_size)
-        for name in list(state_dict):
-            if name.endswith("relative_position_bias_table"):
-                buffer = name.replace("bias_table", "index")
-                state_dict[buffer] = index.astype(np.int64)
+        for path in _parameters(model):
+            if path.endswith("/relative_position_bias_table"):
+                name = table.find(path)[1].replace("bias_table", "index")
+                index = _parent(model, path).relative_position_index()
+                state_dict[name] = index.astype(np.int64)
     return state_dict
+
+
+def _parent(model, path):
+    """Return the module that holds the parameter of a path."""
+    for part in path.split("/")[:-1]:
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
 
 
 def _parameters(model) -> dict[str, nnx.Param]:
@@ -90,11 +123,38 @@ def _parameters(model) -> dict[str, nnx.Param]:
     return {"/".join(map(str, path)): parameter for path, parameter in flat}
 
 
-def _torch_names(path, shape):
-    rule, name = swin_names.find_rule(path)
+def _table(model) -> NameTable:
+    checks.require(
+        type(model) in TABLES,
+        f"model is a {type(model).__name__}, but PyTorch's names are known of "
+        f"{', '.join(t.__name__ for t in TABLES)}.",
+    )
+    return TABLES[type(model)]
+
+
+def _torch_names(table, path, shape):
+    rule, name = table.find(path)
     if "{e}" not in name:
         return rule, [name]
     return rule, [name.format(e=e) for e in range(shape[0])]
+
+
+def _drop_aliases(table, expected, given):
+    """Remove the further names of one tensor, which must hold the same values."""
+    unequal = []
+    for name in expected:
+        for alias in table.all_names(name)[1:]:
+            if alias in given and name in given:
+                if not np.array_equal(
+                    np.asarray(given[name]), np.asarray(given[alias])
+                ):
+                    unequal.append(f"{name} and {alias}")
+                del given[alias]
+    checks.require(
+        not unequal,
+        "the state dictionary holds different values under two names of one tensor"
+        f"{_listing(unequal)}; write it anew from the PyTorch network.",
+    )
 
 
 def _compare_names(expected, given):
@@ -103,8 +163,8 @@ def _compare_names(expected, given):
         not missing and not unexpected,
         f"the state dictionary does not fit the model: {len(missing)} names are missing"
         f"{_listing(missing)} and {len(unexpected)} are unexpected"
-        f"{_listing(unexpected)}. Check num_experts, num_moe_stages, residual_conv, "
-        "depths, qkv_bias and patch_norm of the config.",
+        f"{_listing(unexpected)}. Check the fields of the config that decide which "
+        "parts there are, such as num_moe_stages, residual_conv and depths.",
     )
 
 

@@ -1,5 +1,8 @@
 """Convolution blocks of the U-shaped decoder: volumes [B, D, H, W, C]."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,9 +11,21 @@ from swinsmt_jax.layers import initializers
 from swinsmt_jax.ops import convolution
 from swinsmt_jax.ops.normalization import standardize
 
+Initializer = Callable[..., nnx.Param]
+
 
 class Conv(nnx.Module):
-    """Convolution of stride 1 with a cubic kernel of side 1 or 3, zero padded."""
+    """Convolution with an odd cubic kernel, zero padded by half of it.
+
+    Args:
+        channels, features: of input and output.
+        kernel_size: side of the kernel; 1 and 3 have stride 1 forms.
+        strides: one number or (D, H, W), each 1 or 2.
+        use_bias: whether there is a bias.
+        initializer: of kernel and bias, from `layers.initializers`.
+        dtype: of the convolution.
+        rngs: initialises the parameters.
+    """
 
     def __init__(
         self,
@@ -18,30 +33,33 @@ class Conv(nnx.Module):
         features: int,
         *,
         kernel_size: int,
+        strides: int | convolution.Strides = 1,
         use_bias: bool = False,
+        initializer: Initializer = initializers.uniform_fan_in,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        if kernel_size not in (1, 3):
+        strides = (strides,) * 3 if isinstance(strides, int) else tuple(strides)
+        if strides == (1, 1, 1) and kernel_size not in (1, 3):
             raise ValueError(f"kernel_size is {kernel_size}, but must be 1 or 3.")
+        self.strides = strides
         self.dtype = dtype
         fan_in = channels * kernel_size**3
         shape = (kernel_size,) * 3 + (channels, features)
-        self.kernel = initializers.uniform_fan_in(rngs, shape, fan_in=fan_in)
-        self.bias = (
-            initializers.uniform_fan_in(rngs, (features,), fan_in=fan_in)
-            if use_bias
-            else None
+        self.kernel = initializer(rngs, shape, fan_in=fan_in)
+        self.bias = _bias(
+            features, initializer, fan_in=fan_in, rngs=rngs, wanted=use_bias
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, D, H, W, C] to [B, D, H, W, O]."""
+        """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        y = (
-            x @ kernel[0, 0, 0]
-            if len(kernel) == 1
-            else convolution.conv3x3x3(x, kernel)
-        )
+        if self.strides != (1, 1, 1):
+            y = convolution.strided_conv(x, kernel, self.strides)
+        elif len(kernel) == 1:
+            y = x @ kernel[0, 0, 0]
+        else:
+            y = convolution.conv3x3x3(x, kernel)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -71,26 +89,67 @@ class PatchConv(nnx.Module):
 
 
 class UpConv(nnx.Module):
-    """Transposed convolution, kernel 2 and stride 2: doubles every side."""
+    """Transposed convolution with kernel = stride: multiplies every side.
+
+    Args:
+        channels, features: of input and output.
+        strides: one number or (D, H, W).
+        use_bias, initializer, dtype, rngs: as in `Conv`.
+    """
 
     def __init__(
-        self, channels: int, features: int, *, dtype: str = "float32", rngs: nnx.Rngs
+        self,
+        channels: int,
+        features: int,
+        *,
+        strides: int | convolution.Strides = 2,
+        use_bias: bool = False,
+        initializer: Initializer = initializers.uniform_fan_in,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
     ):
+        strides = (strides,) * 3 if isinstance(strides, int) else tuple(strides)
         self.dtype = dtype
         # PyTorch takes the fan of a transposed convolution from its outputs.
-        self.kernel = initializers.uniform_fan_in(
-            rngs, (2, 2, 2, channels, features), fan_in=features * 8
+        fan_in = features * math.prod(strides)
+        self.kernel = initializer(rngs, (*strides, channels, features), fan_in=fan_in)
+        self.bias = _bias(
+            features, initializer, fan_in=fan_in, rngs=rngs, wanted=use_bias
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, D, H, W, C] to [B, 2D, 2H, 2W, O]."""
+        """Map [B, D, H, W, C] to [B, D s, H s, W s, O]."""
         kernel = self.kernel[...].astype(self.dtype)
-        return convolution.unpatchify(x.astype(self.dtype), kernel)
+        y = convolution.unpatchify(x.astype(self.dtype), kernel)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def _bias(features, initializer, *, fan_in, rngs, wanted):
+    """PyTorch's default draws biases too; every other initialisation zeroes them."""
+    if not wanted:
+        return None
+    if initializer is initializers.uniform_fan_in:
+        return initializer(rngs, (features,), fan_in=fan_in)
+    return initializers.constant(0.0, (features,))
 
 
 def instance_norm(x: jax.Array) -> jax.Array:
     """Standardise every channel of every sample over space, without parameters."""
     return standardize(x, (1, 2, 3)).astype(x.dtype)
+
+
+class InstanceNorm(nnx.Module):
+    """Instance norm with scale and bias; statistics in float32, result in `dtype`."""
+
+    def __init__(self, channels: int, *, dtype: str = "float32"):
+        self.dtype = dtype
+        self.scale = initializers.constant(1.0, (channels,))
+        self.bias = initializers.constant(0.0, (channels,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the standardised, scaled and moved [B, D, H, W, C]."""
+        y = standardize(x, (1, 2, 3)) * self.scale[...] + self.bias[...]
+        return y.astype(self.dtype)
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:

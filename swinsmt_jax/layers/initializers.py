@@ -1,4 +1,4 @@
-"""PyTorch's default initialisation, so that training starts as the published one."""
+"""PyTorch's initialisations, so that training starts as the published one."""
 
 import functools
 import math
@@ -17,6 +17,13 @@ def uniform_fan_in(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nn
     """
     bound = np.float32(1 / np.sqrt(fan_in))
     return nnx.Param(bound * _uniform(rngs.params(), shape))
+
+
+def he_normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
+    """Draw a parameter from N(0, 2 / fan_in), as nnU-Net does (He et al. 2015)."""
+    # The hash gives -1 too, of which the inverse error function is infinite.
+    draw = jax.lax.erf_inv((1 - 2.0**-23) * _uniform(rngs.params(), shape))
+    return nnx.Param(np.float32(2 / np.sqrt(fan_in)) * draw)
 
 
 def truncated_normal(

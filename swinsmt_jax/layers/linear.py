@@ -39,15 +39,16 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer norm of the last axis with scale and bias; statistics in float32."""
 
-    def __init__(self, channels: int, *, dtype: str = "float32"):
+    def __init__(self, channels: int, *, epsilon: float = 1e-5, dtype: str = "float32"):
+        self.epsilon = epsilon
         self.dtype = dtype
         self.scale = initializers.constant(1.0, (channels,))
         self.bias = initializers.constant(0.0, (channels,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the normalised, scaled and moved `x` in the layer's dtype."""
-        y = standardize(x, (x.ndim - 1,)) * self.scale[...] + self.bias[...]
-        return y.astype(self.dtype)
+        y = standardize(x, (x.ndim - 1,), epsilon=self.epsilon)
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:

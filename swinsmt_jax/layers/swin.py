@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
-from swinsmt_jax.layers.attention import WindowAttention
+from swinsmt_jax.layers.attention import PositionIndex, WindowAttention
 from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in
 from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.patch import PatchMerging
@@ -22,6 +22,7 @@ class SwinBlock(nnx.Module):
         shift: (D, H, W) in tokens, zeros for a block that does not shift.
         mlp: the MLP or Soft MoE; a Soft MoE sees the whole token grid at once.
         qkv_bias, dropout_rate, attention_dropout, drop_path_rate: see the config.
+        position_index: see `WindowAttention`.
         dtype: of the matrix products.
         rngs: initialises the parameters.
     """
@@ -38,6 +39,7 @@ class SwinBlock(nnx.Module):
         dropout_rate: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path_rate: float = 0.0,
+        position_index: PositionIndex = windows.relative_position_index,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
@@ -52,6 +54,7 @@ class SwinBlock(nnx.Module):
             qkv_bias=qkv_bias,
             attention_dropout=attention_dropout,
             projection_dropout=dropout_rate,
+            position_index=position_index,
             dtype=dtype,
             rngs=rngs,
         )

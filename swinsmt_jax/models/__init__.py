@@ -4,9 +4,28 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ModelConfig, SwinSMTConfig, SwinUNETRConfig
+from swinsmt_jax.models.nnformer import NNFormer
+from swinsmt_jax.models.nnunet import NNUNet
 from swinsmt_jax.models.swin_unetr import SwinUNETR
+from swinsmt_jax.models.unetr import UNETR
+from swinsmt_jax.models.ux_net import UXNet
+from swinsmt_jax.network_config import (
+    NNFormerConfig,
+    PlainConvUNetConfig,
+    ResidualEncoderUNetConfig,
+    UNETRConfig,
+    UXNetConfig,
+)
 
-NETWORKS = {SwinSMTConfig: SwinUNETR, SwinUNETRConfig: SwinUNETR}
+NETWORKS = {
+    SwinSMTConfig: SwinUNETR,
+    SwinUNETRConfig: SwinUNETR,
+    PlainConvUNetConfig: NNUNet,
+    ResidualEncoderUNetConfig: NNUNet,
+    UNETRConfig: UNETR,
+    UXNetConfig: UXNet,
+    NNFormerConfig: NNFormer,
+}
 
 
 def create(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:

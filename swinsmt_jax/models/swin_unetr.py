@@ -167,12 +167,9 @@ class SwinUNETR(nnx.Module):
         return (logits, routing) if return_routing else logits
 
     def _check(self, x):
-        checks.require(
-            x.ndim == 5 and x.shape[-1] == self.config.in_channels,
-            f"input has shape {x.shape}, but must be [B, D, H, W, "
-            f"{self.config.in_channels}] (channels last).",
+        checks.image_batch(
+            x.shape, channels=self.config.in_channels, stride=self.total_stride
         )
-        checks.spatial_shape("image patch", x.shape[1:4], self.total_stride)
 
 
 def _key(rngs):

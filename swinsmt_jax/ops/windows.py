@@ -100,3 +100,21 @@ def relative_position_index(window: Triple) -> np.ndarray:
     for difference, n in zip(offset, window, strict=True):
         index = index * (2 * n - 1) + difference + n - 1
     return index.astype(np.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def nnformer_position_index(window: Triple) -> np.ndarray:
+    """Row of the table as nnFormer counts it, with factors 3 w - 1, 2 w - 1 and 1.
+
+    Different offsets share rows and the last ones are never used; pretrained weights
+    rely on it.
+
+    Returns:
+        int32 [n, n] with entries below prod(2 w - 1).
+    """
+    axes = np.meshgrid(*(np.arange(n) for n in window), indexing="ij")
+    tokens = np.stack([a.ravel() for a in axes])  # [3, n]
+    offset = tokens[:, :, None] - tokens[:, None, :]  # [3, n, n]
+    d, h, w = (o + n - 1 for o, n in zip(offset, window, strict=True))
+    index = d * (3 * window[1] - 1) + h * (2 * window[1] - 1) + w
+    return index.astype(np.int32)

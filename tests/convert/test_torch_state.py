@@ -6,6 +6,7 @@ from flax import nnx
 from swinsmt_jax import convert, models
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import SwinSMTConfig
+from swinsmt_jax.network_config import NNFormerConfig, PlainConvUNetConfig
 
 CONFIG = SwinSMTConfig(
     in_channels=1, out_channels=2, feature_size=3, num_heads=(1, 1, 1, 1),
@@ -76,3 +77,40 @@ def test_another_shape_is_named(model, state_dict):
     state_dict["out.conv.conv.weight"] = np.zeros((5, 3, 1, 1, 1), "f4")
     with pytest.raises(UserError, match=r"out.conv.conv.weight: \(5, 3, 1, 1, 1\), "):
         convert.load_torch(model, state_dict)
+
+
+def test_two_names_of_one_tensor_must_agree(rng):
+    config = PlainConvUNetConfig(
+        in_channels=1, out_channels=2, features_per_stage=(2, 3), strides=(1, 2)
+    )
+    graphdef, shapes = nnx.split(
+        nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0)))
+    )
+    draw = jax.tree.map(lambda a: rng.standard_normal(a.shape).astype("f4"), shapes)
+    model = nnx.merge(graphdef, draw)
+    state_dict = convert.to_torch(model)
+    name = "decoder.encoder.stages.1.0.convs.0.all_modules.0.weight"
+    first = "encoder.stages.1.0.convs.0.conv.weight"
+    np.testing.assert_array_equal(state_dict[name], state_dict[first])
+    first_names = {k: v for k, v in state_dict.items() if "all_modules" not in k}
+    convert.load_torch(model, first_names)
+    state_dict[name] = state_dict[name] + 1
+    with pytest.raises(UserError, match=f"two names of one tensor .*{name}"):
+        convert.load_torch(model, state_dict)
+
+
+def test_nnformer_counts_its_positions_as_published():
+    config = NNFormerConfig(
+        in_channels=1, out_channels=2, crop_size=(32, 64, 64), embedding_dim=2,
+        depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=(4, 4, 8, 4),
+    )  # fmt: skip
+    graphdef, shapes = nnx.split(
+        nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0)))
+    )
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, "f4"), shapes)
+    full = convert.to_torch(nnx.merge(graphdef, zeros), buffers=True)
+    index = full["decoder.layers.1.blocks.0.attn.relative_position_index"]
+    assert index.shape == (64, 64) and index[0, 0] == 3 * 11 + 3 * 7 + 3
+    assert index[63, 0] == 6 * 11 + 6 * 7 + 6 and index[0, 63] == 0
+    shrunk = full["model_down.layers.3.blocks.0.attn.relative_position_index"]
+    assert shrunk.shape == (8, 8)

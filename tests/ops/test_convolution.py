@@ -37,6 +37,58 @@ def test_conv3x3x3_is_a_3d_convolution_on_accelerators_and_2d_on_cpu(rng):
     assert "[b, 0, 1, f]" in cpu and "[b, 0, 1, 2, f]" not in cpu
 
 
+@pytest.mark.parametrize(("side", "strides"), [(3, (1, 2, 2)), (7, (2, 2, 2))])
+def test_strided_conv_equals_the_direct_convolution_with_its_gradients(
+    rng, side, strides
+):
+    x, kernel = draw(rng, 2, 4, 6, 2, 3), draw(rng, side, side, side, 3, 5)
+
+    def direct(x, kernel):
+        half = ((side // 2, side // 2),) * 3
+        return lax.conv_general_dilated(
+            x, kernel, strides, half, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+
+    def ours(x, kernel):
+        return convolution.strided_conv(x, kernel, strides)
+
+    @jax.jit
+    def run(x, kernel):
+        wanted, expected = jax.vjp(direct, x, kernel)
+        result, pullback = jax.vjp(ours, x, kernel)
+        return (wanted, *expected(wanted)), (result, *pullback(wanted))
+
+    for a, b in zip(*run(x, kernel), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * jnp.abs(a).max())
+    program = jax.export.export(jax.jit(ours), platforms=("cuda",))(x, kernel)
+    assert f"stride = {list(strides)}" in program.mlir_module()
+
+
+def test_depthwise_conv_equals_the_grouped_convolution_with_its_gradients(rng):
+    x, kernel = draw(rng, 2, 3, 5, 4, 3), draw(rng, 5, 5, 5, 3)
+
+    def grouped(x, kernel):
+        return lax.conv_general_dilated(
+            x,
+            kernel[:, :, :, None],
+            (1, 1, 1),
+            "SAME",
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            feature_group_count=3,
+        )
+
+    @jax.jit
+    def run(x, kernel):
+        wanted, expected = jax.vjp(grouped, x, kernel)
+        result, pullback = jax.vjp(convolution.depthwise_conv, x, kernel)
+        return (wanted, *expected(wanted)), (result, *pullback(wanted))
+
+    for a, b in zip(*run(x, kernel), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * jnp.abs(a).max())
+    program = jax.export.export(jax.jit(convolution.depthwise_conv), platforms=("tpu",))
+    assert "feature_group_count = 3" in program(x, kernel).mlir_module()
+
+
 def test_patchify_equals_a_strided_convolution(rng):
     x, kernel = draw(rng, 2, 4, 6, 8, 3), draw(rng, 2, 2, 2, 3, 5)
     expected = lax.conv_general_dilated(

@@ -1,0 +1,295 @@
+"""Train several networks on the same phantoms with the same budget; compare Dice.
+
+    python -m benchmarks.compare --models=swin_unetr,swin_smt --budget=200 \
+        [--budget_in=steps] [--size=small] [--seeds=0,1] [--json=FILE] [--plot=FILE]
+
+The networks are the small forms of `benchmarks.small_networks`; phantoms are made in
+--root if they are missing. All networks see the same crops in the same order. The
+budget is of optimiser steps, or, with --budget_in=tflop, of forward operations (see
+`benchmarks.operations`), so that a cheaper network takes more steps. Printed are Dice
+by group on the test phantoms, in per cent, with 95 % bootstrap intervals over cases
+(and seeds, where there are several), and the difference of each network to the first,
+resampled in pairs.
+
+A study of small networks, short runs and one learning rate on synthetic bodies: of
+tendency, not of any published result.
+"""
+
+import dataclasses
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from benchmarks import operations, small_networks
+from swinsmt_jax import checks, labels, metrics, models
+from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
+from swinsmt_jax.data.phantom import write_dataset
+from swinsmt_jax.data.totalsegmentator import find_cases
+from swinsmt_jax.evaluation import run
+from swinsmt_jax.training import loop, startup
+from swinsmt_jax.training.checkpoint import load_model
+
+REPLICATES = 2000
+INTERVAL = (2.5, 97.5)  # percentiles
+
+
+def step_gflop(config: ExperimentConfig) -> float:
+    """GFLOP of the forward pass of one training step, routing in the dense form."""
+    model = config.model
+    if isinstance(model, SwinSMTConfig):
+        model = dataclasses.replace(model, routing="dense")
+    one = operations.forward_operations(model, config.data.patch_shape)
+    return config.data.batch_size * one / 1e9
+
+
+def steps_of(budget: float, unit: str, config: ExperimentConfig) -> int:
+    """Return the optimiser steps that the budget allows."""
+    checks.require(budget > 0, f"--budget is {budget:g}, but must be positive.")
+    cost = 1.0 if unit == "steps" else step_gflop(config) / 1e3
+    checks.require(
+        budget >= cost,
+        f"--budget is {budget:g} {unit}, but one step takes {cost:.3g}; give more.",
+    )
+    return int(budget / cost)
+
+
+def train_and_score(config: ExperimentConfig) -> dict:
+    """Train, and return Dice `[cases, K]` on the test split and seconds."""
+    cases = find_cases(config.data.root, split="test")
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        loop.train(config, workdir=folder)
+        seconds = time.perf_counter() - start
+        _, model, _ = load_model(Path(folder))
+        found = run.segment_cases(run.predict_fn(model), config, cases)
+        results = [case.result for case in found]
+    later = [result.seconds for result in results[1:] or results]  # after compilation
+    return {
+        "scores": run.dice_scores(results),
+        "train_s": seconds,
+        "scan_s": float(np.median(later)),
+    }
+
+
+def mean_dice(scores: np.ndarray) -> dict[str, float]:
+    """Dice by group and overall, in per cent, of `[seeds, cases, K]`."""
+    groups = run.known_groups(labels.GROUPS, scores.shape[-1])
+    found = metrics.group_averages(scores.mean(axis=0), groups=groups)
+    return {name: 100 * mean[metrics.AVERAGES[0]] for name, mean in found.items()}
+
+
+def intervals(statistic, *scores: np.ndarray, seed: int = 0) -> dict:
+    """Return the bootstrap interval of a statistic of scores `[seeds, cases, K]`.
+
+    Cases and seeds are drawn with replacement, the same ones of all scores: a
+    difference is resampled in pairs.
+    """
+    rng = np.random.default_rng(seed)
+    seeds, cases = scores[0].shape[:2]
+    values: dict[str, list[float]] = {}
+    for _ in range(REPLICATES):
+        pick = np.ix_(rng.integers(seeds, size=seeds), rng.integers(cases, size=cases))
+        for name, value in statistic(*(s[pick] for s in scores)).items():
+            values.setdefault(name, []).append(value)
+    return {n: tuple(np.nanpercentile(v, INTERVAL)) for n, v in values.items()}
+
+
+def difference(scores: np.ndarray, first: np.ndarray) -> dict[str, float]:
+    """Dice of the scores less that of the first network."""
+    ours, theirs = mean_dice(scores), mean_dice(first)
+    return {name: ours[name] - theirs[name] for name in ours}
+
+
+def experiment_of(name: str, options) -> ExperimentConfig:
+    """Return a network's experiment, as long as the budget allows."""
+    values = small_networks.experiment(
+        name, size=options.size, patch_shape=tuple(map(int, options.patch))
+    )
+    values.data.root = options.root
+    values.optimizer.learning_rate = options.learning_rate
+    config = from_config_dict(values)
+    steps = steps_of(options.budget, options.budget_in, config)
+    training = dataclasses.replace(
+        config.training, num_steps=steps, checkpoint_every=steps, log_every=steps
+    )
+    optimizer = dataclasses.replace(
+        config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, steps // 10)
+    )
+    return dataclasses.replace(config, optimizer=optimizer, training=training)
+
+
+def study(name: str, config: ExperimentConfig, *, seeds: Sequence[int]) -> dict:
+    """Train one network once for each seed; return its row."""
+    runs = []
+    for seed in seeds:
+        training = dataclasses.replace(config.training, seed=seed)
+        runs.append(train_and_score(dataclasses.replace(config, training=training)))
+    scores = np.stack([found["scores"] for found in runs])
+    return {
+        "name": name,
+        "parameters": models.count_parameters(config.model),
+        "steps": config.training.num_steps,
+        "step_gflop": step_gflop(config),
+        "train_s": float(np.mean([found["train_s"] for found in runs])),
+        "scan_s": float(np.mean([found["scan_s"] for found in runs])),
+        "dice": mean_dice(scores),
+        "interval": intervals(mean_dice, scores),
+        "overall_by_seed": [mean_dice(s[None])["overall"] for s in scores],
+        "scores": scores,
+    }
+
+
+def compare(options) -> list[dict]:
+    """Train all networks; each row but the first has its difference to the first."""
+    seeds = [int(seed) for seed in options.seeds]
+    experiments = {name: experiment_of(name, options) for name in options.models}
+    write_dataset(
+        options.root,
+        train=options.train,
+        val=0,
+        test=options.test,
+        spacing=options.spacing,
+        variation=options.variation,
+        seed=0,
+        workers=2,
+    )
+    rows = []
+    for name, config in experiments.items():
+        row = study(name, config, seeds=seeds)
+        if rows:
+            pair = row["scores"], rows[0]["scores"]
+            row["difference"] = difference(*pair)
+            row["difference_interval"] = intervals(difference, *pair)
+        rows.append(row)
+        print(f"{name}: overall Dice {row['dice']['overall']:.2f} %", flush=True)
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """Return the tables of Dice and of the differences."""
+
+    def cells(row, what, where, sign=""):
+        return [
+            f"{row[what][g]:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+            for g, (low, high) in row[where].items()
+        ]
+
+    groups = list(rows[0]["dice"])
+    header = [
+        "network",
+        "parameters",
+        "steps",
+        "GFLOP a step",
+        "training, s",
+        "scan, s",
+    ]
+    table = [
+        [
+            row["name"],
+            f"{row['parameters']:,}",
+            str(row["steps"]),
+            f"{row['step_gflop']:.1f}",
+            f"{row['train_s']:.0f}",
+            f"{row['scan_s']:.2f}",
+            *cells(row, "dice", "interval"),
+        ]
+        for row in rows
+    ]
+    text = _lines([*header, *groups], table)
+    if len(rows) > 1:
+        table = [
+            [
+                f"{row['name']} – {rows[0]['name']}",
+                *cells(row, "difference", "difference_interval", "+"),
+            ]
+            for row in rows[1:]
+        ]
+        text += "\n" + _lines(["difference", *groups], table)
+    return text
+
+
+def _lines(header, rows):
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in [header, rule, *rows])
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Draw overall Dice with its interval against parameters and seconds."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = (
+        ("parameters", 1e6, "parameters, millions"),
+        ("train_s", 1, "training, s"),
+    )
+    for axis, (key, unit, label) in zip(
+        figure.subplots(1, 2, sharey=True), panels, strict=True
+    ):
+        for row in rows:
+            mean, (low, high) = row["dice"]["overall"], row["interval"]["overall"]
+            error = [[mean - low], [high - mean]]
+            axis.errorbar(
+                row[key] / unit, mean, error, fmt="o", capsize=3, label=row["name"]
+            )
+        axis.set(xlabel=label, xlim=(0, None))
+    figure.axes[0].set_ylabel("Dice on test phantoms, %")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+@startup.exit_on_user_error("benchmarks.compare")
+def main(_):
+    startup.start()
+    options = flags.FLAGS
+    rows = compare(options)
+    print(markdown(rows))
+    if options.plot:
+        plot(rows, options.plot)
+    if options.json:
+        report = {
+            "headline": {f"dice_{r['name']}": r["dice"]["overall"] for r in rows},
+            "rows": [{k: v for k, v in r.items() if k != "scores"} for r in rows],
+            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
+            "versions": {"jax": jax.__version__, "python": platform.python_version()},
+            "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]]),
+        }
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command line."""
+    names = list(small_networks.MODELS)
+
+    def define(kind, name, default, help):
+        getattr(flags, f"DEFINE_{kind}")(name, default, help, flag_values=values)
+
+    define("list", "models", ["swin_unetr", "swin_smt"], f"of {', '.join(names)}")
+    define("float", "budget", 200, "of the training of each network")
+    flags.DEFINE_enum(
+        "budget_in", "steps", ("steps", "tflop"), "its unit", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "size", "small", small_networks.SIZES, "of the networks", flag_values=values
+    )
+    define("list", "seeds", ["0"], "of initialisation and data order")
+    define("list", "patch", ["32", "32", "64"], "of training crop and window")
+    define("float", "learning_rate", 8e-3, "of all networks")
+    define("string", "root", "data/compare_phantoms", "folder of the phantoms")
+    define("integer", "train", 32, "training phantoms")
+    define("integer", "test", 12, "test phantoms")
+    define("float", "spacing", 12.0, "side of the phantoms' voxels in mm")
+    define("float", "variation", 0.5, "scale of the differences between bodies")
+    define("string", "json", None, "also write the figures to this file")
+    define("string", "plot", None, "also draw the figures into this file")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

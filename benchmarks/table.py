@@ -1,0 +1,192 @@
+"""The networks of the paper's comparison: size, operations, memory, speed.
+
+    python -m benchmarks.table [--quick] [--json=FILE] [--markdown=FILE] [--plot=FILE]
+
+A row for each of the configs: parameters; GFLOP of a forward pass at 128^3, counted
+from the program (see `benchmarks.operations`) and, for comparison, by XLA for this
+machine; compiled memory, arguments and temporaries, of the forward pass and of the loss
+with its gradient at --side; patches/s of both at --timed_side where --limit_gb lets
+them run. Batch 1, float32, nothing rematerialised; --as_configured keeps the config's
+dtype and rematerialisation, for GPUs. Networks of a fixed input shape are made for the
+side measured. --quick compiles and runs the forward pass at 64^3 alone, of the first
+network alone. The paper's figures stand in a table of their own; what of it is not
+known here is left open. --plot draws operations and memory, and with --trained=FILE
+the Dice that `benchmarks.compare --json=FILE` measured against parameters and seconds.
+"""
+
+import dataclasses
+import importlib
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+
+from benchmarks import operations
+from benchmarks.table_format import markdown, plot
+from swinsmt_jax import checks, losses, models
+from swinsmt_jax.config import ModelConfig, from_config_dict
+from swinsmt_jax.swin_config import SwinSMTConfig
+from swinsmt_jax.training import startup
+from swinsmt_jax.training.state import abstract_model
+
+NETWORKS = {
+    "unetr": "UNETR",
+    "swin_unetr_s": "Swin UNETR S",
+    "swin_unetr_b": "Swin UNETR B",
+    "swin_unetr_l": "Swin UNETR L",
+    "nnformer": "nnFormer",
+    "ux_net": "3D UX-Net",
+    "nnunet_plain": "nnU-Net",
+    "nnunet_resenc_m": "nnU-Net ResEnc M",
+    "nnunet_resenc_l": "nnU-Net ResEnc L",
+    "swin_smt_e4": "Swin SMT, 4 experts",
+    "swin_smt_e8": "Swin SMT, 8 experts",
+    "swin_smt_e16": "Swin SMT, 16 experts",
+    "swin_smt_paper": "Swin SMT, 32 experts",
+}
+FULL_SIDE = 128  # of the operations
+
+
+def model_of(name: str, side: int, *, as_configured: bool = False) -> ModelConfig:
+    """Return the network of a config, made for cubes of this side."""
+    module = importlib.import_module(f"configs.{name}")
+    config = from_config_dict(module.get_config()).model
+    fields = {field.name for field in dataclasses.fields(config)}
+    changes = dict.fromkeys(fields & {"img_size", "crop_size"}, side)
+    if not as_configured:
+        changes |= {"dtype": "float32", "remat": ()}
+    return dataclasses.replace(config, **changes)
+
+
+def measure(name, *, side, timed_side, limit_gb, gradient, as_configured):
+    """Measure one network; a side of 0 leaves out what it is for."""
+    own = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    counted = model_of(name, FULL_SIDE)
+    if isinstance(counted, SwinSMTConfig):  # streaming repeats some products
+        counted = dataclasses.replace(counted, routing="dense")
+    row = {
+        "name": name,
+        "parameters": models.count_parameters(own.model),
+        "forward_gflop": operations.forward_operations(counted, (FULL_SIDE,) * 3) / 1e9,
+        "forward_gflop_xla": lower(counted, FULL_SIDE).cost_analysis()["flops"] / 1e9,
+        "side": side,
+        "timed_side": timed_side,
+    }
+    for what in ("forward", "gradient") if gradient else ("forward",):
+        if side:
+            start = time.perf_counter()
+            config = model_of(name, side, as_configured=as_configured)
+            compiled = lower(config, side, gradient=what == "gradient").compile()
+            row[f"{what}_gb"] = memory_gb(compiled)
+            row[f"{what}_compile_s"] = time.perf_counter() - start
+        if timed_side:
+            config = model_of(name, timed_side, as_configured=as_configured)
+            lowered = lower(config, timed_side, gradient=what == "gradient")
+            seconds = seconds_of(lowered, limit_gb=limit_gb)
+            row[f"{what}_patches_per_s"] = seconds and 1 / seconds
+        jax.clear_caches()
+    return row
+
+
+def lower(config, side, *, gradient=False):
+    """Lower the forward pass, or the loss with its gradient, on one cube."""
+    graphdef, params = abstract_model(config)
+    x = jax.ShapeDtypeStruct((1, side, side, side, 1), jnp.float32)
+    y = jax.ShapeDtypeStruct(x.shape[:-1], jnp.uint8)
+
+    def forward(params, x):
+        return nnx.merge(graphdef, params)(x)
+
+    def loss(params, x, y):
+        return losses.dice_cross_entropy(forward(params, x), y)
+
+    if gradient:
+        return jax.jit(jax.value_and_grad(loss)).lower(params, x, y)
+    return jax.jit(forward).lower(params, x)
+
+
+def memory_gb(compiled):
+    """GB of arguments and temporaries of a compiled program."""
+    memory = compiled.memory_analysis()
+    return (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
+
+
+def seconds_of(lowered, *, limit_gb, repeats=2):
+    """Compile and return the fastest run after a first one, or None beyond the limit.
+
+    Parameters, image and labels are zeros: nothing here depends on them.
+    """
+    compiled = lowered.compile()
+    outputs = compiled.memory_analysis().output_size_in_bytes / 1e9
+    if memory_gb(compiled) + outputs > limit_gb:
+        return None
+    arguments = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), lowered.in_avals[0])
+    found = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        found.append(time.perf_counter() - start)
+    return min(found[1:])
+
+
+@startup.exit_on_user_error("benchmarks.table")
+def main(_):
+    options = flags.FLAGS
+    for name in options.networks:
+        checks.one_of("an entry of --networks", name, NETWORKS)
+    rows = []
+    for name in options.networks:
+        compiles = not (options.quick and rows)
+        row = measure(
+            name,
+            side=options.side if not options.quick else 64 * compiles,
+            timed_side=options.timed_side * compiles,
+            limit_gb=options.limit_gb,
+            gradient=options.gradient and not options.quick,
+            as_configured=options.as_configured,
+        )
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        if options.json:
+            Path(options.json).write_text(json.dumps(report(rows), indent=1) + "\n")
+    text = markdown(rows, NETWORKS, device=jax.devices()[0].device_kind)
+    print(text)
+    if options.markdown:
+        Path(options.markdown).write_text(text)
+    if options.plot:
+        trained = ()
+        if options.trained:
+            trained = json.loads(Path(options.trained).read_text())["rows"]
+        plot(rows, NETWORKS, options.plot, trained=trained)
+
+
+def report(rows):
+    """Return what the JSON file holds."""
+    return {
+        "headline": {row["name"]: row["parameters"] for row in rows},
+        "rows": rows,
+        "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "command": " ".join(["python -m benchmarks.table", *sys.argv[1:]]),
+    }
+
+
+if __name__ == "__main__":
+    flags.DEFINE_bool("quick", False, "compile one forward pass at 64^3 alone")
+    flags.DEFINE_list("networks", list(NETWORKS), "configs to measure")
+    flags.DEFINE_integer("side", FULL_SIDE, "of the patch for compiled memory; 0: none")
+    flags.DEFINE_integer("timed_side", 64, "of the patch that is timed; 0: none")
+    flags.DEFINE_bool("gradient", True, "also compile and time the gradient")
+    flags.DEFINE_float("limit_gb", 10.0, "run what needs no more memory")
+    flags.DEFINE_bool("as_configured", False, "keep the config's dtype and remat")
+    flags.DEFINE_string("json", None, "also write the figures to this file")
+    flags.DEFINE_string("markdown", None, "also write the table to this file")
+    flags.DEFINE_string("plot", None, "also draw the figures into this file")
+    flags.DEFINE_string("trained", None, "JSON of benchmarks.compare, to be drawn too")
+    app.run(main)

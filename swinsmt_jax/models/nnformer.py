@@ -1,0 +1,346 @@
+"""nnFormer (Zhou et al. 2023): window attention in encoder and decoder.
+
+As published for abdominal CT ("Synapse"), without deep supervision: the skips enter the
+decoder as keys and values of an attention, and windows shrink to small grids.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from swinsmt_jax import checks
+from swinsmt_jax.layers.attention import SkipAttention
+from swinsmt_jax.layers.conv import Conv, UpConv
+from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, gelu
+from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.layers.swin import SwinBlock
+from swinsmt_jax.network_config import NNFormerConfig
+from swinsmt_jax.ops import windows
+
+MLP_RATIO = 4
+
+
+class Project(nnx.Module):
+    """Two convolutions, the first with strides, each with GELU and layer norm.
+
+    The `last` of the embedding ends with its second convolution.
+    """
+
+    def __init__(self, channels, features, *, strides, last, dtype, rngs):
+        def conv(inputs, strides):
+            return Conv(
+                inputs,
+                features,
+                kernel_size=3,
+                strides=strides,
+                use_bias=True,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.conv1 = conv(channels, strides)
+        self.conv2 = conv(features, 1)
+        self.norm1 = LayerNorm(features, dtype=dtype)
+        self.norm2 = None if last else LayerNorm(features, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""
+        x = self.conv2(self.norm1(gelu(self.conv1(x))))
+        return x if self.norm2 is None else self.norm2(gelu(x))
+
+
+class ConvEmbed(nnx.Module):
+    """Convolutions that turn patches of 2 x 4 x 4 voxels into tokens."""
+
+    def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
+        size, dtype = config.embedding_dim, config.dtype
+        self.proj1 = Project(
+            config.in_channels,
+            size // 2,
+            strides=(2, 2, 2),
+            last=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.proj2 = Project(
+            size // 2, size, strides=(1, 2, 2), last=True, dtype=dtype, rngs=rngs
+        )
+        self.norm = LayerNorm(size, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C_in] to tokens [B, D/2, H/4, W/4, C]."""
+        return self.norm(self.proj2(self.proj1(x)))
+
+
+class Downsample(nnx.Module):
+    """GELU, layer norm and a convolution that halves the grid."""
+
+    def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
+        self.norm = LayerNorm(channels, dtype=dtype)
+        self.reduction = Conv(
+            channels,
+            2 * channels,
+            kernel_size=3,
+            strides=2,
+            use_bias=True,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to [B, D/2, H/2, W/2, 2C]."""
+        return self.reduction(self.norm(gelu(x)))
+
+
+class Upsample(nnx.Module):
+    """Layer norm and a transposed convolution that doubles the grid."""
+
+    def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
+        self.norm = LayerNorm(channels, dtype=dtype)
+        self.up = UpConv(channels, channels // 2, use_bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to [B, 2D, 2H, 2W, C/2]."""
+        return self.up(self.norm(x))
+
+
+class SkipBlock(nnx.Module):
+    """A block whose attention takes keys and values from the skip."""
+
+    def __init__(self, channels, *, num_heads, window, rate, dtype, rngs):
+        self.window = window
+        self.drop_path_rate = rate
+        self.norm1 = LayerNorm(channels, dtype=dtype)
+        self.attn = SkipAttention(
+            channels,
+            num_heads=num_heads,
+            window_size=window,
+            position_index=windows.nnformer_position_index,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm2 = LayerNorm(channels, dtype=dtype)
+        self.mlp = MLP(channels, hidden=MLP_RATIO * channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, skip: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Map [B, D, H, W, C] and a skip of the same shape to that shape."""
+        d, h, w = x.shape[1:4]
+        query, source = (
+            windows.partition(windows.pad(self.norm1(part), self.window), self.window)
+            for part in (x, skip)
+        )
+        padded = [n + -n % side for n, side in zip((d, h, w), self.window, strict=True)]
+        y = windows.merge(self.attn(query, source), self.window, tuple(padded))
+        rate = self.drop_path_rate
+        x = x + skip + drop_path(y[:, :d, :h, :w], rate=rate, key=fold_in(key, 0))
+        y = self.mlp(self.norm2(x))
+        return x + drop_path(y, rate=rate, key=fold_in(key, 1))
+
+
+class EncoderStage(nnx.Module):
+    """Blocks without and with shift in turn; then the grid is halved, but for the last.
+
+    Args:
+        config: the network's.
+        stage: 0-based index.
+        rates: of drop path, one a block.
+        rngs: initialises the parameters.
+    """
+
+    def __init__(self, config: NNFormerConfig, *, stage: int, rates, rngs: nnx.Rngs):
+        channels, dtype = config.embedding_dim * 2**stage, config.dtype
+        self.blocks = nnx.List(
+            _block(config, stage=stage, shifted=i % 2 == 1, rate=rate, rngs=rngs)
+            for i, rate in enumerate(rates)
+        )
+        last = stage == len(config.depths) - 1
+        self.downsample = None if last else Downsample(channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the tokens before and after halving the grid."""
+        for i, block in enumerate(self.blocks):
+            x, _ = block(x, key=fold_in(key, i))
+        return x, x if self.downsample is None else self.downsample(x)
+
+
+class DecoderStage(nnx.Module):
+    """Double the grid, attend to the skip, then blocks with shift.
+
+    Args: as of `EncoderStage`.
+    """
+
+    def __init__(self, config: NNFormerConfig, *, stage: int, rates, rngs: nnx.Rngs):
+        channels, dtype = config.embedding_dim * 2**stage, config.dtype
+        first = SkipBlock(
+            channels,
+            num_heads=config.num_heads[stage],
+            window=_window(config, stage)[0],
+            rate=rates[0],
+            dtype=dtype,
+            rngs=rngs,
+        )
+        rest = (
+            _block(config, stage=stage, shifted=True, rate=rate, rngs=rngs)
+            for rate in rates[1:]
+        )
+        self.blocks = nnx.List([first, *rest])
+        self.upsample = Upsample(2 * channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, skip: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Map [B, D, H, W, 2C] and a skip [B, 2D, 2H, 2W, C] to the skip's shape."""
+        first, *rest = self.blocks
+        x = first(self.upsample(x), skip, fold_in(key, 0))
+        for i, block in enumerate(rest):
+            x, _ = block(x, key=fold_in(key, i + 1))
+        return x
+
+
+class Encoder(nnx.Module):
+    """Embedding and four stages."""
+
+    def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
+        self.recompute = "encoder" in config.remat
+        self.patch_embed = ConvEmbed(config, rngs=rngs)
+        rates = _rates(config.depths, config.drop_path_rate)
+        self.layers = nnx.List(
+            EncoderStage(config, stage=i, rates=rates[i], rngs=rngs)
+            for i in range(len(config.depths))
+        )
+        for i in range(len(config.depths)):
+            norm = LayerNorm(config.embedding_dim * 2**i, dtype=config.dtype)
+            setattr(self, f"norm{i}", norm)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None) -> list[jax.Array]:
+        """Return the normed tokens of every stage, the finest first."""
+        run = runner(self.recompute)
+        x, results = run(self.patch_embed, x), []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"encoder{i}"):
+                skip, x = run(layer, x, fold_in(key, i))
+                results.append(getattr(self, f"norm{i}")(skip))
+        return results
+
+
+class Decoder(nnx.Module):
+    """Three stages, of which the first one is the finest and runs last."""
+
+    def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
+        self.recompute = "decoder" in config.remat
+        rates = _rates(config.depths[-2::-1], config.drop_path_rate)[::-1]
+        self.layers = nnx.List(
+            DecoderStage(config, stage=i, rates=rates[i], rngs=rngs)
+            for i in range(len(rates))
+        )
+
+    def __call__(self, skips: list[jax.Array], *, key: jax.Array | None) -> jax.Array:
+        """Return the tokens of the finest stage."""
+        run, x = runner(self.recompute), skips[-1]
+        for i in range(len(self.layers))[::-1]:
+            with jax.named_scope(f"decoder{i}"):
+                x = run(self.layers[i], x, skips[i], fold_in(key, i))
+        return x
+
+
+class Expand(nnx.Module):
+    """A transposed convolution from tokens to the logits of their voxels."""
+
+    def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
+        self.up = UpConv(
+            config.embedding_dim,
+            config.out_channels,
+            strides=config.patch_size,
+            use_bias=True,
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, D/2, H/4, W/4, C] to [B, D, H, W, K]."""
+        return self.up(x)
+
+
+class NNFormer(nnx.Module):
+    """nnFormer.
+
+    Args:
+        config: `NNFormerConfig`.
+        rngs: initialises the parameters, in float32.
+    """
+
+    def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.total_stride = config.total_stride
+        self.model_down = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.final = Expand(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Segment a batch of volumes.
+
+        Args:
+            x: [B, D, H, W, C_in] of the config's `crop_size`.
+            rngs: switches drop path on; without it the result is deterministic.
+
+        Returns:
+            float32 logits [B, D, H, W, K].
+
+        Raises:
+            UserError: for a wrong rank, number of channels or shape.
+        """
+        checks.image_batch(
+            x.shape,
+            channels=self.config.in_channels,
+            stride=self.total_stride,
+            exact=self.config.input_shape,
+        )
+        key = None if rngs is None else rngs.dropout()
+        skips = self.model_down(x, key=fold_in(key, 0))
+        x = self.decoder(skips, key=fold_in(key, 1))
+        with jax.named_scope("head"):
+            return self.final(x).astype(jnp.float32)
+
+
+def _rates(depths, highest):
+    """Drop-path rates of each block of each stage, rising linearly from 0."""
+    step = highest / max(1, sum(depths) - 1)
+    return [
+        [step * (sum(depths[:i]) + j) for j in range(depth)]
+        for i, depth in enumerate(depths)
+    ]
+
+
+def _window(config, stage):
+    """Cubic window and shift of a stage.
+
+    A window that is not smaller than every side of the grid shrinks to the smallest
+    side, and is not shifted.
+    """
+    sides = zip(config.crop_size, config.patch_size, strict=True)
+    smallest = min(side // patch // 2**stage for side, patch in sides)
+    window = config.window_size[stage]
+    if smallest <= window:
+        return (smallest,) * 3, (0, 0, 0)
+    return (window,) * 3, (window // 2,) * 3
+
+
+def _block(config, *, stage, shifted, rate, rngs):
+    channels = config.embedding_dim * 2**stage
+    window, shift = _window(config, stage)
+    return SwinBlock(
+        channels,
+        num_heads=config.num_heads[stage],
+        window_size=window,
+        shift=shift if shifted else (0, 0, 0),
+        mlp=MLP(channels, hidden=MLP_RATIO * channels, dtype=config.dtype, rngs=rngs),
+        drop_path_rate=rate,
+        position_index=windows.nnformer_position_index,
+        dtype=config.dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,194 @@
+"""UNETR (Hatamizadeh et al. 2022): a vision transformer with a convolutional decoder.
+
+As in MONAI, with its convolutional patch embedding and learnt positions. These fix the
+shape of the input.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from swinsmt_jax import checks
+from swinsmt_jax.layers import initializers
+from swinsmt_jax.layers.attention import SelfAttention
+from swinsmt_jax.layers.conv import Conv, PatchConv, ResidualBlock, UpBlock, UpConv
+from swinsmt_jax.layers.linear import LayerNorm, dropout, fold_in
+from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.network_config import UNETRConfig
+
+NUM_LAYERS = 12
+SKIPS = (3, 6, 9)  # 0-based layers whose results the decoder gets
+
+
+class PatchEmbedding(nnx.Module):
+    """Patches of 16 x 16 x 16 voxels as tokens, plus their learnt positions."""
+
+    def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
+        self.dropout_rate = config.dropout_rate
+        stride = config.total_stride
+        self.patch_embeddings = PatchConv(
+            config.in_channels,
+            config.hidden_size,
+            patch_size=stride,
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+        d, h, w = (side // stride for side in config.img_size)
+        self.position_embeddings = initializers.truncated_normal(
+            rngs, (1, d * h * w, config.hidden_size), stddev=0.02
+        )
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Map [B, D, H, W, C_in] to tokens [B, N, C]."""
+        x = self.patch_embeddings(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x + self.position_embeddings[...].astype(x.dtype)
+        return dropout(x, rate=self.dropout_rate, key=key)
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention and an MLP, each normed before and added."""
+
+    def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
+        size, rate, dtype = config.hidden_size, config.dropout_rate, config.dtype
+        self.mlp = MLP(
+            size, hidden=config.mlp_dim, dropout_rate=rate, dtype=dtype, rngs=rngs
+        )
+        self.norm1 = LayerNorm(size, dtype=dtype)
+        self.attn = SelfAttention(
+            size,
+            num_heads=config.num_heads,
+            qkv_bias=config.qkv_bias,
+            dropout_rate=rate,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm2 = LayerNorm(size, dtype=dtype)
+        # MONAI makes it for cross-attention, which UNETR has none of.
+        self.norm_cross_attn = LayerNorm(size, dtype=dtype)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Map tokens [B, N, C] to [B, N, C]."""
+        x = x + self.attn(self.norm1(x), key=fold_in(key, 0))
+        return x + self.mlp(self.norm2(x), key=fold_in(key, 1))
+
+
+class VisionTransformer(nnx.Module):
+    """Patch embedding and twelve transformer blocks (Dosovitskiy et al. 2021)."""
+
+    def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
+        self.recompute = "encoder" in config.remat
+        self.patch_embedding = PatchEmbedding(config, rngs=rngs)
+        self.blocks = nnx.List(
+            TransformerBlock(config, rngs=rngs) for _ in range(NUM_LAYERS)
+        )
+        self.norm = LayerNorm(config.hidden_size, dtype=config.dtype)
+
+    def __call__(
+        self, x: jax.Array, *, key: jax.Array | None = None
+    ) -> list[jax.Array]:
+        """Return the tokens [B, N, C] of the layers `SKIPS` and the normed result."""
+        run = runner(self.recompute)
+        x, results = self.patch_embedding(x, key=fold_in(key, NUM_LAYERS)), []
+        for i, block in enumerate(self.blocks):
+            with jax.named_scope(f"block{i}"):
+                x = run(block, x, fold_in(key, i))
+            if i in SKIPS:
+                results.append(x)
+        return [*results, self.norm(x)]
+
+
+class ProjectedUp(nnx.Module):
+    """Bring a coarse skip to its stage: each step doubles the grid."""
+
+    def __init__(self, channels, features, *, count, dtype, rngs):
+        self.transp_conv_init = UpConv(channels, features, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            nnx.List(
+                [
+                    UpConv(features, features, dtype=dtype, rngs=rngs),
+                    ResidualBlock(features, features, dtype=dtype, rngs=rngs),
+                ]
+            )
+            for _ in range(count)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to sides 2^(count + 1) times as long, with O channels."""
+        x = self.transp_conv_init(x)
+        for up, block in self.blocks:
+            x = block(up(x))
+        return x
+
+
+class UNETR(nnx.Module):
+    """UNETR.
+
+    Args:
+        config: `UNETRConfig`.
+        rngs: initialises the parameters, in float32.
+    """
+
+    def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.total_stride = config.total_stride
+        f, hidden, dtype = config.feature_size, config.hidden_size, config.dtype
+
+        def skip(features, count):
+            return ProjectedUp(hidden, features, count=count, dtype=dtype, rngs=rngs)
+
+        def up(channels, features):
+            return UpBlock(channels, features, dtype=dtype, rngs=rngs)
+
+        self.vit = VisionTransformer(config, rngs=rngs)
+        self.encoder1 = ResidualBlock(config.in_channels, f, dtype=dtype, rngs=rngs)
+        self.encoder2 = skip(2 * f, 2)
+        self.encoder3 = skip(4 * f, 1)
+        self.encoder4 = skip(8 * f, 0)
+        self.decoder5 = up(hidden, 8 * f)
+        self.decoder4 = up(8 * f, 4 * f)
+        self.decoder3 = up(4 * f, 2 * f)
+        self.decoder2 = up(2 * f, f)
+        self.out = Conv(
+            f, config.out_channels, kernel_size=1, use_bias=True, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Segment a batch of volumes.
+
+        Args:
+            x: [B, D, H, W, C_in] of the config's `img_size`.
+            rngs: switches dropout on; without it the result is deterministic.
+
+        Returns:
+            float32 logits [B, D, H, W, K].
+
+        Raises:
+            UserError: for a wrong rank, number of channels or shape.
+        """
+        checks.image_batch(
+            x.shape,
+            channels=self.config.in_channels,
+            stride=self.total_stride,
+            exact=self.config.input_shape,
+        )
+        key = None if rngs is None else rngs.dropout()
+        grid = [side // self.total_stride for side in x.shape[1:4]]
+        with jax.named_scope("transformer"):
+            tokens = self.vit(x, key=key)
+        coarse = [t.reshape(t.shape[0], *grid, t.shape[-1]) for t in tokens]
+        run = runner("encoder" in self.config.remat)
+        with jax.named_scope("encoder"):
+            skips = [
+                run(self.encoder1, x),
+                run(self.encoder2, coarse[0]),
+                run(self.encoder3, coarse[1]),
+                run(self.encoder4, coarse[2]),
+            ]
+        y, run = coarse[3], runner("decoder" in self.config.remat)
+        for level in (5, 4, 3, 2):
+            with jax.named_scope(f"decoder{level}"):
+                y = run(getattr(self, f"decoder{level}"), y, skips[level - 2])
+        with jax.named_scope("head"):
+            return self.out(y).astype(jnp.float32)

@@ -1,0 +1,207 @@
+"""3D UX-Net (Lee et al. 2023): large depthwise kernels in place of window attention."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from swinsmt_jax import checks
+from swinsmt_jax.layers import initializers
+from swinsmt_jax.layers.conv import Conv, PatchConv, ResidualBlock, UpBlock
+from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, gelu
+from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.network_config import UXNetConfig
+from swinsmt_jax.ops import convolution
+
+KERNEL = 7
+EXPANSION = 4
+EPSILON = 1e-6  # of the encoder's layer norms
+
+
+class DepthwiseConv(nnx.Module):
+    """A 7 x 7 x 7 kernel and a bias for each channel."""
+
+    def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = initializers.uniform_fan_in(
+            rngs, (KERNEL,) * 3 + (channels,), fan_in=KERNEL**3
+        )
+        self.bias = initializers.uniform_fan_in(rngs, (channels,), fan_in=KERNEL**3)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to the same shape."""
+        kernel = self.kernel[...].astype(self.dtype)
+        y = convolution.depthwise_conv(x.astype(self.dtype), kernel)
+        return y + self.bias[...].astype(self.dtype)
+
+
+class Scaling(nnx.Module):
+    """Pointwise convolution in groups of one channel: C to C r, or `back` to C."""
+
+    def __init__(self, channels: int, *, back: bool, dtype: str, rngs: nnx.Rngs):
+        self.back = back
+        self.dtype = dtype
+        fan_in = EXPANSION if back else 1
+        features = channels if back else EXPANSION * channels
+        self.kernel = initializers.uniform_fan_in(
+            rngs, (channels, EXPANSION), fan_in=fan_in
+        )
+        self.bias = initializers.uniform_fan_in(rngs, (features,), fan_in=fan_in)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., C] to [..., C r], or [..., C r] to [..., C]."""
+        kernel = self.kernel[...].astype(self.dtype)
+        bias = self.bias[...].astype(self.dtype)
+        if self.back:
+            x = x.reshape(*x.shape[:-1], -1, EXPANSION)
+            return jnp.sum(x * kernel, axis=-1) + bias
+        y = x[..., None] * kernel
+        return y.reshape(*x.shape[:-1], -1) + bias
+
+
+class UXBlock(nnx.Module):
+    """Depthwise convolution, layer norm, and a scaling per channel; added."""
+
+    def __init__(
+        self, channels: int, *, rate: float, config: UXNetConfig, rngs: nnx.Rngs
+    ):
+        self.drop_path_rate = rate
+        dtype = config.dtype
+        self.dwconv = DepthwiseConv(channels, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(channels, epsilon=EPSILON, dtype=dtype)
+        self.pwconv1 = Scaling(channels, back=False, dtype=dtype, rngs=rngs)
+        self.pwconv2 = Scaling(channels, back=True, dtype=dtype, rngs=rngs)
+        self.gamma = initializers.constant(config.layer_scale_init_value, (channels,))
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Map [B, D, H, W, C] to the same shape."""
+        y = self.pwconv1(self.norm(self.dwconv(x)))
+        y = self.pwconv2(gelu(y)) * self.gamma[...].astype(x.dtype)
+        return x + drop_path(y, rate=self.drop_path_rate, key=key)
+
+
+class UXEncoder(nnx.Module):
+    """Four stages of blocks, each after a convolution that halves the grid."""
+
+    def __init__(self, config: UXNetConfig, *, rngs: nnx.Rngs):
+        self.recompute = "encoder" in config.remat
+        sizes, dtype = config.feat_size, config.dtype
+
+        def norm(channels):
+            return LayerNorm(channels, epsilon=EPSILON, dtype=dtype)
+
+        def halve(channels, features):
+            return PatchConv(channels, features, patch_size=2, dtype=dtype, rngs=rngs)
+
+        stem = Conv(
+            config.in_channels,
+            sizes[0],
+            kernel_size=KERNEL,
+            strides=2,
+            use_bias=True,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.downsample_layers = nnx.List(
+            [
+                nnx.List([stem, norm(sizes[0])]),
+                *(
+                    nnx.List([norm(before), halve(before, after)])
+                    for before, after in zip(sizes, sizes[1:], strict=False)
+                ),
+            ]
+        )
+        step = config.drop_path_rate / max(1, sum(config.depths) - 1)
+        rates = iter(step * i for i in range(sum(config.depths)))
+        self.stages = nnx.List(
+            nnx.List(
+                UXBlock(size, rate=next(rates), config=config, rngs=rngs)
+                for _ in range(depth)
+            )
+            for size, depth in zip(sizes, config.depths, strict=True)
+        )
+        for i, size in enumerate(sizes):
+            setattr(self, f"norm{i}", norm(size))
+
+    def __call__(
+        self, x: jax.Array, *, key: jax.Array | None = None
+    ) -> list[jax.Array]:
+        """Return the normed results of the stages, at 1/2, 1/4, 1/8 and 1/16."""
+        run, results, number = runner(self.recompute), [], 0
+        for i, (down, blocks) in enumerate(
+            zip(self.downsample_layers, self.stages, strict=True)
+        ):
+            with jax.named_scope(f"stage{i}"):
+                for layer in down:
+                    x = run(layer, x)
+                for block in blocks:
+                    x = run(block, x, fold_in(key, number))
+                    number += 1
+                results.append(getattr(self, f"norm{i}")(x))
+        return results
+
+
+class UXNet(nnx.Module):
+    """3D UX-Net.
+
+    Args:
+        config: `UXNetConfig`.
+        rngs: initialises the parameters, in float32.
+    """
+
+    def __init__(self, config: UXNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.total_stride = config.total_stride
+        sizes, dtype = (*config.feat_size, config.hidden_size), config.dtype
+
+        def block(channels, features):
+            return ResidualBlock(channels, features, dtype=dtype, rngs=rngs)
+
+        self.uxnet_3d = UXEncoder(config, rngs=rngs)
+        channels = (config.in_channels, *sizes)
+        for i in range(5):
+            setattr(self, f"encoder{i + 1}", block(channels[i], channels[i + 1]))
+        for i in range(4):
+            up = UpBlock(sizes[i + 1], sizes[i], dtype=dtype, rngs=rngs)
+            setattr(self, f"decoder{i + 2}", up)
+        self.decoder1 = block(sizes[0], sizes[0])
+        self.out = Conv(
+            sizes[0],
+            config.out_channels,
+            kernel_size=1,
+            use_bias=True,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Segment a batch of volumes.
+
+        Args:
+            x: [B, D, H, W, C_in], every side a multiple of `total_stride`.
+            rngs: switches drop path on; without it the result is deterministic.
+
+        Returns:
+            float32 logits [B, D, H, W, K].
+
+        Raises:
+            UserError: for a wrong rank, number of channels or side.
+        """
+        checks.image_batch(
+            x.shape, channels=self.config.in_channels, stride=self.total_stride
+        )
+        key = None if rngs is None else rngs.dropout()
+        stages = [x, *self.uxnet_3d(x, key=key)]
+        run = runner("encoder" in self.config.remat)
+        with jax.named_scope("encoder"):
+            *skips, y = (
+                run(getattr(self, f"encoder{i + 1}"), stage)
+                for i, stage in enumerate(stages)
+            )
+        run = runner("decoder" in self.config.remat)
+        for level in (5, 4, 3, 2):
+            with jax.named_scope(f"decoder{level}"):
+                y = run(getattr(self, f"decoder{level}"), y, skips[level - 2])
+        with jax.named_scope("decoder1"):
+            y = run(self.decoder1, y)
+        with jax.named_scope("head"):
+            return self.out(y).astype(jnp.float32)

@@ -1,0 +1,111 @@
+"""Every row of the table trains and is evaluated by the same two commands."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+import evaluate
+import train
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.data.phantom import write_dataset
+from swinsmt_jax.training import loop
+
+ROOT = Path(train.__file__).parent
+pytestmark = [
+    pytest.mark.slow,
+    # of ml_collections, when it loads a config file
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+]
+
+SIDE = "(32, 32, 32)"
+SWIN = {"feature_size": 12, "window_size": (4, 4, 4), "remat": ()}
+SMT = {**SWIN, "num_experts": 2}
+NNUNET = {"features_per_stage": (4, 4, 8), "strides": (1, 2, 2), "remat": ()}
+RESENC = {
+    **NNUNET,
+    "n_blocks_per_stage": (1, 1, 1),
+    "n_conv_per_stage_decoder": (1, 1),
+}
+# What makes each network tiny, by name of its config.
+ROWS = {
+    "swin_smt_paper": SMT,
+    "swin_smt_e4": SMT,
+    "swin_smt_e8": SMT,
+    "swin_smt_e16": SMT,
+    "swin_unetr_s": SWIN,
+    "swin_unetr_b": SWIN,
+    "swin_unetr_l": SWIN,
+    "nnunet_plain": {
+        **NNUNET,
+        "n_conv_per_stage": (1, 1, 1),
+        "n_conv_per_stage_decoder": (1, 1),
+    },
+    "nnunet_resenc_m": RESENC,
+    "nnunet_resenc_l": RESENC,
+    "unetr": {
+        "img_size": (32, 32, 32),
+        "feature_size": 4,
+        "hidden_size": 24,
+        "mlp_dim": 24,
+        "remat": (),
+    },
+    "ux_net": {
+        "depths": (1, 1, 1, 1),
+        "feat_size": (4, 4, 8, 8),
+        "hidden_size": 8,
+        "remat": (),
+    },
+    "nnformer": {
+        "crop_size": (32, 32, 32),
+        "embedding_dim": 24,
+        "num_heads": (3, 3, 3, 3),
+        "depths": (2, 2, 1, 1),
+        "remat": (),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantoms")
+    write_dataset(root, train=2, val=1, test=1, spacing=12, seed=0)
+    return root
+
+
+def test_every_row_is_here():
+    rows = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert rows - {"demo", "real_scan"} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_trains_and_is_evaluated(name, phantoms, tmp_path, monkeypatch):
+    command = [
+        "train.py",
+        f"--config={ROOT}/configs/{name}.py",
+        f"--workdir={tmp_path}",
+        f"--config.data.root={phantoms}",
+        f"--config.data.patch_shape={SIDE}",
+        "--config.data.batch_size=1",
+        "--config.data.spacing=0",
+        "--config.mesh.data=1",
+        "--config.training.num_steps=2",
+        "--config.optimizer.warmup_steps=1",
+        "--config.model.dtype=float32",
+        *(f"--config.model.{key}={value}" for key, value in ROWS[name].items()),
+    ]
+    monkeypatch.setattr(sys, "argv", command)  # where config_flags finds overrides
+    values = flags.FlagValues()
+    train.define_flags(values)
+    train.parse(command, values)
+    state = loop.train(from_config_dict(values.config), workdir=tmp_path)
+    assert int(state.step) == 2
+
+    options = flags.FlagValues()
+    evaluate.define_flags(options)
+    options(["evaluate.py", f"--workdir={tmp_path}", "--overlap=0"])
+    assert "Dice (%)" in evaluate.evaluate(options)
+    (case,) = json.loads((tmp_path / "eval_test/results.json").read_text())["cases"]
+    assert case

@@ -1,0 +1,94 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import operations, table, table_format
+from swinsmt_jax.ops import convolution
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def nnunet_by_hand(side, *, classes=118):
+    """Operations of plain nnU-Net: two convolutions a stage, both ways, and a head."""
+    features = (32, 64, 128, 256, 320, 320)
+    voxels = [(side // 2**i) ** 3 for i in range(len(features))]
+    pairs, before = 0, 1
+    for channels, count in zip(features, voxels, strict=True):
+        pairs += 27 * count * (before * channels + channels * channels)
+        before = channels
+    for i in range(len(features) - 1):
+        finer, coarser = features[i], features[i + 1]
+        pairs += 8 * voxels[i + 1] * coarser * finer  # 2^3 transposed
+        pairs += 27 * voxels[i] * (2 * finer * finer + finer * finer)
+    return 2 * (pairs + voxels[0] * features[0] * classes)
+
+
+def test_operations_equal_a_count_by_hand_and_nearly_xlas():
+    config = table.model_of("nnunet_plain", 128)
+    counted = operations.forward_operations(config, (128, 128, 128))
+    assert counted == nnunet_by_hand(128)
+    xla = table.lower(config, 128).cost_analysis()["flops"]
+    assert xla == pytest.approx(counted, rel=0.1)
+
+
+def test_loops_count_as_often_as_they_run():
+    def products(x):
+        return jax.lax.scan(lambda c, _: (c @ c, None), x, length=5)[0]
+
+    assert operations.count(products, jnp.ones((4, 4))) == 5 * 2 * 4**3
+    with pytest.raises(ValueError, match="while loop"):
+        operations.count(
+            lambda x: jax.lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ c, x),
+            jnp.ones((4, 4)),
+        )
+
+
+def test_the_form_that_is_counted_is_no_platforms_own():
+    x, kernel = jnp.ones((1, 4, 4, 4, 6)), jnp.ones((7, 7, 7, 6))
+    counted = operations.count(convolution.depthwise_conv, x, kernel)
+    assert counted == 2 * 4**3 * 6 * 7**3
+    kernel = jnp.ones((3, 3, 3, 6, 5))
+    counted = operations.count(
+        lambda x, k: convolution.strided_conv(x, k, (2, 1, 2)), x, kernel
+    )
+    assert counted == 2 * 16 * 27 * 6 * 5
+
+
+@pytest.mark.slow
+def test_the_quick_table_is_written(tmp_path):
+    files = {n: tmp_path / f"table.{n}" for n in ("json", "markdown")}
+    files["plot"] = tmp_path / "table.png"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.table", "--quick"),
+            "--networks=nnunet_plain,nnformer,swin_smt_paper",
+            *(f"--{name}={path}" for name, path in files.items()),
+        ],
+        check=True,
+        cwd=ROOT,
+    )
+    found = json.loads(files["json"].read_text())
+    assert found["headline"] == {
+        "nnunet_plain": 31_288_974,
+        "nnformer": 149_960_014,
+        "swin_smt_paper": 170_783_560,
+    }
+    assert found["rows"][0]["forward_patches_per_s"] > 0
+    assert found["rows"][0]["forward_gb"] > 0.1
+    assert "| 31,288,974 |" in files["markdown"].read_text()
+    assert files["plot"].stat().st_size > 0
+
+
+def test_what_the_paper_reports_stands_apart():
+    row = {"name": "unetr", "parameters": 7, "side": 64, "timed_side": 0}
+    row |= {"forward_gflop": 1500.0, "forward_gflop_xla": 1400.0, "forward_gb": 2.0}
+    text = table_format.markdown([row], table.NETWORKS, device="cpu")
+    measured, reported = text.split("Reported by the paper")
+    assert "| UNETR | 7 | 1,500 | 1,400 | 2.00 | – | – | – |" in measured
+    assert "forward, GB at 64^3" in measured and "102.02" not in measured
+    assert "| UNETR | 102.02 |" in reported and "85.09" in reported

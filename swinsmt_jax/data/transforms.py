@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import ndimage
 
 from swinsmt_jax.data.totalsegmentator import Sample
 
@@ -21,7 +20,9 @@ DRAWS = 256  # voxels tried at random before all voxels are searched
 def scale_hu(sample: Sample, *, hu_range: Sequence[float]) -> Sample:
     """Map HU linearly from `hu_range` to [0, 1] and clip, as float32."""
     low, high = hu_range
-    image = (sample.image.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+    image = sample.image.astype(np.float32)
+    image -= np.float32(low)
+    image /= np.float32(high - low)
     return replace(sample, image=np.clip(image, 0.0, 1.0, out=image))
 
 
@@ -98,14 +99,22 @@ def enlarge(sample: Sample, *, shape: Sequence[int]) -> Sample:
         return sample
     ratio = old / np.array(shape)
     offset = 0.5 * ratio - 0.5
-    arrays = [
-        ndimage.affine_transform(
-            a, ratio, offset, tuple(shape), order=o, mode="nearest"
-        )
-        for a, o in ((sample.image.astype(np.float32), 1), (sample.label, 0))
+    places = [
+        np.clip(r * np.arange(n) + o, 0, last)
+        for r, o, n, last in zip(ratio, offset, shape, old - 1, strict=True)
     ]
+    first, second, third = map(_linear, places, old)
+    image = np.tensordot(first, sample.image.astype(np.float32), 1)
+    image = np.matmul(np.matmul(second, image), third.T)
+    label = sample.label[np.ix_(*(np.floor(p + 0.5).astype(int) for p in places))]
     affine = sample.affine @ _step(ratio, offset)
-    return replace(sample, image=arrays[0], label=arrays[1], affine=affine)
+    return replace(sample, image=image, label=label, affine=affine)
+
+
+def _linear(places: np.ndarray, size: int) -> np.ndarray:
+    """Weights [n, size] that interpolate a line of voxels at n places within it."""
+    distance = np.abs(places[:, None] - np.arange(size))
+    return np.maximum(0, 1 - distance).astype(np.float32)
 
 
 def rotate(

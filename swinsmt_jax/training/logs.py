@@ -19,7 +19,12 @@ from swinsmt_jax.training.workdir import write_atomically
 
 FILE = "metrics.jsonl"
 TIMED_STEPS = 20
-SHOWN = {"loss": "loss", "learning_rate": "lr", "patches_per_second": "patch/s"}
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "learning_rate": "lr",
+    "patches_per_second": "patch/s",
+}
 
 
 class Clock:

@@ -12,6 +12,7 @@ from swinsmt_jax import sharding
 from swinsmt_jax.training.state import TrainState, shardings_of
 
 Batch = dict[str, jax.Array]
+SPARSE = 4  # voxels between those that the accuracy is of
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -49,28 +50,34 @@ def make_train_step(
 
     Returns:
         The step. Its batch holds `image` [B, D, H, W, C] and `label` [B, D, H, W];
-        its metrics are the scalars `loss`, `grad_norm` (before clipping) and
-        `learning_rate`, and the counts `skipped` and `skipped_in_row`.
+        its metrics are the scalars `loss`, `grad_norm` (before clipping),
+        `learning_rate`, `accuracy`, the share of the labelled voxels on every
+        `SPARSE`th plane, row and column that got their label, and the counts `skipped`
+        and `skipped_in_row`.
     """
 
     def loss_of(params, batch, key):
         model = nnx.merge(graphdef, params)
         logits = model(batch["image"], rngs=nnx.Rngs(dropout=key))
         with jax.named_scope("loss"):
-            return loss_fn(logits, batch["label"])
+            hits = _hits(logits, batch["label"])
+            return loss_fn(logits, batch["label"]), hits
+
+    value_and_gradient = jax.value_and_grad(loss_of, has_aux=True)
 
     def gradient(params, batch, key):
         if accumulate == 1:
-            return jax.value_and_grad(loss_of)(params, batch, key)
+            return value_and_gradient(params, batch, key)
         parts = {name: _parts(batch[name], accumulate) for name in ("image", "label")}
 
         def add(total, part):
             index, part = part
             key_of_part = jax.random.fold_in(key, index)
-            found = jax.value_and_grad(loss_of)(params, part, key_of_part)
+            found = value_and_gradient(params, part, key_of_part)
             return jax.tree.map(jnp.add, total, found), None
 
-        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        none = jnp.float32(0), jnp.zeros(2)
+        zero = none, jax.tree.map(jnp.zeros_like, params)
         total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
         return jax.tree.map(lambda sum: sum / accumulate, total)
 
@@ -82,7 +89,7 @@ def make_train_step(
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         with sharding.within(mesh):
-            loss, grads = gradient(state.params, batch, key)
+            (loss, hits), grads = gradient(state.params, batch, key)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -96,6 +103,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
+            "accuracy": hits[0] / jnp.maximum(hits[1], 1e-6),
             "learning_rate": jnp.asarray(
                 schedule(state.step - state.skipped[0]), jnp.float32
             ),
@@ -112,6 +120,18 @@ def make_train_step(
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
     )
+
+
+def _hits(logits, labels):
+    """Count labelled voxels with the right label, and all of them, on a sparse grid.
+
+    Cheap, and says early whether anything is learnt: the loss moves first by learning
+    how rare each class is.
+    """
+    logits, labels = (a[:, ::SPARSE, ::SPARSE, ::SPARSE] for a in (logits, labels))
+    labelled = labels > 0
+    right = labelled & (logits.argmax(-1) == labels)
+    return jnp.stack([right.sum(), labelled.sum()]).astype(jnp.float32)
 
 
 def _parts(array, count):

@@ -5,6 +5,11 @@
 reads configuration and parameters from the checkpoint, segments every case by a
 sliding window of the training patch's shape, prints the Dice table, and writes
 per_class.csv, per_case.csv, results.json and overview.png to <workdir>/eval_<split>.
+
+    python evaluate.py --compare=runs/a/eval_test,runs/b/eval_test
+
+compares two evaluations case by case: differences by group with 95 % intervals,
+Wilcoxon's signed-rank test with Holm's correction, and effect sizes.
 """
 
 import dataclasses
@@ -12,8 +17,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from swinsmt_jax import labels
+from swinsmt_jax import checks, labels
 from swinsmt_jax.data.totalsegmentator import SPLITS
+from swinsmt_jax.evaluation import compare
 from swinsmt_jax.evaluation.report import evaluate_split
 from swinsmt_jax.metrics import AVERAGES
 from swinsmt_jax.ops.patches import BLENDS
@@ -43,8 +49,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "window_batch", None, "windows per call, over all devices", flag_values=values
     )
+    help = "two folders of results, to compare case by case; nothing is evaluated"
+    flags.DEFINE_list("compare", [], help, flag_values=values)
     distributed.define_flags(values)
-    flags.mark_flag_as_required("workdir", flag_values=values)
 
 
 def evaluate(options: flags.FlagValues) -> str:
@@ -79,6 +86,17 @@ def evaluate(options: flags.FlagValues) -> str:
 def main(_) -> None:
     """Evaluate as the flags say, and print the table."""
     startup.start()
+    options = flags.FLAGS
+    if options.compare:
+        checks.require(
+            len(options.compare) == 2,
+            f"--compare takes two folders of results, but got {options.compare}.",
+        )
+        first, second = options.compare
+        found = compare.compare(first, second)
+        print(compare.table(found, first=first, second=second))
+        return
+    checks.require(bool(options.workdir), "--workdir is missing; see --help.")
     distributed.start()
     table = evaluate(flags.FLAGS)
     if processes.is_first():

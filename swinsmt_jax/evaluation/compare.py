@@ -1,0 +1,177 @@
+"""Two evaluations of the same cases, compared as in the paper: paired, over cases.
+
+For each group the mean Dice of every case (over the classes it has) is paired. The
+p-value is that of Wilcoxon's signed-rank test (two-sided), corrected over the groups by
+Holm's method; the effect size is the matched-pairs rank-biserial correlation (Kerby
+2014): the share of the ranks in favour of one less the share in favour of the other.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from swinsmt_jax import checks
+
+FILE = "results.json"
+SAMPLES = 10_000  # of the bootstrap
+LEAST = 6  # cases; with fewer no difference can reach p < 0.05
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one group, the second evaluation less the first, in Dice from 0 to 1.
+
+    Attributes:
+        group: its name, or "overall".
+        first, second: means over the cases that have a class of the group.
+        interval: 95 % bootstrap interval over cases of the mean difference.
+        p: Wilcoxon's p-value; NaN for fewer than `LEAST` cases.
+        holm: the same corrected for the number of groups.
+        effect: rank-biserial correlation in [-1, 1].
+        cases: number of pairs.
+    """
+
+    group: str
+    first: float
+    second: float
+    interval: tuple[float, float]
+    p: float
+    holm: float
+    effect: float
+    cases: int
+
+
+def compare(first: str | Path, second: str | Path) -> list[Difference]:
+    """Compare two evaluations: folders with results.json, or such files.
+
+    Raises:
+        UserError: for files that are no results, and evaluations that have other cases
+            or other groups.
+    """
+    one, other = _read(first), _read(second)
+    checks.require(
+        one["cases"].keys() == other["cases"].keys(),
+        f"{first} and {second} evaluated other cases, so they cannot be paired; they "
+        f"share {len(one['cases'].keys() & other['cases'].keys())} of "
+        f"{len(one['cases'])} and {len(other['cases'])}. Evaluate the same split.",
+    )
+    checks.require(
+        one["groups"] == other["groups"],
+        f"{first} and {second} were evaluated with other groups of classes; evaluate "
+        "again with the same --groups.",
+    )
+    names = list(one["cases"])
+    groups = {**one["groups"], "overall": None}
+    found = [
+        _difference(
+            group,
+            *(
+                [_mean(r["cases"][name], classes) for name in names]
+                for r in (one, other)
+            ),
+        )
+        for group, classes in groups.items()
+    ]
+    corrected = _holm([d["p"] for d in found])
+    return [Difference(**d, holm=p) for d, p in zip(found, corrected, strict=True)]
+
+
+def table(differences: Sequence[Difference], *, first: str, second: str) -> str:
+    """Format the comparison in per cent; an asterisk marks Holm's p below 0.05."""
+    lines = [
+        f"A: {first}",
+        f"B: {second}",
+        f"{'Dice (%)':<12}{'A':>8}{'B':>8}{'B - A':>8}{'95 % interval':>18}"
+        f"{'p':>9}{'Holm':>9}{'effect':>8}{'cases':>7}",
+    ]
+    for d in differences:
+        low, high = d.interval
+        interval = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+        star = "*" if d.holm < 0.05 else " "
+        lines.append(
+            f"{d.group:<12}{100 * d.first:8.2f}{100 * d.second:8.2f}"
+            f"{100 * (d.second - d.first):+8.2f}{interval:>18}"
+            f"{d.p:9.2g}{d.holm:9.2g}{star}{d.effect:+7.2f}{d.cases:7}"
+        )
+    lines.append(
+        "Wilcoxon's signed-rank test over cases, Holm's correction over the rows; "
+        "effect: rank-biserial correlation."
+    )
+    if any(np.isnan(d.p) for d in differences):
+        lines.append(f"nan: fewer than {LEAST} cases cannot reach p < 0.05.")
+    return "\n".join(lines)
+
+
+def _difference(group, first, second):
+    pairs = np.array([first, second], np.float64).T
+    pairs = pairs[~np.isnan(pairs).any(axis=1)]
+    change = pairs[:, 1] - pairs[:, 0]
+    none = len(pairs) == 0
+    return {
+        "group": group,
+        "first": float("nan") if none else float(pairs[:, 0].mean()),
+        "second": float("nan") if none else float(pairs[:, 1].mean()),
+        "interval": _interval(change),
+        "p": _wilcoxon(change),
+        "effect": _effect(change),
+        "cases": len(pairs),
+    }
+
+
+def _interval(change):
+    if len(change) == 0:
+        return (float("nan"),) * 2
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(change), size=(SAMPLES, len(change)))
+    low, high = np.quantile(change[drawn].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _wilcoxon(change):
+    if len(change) < LEAST:
+        return float("nan")
+    if not change.any():
+        return 1.0
+    return float(stats.wilcoxon(change, zero_method="pratt").pvalue)
+
+
+def _effect(change):
+    ranks = stats.rankdata(np.abs(change)) * np.sign(change)
+    total = np.abs(ranks).sum()
+    return float(ranks.sum() / total) if total else 0.0
+
+
+def _holm(p_values):
+    """Correct p-values; those that are NaN stay so and do not count."""
+    p = np.array(p_values)
+    order = [i for i in np.argsort(p) if not np.isnan(p[i])]
+    corrected, largest = p.copy(), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p[i]))
+        corrected[i] = largest
+    return corrected.tolist()
+
+
+def _mean(case, classes):
+    """Mean Dice over the classes that a case has; NaN if it has none."""
+    dice = case["dice"]
+    values = [dice[name] for name in (classes or dice) if dice.get(name) is not None]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _read(path):
+    path = Path(path)
+    file = path / FILE if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["cases"], content["groups"]  # noqa: B018 - KeyError if absent
+        return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise checks.UserError(
+            f"{file} holds no results of an evaluation ({error!r}); give the folder "
+            "that evaluate.py wrote, such as runs/x/eval_test."
+        ) from error

@@ -1,0 +1,96 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.evaluation.compare import compare, table
+
+GROUPS = {"organs": ["spleen", "liver"], "ribs": ["rib_left_1"]}
+CLASSES = ["spleen", "liver", "rib_left_1"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write an evaluation with Dice [cases, classes]; NaN is absent."""
+
+    def write(name, scores, groups=GROUPS, cases=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        names = cases or [f"s{i}" for i in range(len(scores))]
+        content = {
+            "groups": groups,
+            "cases": {
+                case: {
+                    "dice": {
+                        c: None if np.isnan(v) else v
+                        for c, v in zip(CLASSES, row, strict=True)
+                    }
+                }
+                for case, row in zip(names, scores, strict=True)
+            },
+        }
+        (folder / "results.json").write_text(json.dumps(content))
+        return folder
+
+    return write
+
+
+def exact_p(change):
+    """Two-sided p of the signed ranks over all signs, by counting."""
+    ranks = stats.rankdata(np.abs(change))
+    seen = abs((ranks * np.sign(change)).sum())
+    sums = [
+        abs(np.dot(signs, ranks))
+        for signs in itertools.product((-1, 1), repeat=len(ranks))
+    ]
+    return np.mean(np.array(sums) >= seen - 1e-9)
+
+
+def test_the_statistics_are_those_of_the_pairs(write, rng):
+    first = rng.uniform(0.4, 0.8, (9, 3))
+    second = first + rng.normal(0.03, 0.05, (9, 3))
+    first[0, :2] = np.nan  # a case without organs
+    found = {d.group: d for d in compare(write("a", first), write("b", second))}
+    assert list(found) == ["organs", "ribs", "overall"]
+    change = second[:, 2] - first[:, 2]
+    ribs = found["ribs"]
+    assert ribs.second - ribs.first == pytest.approx(change.mean())
+    assert ribs.p == pytest.approx(exact_p(change))
+    low, high = ribs.interval
+    assert low < change.mean() < high and high - low < 0.2
+    assert found["organs"].cases == 8 and found["overall"].cases == 9
+    p = sorted(d.p for d in found.values())
+    assert min(d.holm for d in found.values()) == pytest.approx(min(1, 3 * p[0]))
+    assert all(d.holm >= d.p for d in found.values())
+
+
+def test_a_clear_difference_is_marked_and_none_is_not(write, rng):
+    first = rng.uniform(0.4, 0.6, (12, 3))
+    a, b, c = write("a", first), write("b", first + 0.2), write("c", first)
+    better = compare(a, b)
+    assert all(d.effect == 1 and d.holm < 0.01 for d in better)
+    text = table(better, first="runs/a", second="runs/b")
+    assert "+20.00" in text and text.count("*") == 3 and "A: runs/a" in text
+    same = compare(a, c)
+    assert all(d.p == 1 and d.effect == 0 and d.interval == (0, 0) for d in same)
+    assert compare(b, a)[0].effect == -1
+
+
+def test_few_cases_have_no_p(write, rng):
+    scores = rng.uniform(0.4, 0.6, (5, 3))
+    found = compare(write("a", scores), write("b", scores + 0.1))
+    assert all(np.isnan(d.p) and np.isnan(d.holm) for d in found)
+    assert "fewer than 6 cases" in table(found, first="a", second="b")
+
+
+def test_what_cannot_be_paired_is_refused(write, tmp_path):
+    a = write("a", np.ones((2, 3)))
+    with pytest.raises(UserError, match="share 0 of 2 and 2. Evaluate the same split"):
+        compare(a, write("b", np.ones((2, 3)), cases=["x", "y"]))
+    with pytest.raises(UserError, match="other groups"):
+        compare(a, write("c", np.ones((2, 3)), groups={"all": CLASSES}))
+    with pytest.raises(UserError, match="nowhere.* holds no results of an evaluation"):
+        compare(a, tmp_path / "nowhere")

@@ -55,6 +55,13 @@ class DataConfig:
         rotate_probability: rotation by 90, 180 or 270 degrees in the axial plane.
         intensity_probability, intensity_shift: shift of the scaled image by up to
             +-intensity_shift.
+        mirror_probability: exchange of right and left, in image and names of classes.
+        noise_probability, noise_most: Gaussian noise, its deviation up to noise_most of
+            the scaled image.
+        blur_probability, blur_sigma: smoothing, its deviation in voxels.
+        gamma_probability, gamma_range: power of the scaled image.
+        low_resolution_probability, low_resolution_range: coarser grid and back, ratio
+            of the grids.
         num_workers: processes that make crops; 0 makes them in threads.
         num_threads: reading threads per process.
         cache: keep decoded cases in memory (small datasets).
@@ -71,12 +78,22 @@ class DataConfig:
     rotate_probability: float = 0.1
     intensity_probability: float = 0.2
     intensity_shift: float = 0.1
+    mirror_probability: float = 0.0
+    noise_probability: float = 0.0
+    noise_most: float = 0.1
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, ...] = (0.5, 1.0)
+    gamma_probability: float = 0.0
+    gamma_range: tuple[float, ...] = (0.7, 1.5)
+    low_resolution_probability: float = 0.0
+    low_resolution_range: tuple[float, ...] = (0.5, 1.0)
     num_workers: int = 0
     num_threads: int = 2
     cache: bool = False
 
     def __post_init__(self):
-        for name in ("patch_shape", "hu_range", "zoom_range"):
+        ranges = ("blur_sigma", "gamma_range", "low_resolution_range")
+        for name in ("patch_shape", "hu_range", "zoom_range", *ranges):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         checks.require(
             len(self.patch_shape) == 3,
@@ -90,7 +107,17 @@ class DataConfig:
         checks.in_range("data.spacing", self.spacing, 0.0, 100.0)
         for name in ("foreground_ratio", "zoom_probability", "rotate_probability"):
             checks.in_range(f"data.{name}", getattr(self, name), 0.0, 1.0)
-        checks.in_range("data.intensity_probability", self.intensity_probability, 0, 1)
+        for name in ("intensity", "mirror", "noise", "blur", "gamma", "low_resolution"):
+            name = f"{name}_probability"
+            checks.in_range(f"data.{name}", getattr(self, name), 0.0, 1.0)
+        for name, most in zip(ranges, (100.0, 100.0, 1.0), strict=True):
+            low_high = getattr(self, name)
+            checks.require(
+                len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= most,
+                f"data.{name} is {low_high}, but must be (low, high) with 0 < low <= "
+                f"high <= {most:g}.",
+            )
+        checks.in_range("data.noise_most", self.noise_most, 0.0, 10.0)
         checks.in_range("data.intensity_shift", self.intensity_shift, 0.0, 10.0)
         checks.require(
             len(self.hu_range) == 2 and self.hu_range[0] < self.hu_range[1],

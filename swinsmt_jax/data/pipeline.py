@@ -17,7 +17,13 @@ from absl import flags
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import nifti, store, totalsegmentator, transforms
+from swinsmt_jax.data import (
+    augmentation,
+    nifti,
+    store,
+    totalsegmentator,
+    transforms,
+)
 from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.data.totalsegmentator import Case, Sample
 
@@ -194,6 +200,26 @@ def _resampled(config: DataConfig, sample: Sample) -> Sample:
     return replace(sample, image=image, label=label, affine=affine)
 
 
+def _augmented(config: DataConfig, sample: Sample, rng: np.random.Generator) -> Sample:
+    """Apply what the config adds to the released recipe."""
+    sample = augmentation.mirror(sample, rng, probability=config.mirror_probability)
+    sample = augmentation.low_resolution(
+        sample,
+        rng,
+        probability=config.low_resolution_probability,
+        scales=config.low_resolution_range,
+    )
+    sample = augmentation.blur(
+        sample, rng, probability=config.blur_probability, sigma=config.blur_sigma
+    )
+    sample = augmentation.gamma(
+        sample, rng, probability=config.gamma_probability, exponents=config.gamma_range
+    )
+    return augmentation.noise(
+        sample, rng, probability=config.noise_probability, most=config.noise_most
+    )
+
+
 class _RandomCrop(grain.transforms.RandomMap):
     """Index of a case -> one augmented crop; keeps decoded cases if so configured."""
 
@@ -234,8 +260,9 @@ class _RandomCrop(grain.transforms.RandomMap):
             probability=config.intensity_probability,
             shift=config.intensity_shift,
         )
+        sample = _augmented(config, sample, rng)
         return {
-            "image": np.ascontiguousarray(sample.image[..., None]),
+            "image": np.ascontiguousarray(sample.image[..., None], np.float32),
             "label": np.ascontiguousarray(sample.label),
             "case": np.int32(element),
         }

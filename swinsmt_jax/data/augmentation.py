@@ -1,0 +1,109 @@
+"""Augmentations that the released recipe lacks and strong ones have (nnU-Net's).
+
+Pure functions of (sample, rng), numpy and scipy; each acts with a probability and is
+off by default. The image is scaled: 0 is air, and values stay in [0, 1] but for noise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy import ndimage
+
+from swinsmt_jax import labels
+from swinsmt_jax.data.totalsegmentator import Sample
+
+
+def mirror(sample: Sample, rng: np.random.Generator, *, probability: float) -> Sample:
+    """Exchange the patient's right and left, in the image and in the labels' names.
+
+    Structures without a counterpart (the middle lobe of the right lung, the atrial
+    appendage of the left) keep their name, so a mirrored patient is not quite a
+    patient. The affine of a mirrored sample is no longer of use and kept as it was.
+    """
+    if rng.random() >= probability:
+        return sample
+    image, label = sample.image[::-1], MIRRORED[sample.label[::-1]]
+    return replace(sample, image=image, label=label)
+
+
+def noise(
+    sample: Sample, rng: np.random.Generator, *, probability: float, most: float
+) -> Sample:
+    """Add Gaussian noise whose standard deviation is uniform in [0, most]."""
+    if rng.random() >= probability:
+        return sample
+    deviation = np.float32(rng.uniform(0, most))
+    added = rng.standard_normal(sample.image.shape, np.float32) * deviation
+    return replace(sample, image=sample.image + added)
+
+
+def blur(
+    sample: Sample,
+    rng: np.random.Generator,
+    *,
+    probability: float,
+    sigma: Sequence[float],
+) -> Sample:
+    """Smooth by a Gaussian of a standard deviation uniform in `sigma`, in voxels."""
+    if rng.random() >= probability:
+        return sample
+    smooth = ndimage.gaussian_filter(sample.image, rng.uniform(*sigma), mode="nearest")
+    return replace(sample, image=smooth)
+
+
+def gamma(
+    sample: Sample,
+    rng: np.random.Generator,
+    *,
+    probability: float,
+    exponents: Sequence[float],
+) -> Sample:
+    """Raise the image to a power uniform in `exponents`; values are clipped at 0."""
+    if rng.random() >= probability:
+        return sample
+    power = np.float32(rng.uniform(*exponents))
+    return replace(sample, image=np.maximum(sample.image, 0) ** power)
+
+
+def low_resolution(
+    sample: Sample,
+    rng: np.random.Generator,
+    *,
+    probability: float,
+    scales: Sequence[float],
+) -> Sample:
+    """Take the nearest voxels of a coarser grid and interpolate back linearly.
+
+    The ratio of the grids is uniform in `scales`, at most 1.
+    """
+    if rng.random() >= probability:
+        return sample
+    scale = rng.uniform(*scales)
+    shape = sample.image.shape
+    coarse = [max(1, round(n * scale)) for n in shape]
+    picks = [
+        np.minimum(((np.arange(c) + 0.5) * n / c).astype(int), n - 1)
+        for c, n in zip(coarse, shape, strict=True)
+    ]
+    small = sample.image[np.ix_(*picks)]
+    ratio = np.array(coarse) / np.array(shape)
+    image = ndimage.affine_transform(
+        small, ratio, 0.5 * ratio - 0.5, shape, order=1, mode="nearest"
+    )
+    return replace(sample, image=image)
+
+
+def _mirrored_ids() -> np.ndarray:
+    """Return the label id of each class's counterpart on the other side, or its own."""
+    ids = np.arange(256, dtype=np.uint8)
+    for name, number in labels.CLASS_IDS.items():
+        for side, other in (("left", "right"), ("right", "left")):
+            parts = [other if part == side else part for part in name.split("_")]
+            ids[number] = labels.CLASS_IDS.get("_".join(parts), ids[number])
+            if side in name.split("_"):
+                break
+    return ids
+
+
+MIRRORED = _mirrored_ids()

@@ -6,6 +6,10 @@ reads configuration and parameters from the checkpoint, segments every case by a
 sliding window of the training patch's shape, prints the Dice table, and writes
 per_class.csv, per_case.csv, results.json and overview.png to <workdir>/eval_<split>.
 
+    python evaluate.py --predictions=out --data_root=data/x --output=results
+
+evaluates label files that predict.py or any other tool wrote, on the same footing.
+
     python evaluate.py --compare=runs/a/eval_test,runs/b/eval_test
 
 compares two evaluations case by case: differences by group with 95 % intervals,
@@ -20,6 +24,7 @@ from absl import app, flags
 from swinsmt_jax import checks, labels
 from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation import compare
+from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.report import evaluate_split
 from swinsmt_jax.metrics import AVERAGES
 from swinsmt_jax.ops.patches import BLENDS
@@ -49,6 +54,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "window_batch", None, "windows per call, over all devices", flag_values=values
     )
+    text("predictions", None, "folder of label files <case>.nii.gz to evaluate")
     help = "two folders of results, to compare case by case; nothing is evaluated"
     flags.DEFINE_list("compare", [], help, flag_values=values)
     distributed.define_flags(values)
@@ -87,6 +93,23 @@ def main(_) -> None:
     """Evaluate as the flags say, and print the table."""
     startup.start()
     options = flags.FLAGS
+    if options.predictions:
+        checks.require(
+            bool(options.data_root and options.output),
+            "--predictions needs --data_root, for the truth, and --output.",
+        )
+        groups = labels.load_groups(options.groups) if options.groups else labels.GROUPS
+        table = evaluate_predictions(
+            Path(options.predictions),
+            root=options.data_root,
+            split=options.split,
+            groups=groups,
+            rule=options.average,
+            output=Path(options.output),
+            limit=options.limit,
+        )
+        print(table)
+        return
     if options.compare:
         checks.require(
             len(options.compare) == 2,

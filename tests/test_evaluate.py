@@ -162,3 +162,33 @@ def test_user_errors_end_the_script_in_one_line(tmp_path):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("evaluate.py: ") and "missing" in line
     assert "Traceback" not in done.stderr
+
+
+def evaluate_files(*arguments):
+    command = [sys.executable, "evaluate.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_predictions_in_files_are_evaluated(dataset, tmp_path):
+    folder, output = tmp_path / "out", tmp_path / "results"
+    folder.mkdir()
+    for name in ("s0001", "s0002"):  # the second one flipped in the file, not in space
+        image = nib.load(dataset / name / "segmentations.nii.gz")
+        image = (
+            image if name == "s0001" else image.as_reoriented([[0, -1], [1, 1], [2, 1]])
+        )
+        nib.save(image, folder / f"{name}.nii.gz")
+    flags = f"--predictions={folder}", f"--data_root={dataset}", f"--output={output}"
+    done = evaluate_files(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "2 cases of the split 'test', predictions in" in done.stdout
+    assert sorted(p.name for p in output.iterdir()) == FILES
+    found = json.loads((output / "results.json").read_text())
+    assert found["dice"]["overall"] == 1 and found["false_positives"] == 0
+    (folder / "s0002.nii.gz").unlink()
+    done = evaluate_files(*flags)
+    assert done.returncode == 2 and "has no prediction of case 's0002'" in done.stderr
+    done = evaluate_files(f"--compare={output},{output}")
+    assert done.returncode == 0 and "Wilcoxon" in done.stdout
+    done = evaluate_files(f"--predictions={folder}")
+    assert done.returncode == 2 and "needs --data_root" in done.stderr

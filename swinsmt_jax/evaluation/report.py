@@ -60,6 +60,37 @@ def evaluate_split(
         "device": jax.devices()[0].device_kind,
     }
 
+    title = f"{len(results)} cases of the split {split!r}, checkpoint of step {step}"
+    return write_results(
+        output,
+        results,
+        views,
+        groups=groups,
+        rule=rule,
+        about=about,
+        title=title,
+        num_classes=config.model.out_channels,
+        hu_range=config.data.hu_range,
+    )
+
+
+def write_results(
+    output: Path,
+    results: Sequence[run.CaseResult],
+    views: Sequence[pictures.CaseViews],
+    *,
+    groups: Mapping[str, Sequence[int]],
+    rule: str,
+    about: dict,
+    title: str,
+    num_classes: int,
+    hu_range: Sequence[float],
+) -> str:
+    """Write the files of an evaluation and return the Dice table.
+
+    Arguments as in `tables` and `pictures`. Of several processes the first one writes.
+    """
+
     def write():
         tables.write_per_class(output / "per_class.csv", results, groups=groups)
         tables.write_per_case(output / "per_case.csv", results, groups=groups)
@@ -67,15 +98,11 @@ def evaluate_split(
             output / "results.json", results, groups=groups, rule=rule, about=about
         )
         pictures.write_overview(
-            output / "overview.png",
-            views,
-            num_classes=config.model.out_channels,
-            hu_range=config.data.hu_range,
+            output / "overview.png", views, num_classes=num_classes, hu_range=hu_range
         )
 
     first = processes.is_first()
     processes.together(lambda: write() if first else None)
-    title = f"{len(results)} cases of the split {split!r}, checkpoint of step {step}"
     return tables.dice_table(results, groups=groups, rule=rule, title=title)
 
 

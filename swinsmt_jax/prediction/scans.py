@@ -46,8 +46,8 @@ class Wishes:
 def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
     """Return {name: file} of NIfTI files and of those in folders, sorted by folder.
 
-    The name is that of the file without its suffix, or of its folder where several
-    files have one name, as in `s0001/ct.nii.gz`.
+    The name is that of the file without its suffix, or of its folder for `ct.nii.gz`
+    and where several files have one name.
 
     Raises:
         UserError: for an input that does not exist, is no NIfTI file or a folder
@@ -56,7 +56,7 @@ def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
     files = [file for given in inputs for file in _files(Path(given))]
     stems = [_stem(file) for file in files]
     names = [
-        stem if stems.count(stem) == 1 else file.absolute().parent.name
+        stem if stems.count(stem) == 1 and stem != "ct" else file.absolute().parent.name
         for file, stem in zip(files, stems, strict=True)
     ]
     for name in names:

@@ -36,6 +36,7 @@ def experiment(root, *, steps, checkpoint_every):
     values.data.root = str(root)
     values.training.update({"num_steps": steps, "log_every": 1})
     values.training.checkpoint_every = checkpoint_every
+    values.optimizer.warmup_steps = 1
     return from_config_dict(values)
 
 

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,3 +164,27 @@ def test_labels_of_more_than_256_classes_are_refused():
     volume = np.zeros((9, 9, 9, 1), np.float32)
     with pytest.raises(UserError, match="num_classes is 300"):
         predict_labels(local, volume, window=WINDOW, num_classes=300)
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+def test_memory_does_not_grow_with_the_length_of_the_scan(resampled):
+    """It is that of half a window's planes, and of a window's where it is resampled."""
+    window, cross, classes = (16, 16, 16), (24, 40), 20
+
+    def peak(length):
+        volume = np.zeros((length, *cross, 1), np.float32)
+        wide = jax.jit(lambda x: jnp.repeat(x, classes, axis=-1))
+        options = dict(window=window, num_classes=classes)
+        if resampled:
+            options["positions"] = [np.arange(0, n - 1, 1.5) for n in volume.shape[:3]]
+        predict_labels(wide, volume[:16], **options | {"positions": None})  # compiles
+        tracemalloc.start()
+        predict_labels(wide, volume, **options)
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    carried = 8 * np.prod(cross) * classes * 4
+    short, long = peak(80), peak(400)
+    assert long < 1.1 * short + 400 * np.prod(cross)  # the labels themselves
+    assert short < (4.5 if resampled else 2.5) * carried

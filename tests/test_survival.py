@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def command(tmp_path_factory):
     )
 
 
-def start(command, workdir, *more, **options):
+def start(command, workdir, *more):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *more],
@@ -64,13 +63,12 @@ def start(command, workdir, *more, **options):
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
-def run(command, workdir, *more, **options):
+def run(command, workdir, *more):
     """Run to the end; return the exit status and what was said."""
-    process = start(command, workdir, *more, **options)
+    process = start(command, workdir, *more)
     _, said = process.communicate(timeout=600)
     return process.returncode, said
 
@@ -139,13 +137,13 @@ def test_sigterm_saves_and_says_how_to_go_on(command, undisturbed, tmp_path):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(command, undisturbed, tmp_path):
-    def no_large_files():  # as a quota: what is longer cannot be written
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
+    # As a quota: what is longer than 200 KiB cannot be written. By the shell, since a
+    # `preexec_fn` would fork this process, in which JAX may have threads.
+    limited = "bash", "-c", 'ulimit -f 200 && exec "$@"', "bash", *command
     short = "--config.training.num_steps=5", "--config.training.checkpoint_every=5"
     assert run(command, tmp_path / "run", *short)[0] == 0
     more = "--config.training.num_steps=9", "--config.training.checkpoint_every=9"
-    status, said = run(command, tmp_path / "run", *more, preexec_fn=no_large_files)
+    status, said = run(limited, tmp_path / "run", *more)
     assert status == 2, said
     assert "train.py: a checkpoint could not be written" in said
     assert "The latest complete one is that of step 5, and it is intact" in said

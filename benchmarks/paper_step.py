@@ -1,12 +1,10 @@
 """Memory of the gradient step of the paper's Swin SMT at 128^3, and one run of it.
 
-    XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander \
-        python -m benchmarks.paper_step [--side=128] [--run] [--json=FILE]
+    python -m benchmarks.paper_step [--side=128] [--run] [--json=FILE]
 
 32 experts, batch 1, float32 parameters, bfloat16 compute, rematerialised as the config
 says: loss and gradient are compiled, and bytes of arguments and temporaries printed.
-XLA on CPU drops the barriers of rematerialisation without the flag above, which must
-not be given elsewhere. --run also takes one step; on a CPU that is minutes.
+--run also takes one step; on a CPU that is minutes.
 """
 
 import json
@@ -23,6 +21,7 @@ from flax import nnx
 from configs import swin_smt_paper
 from swinsmt_jax import losses
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.layers import recompute
 from swinsmt_jax.training.state import abstract_model
 
 
@@ -36,7 +35,9 @@ def compile_gradient(model, side):
         return losses.dice_cross_entropy(nnx.merge(graphdef, params)(x), y)
 
     arguments = (params, x, y)
-    return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile(), arguments
+    options = recompute.compiler_options(jax.default_backend())
+    gradient = jax.jit(jax.value_and_grad(loss), compiler_options=options)
+    return gradient.lower(*arguments).compile(), arguments
 
 
 def random_arguments(shapes):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.linear import Linear, dropout, fold_in
-from swinsmt_jax.ops import windows
+from swinsmt_jax.ops import window_attention, windows
 
 PositionIndex = Callable[[windows.Triple], np.ndarray]
 
@@ -195,13 +195,9 @@ def _bias(table, index):
 
 def _attend(q, k, v, *, bias, regions=None, rate=0.0, key=None):
     """Attention within windows: q, k and v are [B, W, n, h, C / h]."""
-    q = q * q.shape[-1] ** -0.5
-    logits = jnp.einsum("bwihc,bwjhc->bwhij", q, k, preferred_element_type=jnp.float32)
-    logits = logits + bias
-    if regions is not None:
-        regions = jnp.asarray(regions)
-        apart = regions[:, None, :, None] != regions[:, None, None, :]
-        logits = logits + jnp.where(apart, windows.DIFFERENT_REGION, 0.0)
-    weights = jax.nn.softmax(logits, axis=-1)
+    regions = None if regions is None else jnp.asarray(regions)
+    if not rate or key is None:
+        return window_attention.attend(q, k, v, bias, regions)
+    weights = window_attention.weights(q, k, bias, regions)
     weights = dropout(weights, rate=rate, key=key)
-    return jnp.einsum("bwhij,bwjhc->bwihc", weights.astype(v.dtype), v)
+    return window_attention.average(weights, v)

@@ -54,13 +54,14 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(self.dtype)
+        if len(kernel) == 1 and self.strides == (1, 1, 1):
+            return convolution.pointwise_conv(x, kernel[0, 0, 0], bias)
         if self.strides != (1, 1, 1):
             y = convolution.strided_conv(x, kernel, self.strides)
-        elif len(kernel) == 1:
-            y = x @ kernel[0, 0, 0]
         else:
             y = convolution.conv3x3x3(x, kernel)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if bias is None else y + bias
 
 
 class PatchConv(nnx.Module):

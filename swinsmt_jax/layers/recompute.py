@@ -15,5 +15,16 @@ def runner(recompute: bool) -> Callable[..., jax.Array]:
     return nnx.remat(_apply) if recompute else _apply
 
 
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """Return what a program must be compiled with for recomputation to spare memory.
+
+    Before jax 0.11 XLA removes on CPU the barriers that keep it from finding that what
+    is computed anew is there already.
+    """
+    if platform != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
 def _apply(module, *inputs):
     return module(*inputs)

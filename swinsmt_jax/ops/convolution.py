@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from swinsmt_jax.ops import convolution_on_cpu
+
 Strides = tuple[int, int, int]
 
 
@@ -13,9 +15,9 @@ Strides = tuple[int, int, int]
 def conv3x3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolve with a 3 x 3 x 3 kernel, stride 1, zero padding 1.
 
-    XLA's 3-D convolution is slow on CPU, so there it is written over 2-D ones; every
-    other platform gets the 3-D one. The choice is made when the program is lowered, so
-    one exported program serves several platforms. Equal up to rounding.
+    A CPU gets the forms of `convolution_on_cpu`, every other platform XLA's 3-D
+    convolution. The choice is made when the program is lowered, so one exported program
+    serves several platforms. Equal up to rounding.
 
     Args:
         x: [B, D, H, W, C].
@@ -24,7 +26,9 @@ def conv3x3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         [B, D, H, W, O] in the dtype of `x`.
     """
-    return lax.platform_dependent(x, kernel, cpu=_over_2d, default=_direct)
+    return lax.platform_dependent(
+        x, kernel, cpu=convolution_on_cpu.convolve, default=_direct
+    )
 
 
 def _forward(x, kernel):
@@ -34,12 +38,14 @@ def _forward(x, kernel):
 def _backward(saved, cotangent):
     x, kernel = saved
     flipped = kernel[::-1, ::-1, ::-1].swapaxes(3, 4)
-    dx = lax.platform_dependent(cotangent, flipped, cpu=_over_2d, default=_direct)
+    dx = lax.platform_dependent(
+        cotangent, flipped, cpu=convolution_on_cpu.convolve, default=_direct
+    )
     dkernel = lax.platform_dependent(
         x,
         kernel,
         cotangent,
-        cpu=functools.partial(_kernel_gradient, _tap_by_tap),
+        cpu=_kernel_gradient_on_cpu,
         default=functools.partial(_kernel_gradient, _direct),
     )
     return dx, dkernel
@@ -53,42 +59,68 @@ def _kernel_gradient(convolve, x, kernel, cotangent):
     return pullback(cotangent)[0]
 
 
+def _kernel_gradient_on_cpu(x, kernel, cotangent):
+    return convolution_on_cpu.kernel_gradient(x, cotangent).astype(kernel.dtype)
+
+
 def _direct(x, kernel):
     return lax.conv_general_dilated(
         x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
     )
 
 
-def _conv_2d(x, kernel):
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+@jax.custom_vjp
+def pointwise_conv(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """Convolve with a 1 x 1 x 1 kernel.
+
+    A CPU goes through the planes one by one, so that of arrays as large as the logits
+    it makes none but the result.
+
+    Args:
+        x: [B, D, H, W, C].
+        kernel: [C, O].
+        bias: [O], or None.
+
+    Returns:
+        [B, D, H, W, O].
+    """
+    return lax.platform_dependent(
+        x, kernel, bias, cpu=convolution_on_cpu.pointwise, default=_pointwise_direct
     )
 
 
-def _over_2d(x, kernel):
-    """One 2-D convolution to 3 O channels, depth as batch; then shift and add."""
-    b, d, h, w, c = x.shape
-    out = kernel.shape[-1]
-    planes = jnp.transpose(kernel, (1, 2, 3, 0, 4)).reshape(3, 3, c, 3 * out)
-    y = _conv_2d(x.reshape(b * d, h, w, c), planes).reshape(b, d, h, w, 3, out)
-    return _add_taps(y[..., 0, :], y[..., 1, :], y[..., 2, :])
+def _pointwise_forward(x, kernel, bias):
+    return pointwise_conv(x, kernel, bias), (x, kernel, bias)
 
 
-def _tap_by_tap(x, kernel):
-    """Three 2-D convolutions, whose kernel gradient is the cheapest on CPU."""
-    b, d, h, w, c = x.shape
-    planes = x.reshape(b * d, h, w, c)
-    taps = [_conv_2d(planes, kernel[i]).reshape(b, d, h, w, -1) for i in range(3)]
-    return _add_taps(*taps)
-
-
-def _add_taps(before, centre, after):
-    zero = jnp.zeros_like(centre[:, :1])
-    return (
-        centre
-        + jnp.concatenate([zero, before[:, :-1]], axis=1)
-        + jnp.concatenate([after[:, 1:], zero], axis=1)
+def _pointwise_backward(saved, cotangent):
+    x, kernel, bias = saved
+    dx, dkernel, dbias = lax.platform_dependent(
+        x,
+        kernel,
+        cotangent,
+        cpu=convolution_on_cpu.pointwise_gradients,
+        default=_pointwise_gradients_direct,
     )
+    dbias = None if bias is None else dbias.astype(bias.dtype)
+    return dx, dkernel.astype(kernel.dtype), dbias
+
+
+pointwise_conv.defvjp(_pointwise_forward, _pointwise_backward)
+
+
+def _pointwise_direct(x, kernel, bias):
+    y = x @ kernel
+    return y if bias is None else y + bias
+
+
+def _pointwise_gradients_direct(x, kernel, cotangent):
+    sums = {"preferred_element_type": jnp.float32}
+    dkernel = jnp.einsum("bxyzc,bxyzo->co", x, cotangent, **sums)
+    dbias = cotangent.sum((0, 1, 2, 3), dtype=jnp.float32)
+    return cotangent @ kernel.T, dkernel, dbias
 
 
 def strided_conv(x: jax.Array, kernel: jax.Array, strides: Strides) -> jax.Array:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from swinsmt_jax import sharding
+from swinsmt_jax.layers import recompute
 from swinsmt_jax.training.state import TrainState, shardings_of
 
 Batch = dict[str, jax.Array]
@@ -117,6 +118,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
+        compiler_options=recompute.compiler_options(mesh.devices.flat[0].platform),
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
     )

@@ -17,15 +17,17 @@ def convolve_3d(x, kernel):
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 5, 6, 3), (1, 1, 3, 2, 4), (1, 2, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 5, 6, 3), (1, 1, 3, 2, 4), (1, 2, 1, 1, 1), (2, 3, 64, 66, 6)]
+)
 def test_conv3x3x3_equals_the_direct_convolution_with_its_gradients(rng, shape):
     x, kernel = draw(rng, *shape), draw(rng, 3, 3, 3, shape[-1], 5)
     cotangent = draw(rng, *shape[:4], 5)
     ours, pullback = jax.vjp(convolution.conv3x3x3, x, kernel)
     theirs, expected = jax.vjp(convolve_3d, x, kernel)
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
     for a, b in zip(pullback(cotangent), expected(cotangent), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
 
 
 def test_conv3x3x3_is_a_3d_convolution_on_accelerators_and_2d_on_cpu(rng):
@@ -103,3 +105,15 @@ def test_unpatchify_is_the_adjoint_of_patchify(rng):
     left = jnp.vdot(convolution.patchify(x, kernel), y)
     right = jnp.vdot(x, convolution.unpatchify(y, kernel.swapaxes(3, 4)))
     np.testing.assert_allclose(left, right, rtol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_pointwise_conv_equals_a_matrix_product_with_its_gradients(rng, biased):
+    x, kernel, bias = draw(rng, 2, 3, 4, 5, 6), draw(rng, 6, 7), draw(rng, 7)
+    operands = (x, kernel, bias) if biased else (x, kernel)
+    cotangent = draw(rng, 2, 3, 4, 5, 7)
+    ours, pullback = jax.vjp(convolution.pointwise_conv, *operands)
+    theirs, expected = jax.vjp(lambda x, k, b=0: x @ k + b, *operands)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for a, b in zip(pullback(cotangent), expected(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)

@@ -8,15 +8,15 @@ from flax import nnx
 
 from swinsmt_jax import convert, inference, losses, models
 from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
-from swinsmt_jax.layers.patch import OCTANTS
 
 pytestmark = [
     pytest.mark.reference,
     pytest.mark.filterwarnings("ignore"),
 ]
 torch = pytest.importorskip("torch")
-monai_nets = pytest.importorskip("monai.networks.nets")
-soft_moe_pytorch = pytest.importorskip("soft_moe_pytorch")
+pytest.importorskip("monai.networks.nets")
+pytest.importorskip("soft_moe_pytorch")
+pytorch_network = pytest.importorskip("benchmarks.pytorch_network")
 
 CASES = {
     "smt_e8_not_cubic": (
@@ -69,52 +69,6 @@ CASES = {
 }
 
 
-def torch_network(config):
-    from monai.networks.nets.swin_unetr import PatchMergingV2
-
-    class Merging(PatchMergingV2):
-        def forward(self, x):
-            parts = [
-                x[:, int(d) :: 2, int(h) :: 2, int(w) :: 2]
-                for d, h, w in OCTANTS[config.patch_merging]
-            ]
-            return self.reduction(self.norm(torch.cat(parts, -1)))
-
-    class Flat:
-        def forward(self, x):
-            return super().forward(x.flatten(1, 3)).reshape(x.shape)
-
-    class DynamicSlots(Flat, soft_moe_pytorch.DynamicSlotsSoftMoE):
-        pass
-
-    class LearnedSlots(Flat, soft_moe_pytorch.SoftMoE):
-        pass
-
-    def soft_moe(channels):
-        experts = {"num_experts": config.num_experts}
-        if config.slots == "dynamic":
-            return DynamicSlots(channels, **experts)
-        return LearnedSlots(channels, num_slots=config.slots_per_expert, **experts)
-
-    network = monai_nets.SwinUNETR(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        feature_size=config.feature_size,
-        depths=config.depths,
-        num_heads=config.num_heads,
-        window_size=config.window_size,
-        qkv_bias=config.qkv_bias,
-        use_v2=config.residual_conv,
-        downsample=Merging,
-    )
-    if isinstance(config, SwinSMTConfig):
-        for stage in range(4 - config.num_moe_stages, 4):
-            for block in getattr(network.swinViT, f"layers{stage + 1}")[0].blocks:
-                channels = config.feature_size * 2**stage
-                block.mlp = soft_moe(channels)
-    return network
-
-
 def renamed(named):
     """Leave out the container in which SoftMoE, unlike DynamicSlots, has experts."""
     return {name.replace("experts.experts", "experts"): v for name, v in named.items()}
@@ -126,7 +80,7 @@ def test_logits_loss_and_gradients(name):
 
     config, shape = CASES[name]
     torch.manual_seed(0)
-    network = torch_network(config)
+    network = pytorch_network.create(config)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -174,7 +128,7 @@ def test_a_written_state_dict_loads_strictly_into_pytorch():
     config, _ = CASES["smt_e8_not_cubic"]
     model = models.create(config, rngs=nnx.Rngs(0))
     state_dict = convert.to_torch(model, buffers=True)
-    network = torch_network(config)
+    network = pytorch_network.create(config)
     network.load_state_dict({k: torch.tensor(v) for k, v in state_dict.items()})
 
 

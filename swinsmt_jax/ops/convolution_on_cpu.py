@@ -1,0 +1,172 @@
+"""3 x 3 x 3 convolutions as a CPU likes them: 2-D convolutions and matrix products.
+
+XLA's 3-D convolution is several times slower there, and the gradient in its kernel
+more than ten times. benchmarks/NOTES.md has the figures.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Rows of a plane from which one plane at a time beats all at once: below, the loop
+# costs more than the memory traffic that it saves.
+LARGE_PLANE = 64 * 64
+ROWS = 4096  # of the products that make the gradient in the kernel; fit into a cache
+
+
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve [B, D, H, W, C] with [3, 3, 3, C, O], stride 1, zero padding 1."""
+    if x.shape[2] * x.shape[3] >= LARGE_PLANE:
+        return _plane_by_plane(x, kernel)
+    return _at_once(x, kernel)
+
+
+def _at_once(x, kernel):
+    """One 2-D convolution to 3 O channels, depth as batch; then shift and add."""
+    b, d, h, w, c = x.shape
+    out = kernel.shape[-1]
+    planes = jnp.transpose(kernel, (1, 2, 3, 0, 4)).reshape(3, 3, c, 3 * out)
+    y = _conv_2d(x.reshape(b * d, h, w, c), planes).reshape(b, d, h, w, 3, out)
+    before, centre, after = y[..., 0, :], y[..., 1, :], y[..., 2, :]
+    zero = jnp.zeros_like(centre[:, :1])
+    return (
+        centre
+        + jnp.concatenate([zero, before[:, :-1]], axis=1)
+        + jnp.concatenate([after[:, 1:], zero], axis=1)
+    )
+
+
+def _plane_by_plane(x, kernel):
+    """For each plane, a 2-D convolution of it and its neighbours, 3 C channels."""
+    planes = jnp.transpose(kernel, (1, 2, 0, 3, 4)).reshape(3, 3, 3 * x.shape[-1], -1)
+
+    def plane(index, y):
+        three = _planes(x, index, 1)
+        three = jnp.concatenate([three[:, i] for i in range(3)], axis=-1)
+        one = _conv_2d(three, planes)[:, None]
+        return lax.dynamic_update_slice_in_dim(y, one, index, axis=1)
+
+    return lax.fori_loop(0, x.shape[1], plane, buffer(x, kernel.shape[-1]))
+
+
+def buffer(x: jax.Array, channels: int) -> jax.Array:
+    """Return [B, D, H, W, channels] of any values, for a loop to overwrite.
+
+    Made of `x`, since XLA makes constants at the start of the program, where they take
+    memory until they are used.
+    """
+    return jnp.broadcast_to(x[:, :1, :1, :1, :1], (*x.shape[:-1], channels))
+
+
+def _conv_2d(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Gradient in the kernel of a 3 x 3 x 3 convolution.
+
+    For a few planes at a time, the 9 shifts within a plane of the operand with fewer
+    channels are laid side by side, and multiplied with the other one's planes before,
+    at and after them. The sums are float32.
+
+    Args:
+        x: [B, D, H, W, C].
+        cotangent: [B, D, H, W, O] of the convolution's result.
+
+    Returns:
+        [3, 3, 3, C, O], float32.
+    """
+    b, d, h, w, c = x.shape
+    o = cotangent.shape[-1]
+    shifts_x = c < o
+    fitting = [n for n in range(1, d + 1) if d % n == 0 and n * h * w <= ROWS]
+    depth = max(fitting, default=1)
+
+    def add(total, start):
+        ours = _planes(x, start, depth)
+        theirs = lax.dynamic_slice_in_dim(cotangent, start, depth, axis=1)
+        if shifts_x:
+            ours = _shifts(ours)
+        else:
+            theirs = _shifts(theirs)
+        return total + _depth_taps(ours, theirs), None
+
+    # Sums stay apart by sample, so by device, until the end.
+    shape = (b, 3, 9 * c, o) if shifts_x else (b, 3, c, 9 * o)
+    taps, _ = lax.scan(add, jnp.zeros(shape), depth * jnp.arange(d // depth))
+    taps = taps.sum(0)
+    if shifts_x:
+        return taps.reshape(3, 3, 3, c, o)
+    # Shifting the result one way is shifting the input the other way.
+    return taps.reshape(3, c, 3, 3, o).transpose(0, 2, 3, 1, 4)[:, ::-1, ::-1]
+
+
+def _depth_taps(ours, theirs):
+    """Products [B, 3, C, O] of [B, P + 2, H, W, C] and [B, P, H, W, O]."""
+    b, depth = theirs.shape[:2]
+    theirs = theirs.reshape(b, -1, theirs.shape[-1])
+    views = [ours[:, i : i + depth] for i in range(3)]
+    taps = [_product(view.reshape(b, -1, view.shape[-1]), theirs) for view in views]
+    return jnp.stack(taps, axis=1)
+
+
+def pointwise(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Multiply [B, D, H, W, C] with [C, O] and add [O], plane by plane."""
+
+    def plane(index, y):
+        one = lax.dynamic_slice_in_dim(x, index, 1, axis=1) @ kernel
+        one = one if bias is None else one + bias
+        return lax.dynamic_update_slice_in_dim(y, one, index, axis=1)
+
+    return lax.fori_loop(0, x.shape[1], plane, buffer(x, kernel.shape[-1]))
+
+
+def pointwise_gradients(
+    x: jax.Array, kernel: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `pointwise` in input, kernel and bias, the last two in float32."""
+    b, o = x.shape[0], kernel.shape[-1]
+
+    def plane(index, found):
+        dx, dkernel, dbias = found
+        inside = lax.dynamic_slice_in_dim(x, index, 1, axis=1)
+        g = lax.dynamic_slice_in_dim(cotangent, index, 1, axis=1)
+        dx = lax.dynamic_update_slice_in_dim(dx, g @ kernel.T, index, axis=1)
+        dkernel += _product(inside.reshape(b, -1, x.shape[-1]), g.reshape(b, -1, o))
+        return dx, dkernel, dbias + g.sum((1, 2, 3), dtype=jnp.float32)
+
+    found = (
+        buffer(x, x.shape[-1]),
+        jnp.zeros((b, *kernel.shape), jnp.float32),
+        jnp.zeros((b, o), jnp.float32),
+    )
+    dx, dkernel, dbias = lax.fori_loop(0, x.shape[1], plane, found)
+    return dx, dkernel.sum(0), dbias.sum(0)
+
+
+def _product(a, b):
+    """Products [B, C, O] of [B, N, C] and [B, N, O], summed over N in float32."""
+    return jnp.einsum("bnc,bno->bco", a, b, preferred_element_type=jnp.float32)
+
+
+def _planes(x, start, count):
+    """Planes start - 1 to start + count along depth, zeros where there are none."""
+    last = x.shape[1] - 1
+
+    def neighbour(index):
+        plane = lax.dynamic_slice_in_dim(x, jnp.clip(index, 0, last), 1, axis=1)
+        return jnp.where((index >= 0) & (index <= last), plane, 0)
+
+    inside = lax.dynamic_slice_in_dim(x, start, count, axis=1)
+    parts = [neighbour(start - 1), inside, neighbour(start + count)]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _shifts(x):
+    """Lay 9 shifts of each plane side by side: [B, P, H, W, C] -> [B, P, H, W, 9 C]."""
+    h, w = x.shape[2:4]
+    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+    views = [padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    return jnp.concatenate(views, axis=-1)

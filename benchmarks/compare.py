@@ -6,7 +6,7 @@
 The networks are the small forms of `benchmarks.small_networks`; phantoms are made in
 --root if they are missing. All networks see the same crops in the same order. The
 budget is of optimiser steps, or, with --budget_in=tflop, of forward operations (see
-`benchmarks.operations`), so that a cheaper network takes more steps. Printed are Dice
+`training.operations`), so that a cheaper network takes more steps. Printed are Dice
 by group on the test phantoms, in per cent, with 95 % bootstrap intervals over cases
 (and seeds, where there are several), and the difference of each network to the first,
 resampled in pairs.
@@ -29,13 +29,13 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from benchmarks import operations, small_networks
+from benchmarks import small_networks
 from swinsmt_jax import checks, labels, metrics, models
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
 from swinsmt_jax.data.phantom import write_dataset
 from swinsmt_jax.data.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import loop, startup
+from swinsmt_jax.training import loop, operations, startup
 from swinsmt_jax.training.checkpoint import load_model
 
 REPLICATES = 2000

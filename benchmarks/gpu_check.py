@@ -1,22 +1,29 @@
-"""Is this machine's GPU right, how fast is it, and what fits? Minutes, one command.
+"""Is this machine's GPU right, how fast is it, and what fits? One command.
 
-    python -m benchmarks.gpu_check [--quick] [--goldens=../shared/parity] [--json=FILE]
+    python -m benchmarks.gpu_check [--json=FILE] [--output=runs/gpu_check] [--redo]
 
-1. The network, its modules, loss and sliding window against the golden tensors of
-   PyTorch (see benchmarks/parity.py), on this machine's device: float32 with the
-   highest precision of matrix products, and bfloat16. An accelerator adds up in another
-   order than a CPU, so it may deviate ten times as much.
-2. Training steps of the paper's Swin SMT in bfloat16, a random crop on each device, at
-   96^3 and 128^3, on one device and on all: time and memory. A step that needs too much
-   memory is a row of the table, not the end of it.
+Five parts, each a process with a limit of its own, eight minutes in all:
 
-On a CPU, and with --quick, the network and the crops of the second part are small. Ends
-with status 1 if a figure is beyond its tolerance or a step fails but for memory.
+network: the network, its modules, loss and sliding window against the golden tensors of
+    PyTorch (benchmarks/parity.py; skipped without --goldens) on this machine's device,
+    in float32 with the highest precision of matrix products and in bfloat16. An
+    accelerator adds up in another order than a CPU, so it may deviate ten times as
+    much. Then training steps of the paper's Swin SMT in bfloat16, a random crop on each
+    device, at 96^3 and 128^3, on one device and on all: time and memory. A step that
+    needs too much memory is a row of the table, not the end of it.
+model: against the PyTorch network, if it is installed (benchmarks/model.py --quick).
+soft_moe, inference, input_pipeline: the benchmarks of these names, --quick.
+
+A part that is done is not done again: a run that was stopped goes on, and --parts takes
+some of them. On a CPU, and with --quick, the network and crops of the first part are
+small. Ends with status 1 if a figure is beyond its tolerance, a step fails but for
+memory, or a part fails or runs over its limit.
 """
 
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -41,6 +48,14 @@ from swinsmt_jax.training.step import make_train_step
 SIDES, SMALL_SIDES = (96, 128), (32, 64)
 STEPS = 5
 ON_ACCELERATOR = 10  # times the tolerance of a CPU
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = {  # of each part, seconds
+    "network": 180,
+    "model": 150,
+    "soft_moe": 50,
+    "inference": 50,
+    "input_pipeline": 50,
+}
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
@@ -184,8 +199,8 @@ def machine() -> dict:
     }
 
 
-def main(_):
-    options = flags.FLAGS
+def check_network(options) -> int:
+    """Do the first part in this process; return the exit status."""
     startup.start()
     about = machine()
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
@@ -204,20 +219,95 @@ def main(_):
     for row in step_rows(small=small):
         steps.append(row)
         print(step_line(row), flush=True)
-    if options.json:
-        report = {
-            "machine": about,
-            "command": " ".join(sys.argv),
-            "headline": headline(parity_found, steps),
-            "parity": parity_found,
-            "steps": steps,
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1))
+    report = {
+        "machine": about,
+        "headline": headline(parity_found, steps),
+        "parity": parity_found,
+        "steps": steps,
+    }
+    Path(options.json).write_text(json.dumps(report, indent=1))
     return 0 if is_fine(parity_found, steps) else 1
+
+
+def command_of(part: str, options) -> list[str]:
+    """Return the command line of a part, without --json."""
+    if part != "network":
+        more = ["--rounds=1"] if part == "model" else []
+        return [sys.executable, "-m", f"benchmarks.{part}", "--quick", *more]
+    goldens = f"--goldens={Path(options.goldens).resolve()}"
+    quick = ["--quick"] if options.quick else []
+    return [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check",
+        "--in_process",
+        goldens,
+        *quick,
+    ]
+
+
+def run_part(command: list[str], file: Path, *, limit: float) -> dict:
+    """Run a part unless its file is there; return its report with how it ended.
+
+    What a part has written before it fails or runs over its limit is kept, under a
+    name that does not count as done.
+    """
+    if file.is_file():
+        return json.loads(file.read_text()) | {"status": "done before"}
+    unfinished = file.with_suffix(".unfinished.json")
+    unfinished.unlink(missing_ok=True)
+    start = time.perf_counter()
+    try:
+        ended = subprocess.run(
+            [*command, f"--json={unfinished}"], cwd=ROOT, timeout=limit
+        ).returncode
+        status = "ok" if ended == 0 else f"failed with status {ended}"
+    except subprocess.TimeoutExpired:
+        status = f"stopped after its limit of {limit:g} s"
+    found = json.loads(unfinished.read_text()) if unfinished.is_file() else {}
+    if status == "ok":
+        unfinished.replace(file)
+    return found | {"status": status, "seconds": time.perf_counter() - start}
+
+
+def main(_):
+    options = flags.FLAGS
+    if options.in_process:
+        return check_network(options)
+    folder = Path(options.output).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for part in options.parts:
+        print(f"== {part}, at most {LIMITS[part]} s", flush=True)
+        file = folder / f"{part}.json"
+        if options.redo:
+            file.unlink(missing_ok=True)
+        command = command_of(part, options)
+        parts[part] = run_part(command, file, limit=LIMITS[part])
+        print(f"== {part}: {parts[part]['status']}", flush=True)
+    figures = {}
+    for name, part in parts.items():
+        known = part.get("headline", {}).items()
+        figures |= {f"{name}_{key}": value for key, value in known}
+    if options.json:
+        machines = [part["machine"] for part in parts.values() if "machine" in part]
+        report = {
+            "headline": figures,
+            "machine": next((m for m in machines if isinstance(m, dict)), None),
+            "command": " ".join(sys.argv),
+            "parts": parts,
+        }
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    fine = {"ok", "done before"}
+    return 0 if all(part["status"] in fine for part in parts.values()) else 1
 
 
 if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "a small network and small crops")
+    flags.DEFINE_bool("in_process", False, "the first part alone, in this process")
+    flags.DEFINE_bool("redo", False, "do parts again that are done")
+    flags.DEFINE_multi_enum("parts", list(LIMITS), list(LIMITS), "parts to do")
+    flags.DEFINE_string("output", "runs/gpu_check", "folder of the parts' reports")
     flags.DEFINE_string("goldens", "../shared/parity", "folder of golden tensors")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
+    flags.DEFINE_string("json", None, "also write all figures to this file")
     app.run(main)

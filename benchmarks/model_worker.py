@@ -102,6 +102,12 @@ def _jax(job):
 
 def _jax_function(job):
     """Compile the forward pass or the gradient; return it and its arguments' maker."""
+    program, shapes, make = network_program(job)
+    return program.lower(*shapes).compile(), make
+
+
+def network_program(job: Job):
+    """Return the jitted forward pass or gradient, its arguments' shapes and maker."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -120,7 +126,7 @@ def _jax_function(job):
         return jax.value_and_grad(lambda p: jnp.square(forward(p, x)).mean())(params)
 
     x = jax.ShapeDtypeStruct((job.batch, *(job.side,) * 3, 1), jnp.float32)
-    function = jax.jit(
+    program = jax.jit(
         forward if job.what == "forward" else gradient,
         compiler_options=recompute.compiler_options(jax.default_backend()),
     )
@@ -129,7 +135,7 @@ def _jax_function(job):
         _, values = split(models.create(config, rngs=nnx.Rngs(0)))
         return values, jax.random.uniform(jax.random.key(0), x.shape)
 
-    return function.lower(params, x).compile(), make
+    return program, (params, x), make
 
 
 def _jax_step(job):

@@ -4,8 +4,8 @@
     python -m benchmarks.moe_scaling --train --root=data/phantoms --steps=400
 
 For the paper's network, 118 classes, batch 1, float32: parameters; floating-point
-operations of the forward pass, counted by XLA in the dense form, whose products the
-streaming form repeats; compiled memory (arguments and temporaries) of the loss with its
+operations of the forward pass, counted in the dense form, whose products the streaming
+form repeats; compiled memory (arguments and temporaries) of the loss with its
 gradient and the time of it, where --limit_gb lets it run; and, for 1, 2, 4 and 8
 devices on the mesh's expert axis, the bytes of parameters and Adam's moments that each
 device holds. --quick leaves out what must be compiled, for all but the first point.
@@ -37,6 +37,7 @@ from swinsmt_jax.data.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
 from swinsmt_jax.training import loop
 from swinsmt_jax.training.checkpoint import load_model
+from swinsmt_jax.training.operations import forward_operations
 from swinsmt_jax.training.state import abstract_model
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
@@ -68,15 +69,6 @@ def held_bytes(config):
         parts[is_expert] += COPIES * leaf.dtype.itemsize * int(np.prod(leaf.shape))
     divisors = (n for n in EXPERT_AXES if config.num_experts % n == 0)
     return {n: parts[False] + parts[True] // n for n in divisors}
-
-
-def forward_flops(config, side):
-    """Count the operations of a forward pass in the dense form, without compiling."""
-    config = dataclasses.replace(config, routing="dense")
-    graphdef, params = abstract_model(config)
-    x = jax.ShapeDtypeStruct((1, side, side, side, 1), jnp.float32)
-    lowered = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x)).lower(params, x)
-    return lowered.cost_analysis()["flops"]
 
 
 def gradient_cost(config, side, *, limit_gb):
@@ -111,7 +103,7 @@ def point(num_experts, num_moe_stages, *, side, compiled, limit_gb):
         "moe_stages": num_moe_stages,
         "side": side,
         "parameters": models.count_parameters(config),
-        "forward_flops": forward_flops(config, side),
+        "forward_flops": forward_operations(config, (side,) * 3),
         "held_bytes": held_bytes(config),
         "gradient_gb": None,
         "gradient_seconds": None,

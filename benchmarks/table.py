@@ -3,15 +3,15 @@
     python -m benchmarks.table [--quick] [--json=FILE] [--markdown=FILE] [--plot=FILE]
 
 A row for each of the configs: parameters; GFLOP of a forward pass at 128^3, counted
-from the program (see `benchmarks.operations`) and, for comparison, by XLA for this
-machine; compiled memory, arguments and temporaries, of the forward pass and of the loss
-with its gradient at --side; patches/s of both at --timed_side where --limit_gb lets
-them run. Batch 1, float32, nothing rematerialised; --as_configured keeps the config's
-dtype and rematerialisation, for GPUs. Networks of a fixed input shape are made for the
-side measured. --quick compiles and runs the forward pass at 64^3 alone, of the first
-network alone. The paper's figures stand in a table of their own; what of it is not
-known here is left open. --plot draws operations and memory, and with --trained=FILE
-the Dice that `benchmarks.compare --json=FILE` measured against parameters and seconds.
+from the program (see `training.operations`); compiled memory, arguments and
+temporaries, of the forward pass and of the loss with its gradient at --side; patches/s
+of both at --timed_side where --limit_gb lets them run. Batch 1, float32, nothing
+rematerialised; --as_configured keeps the config's dtype and rematerialisation, for
+GPUs. Networks of a fixed input shape are made for the side measured. --quick compiles
+and runs the forward pass at 64^3 alone, of the first network alone. The paper's figures
+stand in a table of their own; what of it is not known here is left open. --plot draws
+operations and memory, and with --trained=FILE the Dice that
+`benchmarks.compare --json=FILE` measured against parameters and seconds.
 """
 
 import dataclasses
@@ -27,12 +27,10 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import operations
 from benchmarks.table_format import markdown, plot
 from swinsmt_jax import checks, losses, models
 from swinsmt_jax.config import ModelConfig, from_config_dict
-from swinsmt_jax.swin_config import SwinSMTConfig
-from swinsmt_jax.training import startup
+from swinsmt_jax.training import operations, startup
 from swinsmt_jax.training.state import abstract_model
 
 NETWORKS = {
@@ -68,13 +66,10 @@ def measure(name, *, side, timed_side, limit_gb, gradient, as_configured):
     """Measure one network; a side of 0 leaves out what it is for."""
     own = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
     counted = model_of(name, FULL_SIDE)
-    if isinstance(counted, SwinSMTConfig):  # streaming repeats some products
-        counted = dataclasses.replace(counted, routing="dense")
     row = {
         "name": name,
         "parameters": models.count_parameters(own.model),
         "forward_gflop": operations.forward_operations(counted, (FULL_SIDE,) * 3) / 1e9,
-        "forward_gflop_xla": lower(counted, FULL_SIDE).cost_analysis()["flops"] / 1e9,
         "side": side,
         "timed_side": timed_side,
     }

@@ -35,12 +35,37 @@ def test_other_failures_and_deviations_are_not_fine(monkeypatch):
     assert not gpu_check.is_fine([{"ok": False}], [])
 
 
+WRITES = "import sys; open(sys.argv[-1].split('=')[1], 'w').write('{\"headline\": {}}')"
+
+
+def test_a_part_that_is_done_is_not_done_again(tmp_path):
+    file = tmp_path / "part.json"
+    command = [sys.executable, "-c", WRITES]
+    assert gpu_check.run_part(command, file, limit=60)["status"] == "ok"
+    refused = [sys.executable, "-c", "raise SystemExit(1)"]
+    found = gpu_check.run_part(refused, file, limit=60)
+    assert found == {"headline": {}, "status": "done before"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [("; raise SystemExit(3)", "status 3"), ("; input()", "limit")]
+)
+def test_a_part_that_fails_or_runs_over_keeps_what_it_found(tmp_path, more, said):
+    file = tmp_path / "part.json"
+    wait = more.replace("input()", "import time; time.sleep(60)")
+    found = gpu_check.run_part([sys.executable, "-c", WRITES + wait], file, limit=3)
+    assert said in found["status"] and found["headline"] == {}
+    assert not file.exists()
+
+
 @pytest.mark.slow
 def test_the_command_runs_to_its_end(shared, tmp_path):
     report = tmp_path / "report.json"
-    command = ["benchmarks/gpu_check.py", "--quick", f"--json={report}"]
-    command += [f"--goldens={shared / 'parity'}"]
+    command = ["benchmarks/gpu_check.py", "--quick", "--parts=network"]
+    command += [f"--goldens={shared / 'parity'}", f"--json={report}"]
+    command += [f"--output={tmp_path}"]
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
-    found = json.loads(report.read_text())
-    assert found["headline"]["parity_beyond"] == 0 < found["headline"]["parity_figures"]
-    assert all(row["step_s"] > 0 for row in found["steps"])
+    report = json.loads(report.read_text())
+    assert report["headline"]["network_parity_beyond"] == 0
+    assert report["headline"]["network_parity_figures"] > 0
+    assert all(row["step_s"] > 0 for row in report["parts"]["network"]["steps"])

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import operations, table, table_format
+from benchmarks import table, table_format
 from swinsmt_jax.ops import convolution
+from swinsmt_jax.training import operations
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,12 +29,10 @@ def nnunet_by_hand(side, *, classes=118):
     return 2 * (pairs + voxels[0] * features[0] * classes)
 
 
-def test_operations_equal_a_count_by_hand_and_nearly_xlas():
+def test_operations_equal_a_count_by_hand():
     config = table.model_of("nnunet_plain", 128)
     counted = operations.forward_operations(config, (128, 128, 128))
     assert counted == nnunet_by_hand(128)
-    xla = table.lower(config, 128).cost_analysis()["flops"]
-    assert xla == pytest.approx(counted, rel=0.1)
 
 
 def test_loops_count_as_often_as_they_run():
@@ -52,7 +51,10 @@ def test_the_form_that_is_counted_is_no_platforms_own():
     x, kernel = jnp.ones((1, 4, 4, 4, 6)), jnp.ones((7, 7, 7, 6))
     counted = operations.count(convolution.depthwise_conv, x, kernel)
     assert counted == 2 * 4**3 * 6 * 7**3
-    kernel = jnp.ones((3, 3, 3, 6, 5))
+    x, kernel = jnp.ones((1, 2, 64, 64, 6)), jnp.ones((3, 3, 3, 6, 5))
+    counted = operations.count(convolution.conv3x3x3, x, kernel)
+    assert counted == 2 * 2 * 64**2 * 27 * 6 * 5
+    x = jnp.ones((1, 4, 4, 4, 6))
     counted = operations.count(
         lambda x, k: convolution.strided_conv(x, k, (2, 1, 2)), x, kernel
     )
@@ -86,9 +88,9 @@ def test_the_quick_table_is_written(tmp_path):
 
 def test_what_the_paper_reports_stands_apart():
     row = {"name": "unetr", "parameters": 7, "side": 64, "timed_side": 0}
-    row |= {"forward_gflop": 1500.0, "forward_gflop_xla": 1400.0, "forward_gb": 2.0}
+    row |= {"forward_gflop": 1500.0, "forward_gb": 2.0}
     text = table_format.markdown([row], table.NETWORKS, device="cpu")
     measured, reported = text.split("Reported by the paper")
-    assert "| UNETR | 7 | 1,500 | 1,400 | 2.00 | – | – | – |" in measured
+    assert "| UNETR | 7 | 1,500 | 2.00 | – | – | – |" in measured
     assert "forward, GB at 64^3" in measured and "102.02" not in measured
     assert "| UNETR | 102.02 |" in reported and "85.09" in reported

@@ -1,18 +1,14 @@
 """What a training step costs: memory as compiled, operations of the network."""
 
-import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig, ModelConfig
-from swinsmt_jax.training.state import abstract_model
+from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.training.operations import forward_operations
 
 # Dense bfloat16 operations per second by the start of `device_kind`, of the vendors'
 # data sheets.
@@ -74,23 +70,6 @@ def measure(config: ExperimentConfig, compiled: Callable, *, mesh: Mesh) -> Cost
         limit=device_memory(mesh),
         peak=PEAK[names[0]] * mesh.size if names else None,
     )
-
-
-def forward_operations(config: ModelConfig, shape: Sequence[int]) -> float:
-    """Count the forward pass for one patch, by XLA from the uncompiled program.
-
-    The network is taken in its plainest form, Soft MoE dense and nothing repeated,
-    since XLA counts the body of a loop once.
-    """
-    fields = {field.name for field in dataclasses.fields(config)}
-    plain = {"routing": "dense", "remat": ()}
-    config = dataclasses.replace(
-        config, **{name: plain[name] for name in plain.keys() & fields}
-    )
-    graphdef, params = abstract_model(config)
-    image = jax.ShapeDtypeStruct((1, *shape, config.in_channels), jnp.float32)
-    apply = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
-    return apply.lower(params, image).cost_analysis()["flops"]
 
 
 def device_memory(mesh: Mesh) -> int | None:

@@ -40,27 +40,32 @@ def preprocess(
         progress: show a bar.
 
     Returns:
-        {case: reason} of those that failed; also in the index of the store.
+        {case: reason} of those that failed, or {line of meta.csv: reason} where a line
+        names no case; also in the index of the store.
 
     Raises:
         UserError: for a source without meta.csv, unknown ids in `exclude`, a store of
-            other options, and worker processes that die.
+            other options or that cannot be written, such as on a full disk, and worker
+            processes that die. Finished cases stay, half-written ones do not.
     """
     source, root = Path(source), Path(root)
     checks.positive("workers", workers)
-    rows = totalsegmentator.read_meta(source)
+    refused: dict[str, str] = {}
+    rows = totalsegmentator.read_meta(source, refused=refused)
     for name in exclude:
         checks.require(
-            name in rows,
+            name in rows or name in refused,
             f"exclude names {name!r}, which {source / 'meta.csv'} does not list."
             f"{checks.did_you_mean(name, rows)}",
         )
     rows = {name: split for name, split in rows.items() if name not in exclude}
+    refused = {name: why for name, why in refused.items() if name not in exclude}
     try:
         store.open_store(root, options)
         _list_cases(root, rows)
         waiting = [name for name in rows if not (root / name / store.CASE).is_file()]
         failed = _run(source, root, waiting, rows, options, workers, progress)
+        failed = refused | failed
         index = {"format": store.FORMAT, "options": vars(options), "failed": failed}
         store.write_json(root / store.INDEX, index)
     except OSError as error:
@@ -110,7 +115,11 @@ def _run(source, root, waiting, rows, options, workers, progress):
 def write(
     source: Path, root: Path, name: str, split: str, options: Options
 ) -> str | None:
-    """Write one case; return the reason if it cannot be used or written."""
+    """Write one case; return the reason if it cannot be used.
+
+    Raises:
+        UserError: if the store cannot be written, which no other case would mend.
+    """
     try:
         case = totalsegmentator.case_of(source, name, split)
         with warnings.catch_warnings():
@@ -123,11 +132,17 @@ def write(
             "overlapping_voxels": sample.overlapping,
             "source": totalsegmentator.file_sizes(case),
         }
-        store.write_case(root, resampled(sample, options.spacing), facts=facts)
+        sample = resampled(sample, options.spacing)
     except checks.UserError as error:
         return str(error)
+    try:
+        store.write_case(root, sample, facts=facts)
     except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
-        return f"it cannot be written to {root}: {' '.join(str(error).split())[:300]}"
+        raise checks.UserError(
+            f"case {name!r} cannot be written to the store {root}: "
+            f"{' '.join(str(error).split())[:600]}; make room or mend its permissions, "
+            "and give the same command again: finished cases stay."
+        ) from error
     return None
 
 

@@ -73,8 +73,13 @@ def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
     return tuple(case_of(root, name, split) for name in names)
 
 
-def read_meta(root: Path) -> dict[str, str]:
-    """Read `meta.csv` as {case id: split}, in file order, with the errors above."""
+def read_meta(root: Path, *, refused: dict[str, str] | None = None) -> dict[str, str]:
+    """Read `meta.csv` as {case id: split}, in file order, with the errors above.
+
+    Where `refused` is given, lines that cannot be used do not raise: {case or line:
+    reason} enters it, and the others are read. Of a repeated id no line is used, since
+    its split is unknown.
+    """
     path = root / "meta.csv"
     checks.require(
         root.is_dir(),
@@ -100,13 +105,21 @@ def read_meta(root: Path) -> dict[str, str]:
         for line, row in enumerate(reader, start=2):
             name, split = (row["image_id"] or "").strip(), (row["split"] or "").strip()
             where = f"line {line} of {path}"
-            require_id(f"{where}: image_id", name)
-            checks.require(
-                name not in splits, f"{where} repeats the image_id {name!r}; remove it."
-            )
-            checks.one_of(f"the split of {name!r} on {where}", split, SPLITS)
-            splits[name] = split
-    return splits
+            used = where
+            try:
+                require_id(f"{where}: image_id", name)
+                used = name
+                checks.require(
+                    name not in splits,
+                    f"{where} repeats the image_id {name!r}; remove it.",
+                )
+                checks.one_of(f"the split of {name!r} on {where}", split, SPLITS)
+                splits[name] = split
+            except checks.UserError as error:
+                if refused is None:
+                    raise
+                refused[used] = str(error)
+    return {n: split for n, split in splits.items() if n not in (refused or {})}
 
 
 def require_id(what: str, name: str) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from absl import app, flags
 
 from swinsmt_jax import checks, labels
+from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation import compare
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
@@ -54,6 +55,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "window_batch", None, "windows per call, over all devices", flag_values=values
     )
+    help = "of --data_root with --predictions: a JSON file, v1 or v2; see preprocess.py"
+    text("description", "", help)
     text("predictions", None, "folder of label files <case>.nii.gz to evaluate")
     help = "two folders of results, to compare case by case; nothing is evaluated"
     flags.DEFINE_list("compare", [], help, flag_values=values)
@@ -62,7 +65,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def evaluate(options: flags.FlagValues) -> str:
     """Evaluate as the flags say; write the files and return the table."""
-    groups = labels.load_groups(options.groups) if options.groups else labels.GROUPS
     step = options.step
     step = int(step) if step is not None and step.isdecimal() else step
     workdir = Path(options.workdir)
@@ -76,6 +78,10 @@ def evaluate(options: flags.FlagValues) -> str:
             config.data, root=options.data_root or config.data.root
         ),
     )
+    groups = pipeline.class_map(config.data).groups
+    if options.groups:
+        names = pipeline.class_names(config.data)
+        groups = labels.load_groups(options.groups, names=names)
     return evaluate_split(
         model,
         config,
@@ -98,12 +104,12 @@ def main(_) -> None:
             bool(options.data_root and options.output),
             "--predictions needs --data_root, for the truth, and --output.",
         )
-        groups = labels.load_groups(options.groups) if options.groups else labels.GROUPS
         table = evaluate_predictions(
             Path(options.predictions),
             root=options.data_root,
             split=options.split,
-            groups=groups,
+            groups=options.groups,
+            description=options.description,
             rule=options.average,
             output=Path(options.output),
             limit=options.limit,

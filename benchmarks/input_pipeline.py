@@ -25,7 +25,6 @@ from absl import app, flags
 
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import phantom, pipeline, preprocess, totalsegmentator
-from swinsmt_jax.data.store import Options
 
 
 def resident_mb():
@@ -131,7 +130,7 @@ def main(_):
         phantom.write_dataset(
             raw, train=cases, val=0, test=0, spacing=spacing, seed=0, workers=2
         )
-        preprocess.preprocess(raw, root, options=Options(spacing=0.0), workers=2)
+        preprocess.preprocess(raw, root, workers=2)
         for side in sides:
             for threads, workers in ((1, 0), (2, 0), (4, 0), (1, 2)):
                 rate, early, peak = in_process(

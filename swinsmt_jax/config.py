@@ -64,6 +64,8 @@ class DataConfig:
             of the grids.
         num_workers: processes that make crops; 0 makes them in threads.
         num_threads: reading threads per process.
+        classes: names of the label ids from 1 on; empty for TotalSegmentator v2's. A
+            training takes them from its store.
         cache: keep decoded cases in memory (small datasets).
     """
 
@@ -89,11 +91,13 @@ class DataConfig:
     low_resolution_range: tuple[float, ...] = (0.5, 1.0)
     num_workers: int = 0
     num_threads: int = 2
+    classes: tuple[str, ...] = ()
     cache: bool = False
 
     def __post_init__(self):
         ranges = ("blur_sigma", "gamma_range", "low_resolution_range")
-        for name in ("patch_shape", "hu_range", "zoom_range", *ranges):
+        names = ("patch_shape", "hu_range", "zoom_range", "classes", *ranges)
+        for name in names:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         checks.require(
             len(self.patch_shape) == 3,

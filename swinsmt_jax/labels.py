@@ -7,6 +7,7 @@ can replace them (`load_groups`).
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from swinsmt_jax import checks
@@ -53,10 +54,13 @@ GROUPS: dict[str, tuple[int, ...]] = {
 }
 
 
-def load_groups(path: str | Path) -> dict[str, tuple[int, ...]]:
+def load_groups(
+    path: str | Path, *, names: Sequence[str] = CLASS_NAMES
+) -> dict[str, tuple[int, ...]]:
     """Read groups of classes from a JSON object {group: [label ids or class names]}.
 
-    A class may belong to several groups, but only once to each.
+    A class may belong to several groups, but only once to each. `names` are those of
+    the label ids, the background first.
 
     Raises:
         UserError: when the file is missing or not such an object; the message names
@@ -77,33 +81,35 @@ def load_groups(path: str | Path) -> dict[str, tuple[int, ...]]:
         f"groups file {path} holds {type(groups).__name__}, but must hold an object "
         "with at least one group: {group: [label ids or class names]}.",
     )
-    return {name: _label_ids(name, entries, path) for name, entries in groups.items()}
+    return {
+        name: _label_ids(name, entries, path, names) for name, entries in groups.items()
+    }
 
 
-def _label_ids(group: str, entries: object, path: Path) -> tuple[int, ...]:
+def _label_ids(group, entries, path, names) -> tuple[int, ...]:
     where = f"group {group!r} of {path}"
     checks.require(
         isinstance(entries, list) and len(entries) > 0,
         f"{where} is {entries!r}, but must be a list of at least one class.",
     )
-    ids = tuple(_label_id(entry, where) for entry in entries)
-    twice = sorted({CLASS_NAMES[i] for i in ids if ids.count(i) > 1})
+    ids = tuple(_label_id(entry, where, names) for entry in entries)
+    twice = sorted({names[i] for i in ids if ids.count(i) > 1})
     checks.require(not twice, f"{where} names {', '.join(twice)} more than once.")
     return ids
 
 
-def _label_id(entry: object, where: str) -> int:
+def _label_id(entry: object, where: str, names: Sequence[str]) -> int:
     if isinstance(entry, str):
+        title = f"TotalSegmentator {VERSION}" if names == CLASS_NAMES else "the dataset"
         checks.require(
-            entry in CLASS_IDS and entry != "background",
-            f"{where} names {entry!r}, which is none of the {NUM_CLASSES - 1} classes "
-            f"of TotalSegmentator {VERSION}."
-            f"{checks.did_you_mean(entry, CLASS_NAMES[1:])}",
+            entry in names[1:],
+            f"{where} names {entry!r}, which is none of the {len(names) - 1} classes "
+            f"of {title}.{checks.did_you_mean(entry, names[1:])}",
         )
-        return CLASS_IDS[entry]
+        return names.index(entry)
     checks.require(
-        type(entry) is int and 1 <= entry < NUM_CLASSES,
+        type(entry) is int and 1 <= entry < len(names),
         f"{where} holds {entry!r}, but a label id is a whole number from 1 to "
-        f"{NUM_CLASSES - 1}.",
+        f"{len(names) - 1}.",
     )
     return entry

@@ -8,6 +8,7 @@ LAYERS = [
     ["checks"],
     ["network_config"],
     ["swin_config", "labels"],
+    ["class_map"],
     ["config"],
     ["ops", "losses", "metrics", "data"],
     ["layers"],
@@ -26,6 +27,7 @@ JAXLESS = {
     "swin_config",
     "config",
     "labels",
+    "class_map",
     "data",
     "metrics",
 }

@@ -10,12 +10,22 @@ from dataclasses import replace
 import numpy as np
 from scipy import ndimage
 
-from swinsmt_jax import labels
+from swinsmt_jax.class_map import V2
 from swinsmt_jax.data.totalsegmentator import Sample
 
+MIRRORED = V2.exchanged()
 
-def mirror(sample: Sample, rng: np.random.Generator, *, probability: float) -> Sample:
+
+def mirror(
+    sample: Sample,
+    rng: np.random.Generator,
+    *,
+    probability: float,
+    exchanged: np.ndarray = MIRRORED,
+) -> Sample:
     """Exchange the patient's right and left, in the image and in the labels' names.
+
+    `exchanged` is the label id of each id's counterpart (`ClassMap.exchanged`).
 
     Structures without a counterpart (the middle lobe of the right lung, the atrial
     appendage of the left) keep their name, so a mirrored patient is not quite a
@@ -23,7 +33,7 @@ def mirror(sample: Sample, rng: np.random.Generator, *, probability: float) -> S
     """
     if rng.random() >= probability:
         return sample
-    image, label = sample.image[::-1], MIRRORED[sample.label[::-1]]
+    image, label = sample.image[::-1], exchanged[sample.label[::-1]]
     return replace(sample, image=image, label=label)
 
 
@@ -92,18 +102,3 @@ def low_resolution(
         small, ratio, 0.5 * ratio - 0.5, shape, order=1, mode="nearest"
     )
     return replace(sample, image=image)
-
-
-def _mirrored_ids() -> np.ndarray:
-    """Return the label id of each class's counterpart on the other side, or its own."""
-    ids = np.arange(256, dtype=np.uint8)
-    for name, number in labels.CLASS_IDS.items():
-        for side, other in (("left", "right"), ("right", "left")):
-            parts = [other if part == side else part for part in name.split("_")]
-            ids[number] = labels.CLASS_IDS.get("_".join(parts), ids[number])
-            if side in name.split("_"):
-                break
-    return ids
-
-
-MIRRORED = _mirrored_ids()

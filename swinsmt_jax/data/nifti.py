@@ -13,6 +13,7 @@ from nibabel import orientations
 from scipy import ndimage
 
 from swinsmt_jax import checks, labels
+from swinsmt_jax.class_map import V2, ClassMap
 
 MAX_VOXELS = 2**32  # a whole body of 512 x 512 x 2,500 has 2^29.3
 GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
@@ -49,6 +50,16 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
 
 
+def ras_spacing(affine: np.ndarray) -> tuple[float, float, float]:
+    """Return the voxel sides in mm to the right, front and head, of axes in any order.
+
+    Args:
+        affine: [4, 4] of a file.
+    """
+    order = np.argsort(orientations.io_orientation(np.array(affine))[:, 0])
+    return tuple(spacing_of(np.array(affine))[i] for i in order)
+
+
 def load_ct(path: str | Path) -> Volume:
     """Read a CT as int16 Hounsfield units, rounded, in RAS orientation.
 
@@ -79,15 +90,15 @@ def _as_ct(volume: Volume) -> Volume:
     return replace(volume, array=np.ascontiguousarray(array))
 
 
-def load_labels(path: str | Path) -> Volume:
+def load_labels(path: str | Path, *, classes: ClassMap = V2) -> Volume:
     """Read a multi-label segmentation as uint8 label ids in RAS orientation.
 
     Raises:
-        UserError: as `load_ct`, and for values that are not label ids 0 to 117.
+        UserError: as `load_ct`, and for values that are not label ids of the classes.
     """
     volume = _load(path)
     _require_finite(volume)
-    array, last = volume.array, labels.NUM_CLASSES - 1
+    array, last = volume.array, classes.num_classes - 1
     if array.dtype.kind == "f":
         checks.require(
             bool(np.all(array == np.rint(array))),
@@ -98,8 +109,12 @@ def load_labels(path: str | Path) -> Volume:
     checks.require(
         low >= 0 and high <= last,
         f"{path} holds values from {low:g} to {high:g}, but the class map "
-        f"{labels.VERSION} has label ids from 0 to {last}; segmentations of other "
-        f"TotalSegmentator versions must be mapped to it ({labels.RECORD}).",
+        + (
+            f"{labels.VERSION} has label ids from 0 to {last}; segmentations of other "
+            f"TotalSegmentator versions must be mapped to it ({labels.RECORD})."
+            if classes == V2
+            else f"of the dataset has label ids from 0 to {last}."
+        ),
     )
     return replace(volume, array=np.ascontiguousarray(array.astype(np.uint8)))
 

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from swinsmt_jax import checks
+from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import (
     augmentation,
@@ -24,6 +25,7 @@ from swinsmt_jax.data import (
     totalsegmentator,
     transforms,
 )
+from swinsmt_jax.data.dataset import DESCRIPTION
 from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.data.totalsegmentator import Case, Sample
 
@@ -112,9 +114,21 @@ def find_cases(
 
     Raises:
         UserError: as `totalsegmentator.find_cases` and `store.find_cases`, and for a
-            store of another spacing than the config's.
+            store of another spacing or other classes than the config's.
     """
+    found = class_map(config)
+    checks.require(
+        config.classes in (_own_names(found), found.names[1:]),
+        f"{config.root} has the classes {_few(found.names[1:])}, but the network is "
+        f"for {_few(config.classes or V2.names[1:])}; give data with its classes.",
+    )
     if not store.is_store(config.root):
+        described = Path(config.root) / DESCRIPTION
+        checks.require(
+            not described.is_file(),
+            f"{config.root} is a dataset described by {described.name}; make a store "
+            "of it with preprocess.py, and give that as data.root.",
+        )
         return totalsegmentator.find_cases(config.root, split=split)
     cases = store.find_cases(config.root, split=split)
     spacing = store.read_options(Path(config.root)).spacing
@@ -125,6 +139,44 @@ def find_cases(
         "--store.",
     )
     return cases
+
+
+def class_map(config: DataConfig) -> ClassMap:
+    """Return the classes of a store; of a dataset, TotalSegmentator v2's."""
+    if store.is_store(config.root):
+        return store.read_options(Path(config.root)).classes
+    return V2
+
+
+def with_classes(config: DataConfig, *, num_classes: int) -> DataConfig:
+    """Return the config with the names of its store's classes, if they are not v2's.
+
+    Raises:
+        UserError: if `num_classes`, background included, is not the number of these.
+    """
+    if not config.classes:
+        config = replace(config, classes=_own_names(class_map(config)))
+    wanted = len(config.classes) + 1
+    checks.require(
+        not config.classes or num_classes == wanted,
+        f"model.out_channels is {num_classes}, but must be {wanted}: the store "
+        f"{config.root} has the background and {wanted - 1} classes, "
+        f"{_few(config.classes)}.",
+    )
+    return config
+
+
+def class_names(config: DataConfig) -> tuple[str, ...]:
+    """Return the names of the label ids, the background first."""
+    return (V2.names[0], *config.classes) if config.classes else V2.names
+
+
+def _own_names(classes: ClassMap) -> tuple[str, ...]:
+    return () if classes.names == V2.names else classes.names[1:]
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
 
 
 def load_case(case: Case | StoredCase) -> Sample:
@@ -200,9 +252,16 @@ def _resampled(config: DataConfig, sample: Sample) -> Sample:
     return replace(sample, image=image, label=label, affine=affine)
 
 
-def _augmented(config: DataConfig, sample: Sample, rng: np.random.Generator) -> Sample:
+def _augmented(
+    config: DataConfig,
+    sample: Sample,
+    rng: np.random.Generator,
+    exchanged: np.ndarray,
+) -> Sample:
     """Apply what the config adds to the released recipe."""
-    sample = augmentation.mirror(sample, rng, probability=config.mirror_probability)
+    sample = augmentation.mirror(
+        sample, rng, probability=config.mirror_probability, exchanged=exchanged
+    )
     sample = augmentation.low_resolution(
         sample,
         rng,
@@ -229,6 +288,7 @@ class _RandomCrop(grain.transforms.RandomMap):
         self._start()
 
     def _start(self) -> None:
+        self._exchanged = class_map(self._config).exchanged()
         self._memory: dict[int, Sample] = {}
         self._locks = [threading.Lock() for _ in self._cases]
 
@@ -260,7 +320,7 @@ class _RandomCrop(grain.transforms.RandomMap):
             probability=config.intensity_probability,
             shift=config.intensity_shift,
         )
-        sample = _augmented(config, sample, rng)
+        sample = _augmented(config, sample, rng, self._exchanged)
         return {
             "image": np.ascontiguousarray(sample.image[..., None], np.float32),
             "label": np.ascontiguousarray(sample.label),

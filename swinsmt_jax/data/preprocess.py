@@ -5,6 +5,7 @@ anew. A case that cannot be used is reported by name and reason, and the others 
 """
 
 import concurrent.futures
+import functools
 import multiprocessing
 import shutil
 import warnings
@@ -16,25 +17,32 @@ from pathlib import Path
 from tqdm import tqdm
 
 from swinsmt_jax import checks
+from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import nifti, store, totalsegmentator
+from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.store import Options
+from swinsmt_jax.data.totalsegmentator import Case
 
 
 def preprocess(
     source: str | Path,
     root: str | Path,
     *,
-    options: Options,
+    spacing: float = 0.0,
+    description: str = "",
+    classes: Sequence[str] = (),
     workers: int = 1,
     exclude: Sequence[str] = (),
     progress: bool = False,
 ) -> dict[str, str]:
-    """Write the cases of a dataset in the TotalSegmentator-V2 layout to a store.
+    """Write the cases of a dataset to a store.
 
     Args:
         source: folder of the dataset.
         root: folder of the store; made, or continued.
-        options: spacing of the store.
+        spacing: voxel side in mm; 0 keeps each scan's own.
+        description: of the dataset, as in `dataset.open_dataset`.
+        classes: names of those to keep; empty keeps all.
         workers: processes; each holds one scan.
         exclude: ids of cases to leave out, such as those with known wrong labels.
         progress: show a bar.
@@ -44,29 +52,32 @@ def preprocess(
         names no case; also in the index of the store.
 
     Raises:
-        UserError: for a source without meta.csv, unknown ids in `exclude`, a store of
-            other options or that cannot be written, such as on a full disk, and worker
-            processes that die. Finished cases stay, half-written ones do not.
+        UserError: for a source that is no such dataset, unknown ids in `exclude` or
+            names in `classes`, a store of other options or that cannot be written, such
+            as on a full disk, and worker processes that die. Finished cases stay,
+            half-written ones do not.
     """
     source, root = Path(source), Path(root)
     checks.positive("workers", workers)
-    refused: dict[str, str] = {}
-    rows = totalsegmentator.read_meta(source, refused=refused)
+    found = open_dataset(source, description=description)
     for name in exclude:
         checks.require(
-            name in rows or name in refused,
-            f"exclude names {name!r}, which {source / 'meta.csv'} does not list."
-            f"{checks.did_you_mean(name, rows)}",
+            name in found.splits or name in found.refused,
+            f"exclude names {name!r}, which {source} does not list."
+            f"{checks.did_you_mean(name, found.splits)}",
         )
-    rows = {name: split for name, split in rows.items() if name not in exclude}
-    refused = {name: why for name, why in refused.items() if name not in exclude}
+    rows = {name: split for name, split in found.splits.items() if name not in exclude}
+    refused = {name: why for name, why in found.refused.items() if name not in exclude}
+    kept = found.classes.subset(classes) if classes else found.classes
+    options = Options(spacing, kept)
     try:
         store.open_store(root, options)
         _list_cases(root, rows)
         waiting = [name for name in rows if not (root / name / store.CASE).is_file()]
-        failed = _run(source, root, waiting, rows, options, workers, progress)
-        failed = refused | failed
-        index = {"format": store.FORMAT, "options": vars(options), "failed": failed}
+        job = functools.partial(write, root, options=options, classes=found.classes)
+        failed = refused | _run(job, found, waiting, rows, workers, progress)
+        index = {"format": store.FORMAT, "options": options.to_json()}
+        index["failed"] = failed
         store.write_json(root / store.INDEX, index)
     except OSError as error:
         raise checks.UserError(
@@ -76,10 +87,14 @@ def preprocess(
     return failed
 
 
-def _run(source, root, waiting, rows, options, workers, progress):
+def _run(write_one, dataset, waiting, rows, workers, progress):
     """Write the cases that are not there; return {case: reason} of failures."""
-    failed = {}
-    total = len(rows)
+    failed, cases, total = {}, [], len(rows)
+    for name in waiting:
+        try:
+            cases.append(dataset.find(name, rows[name]))
+        except checks.UserError as error:
+            failed[name] = str(error)
     bar = tqdm(
         total=total,
         initial=total - len(waiting),
@@ -90,10 +105,10 @@ def _run(source, root, waiting, rows, options, workers, progress):
     )
     context = multiprocessing.get_context("spawn")
     with bar, concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        jobs = {
-            pool.submit(write, source, root, name, rows[name], options): name
-            for name in waiting
-        }
+        for name, reason in failed.items():
+            bar.write(f"{name} is left out: {reason}")
+            bar.update()
+        jobs = {pool.submit(write_one, case): case.name for case in cases}
         try:
             for job in concurrent.futures.as_completed(jobs):
                 reason = job.result()
@@ -112,23 +127,22 @@ def _run(source, root, waiting, rows, options, workers, progress):
     return {name: failed[name] for name in rows if name in failed}
 
 
-def write(
-    source: Path, root: Path, name: str, split: str, options: Options
-) -> str | None:
-    """Write one case; return the reason if it cannot be used.
+def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str | None:
+    """Write one case, whose files hold `classes`; return the reason if it is unusable.
 
     Raises:
         UserError: if the store cannot be written, which no other case would mend.
     """
     try:
-        case = totalsegmentator.case_of(source, name, split)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked
-            sample = totalsegmentator.load_case(case)
+            sample = totalsegmentator.load_case(
+                case, classes=classes, kept=options.classes
+            )
         facts = {
-            "name": name,
-            "source_shape": sample.image.shape,
-            "source_affine": sample.affine.tolist(),
+            "name": case.name,
+            "source_shape": sample.source_shape,
+            "source_affine": sample.source_affine.tolist(),
             "overlapping_voxels": sample.overlapping,
             "source": totalsegmentator.file_sizes(case),
         }
@@ -136,10 +150,11 @@ def write(
     except checks.UserError as error:
         return str(error)
     try:
-        store.write_case(root, sample, facts=facts)
+        number = options.classes.num_classes
+        store.write_case(root, sample, num_classes=number, facts=facts)
     except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
         raise checks.UserError(
-            f"case {name!r} cannot be written to the store {root}: "
+            f"case {case.name!r} cannot be written to the store {root}: "
             f"{' '.join(str(error).split())[:600]}; make room or mend its permissions, "
             "and give the same command again: finished cases stay."
         ) from error

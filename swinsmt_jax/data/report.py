@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from swinsmt_jax import labels
-from swinsmt_jax.data import label_table, store, totalsegmentator
+from swinsmt_jax.data import label_table, nifti, store, totalsegmentator
 from swinsmt_jax.data.store import StoredCase
 
 SHOWN = 4  # cases drawn
@@ -55,9 +54,7 @@ def _collect(root, cases, failed):
         "bytes_per_voxel": size / max(1, voxels),
         "shapes": {c.name: f["shape"] for c, f in zip(cases, facts, strict=True)},
         "source_spacings": {
-            case.name: np.linalg.norm(np.array(f["source_affine"])[:3, :3], axis=0)
-            .round(4)
-            .tolist()
+            case.name: [round(x, 4) for x in nifti.ras_spacing(f["source_affine"])]
             for case, f in zip(cases, facts, strict=True)
         },
         "overlapping_voxels": sum(f["overlapping_voxels"] for f in facts),
@@ -66,7 +63,7 @@ def _collect(root, cases, failed):
                 "voxels": int(counts[:, i].sum()) if len(facts) else 0,
                 "cases": int((counts[:, i] > 0).sum()) if len(facts) else 0,
             }
-            for i, name in enumerate(labels.CLASS_NAMES)
+            for i, name in enumerate(store.read_options(root).classes.names)
             if i
         },
     }
@@ -123,7 +120,7 @@ def _slices(case):
     """Draw the middle coronal and axial planes with their labels."""
     sample = case.read()
     figure = Figure(figsize=(9, 4), layout="constrained")
-    palette = np.array([label_table.colour(i) for i in range(labels.NUM_CLASSES)])
+    palette = np.array([label_table.colour(i) for i in range(256)])
     axes = figure.subplots(1, 4)
     for i, axis in enumerate((1, 2)):
         middle = sample.image.shape[axis] // 2

@@ -17,13 +17,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tensorstore
 
-from swinsmt_jax import checks, labels
+from swinsmt_jax import checks, class_map
+from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import totalsegmentator, transforms
 from swinsmt_jax.data.totalsegmentator import Sample
 
@@ -41,11 +42,15 @@ class Options:
 
     Attributes:
         spacing: voxel side in mm; 0 keeps each scan's own.
-        classes: version of the class map.
+        classes: of the label ids.
     """
 
     spacing: float
-    classes: str = labels.VERSION
+    classes: ClassMap = class_map.V2
+
+    def to_json(self) -> dict:
+        """Return what the index of the store says of these options."""
+        return {"spacing": self.spacing, "classes": class_map.to_json(self.classes)}
 
 
 @dataclass(frozen=True)
@@ -125,14 +130,17 @@ def open_store(root: Path, options: Options) -> None:
         UserError: for other options, and a folder that holds something else.
     """
     file = root / INDEX
-    wanted = {"format": FORMAT, "options": asdict(options)}
     if file.exists():
-        found = read_json(file)
+        found = read_options(root)
         checks.require(
-            {k: found.get(k) for k in wanted} == wanted,
-            f"the store {root} was made with {found.get('options')} in format "
-            f"{found.get('format')}, but now {wanted['options']} in format {FORMAT} is "
-            "wanted; choose another --store.",
+            found.spacing == options.spacing,
+            f"the store {root} was made with --spacing={found.spacing:g}, but now "
+            f"{options.spacing:g} is wanted; choose another --store.",
+        )
+        checks.require(
+            found.classes == options.classes,
+            f"the store {root} was made with the {_title(found.classes)}, but now the "
+            f"{_title(options.classes)} are wanted; choose another --store.",
         )
     else:
         checks.require(
@@ -140,7 +148,7 @@ def open_store(root: Path, options: Options) -> None:
             f"the folder {root} holds other files; choose an empty or new --store.",
         )
         root.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
+        write_json(file, {"format": FORMAT, "options": options.to_json()})
     for left in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(left)
 
@@ -153,7 +161,18 @@ def read_options(root: Path) -> Options:
         f"the store {root} has format {found.get('format')!r}, but this version reads "
         f"{FORMAT}; preprocess again.",
     )
-    return Options(**found["options"])
+    with _readable(root / INDEX):
+        options = found["options"]
+        classes = class_map.from_json(options["classes"], where=str(root / INDEX))
+        return Options(options["spacing"], classes)
+
+
+def _title(classes):
+    """Describe a class map in a few words."""
+    names = classes.names[1:]
+    more = ", ..." if len(names) > 4 else ""
+    groups = f", groups {', '.join(classes.groups)}" if classes.groups else ""
+    return f"{len(names)} classes {', '.join(names[:4])}{more}{groups}"
 
 
 def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
@@ -214,12 +233,13 @@ def balanced_crop(
     return transforms.pad(case.read(region), shape=shape, air=air)
 
 
-def write_case(root: Path, sample: Sample, *, facts: Mapping) -> dict:
+def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) -> dict:
     """Write a case; its folder appears when it is complete.
 
     Args:
         root: of the store.
         sample: int16 HU and uint8 labels in RAS orientation.
+        num_classes: label ids, background included.
         facts: more for case.json.
 
     Returns:
@@ -231,7 +251,7 @@ def write_case(root: Path, sample: Sample, *, facts: Mapping) -> dict:
         for name, array in (("image", sample.image), ("label", sample.label)):
             _create(str(partial / name), array).write(array).result()
         np.savez(partial / VOXELS, **_voxels(sample))
-        counts = np.bincount(sample.label.reshape(-1), minlength=labels.NUM_CLASSES)
+        counts = np.bincount(sample.label.reshape(-1), minlength=num_classes)
         content = {
             **facts,
             "shape": sample.image.shape,

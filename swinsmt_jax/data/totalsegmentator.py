@@ -7,6 +7,7 @@
 """
 
 import csv
+import glob
 import os
 import tempfile
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from swinsmt_jax import checks, labels
+from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.data import nifti
 
 SPLITS = ("train", "val", "test")
 SUFFIX = ".nii.gz"
+CLASS = "{class}"  # stands for the name of a class in the path of masks
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan on disk; `segmentation` is the folder of masks or the one label file."""
+    """One scan on disk; `segmentation` is one label file, or has `CLASS` in it."""
 
     name: str
     ct: Path
@@ -41,6 +44,8 @@ class Sample:
         affine: [4, 4], voxel indices to world millimetres.
         name: the case's id.
         overlapping: claims of masks to voxels that another mask has too.
+        source_shape: shape of the file's array, in its own axes.
+        source_affine: [4, 4] of the file.
     """
 
     image: np.ndarray
@@ -48,6 +53,8 @@ class Sample:
     affine: np.ndarray
     name: str
     overlapping: int = 0
+    source_shape: tuple[int, ...] = ()
+    source_affine: np.ndarray | None = None
 
 
 def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
@@ -152,56 +159,92 @@ def add_to_meta(root: Path, splits: dict[str, str]) -> None:
         os.replace(partial, path)
 
 
-def load_case(case: Case) -> Sample:
+def load_case(
+    case: Case, *, classes: ClassMap = V2, kept: ClassMap | None = None
+) -> Sample:
     """Read the CT and the labels of a case, reoriented to RAS.
 
     Masks are merged in the order of the class map; where they overlap, the later class
     wins, as in TotalSegmentator's own converter.
+
+    Args:
+        case: its files.
+        classes: that the files hold.
+        kept: a subset of these, if others are to become background.
 
     Raises:
         UserError: as `nifti.load_ct`; for a missing mask, a mask of no known class, and
             labels that do not lie on the CT's voxel grid.
     """
     ct, overlapping = nifti.load_ct(case.ct), 0
-    if case.segmentation.is_dir():
-        label, overlapping = _merge_masks(case.segmentation, ct)
+    kept = kept or classes
+    if CLASS in str(case.segmentation):
+        label, overlapping = _merge_masks(case.segmentation, ct, classes, kept)
     else:
-        volume = nifti.load_labels(case.segmentation)
+        volume = nifti.load_labels(case.segmentation, classes=classes)
         nifti.require_same_grid(volume, ct)
         label = volume.array
-    return Sample(ct.array, label, ct.affine, case.name, overlapping)
+        if kept != classes:
+            ids = {name: i for i, name in enumerate(kept.names)}
+            table = [ids.get(name, 0) for name in classes.names]
+            label = np.array(table, np.uint8)[label]
+    return Sample(
+        ct.array,
+        label,
+        ct.affine,
+        case.name,
+        overlapping,
+        ct.source_shape,
+        ct.source_affine,
+    )
 
 
-def _merge_masks(folder: Path, ct: nifti.Volume) -> tuple[np.ndarray, int]:
+def _merge_masks(
+    masks: Path, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
+) -> tuple[np.ndarray, int]:
     """Return the labels, and the number of voxels that several masks claim."""
-    names = [p.name.removesuffix(SUFFIX) for p in sorted(folder.glob(f"*{SUFFIX}"))]
+    wanted, first, last = classes.names[1:], *str(masks).split(CLASS)
+    names = [str(p).removeprefix(first).removesuffix(last) for p in _files(masks)]
     for name in names:
         checks.require(
-            name in labels.CLASS_IDS and name != "background",
-            f"{folder / name}{SUFFIX} belongs to none of the {labels.NUM_CLASSES - 1} "
-            f"classes of TotalSegmentator {labels.VERSION} ({labels.RECORD})."
-            f"{checks.did_you_mean(name, labels.CLASS_NAMES[1:])}",
+            name in wanted,
+            f"{first}{name}{last} belongs to none of the {len(wanted)} classes of "
+            f"{_title(classes)}.{checks.did_you_mean(name, wanted)}",
         )
-    missing = [name for name in labels.CLASS_NAMES[1:] if name not in names]
+    missing = [name for name in kept.names[1:] if name not in names]
     checks.require(
         not missing,
-        f"{folder} lacks {len(missing)} of {labels.NUM_CLASSES - 1} masks: "
+        f"{masks.parent} lacks {len(missing)} of {len(kept.names) - 1} masks: "
         f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; an absent "
         "structure needs an empty mask, so download the case again.",
     )
     label, claimed = np.zeros(ct.array.shape, np.uint8), 0
-    for name in labels.CLASS_NAMES[1:]:
-        mask = nifti.load_mask(folder / f"{name}{SUFFIX}")
+    for number, name in enumerate(kept.names[1:], start=1):
+        mask = nifti.load_mask(f"{first}{name}{last}")
         nifti.require_same_grid(mask, ct)
         claimed += int(np.count_nonzero(mask.array))
-        label[mask.array] = labels.CLASS_IDS[name]
+        label[mask.array] = number
     return label, claimed - int(np.count_nonzero(label))
+
+
+def _title(classes):
+    if classes == V2:
+        return f"TotalSegmentator {labels.VERSION} ({labels.RECORD})"
+    return "the dataset"
+
+
+def _files(masks: Path) -> list[Path]:
+    """Return the files of all masks of a case, sorted."""
+    first, last = str(masks).split(CLASS)
+    return sorted(
+        Path(file) for file in glob.glob(f"{glob.escape(first)}*{glob.escape(last)}")
+    )
 
 
 def file_sizes(case: Case) -> list[int]:
     """Return the bytes of a case's files: its fingerprint."""
-    folder = case.segmentation
-    files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else [folder]
+    found = case.segmentation
+    files = _files(found) if CLASS in str(found) else [found]
     return [file.stat().st_size for file in (case.ct, *files)]
 
 
@@ -214,10 +257,26 @@ def case_of(root: Path, name: str, split: str) -> Case:
         f"{ct} does not exist, but meta.csv lists case {name!r}; finish the download "
         "or remove its line.",
     )
-    for segmentation in (folder / f"segmentations{SUFFIX}", folder / "segmentations"):
-        if segmentation.exists():
+    masks = folder / "segmentations"
+    for found, segmentation in (
+        (folder / f"segmentations{SUFFIX}",) * 2,
+        (masks, masks / f"{CLASS}{SUFFIX}"),
+    ):
+        if found.exists():
             return Case(name, ct, split, segmentation)
     raise checks.UserError(
         f"case {name!r} has neither {folder / 'segmentations'} with the 117 masks nor "
         f"segmentations{SUFFIX}; finish the download or remove its line from meta.csv."
     )
+
+
+def require_files(case: Case) -> Case:
+    """Return a case whose image and labels are there, or else raise `UserError`."""
+    masks = CLASS in str(case.segmentation)
+    for what, file in (("image", case.ct), ("labels", case.segmentation)):
+        checks.require(
+            file.is_file() or (what == "labels" and masks),
+            f"the {what} of the case {case.name!r}, {file}, do not exist; finish the "
+            "download or remove the case from the splits.",
+        )
+    return case

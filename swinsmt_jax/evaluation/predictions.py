@@ -1,13 +1,15 @@
 """Evaluate label maps in files, of this or any other tool, on the same footing."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels, metrics
+from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import nifti, totalsegmentator
+from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.totalsegmentator import Case
 from swinsmt_jax.evaluation import pictures, report
 from swinsmt_jax.evaluation.run import CaseResult, Segmented
@@ -21,28 +23,39 @@ def evaluate_predictions(
     *,
     root: str | Path,
     split: str,
-    groups: Mapping[str, Sequence[int]],
     rule: str,
     output: Path,
+    groups: str | Path | None = None,
+    description: str = "",
     limit: int = 0,
 ) -> str:
     """Compare label files with the truth, write all results, and return the Dice table.
 
     Args:
         folder: holds <case>.nii.gz or <case>.nii with label ids on the CT's grid.
-        root: of the dataset with the truth, in the TotalSegmentator-V2 layout.
-        split, groups, rule, output, limit: as in `report.evaluate_split`.
+        root: of the dataset with the truth.
+        groups: JSON file as in `labels.load_groups`; None takes the dataset's.
+        description: of the dataset, as in `dataset.open_dataset`.
+        split, rule, output, limit: as in `report.evaluate_split`.
 
     Raises:
         UserError: for a prediction that is missing, lies on another grid or holds other
             ids, and as `report.evaluate_split`.
     """
     checks.in_range("limit", limit, 0, 10**9)
-    cases = totalsegmentator.find_cases(root, split=split)[: limit or None]
+    dataset = open_dataset(root, description=description)
+    for reason in dataset.refused.values():
+        raise checks.UserError(reason)
+    names = [name for name, own in dataset.splits.items() if own == split]
+    checks.require(bool(names), f"{root} has no case of the split {split!r}.")
+    cases = [dataset.find(name, split) for name in names[: limit or None]]
+    classes = dataset.classes
+    if groups:
+        groups = labels.load_groups(groups, names=classes.names)
     files = [_file(folder, case) for case in cases]
     report.make_folder(output)
     results, views = [], []
-    for segmented in _read(cases, files):
+    for segmented in _read(cases, files, classes):
         results.append(segmented.result)
         views.append(pictures.views_of(segmented))
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
@@ -50,26 +63,29 @@ def evaluate_predictions(
         output,
         results,
         views,
-        groups=groups,
+        groups=groups or classes.groups,
         rule=rule,
         about=about,
         title=f"{len(results)} cases of the split {split!r}, predictions in {folder}",
-        num_classes=labels.NUM_CLASSES,
+        names=classes.names,
+        num_classes=classes.num_classes,
         hu_range=HU_RANGE,
     )
 
 
-def _read(cases: Sequence[Case], files: Sequence[Path]) -> Iterator[Segmented]:
+def _read(
+    cases: Sequence[Case], files: Sequence[Path], classes: ClassMap
+) -> Iterator[Segmented]:
     bar = tqdm(
         zip(cases, files, strict=True), "evaluating", total=len(cases), unit="case"
     )
     for case, file in bar:
         start = time.perf_counter()
-        truth = totalsegmentator.load_case(case)
-        prediction = nifti.load_labels(file)
+        truth = totalsegmentator.load_case(case, classes=classes)
+        prediction = nifti.load_labels(file, classes=classes)
         nifti.require_same_grid(prediction, nifti.load_ct(case.ct))
         counts = metrics.overlap_counts(
-            prediction.array, truth.label, num_classes=labels.NUM_CLASSES
+            prediction.array, truth.label, num_classes=classes.num_classes
         )
         seconds = time.perf_counter() - start
         low, high = HU_RANGE

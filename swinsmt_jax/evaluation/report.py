@@ -69,6 +69,7 @@ def evaluate_split(
         rule=rule,
         about=about,
         title=title,
+        names=pipeline.class_names(config.data),
         num_classes=config.model.out_channels,
         hu_range=config.data.hu_range,
     )
@@ -83,6 +84,7 @@ def write_results(
     rule: str,
     about: dict,
     title: str,
+    names: Sequence[str],
     num_classes: int,
     hu_range: Sequence[float],
 ) -> str:
@@ -92,10 +94,17 @@ def write_results(
     """
 
     def write():
-        tables.write_per_class(output / "per_class.csv", results, groups=groups)
+        tables.write_per_class(
+            output / "per_class.csv", results, groups=groups, names=names
+        )
         tables.write_per_case(output / "per_case.csv", results, groups=groups)
         tables.write_json(
-            output / "results.json", results, groups=groups, rule=rule, about=about
+            output / "results.json",
+            results,
+            groups=groups,
+            rule=rule,
+            about=about,
+            names=names,
         )
         pictures.write_overview(
             output / "overview.png", views, num_classes=num_classes, hu_range=hu_range

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from swinsmt_jax import checks, labels, metrics
+from swinsmt_jax import checks, metrics
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.inference import Predict, predict_labels
@@ -163,7 +163,9 @@ def validate(
         return found
 
     results = processes.unshare(processes.together(segment))
-    groups = known_groups(groups or labels.GROUPS, config.model.out_channels)
+    if groups is None:
+        groups = pipeline.class_map(config.data).groups
+    groups = known_groups(groups, config.model.out_channels)
     means = metrics.group_averages(dice_scores(results), groups=groups)
     dice = {name: mean[metrics.AVERAGES[0]] for name, mean in means.items()}
     return {

@@ -62,9 +62,13 @@ def dice_table(
 
 
 def write_per_class(
-    path: Path, results: Sequence[CaseResult], *, groups: Groups
+    path: Path,
+    results: Sequence[CaseResult],
+    *,
+    groups: Groups,
+    names: Sequence[str] = labels.CLASS_NAMES,
 ) -> None:
-    """Write a row for each class but the background.
+    """Write a row for each class but the background; `names` are those of the ids.
 
     Columns: id, name, groups, mean, least and greatest Dice over the cases that have
     the class, their number, in how many of them it was missed altogether, and in how
@@ -81,7 +85,7 @@ def write_per_class(
         rows.append(
             [
                 k,
-                class_name(k),
+                class_name(k, names),
                 " ".join(name for name, ids in groups.items() if k in ids),
                 *map(_number, (metrics.class_means(scores)[k], *extremes)),
                 present.sum(),
@@ -120,7 +124,13 @@ def write_per_case(
 
 
 def write_json(
-    path: Path, results: Sequence[CaseResult], *, groups: Groups, rule: str, about: dict
+    path: Path,
+    results: Sequence[CaseResult],
+    *,
+    groups: Groups,
+    rule: str,
+    about: dict,
+    names: Sequence[str] = labels.CLASS_NAMES,
 ) -> None:
     """Write all means, the Dice of every (case, class) pair and what was evaluated.
 
@@ -130,7 +140,12 @@ def write_json(
         groups: class ids of each group.
         rule: the average that counts as the result.
         about: plain values that say what was evaluated; copied into the file.
+        names: of the label ids.
     """
+
+    def name_of(number):
+        return class_name(number, names)
+
     scores, wrong = run.dice_scores(results), run.false_positives(results)
     means = metrics.group_averages(scores, groups=groups)
     content = {
@@ -140,11 +155,11 @@ def write_json(
         "dice": {name: mean[rule] for name, mean in means.items()},
         "dice_by_average": means,
         "false_positives": int(wrong.sum()),
-        "groups": {name: [class_name(k) for k in ids] for name, ids in groups.items()},
+        "groups": {name: [name_of(k) for k in ids] for name, ids in groups.items()},
         "cases": {
             result.name: {
-                "dice": {class_name(k): row[k] for k in range(1, len(row))},
-                "false_positives": [class_name(k) for k in np.flatnonzero(extra)],
+                "dice": {name_of(k): row[k] for k in range(1, len(row))},
+                "false_positives": [name_of(k) for k in np.flatnonzero(extra)],
                 "seconds": round(result.seconds, 3),
             }
             for result, row, extra in zip(results, scores, wrong, strict=True)
@@ -166,10 +181,9 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def class_name(number: int) -> str:
+def class_name(number: int, names: Sequence[str] = labels.CLASS_NAMES) -> str:
     """Name of a class id; a network may have more classes than the class map."""
-    known = number < len(labels.CLASS_NAMES)
-    return labels.CLASS_NAMES[number] if known else f"class_{number}"
+    return names[number] if number < len(names) else f"class_{number}"
 
 
 def _write_csv(path: Path, header: list[str], rows: list[list]) -> None:

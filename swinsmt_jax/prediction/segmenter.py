@@ -46,7 +46,9 @@ class Segmenter:
     @property
     def class_names(self) -> dict[int, str]:
         """Names of the label ids that the network gives, background left out."""
-        return {i: class_name(i) for i in range(1, self.config.model.out_channels)}
+        names = pipeline.class_names(self.config.data)
+        classes = range(1, self.config.model.out_channels)
+        return {i: class_name(i, names) for i in classes}
 
     def segment(
         self, path: str | Path, *, progress: Progress | None = None

@@ -69,6 +69,7 @@ def train(
         config.model.in_channels == 1,
         f"model.in_channels is {config.model.in_channels}, but a CT has 1 channel.",
     )
+    config = processes.together(lambda: _with_classes(config))
     held_out = ()
     if validate:
         held_out = processes.together(lambda: _validation_cases(config))
@@ -153,6 +154,11 @@ def _scorer(config, mesh, predict, validate, cases):
         )
 
     return score
+
+
+def _with_classes(config: ExperimentConfig) -> ExperimentConfig:
+    found = pipeline.with_classes(config.data, num_classes=config.model.out_channels)
+    return dataclasses.replace(config, data=found)
 
 
 def _training_cases(config: ExperimentConfig) -> tuple[Sequence[Case], str]:

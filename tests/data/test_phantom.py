@@ -139,7 +139,7 @@ def test_dataset_has_the_layout_of_the_download(tmp_path):
         assert len(pairs[0]) == count
         for a, b in zip(*pairs, strict=True):
             assert a.segmentation.is_file()
-            assert len(list(b.segmentation.iterdir())) == 117
+            assert len(list(b.segmentation.parent.iterdir())) == 117
             x, y = totalsegmentator.load_case(a), totalsegmentator.load_case(b)
             np.testing.assert_array_equal(x.image, y.image)
             np.testing.assert_array_equal(x.label, y.label)

@@ -25,7 +25,6 @@ from swinsmt_jax.data import (
     store,
     totalsegmentator,
 )
-from swinsmt_jax.data.store import Options
 
 ROOT = Path(script.__file__).parent
 
@@ -51,9 +50,7 @@ def mine(source, tmp_path):
 
 def write_all(source, root, *, spacing=0.0, **options):
     """Preprocess without processes, as one worker does."""
-    return preprocess.preprocess(
-        source, root, options=Options(spacing=spacing), **options
-    )
+    return preprocess.preprocess(source, root, spacing=spacing, **options)
 
 
 @pytest.fixture
@@ -226,7 +223,7 @@ def test_another_spacing_is_resampled_once(source, tmp_path, here):
     )
     with pytest.raises(checks.UserError, match="spacing is 3, but .*--spacing=18"):
         pipeline.find_cases(replace(config, spacing=3.0), split="test")
-    with pytest.raises(checks.UserError, match="was made with .*18.0.*another --store"):
+    with pytest.raises(checks.UserError, match="--spacing=18, but .*another --store"):
         write_all(source, tmp_path / "store", spacing=3.0)
 
 

@@ -1,0 +1,173 @@
+"""Sets of classes: TotalSegmentator's two, subsets of them, and users' own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from swinsmt_jax import checks, labels
+
+MOST = 255  # classes: label ids are uint8
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Names and groups of label ids.
+
+    Attributes:
+        names: index = label id; the first one is "background".
+        groups: label ids of each group of the results table; may be empty.
+    """
+
+    names: tuple[str, ...]
+    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of label ids, background included."""
+        return len(self.names)
+
+    def subset(self, kept: Sequence[str]) -> "ClassMap":
+        """Return some of the classes, in this map's order, with ids from 1 on.
+
+        Raises:
+            UserError: for no class, a class named twice, and one that is unknown.
+        """
+        checks.require(len(kept) > 0, "the list of classes is empty; name at least one")
+        for name in kept:
+            checks.one_of("a name of classes", name, self.names[1:])
+            checks.require(
+                list(kept).count(name) == 1, f"classes names {name!r} more than once."
+            )
+        names = (self.names[0], *(name for name in self.names[1:] if name in kept))
+        ids = {name: i for i, name in enumerate(names)}
+        groups = {
+            group: tuple(ids[self.names[i]] for i in members if self.names[i] in ids)
+            for group, members in self.groups.items()
+        }
+        return ClassMap(
+            names, {group: found for group, found in groups.items() if found}
+        )
+
+    def exchanged(self) -> np.ndarray:
+        """Return for each label id that of the other side's structure, or its own.
+
+        uint8 [256]. Sides are the parts "left" and "right" of a name between
+        underscores.
+        """
+        ids = {name: i for i, name in enumerate(self.names)}
+        table = np.arange(256, dtype=np.uint8)
+        other = {"left": "right", "right": "left"}
+        for name, number in ids.items():
+            mirrored = "_".join(other.get(part, part) for part in name.split("_"))
+            table[number] = ids.get(mirrored, number)
+        return table
+
+
+def make(
+    names: Sequence[str], groups: Mapping[str, Sequence[str]], *, where: str
+) -> ClassMap:
+    """Build the map of classes named from id 1 on, with groups of names.
+
+    Raises:
+        UserError: for names that are no plain file names or repeated, too many of them,
+            and groups of unknown classes; the message begins with `where`.
+    """
+    checks.require(
+        isinstance(names, Sequence)
+        and not isinstance(names, str)
+        and 1 <= len(names) <= MOST,
+        f"{where}: classes is {names!r}, but must be a list of 1 to {MOST} names.",
+    )
+    for name in names:
+        checks.require(
+            isinstance(name, str)
+            and name.strip(". ") == name != ""
+            and not set(name) & set("/\\:;,{}\0"),
+            f"{where}: classes holds {name!r}, but a name becomes part of file names: "
+            "letters, digits, _ and - without slashes.",
+        )
+        checks.require(
+            name != "background" and list(names).count(name) == 1,
+            f"{where}: classes holds {name!r} more than once, or the background, which "
+            "is id 0 without being named.",
+        )
+    found = {}
+    checks.require(
+        isinstance(groups, Mapping),
+        f"{where}: groups is {groups!r}, but must be {{group: [class names]}}.",
+    )
+    for group, members in groups.items():
+        checks.require(
+            isinstance(members, Sequence) and not isinstance(members, str) and members,
+            f"{where}: the group {group!r} is {members!r}, but must list names.",
+        )
+        for name in members:
+            checks.one_of(f"{where}: a class of the group {group!r}", name, names)
+        found[group] = tuple(list(names).index(name) + 1 for name in members)
+    return ClassMap(("background", *names), found)
+
+
+def to_json(classes: ClassMap) -> str | dict:
+    """Return what `from_json` reads: a version's name, or names and groups."""
+    for version, known in VERSIONS.items():
+        if classes == known:
+            return version
+    groups = {
+        group: [classes.names[i] for i in ids] for group, ids in classes.groups.items()
+    }
+    return {"names": list(classes.names[1:]), "groups": groups}
+
+
+def from_json(content: str | dict, *, where: str) -> ClassMap:
+    """Read a class map; a `UserError` for a version unknown or a bad list."""
+    if isinstance(content, str):
+        checks.one_of(f"{where}: the class map", content, VERSIONS)
+        return VERSIONS[content]
+    return make(content["names"], content["groups"], where=where)
+
+
+def _v1() -> ClassMap:
+    """The 104 classes of TotalSegmentator's first dataset (zenodo.org/records/6802614).
+
+    Groups are the second version's, by name; the heart's chambers and the pulmonary
+    artery stand with the vessels, the face in none.
+    """
+    sides = ("left", "right")
+    spine = [
+        f"vertebrae_{part}{i}"
+        for part, count in (("L", 5), ("T", 12), ("C", 7))
+        for i in range(count, 0, -1)
+    ]
+    lobes = ("upper_lobe_left", "lower_lobe_left", "upper_lobe_right")
+    lobes = [f"lung_{x}" for x in (*lobes, "middle_lobe_right", "lower_lobe_right")]
+    chambers = "myocardium atrium_left ventricle_left atrium_right ventricle_right"
+    chambers = [f"heart_{part}" for part in chambers.split()]
+    gluteus = [f"gluteus_{x}" for x in ("maximus", "medius", "minimus")]
+    bones = ("humerus", "scapula", "clavicula", "femur", "hip")
+
+    def both(names):
+        return [f"{name}_{side}" for name in names for side in sides]
+
+    names = [
+        *("spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach"),
+        *("aorta", "inferior_vena_cava", "portal_vein_and_splenic_vein", "pancreas"),
+        *("adrenal_gland_right", "adrenal_gland_left", *lobes, *spine),
+        *("esophagus", "trachea", *chambers, "pulmonary_artery", "brain"),
+        *both(("iliac_artery", "iliac_vena")),
+        *("small_bowel", "duodenum", "colon"),
+        *(f"rib_{side}_{i}" for side in sides for i in range(1, 13)),
+        *(*both(bones), "sacrum", "face"),
+        *both((*gluteus, "autochthon", "iliopsoas")),
+        "urinary_bladder",
+    ]
+    groups = {
+        group: [labels.CLASS_NAMES[i] for i in ids if labels.CLASS_NAMES[i] in names]
+        for group, ids in labels.GROUPS.items()
+    }
+    groups["vessels"] += [*chambers, "pulmonary_artery"]
+    return make(names, groups, where="v1")
+
+
+V2 = ClassMap(labels.CLASS_NAMES, labels.GROUPS)
+VERSIONS = {labels.VERSION: V2, "v1": _v1()}

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from swinsmt_jax import checks, class_map, labels
+
+
+def test_the_first_release_has_104_classes_in_its_order():
+    v1 = class_map.VERSIONS["v1"]
+    assert v1.num_classes == 105
+    known = {1: "spleen", 7: "aorta", 18: "vertebrae_L5", 44: "heart_myocardium"}
+    known |= {
+        49: "pulmonary_artery",
+        58: "rib_left_1",
+        93: "face",
+        104: "urinary_bladder",
+    }
+    assert {i: v1.names[i] for i in known} == known
+    assert all(v1.names[i].startswith("rib_") for i in v1.groups["ribs"])
+    assert class_map.VERSIONS[labels.VERSION].names == labels.CLASS_NAMES
+
+
+def test_a_subset_keeps_order_and_groups():
+    found = class_map.V2.subset(["liver", "spleen", "rib_left_1"])
+    assert found.names == ("background", "spleen", "liver", "rib_left_1")
+    assert found.groups == {"organs": (1, 2), "ribs": (3,)}
+    with pytest.raises(checks.UserError, match="Did you mean 'liver'"):
+        class_map.V2.subset(["livver"])
+    with pytest.raises(checks.UserError, match="'liver' more than once"):
+        class_map.V2.subset(["liver", "liver"])
+
+
+def test_sides_are_exchanged_by_name():
+    own = class_map.make(["ear_left", "nose", "ear_right"], {}, where="x")
+    np.testing.assert_array_equal(own.exchanged()[:5], [0, 3, 2, 1, 4])
+    table = class_map.V2.exchanged()
+    ids = labels.CLASS_IDS
+    assert table[ids["lung_middle_lobe_right"]] == ids["lung_middle_lobe_right"]
+    np.testing.assert_array_equal(table[table], np.arange(256))
+
+
+@pytest.mark.parametrize(
+    ("names", "groups", "words"),
+    [
+        ("liver", {}, "list of 1 to 255 names"),
+        (["a/b"], {}, "'a/b', but a name becomes part of file names"),
+        (["a", "a"], {}, "'a' more than once"),
+        (["background"], {}, "the background, which is id 0"),
+        (["a"], {"g": ["b"]}, "a class of the group 'g' is 'b'"),
+        (["a"], {"g": "a"}, "must list names"),
+        ([f"c{i}" for i in range(256)], {}, "list of 1 to 255 names"),
+    ],
+)
+def test_bad_classes_are_refused(names, groups, words):
+    with pytest.raises(checks.UserError, match=words) as told:
+        class_map.make(names, groups, where="file.json")
+    assert "file.json" in str(told.value)
+
+
+def test_a_map_survives_json():
+    own = class_map.make(["a", "b"], {"g": ["b"]}, where="x")
+    for known in (own, *class_map.VERSIONS.values()):
+        assert class_map.from_json(class_map.to_json(known), where="x") == known

@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", required=True, help="folder to write")
     parser.add_argument("--cases", type=int, required=True, help="cases of all splits")
     parser.add_argument("--spacing", type=float, required=True, help="voxel side in mm")
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--val", type=int, default=0, help="of these, for validation")
     parser.add_argument("--test", type=int, default=0, help="of these, for testing")
     parser.add_argument("--variation", type=float, default=1.0)

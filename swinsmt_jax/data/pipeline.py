@@ -160,7 +160,7 @@ def with_classes(config: DataConfig, *, num_classes: int) -> DataConfig:
     checks.require(
         not config.classes or num_classes == wanted,
         f"model.out_channels is {num_classes}, but must be {wanted}: the store "
-        f"{config.root} has the background and {wanted - 1} classes, "
+        f"{config.root} has the background and the classes "
         f"{_few(config.classes)}.",
     )
     return config

@@ -189,7 +189,10 @@ def test_a_network_is_trained_and_used_with_one_set_of_classes(tmp_path):
     root = described(tmp_path / "raw")
     read_back(root, tmp_path / "store")
     config = settings(tmp_path / "store", spacing=0.0)
-    with pytest.raises(checks.UserError, match="out_channels is 118, but must be 3"):
+    with pytest.raises(
+        checks.UserError,
+        match="out_channels is 118, but must be 3: .*liver, tumour .2.",
+    ):
         pipeline.with_classes(config, num_classes=118)
     config = pipeline.with_classes(config, num_classes=3)
     assert pipeline.class_names(config) == ("background", "liver", "tumour")

@@ -16,8 +16,8 @@ soft_moe, inference, input_pipeline: the benchmarks of these names, --quick.
 
 A part that is done is not done again: a run that was stopped goes on, and --parts takes
 some of them. On a CPU, and with --quick, the network and crops of the first part are
-small. Ends with status 1 if a figure is beyond its tolerance, a step fails but for
-memory, or a part fails or runs over its limit.
+small, and with --quick those of the second. Ends with status 1 if a figure is beyond
+its tolerance, a step fails but for memory, or a part fails or runs over its limit.
 """
 
 import json
@@ -232,8 +232,8 @@ def check_network(options) -> int:
 def command_of(part: str, options) -> list[str]:
     """Return the command line of a part, without --json."""
     if part != "network":
-        more = ["--rounds=1"] if part == "model" else []
-        return [sys.executable, "-m", f"benchmarks.{part}", "--quick", *more]
+        small = "--smallest" if part == "model" and options.quick else "--quick"
+        return [sys.executable, "-m", f"benchmarks.{part}", small]
     goldens = f"--goldens={Path(options.goldens).resolve()}"
     quick = ["--quick"] if options.quick else []
     return [

@@ -11,7 +11,8 @@ peak of the process on a CPU, of the allocator on a GPU. Networks are built with
 rematerialisation of their configs: --noremat keeps all activations.
 
 On a CPU in float32 on --threads cores. On a GPU in bfloat16, PyTorch with autocast and
-channels_last_3d. --quick measures the smallest patch, on a GPU the paper's steps.
+channels_last_3d. --quick measures once what the headline needs, minutes on a CPU;
+--smallest a 64^3 patch.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ ROWS = (
 )
 ON_GPU = (("swin_smt_e32", 96, "step"), ("swin_smt_e32", 128, "step"))
 MOST_PATCHES = 64
-QUICK = (("swin_smt_e4", 64, "forward"), ("swin_smt_e4", 64, "gradient"))
+SMALLEST = (("swin_smt_e4", 64, "forward"), ("swin_smt_e4", 64, "gradient"))
 
 
 def start(job: Job) -> dict:
@@ -83,9 +84,9 @@ def compare(job: Job, frameworks: tuple[str, ...], *, rounds: int) -> dict:
             "peak_gb": statistics.median(run["peak_gb"] for run in runs),
             "all_seconds": seconds,
         }
-        for known in ("compile_s", "compiled_gb"):
-            if name == "jax":
-                row[name][known] = runs[0][known]
+        if name == "jax":
+            known = ("compile_s", "compiled_gb")
+            row[name] |= {key: runs[0][key] for key in known}
     return row | ratios(row)
 
 
@@ -195,10 +196,13 @@ def main(_):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = flags.FLAGS
     on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:
-        rows_of = QUICK if options.quick else ROWS
-    else:
-        rows_of = ON_GPU if options.quick else ON_GPU + ROWS
+    rows_of = ROWS if on_cpu else ON_GPU + ROWS
+    if options.quick:
+        rows_of = ROWS[:2] if on_cpu else ON_GPU
+    if options.smallest:
+        rows_of = SMALLEST
+    once = options.quick or options.smallest
+    rounds, repeats = (1, 1) if once else (options.rounds, options.repeats)
     about = machine() | {"threads": options.threads if on_cpu else None}
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     report = {"headline": {}, "rows": [], "machine": about}
@@ -211,22 +215,22 @@ def main(_):
             what="step",
             dtype="float32" if on_cpu else "bfloat16",
             remat=options.remat,
-            repeats=options.repeats,
+            repeats=repeats,
             threads=options.threads if on_cpu else 0,
             cache=cache,
         )
-        if not options.quick:
+        if not options.smallest:
             paper = dataclasses.replace(job, dtype="bfloat16", remat=True, repeats=0)
             report["compile"] = compile_seconds(paper)
         for network, side, what in rows_of:
             this = dataclasses.replace(job, network=network, side=side, what=what)
             # Compiled beforehand, so that the compiler's memory is not counted.
             start(dataclasses.replace(this, repeats=0))
-            row = compare(this, ("jax", *options.peers), rounds=options.rounds)
+            row = compare(this, ("jax", *options.peers), rounds=rounds)
             report["rows"].append(row)
             print(line(row), flush=True)
             _write(report, options.json)
-        if not on_cpu and not options.quick:
+        if not on_cpu and not once:
             report["largest_batch"] = {
                 name: largest_batch(dataclasses.replace(job, framework=name))
                 for name in ("jax", *options.peers)
@@ -244,7 +248,8 @@ def _write(report, path):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "few rows")
+    flags.DEFINE_bool("quick", False, "what the headline needs, once")
+    flags.DEFINE_bool("smallest", False, "a 64^3 patch, once")
     flags.DEFINE_integer("rounds", 2, "turns of each framework")
     flags.DEFINE_integer("repeats", 2, "timed runs in a turn, after one more")
     flags.DEFINE_integer("threads", 2, "CPU cores")

@@ -1,0 +1,81 @@
+"""What the benchmarks make of their measurements."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import model, roofline, scaling
+from benchmarks.model_worker import Job
+
+JOB = Job("", "swin_smt_e4", 96, "gradient")
+
+
+def measured(seconds, gigabytes):
+    compiled = {"compile_s": 1.0, "compiled_gb": 1.5}
+    return {"seconds": seconds, "peak_gb": gigabytes, **compiled}
+
+
+def test_frameworks_take_turns_and_ratios_are_of_medians(monkeypatch):
+    turns = {
+        "jax": [measured([3.0, 1.0], 2.0), measured([2.0, 9.0], 2.0)],
+        "torch": [measured([4.0], 8.0), measured([6.0], 8.0)],
+    }
+    order = []
+
+    def start(job):
+        order.append(job.framework)
+        return turns[job.framework].pop(0)
+
+    monkeypatch.setattr(model, "start", start)
+    row = model.compare(JOB, ("jax", "torch"), rounds=2)
+    assert order == ["jax", "torch"] * 2
+    assert row["jax"]["seconds"] == 2.5 and row["time_ratio"] == 0.5
+    found = model.headline([row])
+    assert found["fwdbwd_96_time_ratio"] == 0.5
+    assert found["fwdbwd_96_memory_ratio"] == 0.25
+    assert found["fwd_128_time_ratio"] is None
+    assert "x 0.50" in model.line(row)
+
+
+def test_without_pytorch_there_is_no_ratio(monkeypatch):
+    def start(job):
+        if job.framework == "torch":
+            return {"error": "ModuleNotFoundError: No module named 'torch'"}
+        return measured([1.0], 2.0)
+
+    monkeypatch.setattr(model, "start", start)
+    row = model.compare(JOB, ("jax", "torch"), rounds=1)
+    assert "time_ratio" not in row and "ModuleNotFound" in model.line(row)
+    assert model.headline([row])["fwdbwd_96_time_ratio"] is None
+
+
+def test_operations_and_bytes_are_of_the_stage_that_names_them():
+    def function(a, b):
+        with jax.named_scope("stage2"):
+            c = a @ b
+        with jax.named_scope("decoder1"):
+            return (c @ b).sum()
+
+    a, b = jnp.ones((8, 4)), jnp.ones((4, 4))
+    found = roofline.counts(jax.grad(function), a, b)
+    assert found["stage2"] == {"operations": 512, "bytes": 4 * (32 + 16 + 32) * 2}
+    assert found["decoder1"]["operations"] >= 256
+    assert found["head"] == {"operations": 0, "bytes": 0}
+
+
+def test_expected_efficiency_falls_with_nodes_and_bytes():
+    assert scaling.meshes(4) == [(4, 1), (2, 2), (1, 4)]
+    sent = {"all-reduce": {"bytes": 8e8, "count": 3}}
+    row = {"data": 8, "expert": 1, "collectives": sent}
+    given = {"operations": 1e13, "utilisation": 0.3, "voxels": 8.0}
+    one, eight = (scaling.expected(c, row, **given) for c in scaling.CLUSTERS[:2])
+    # 2 * 7/8 * 0.8 GB at 300 GB/s; then 2 * 7/8 of an eighth at 25 GB/s.
+    assert one["gradients_ms"] == pytest.approx(4.667, abs=1e-3)
+    assert eight["gradients_ms"] == pytest.approx(4.667 + 7.0, abs=1e-3)
+    assert one["compute_ms"] == pytest.approx(1e13 / (0.3 * 312e12) * 1e3)
+    assert 0 < eight["no_overlap"] < one["no_overlap"] < one["overlap"] == 1.0
+    sent["all-to-all"] = {"bytes": 24e6, "count": 32}
+    divided = scaling.expected(
+        scaling.CLUSTERS[0], row | {"expert": 2, "data": 4}, **given
+    )
+    assert divided["exchange_ms"] == pytest.approx(0.32)

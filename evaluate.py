@@ -3,8 +3,10 @@
     python evaluate.py --workdir=runs/demo --split=test
 
 reads configuration and parameters from the checkpoint, segments every case by a
-sliding window of the training patch's shape, prints the Dice table, and writes
-per_class.csv, per_case.csv, results.json and overview.png to <workdir>/eval_<split>.
+sliding window of the training patch's shape, prints the Dice table with its surface
+Dice and 95 % bootstrap intervals over cases, and writes
+per_class.csv, per_case.csv, results.json, overview.png and report.html to
+<workdir>/eval_<split>.
 
     python evaluate.py --predictions=out --data_root=data/x --output=results
 
@@ -27,6 +29,7 @@ from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation import compare
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.report import evaluate_split
+from swinsmt_jax.evaluation.run import SurfaceRule
 from swinsmt_jax.metrics import AVERAGES
 from swinsmt_jax.ops.patches import BLENDS
 from swinsmt_jax.training import distributed, processes, startup
@@ -48,6 +51,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     text("data_root", None, "data folder, if not the training's")
     text("output", None, "folder for the results; by default <workdir>/eval_<split>")
     choice("average", AVERAGES[0], AVERAGES, "the average that counts as the result")
+    help = "mm within which surfaces count as one; 0 leaves surface Dice out"
+    flags.DEFINE_float(
+        "surface_tolerance", 3.0, help, lower_bound=0, flag_values=values
+    )
+    help = "rules of another tool's evaluation script, instead of the two flags above"
+    choice("protocol", None, ["totalseg"], help)
     text("groups", None, "JSON file {group: [class ids or names]} for the table")
     flags.DEFINE_integer("limit", 0, "first cases only; 0: all", flag_values=values)
     flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
@@ -61,6 +70,25 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "two folders of results, to compare case by case; nothing is evaluated"
     flags.DEFINE_list("compare", [], help, flag_values=values)
     distributed.define_flags(values)
+
+
+def scoring(options: flags.FlagValues) -> dict:
+    """Return the average and the rule for surfaces that the flags ask for.
+
+    TotalSegmentator's resources/evaluate.py takes the mean over cases of each class and
+    then over classes, and compares surfaces at 3 mm as if voxels measured 1.5 mm.
+    """
+    if options.protocol == "totalseg":
+        for name, rule in (("average", AVERAGES[0]), ("surface_tolerance", 3.0)):
+            checks.require(
+                options[name].value == rule,
+                f"--protocol=totalseg sets --{name}={rule}, but --{name}="
+                f"{options[name].value} was given too; leave one of them out.",
+            )
+        return {"rule": AVERAGES[0], "surface_rule": SurfaceRule(3.0, (1.5,) * 3)}
+    tolerance = options.surface_tolerance
+    rule = SurfaceRule(tolerance) if tolerance else None
+    return {"rule": options.average, "surface_rule": rule}
 
 
 def evaluate(options: flags.FlagValues) -> str:
@@ -87,7 +115,7 @@ def evaluate(options: flags.FlagValues) -> str:
         config,
         split=options.split,
         groups=groups,
-        rule=options.average,
+        **scoring(options),
         output=Path(options.output or workdir / f"eval_{options.split}"),
         limit=options.limit,
         step=info["step"],
@@ -110,7 +138,7 @@ def main(_) -> None:
             split=options.split,
             groups=options.groups,
             description=options.description,
-            rule=options.average,
+            **scoring(options),
             output=Path(options.output),
             limit=options.limit,
         )

@@ -18,7 +18,6 @@ tendency, not of any published result.
 import dataclasses
 import json
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from benchmarks import small_networks
+from benchmarks import command_line, small_networks
 from swinsmt_jax import checks, labels, metrics, models
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
 from swinsmt_jax.data.phantom import write_dataset
@@ -258,7 +257,7 @@ def main(_):
             "rows": [{k: v for k, v in r.items() if k != "scores"} for r in rows],
             "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]]),
+            "command": command_line(),
         }
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 

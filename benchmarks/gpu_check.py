@@ -14,14 +14,18 @@ network: the network, its modules, loss and sliding window against the golden te
 model: against the PyTorch network, if it is installed (benchmarks/model.py --quick).
 soft_moe, inference, input_pipeline: the benchmarks of these names, --quick.
 
-A part that is done is not done again: a run that was stopped goes on, and --parts takes
-some of them. On a CPU, and with --quick, the network and crops of the first part are
-small, and with --quick those of the second. Ends with status 1 if a figure is beyond
-its tolerance, a step fails but for memory, or a part fails or runs over its limit.
+A part that is done on this device, as --quick or not, is not done again: a run that was
+stopped goes on, and --parts=network,model takes some of them. On a CPU, and with
+--quick, the network and crops of the first part are small, and with --quick those of
+the second; the JSON says "small" and shows no GPU as its setting. The limits are for a
+GPU; --limit sets another. Ends with status 1 if a figure is beyond its tolerance, a
+step fails but for memory, or a part fails or runs over its limit.
 """
 
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +40,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import parity
+from benchmarks import command_line, parity
 from configs import swin_smt_paper
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import from_config_dict
@@ -49,7 +53,7 @@ SIDES, SMALL_SIDES = (96, 128), (32, 64)
 STEPS = 5
 ON_ACCELERATOR = 10  # times the tolerance of a CPU
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {  # of each part, seconds
+LIMITS = {  # of each part on a GPU, seconds
     "network": 180,
     "model": 150,
     "soft_moe": 50,
@@ -221,6 +225,7 @@ def check_network(options) -> int:
         print(step_line(row), flush=True)
     report = {
         "machine": about,
+        "small": small,
         "headline": headline(parity_found, steps),
         "parity": parity_found,
         "steps": steps,
@@ -246,28 +251,64 @@ def command_of(part: str, options) -> list[str]:
     ]
 
 
-def run_part(command: list[str], file: Path, *, limit: float) -> dict:
+def setting(*, quick: bool) -> dict:
+    """Describe what reports must share to be of one run, leaving devices alone."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        gpus = found.stdout.splitlines() if found.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired):
+        gpus = []
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    return {
+        "gpus_and_driver": gpus,
+        "platforms": asked,
+        "quick": quick,
+        "jax": jax.__version__,
+    }
+
+
+def run_part(command: list[str], file: Path, *, limit: float, about: dict) -> dict:
     """Run a part unless its file is there; return its report with how it ended.
 
     What a part has written before it fails or runs over its limit is kept, under a
-    name that does not count as done.
+    name that does not count as done; so is a file whose setting is not `about`.
     """
-    if file.is_file():
-        return json.loads(file.read_text()) | {"status": "done before"}
+    known = _read(file)
+    if known.get("setting") == about:
+        return known | {"status": "done before"}
     unfinished = file.with_suffix(".unfinished.json")
     unfinished.unlink(missing_ok=True)
     start = time.perf_counter()
-    try:
-        ended = subprocess.run(
-            [*command, f"--json={unfinished}"], cwd=ROOT, timeout=limit
-        ).returncode
-        status = "ok" if ended == 0 else f"failed with status {ended}"
-    except subprocess.TimeoutExpired:
-        status = f"stopped after its limit of {limit:g} s"
-    found = json.loads(unfinished.read_text()) if unfinished.is_file() else {}
+    status = _run([*command, f"--json={unfinished}"], limit=limit)
+    seconds = time.perf_counter() - start
+    found = _read(unfinished) | {"setting": about, "seconds": seconds}
     if status == "ok":
-        unfinished.replace(file)
-    return found | {"status": status, "seconds": time.perf_counter() - start}
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        unfinished.unlink(missing_ok=True)
+    return found | {"status": status}
+
+
+def _run(command, *, limit):
+    """Run a command; end it with all that it started when its time is over."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        ended = process.wait(timeout=limit)
+        return "ok" if ended == 0 else f"failed with status {ended}"
+    except subprocess.TimeoutExpired:
+        return f"stopped after its limit of {limit:g} s"
+    finally:
+        if process.poll() is None:  # also at Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _read(file):
+    """Return a report; {} for none, and one that was cut off in writing."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def main(_):
@@ -276,14 +317,15 @@ def main(_):
         return check_network(options)
     folder = Path(options.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {}
+    parts, about = {}, setting(quick=options.quick)
     for part in options.parts:
-        print(f"== {part}, at most {LIMITS[part]} s", flush=True)
+        limit = options.limit or LIMITS[part]
+        print(f"== {part}, at most {limit:g} s", flush=True)
         file = folder / f"{part}.json"
         if options.redo:
             file.unlink(missing_ok=True)
         command = command_of(part, options)
-        parts[part] = run_part(command, file, limit=LIMITS[part])
+        parts[part] = run_part(command, file, limit=limit, about=about)
         print(f"== {part}: {parts[part]['status']}", flush=True)
     figures = {}
     for name, part in parts.items():
@@ -294,7 +336,8 @@ def main(_):
         report = {
             "headline": figures,
             "machine": next((m for m in machines if isinstance(m, dict)), None),
-            "command": " ".join(sys.argv),
+            "setting": about,
+            "command": command_line(),
             "parts": parts,
         }
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
@@ -306,7 +349,13 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "a small network and small crops")
     flags.DEFINE_bool("in_process", False, "the first part alone, in this process")
     flags.DEFINE_bool("redo", False, "do parts again that are done")
-    flags.DEFINE_multi_enum("parts", list(LIMITS), list(LIMITS), "parts to do")
+    flags.DEFINE_list("parts", list(LIMITS), "parts to do")
+    flags.register_validator(
+        "parts",
+        lambda parts: set(parts) <= LIMITS.keys(),
+        message=f"must be some of {','.join(LIMITS)}",
+    )
+    flags.DEFINE_float("limit", None, "seconds for each part", lower_bound=1)
     flags.DEFINE_string("output", "runs/gpu_check", "folder of the parts' reports")
     flags.DEFINE_string("goldens", "../shared/parity", "folder of golden tensors")
     flags.DEFINE_string("json", None, "also write all figures to this file")

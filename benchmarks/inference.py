@@ -14,7 +14,6 @@ scans and windows, and no network of time.
 
 import json
 import platform
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
+from benchmarks import command_line
 from configs import swin_smt_e4
 from swinsmt_jax import models
 from swinsmt_jax.config import from_config_dict
@@ -146,7 +146,7 @@ def main(_):
             "rows": rows,
             "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": " ".join(sys.argv),
+            "command": command_line(),
         }
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 

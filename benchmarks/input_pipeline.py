@@ -16,13 +16,13 @@ import json
 import multiprocessing
 import os
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from absl import app, flags
 
+from benchmarks import command_line
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import phantom, pipeline, preprocess, totalsegmentator
 
@@ -189,7 +189,7 @@ def main(_):
             "rows": rows,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version()},
-            "command": " ".join(sys.argv),
+            "command": command_line(),
         }
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
+from benchmarks import command_line
 from benchmarks.gpu_check import machine
 from benchmarks.model_worker import Job
 
@@ -122,9 +123,8 @@ def headline(rows: list[dict]) -> dict[str, float | None]:
     }
     for network, side, what in ON_GPU:
         row = by_key.get((network, side, what), {})
-        found[f"{what}_{side}_{network}_speedup"] = (
-            1 / row["time_ratio"] if "time_ratio" in row else None
-        )
+        if "time_ratio" in row:
+            found[f"{what}_{side}_{network}_speedup"] = 1 / row["time_ratio"]
     return found
 
 
@@ -206,7 +206,7 @@ def main(_):
     about = machine() | {"threads": options.threads if on_cpu else None}
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     report = {"headline": {}, "rows": [], "machine": about}
-    report["command"] = " ".join(sys.argv)
+    report["command"] = command_line()
     with tempfile.TemporaryDirectory() as cache:
         job = Job(
             framework="jax",

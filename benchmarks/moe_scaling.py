@@ -18,7 +18,6 @@ tendency, not of the paper's result.
 import dataclasses
 import json
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from absl import app, flags
 from flax import nnx
 from matplotlib.figure import Figure
 
+from benchmarks import command_line
 from configs import demo, swin_smt_paper
 from swinsmt_jax import losses, models
 from swinsmt_jax.config import from_config_dict
@@ -214,7 +214,7 @@ def main(_):
             "rows": rows,
             "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": " ".join(sys.argv),
+            "command": command_line(),
         }
         Path(options.json).write_text(json.dumps(report, indent=1))
 

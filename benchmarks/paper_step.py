@@ -9,7 +9,6 @@ says: loss and gradient are compiled, and bytes of arguments and temporaries pri
 
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
+from benchmarks import command_line
 from configs import swin_smt_paper
 from swinsmt_jax import losses
 from swinsmt_jax.config import from_config_dict
@@ -77,7 +77,7 @@ def main(_):
             "headline": figures,
             "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": " ".join(sys.argv),
+            "command": command_line(),
         }
         Path(_JSON.value).write_text(json.dumps(report, indent=1))
 

@@ -18,7 +18,6 @@ import gzip
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks import command_line
 from benchmarks.gpu_check import machine
 from benchmarks.model_worker import Job, network_program
 from swinsmt_jax.training import operations
@@ -140,7 +140,7 @@ def main(_):
             "gflop_per_second": per_second / 1e9,
             "gb_per_second": bytes_per_second / 1e9,
             "machine": machine() | {"threads": options.threads},
-            "command": " ".join(sys.argv),
+            "command": command_line(),
         }
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 

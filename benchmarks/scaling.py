@@ -9,11 +9,12 @@ sends and holds. From that follows the efficiency to be expected on real nodes, 
 patch of 128^3 on each GPU, by this model:
 
 - a GPU computes at --utilisation of its bfloat16 peak;
-- parameters' gradients, float32, are added up by a ring: within a node every GPU sends
-  and gets 2 (n - 1) / n of them; between nodes, after adding up within the node, each
-  GPU its eighth, 2 (m - 1) / m of it;
+- parameters' gradients, float32, are added up by rings: within a node each of n GPUs
+  that hold the same parameters sends and gets 2 (n - 1) / n of their gradients, n being
+  the data axis for experts and 8 for the rest; then, between m nodes, 2 (m - 1) / m of
+  its share, which is an eighth of all gradients for every mesh;
 - tokens of experts that lie elsewhere (all-to-all) stay within a node, and their bytes
-  grow with the voxels;
+  grow with the voxels. A CPU's program sends them in float32, a GPU's in bfloat16;
 - links carry what their data sheets say in one direction. "no overlap" waits for all of
   it; "overlap" hides the gradients' sum behind the backward pass, two thirds of a step.
 
@@ -22,13 +23,12 @@ patch of 128^3 on each GPU, by this model:
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax
 from absl import app, flags
 
-from benchmarks import collectives
+from benchmarks import collectives, command_line
 from benchmarks.gpu_check import machine
 from configs import swin_smt_paper
 from swinsmt_jax import sharding
@@ -38,6 +38,7 @@ from swinsmt_jax.training.operations import forward_operations
 
 DEVICES = (1, 2, 4, 8)
 FULL_SIDE = 128
+BFLOAT16_SHARE = 1 / 2  # of the float32 that XLA sends between CPUs for bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,9 @@ def measure(model, data: int, expert: int, *, side: int) -> dict:
         "data": data,
         "expert": expert,
         "collectives": collectives.collectives(compiled.as_text()),
+        "expert_gradients": collectives.bytes_per_device(
+            like.params, pattern="/experts/"
+        ),
         "state_gb": collectives.bytes_per_device(like, pattern="") / 1e9,
         "temporaries_gb": memory.temp_size_in_bytes / 1e9,
     }
@@ -101,13 +105,13 @@ def expected(cluster: Cluster, row: dict, *, operations, utilisation, voxels) ->
     """
     compute = operations / (PEAK[cluster.name] * utilisation)
     sent = {kind: found["bytes"] for kind, found in row["collectives"].items()}
-    gradients = sent.get("all-reduce", 0)
-    local = row["data"] * row["expert"]
-    ring = 2 * (local - 1) / local * gradients / cluster.within
-    if cluster.nodes > 1:
-        share = gradients / local
-        ring += 2 * (cluster.nodes - 1) / cluster.nodes * share / cluster.between
-    tokens = sent.get("all-to-all", 0) * voxels
+    data, local = row["data"], row["data"] * row["expert"]
+    experts = row["expert_gradients"]
+    rest = sent.get("all-reduce", 0) - (experts if data > 1 else 0)
+    ring = (_ring(local) * rest + _ring(data) * experts) / cluster.within
+    share = rest / local + experts / data  # which a GPU has added up within the node
+    ring += _ring(cluster.nodes) * share / cluster.between
+    tokens = sent.get("all-to-all", 0) * voxels * BFLOAT16_SHARE
     exchange = (row["expert"] - 1) / row["expert"] * tokens / cluster.within
     hidden = max(0.0, ring - 2 / 3 * compute)
     return {
@@ -120,6 +124,11 @@ def expected(cluster: Cluster, row: dict, *, operations, utilisation, voxels) ->
         "no_overlap": compute / (compute + ring + exchange),
         "overlap": compute / (compute + hidden + exchange),
     }
+
+
+def _ring(devices):
+    """Bytes that each device sends for a byte that all of them add up."""
+    return 2 * (devices - 1) / devices
 
 
 def line(row: dict) -> str:
@@ -175,7 +184,7 @@ def main(_):
             "meshes": rows,
             "estimates": estimates,
             "machine": machine(),
-            "command": " ".join(sys.argv),
+            "command": command_line(),
         }
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 

@@ -13,7 +13,6 @@ the time that the same products take alone. --quick runs one size, forward.
 import functools
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
+from benchmarks import command_line
 from swinsmt_jax.layers.soft_moe import SoftMoE
 from swinsmt_jax.ops import blockwise_attention, soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
@@ -222,7 +222,7 @@ def main(_):
             "rows": [row._asdict() for row in rows],
             "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": " ".join(sys.argv),
+            "command": command_line(),
         }
         Path(_JSON.value).write_text(json.dumps(report, indent=1))
 

@@ -18,7 +18,6 @@ import dataclasses
 import importlib
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
+from benchmarks import command_line
 from benchmarks.table_format import markdown, plot
 from swinsmt_jax import checks, losses, models
 from swinsmt_jax.config import ModelConfig, from_config_dict
@@ -168,7 +168,7 @@ def report(rows):
         "rows": rows,
         "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "command": " ".join(["python -m benchmarks.table", *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 

@@ -13,7 +13,6 @@ import json
 import logging
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
+from benchmarks import command_line
 from configs import demo
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import from_config_dict
@@ -118,7 +118,7 @@ def main(_):
             ),
             "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": " ".join(sys.argv),
+            "command": command_line(),
         }
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 

@@ -118,6 +118,56 @@ def group_averages(
     return {**by_group, "overall": averages(scores)}
 
 
+def bootstrap_intervals(
+    scores: np.ndarray,
+    *,
+    groups: Mapping[str, Sequence[int]],
+    rule: str,
+    samples: int = 2000,
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of `group_averages` over redrawn cases.
+
+    Args:
+        scores: `[cases, K]` as in `averages`.
+        groups: class ids by group; "overall" is added.
+        rule: one of `AVERAGES`.
+        samples: how often the cases are redrawn, always with the same seed.
+
+    Returns:
+        low and high by group; NaN for fewer than two cases, or no value.
+    """
+    checks.one_of("rule", rule, AVERAGES)
+    scores = np.asarray(scores, np.float64)
+    cases, num_classes = scores.shape
+    weights = np.random.default_rng(0).multinomial(
+        cases, np.full(cases, 1 / cases), size=samples
+    )
+
+    def means(values):  # of [cases, n] over redrawn cases: [samples, n]
+        present = ~np.isnan(values)
+        count = weights @ present
+        total = weights @ np.where(present, values, 0.0)
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+    found = {}
+    for name, ids in {**groups, "overall": range(1, num_classes)}.items():
+        chosen = scores[:, list(ids)]
+        if rule == "over_classes":
+            drawn = _mean(means(chosen), axis=1)
+        elif rule == "over_cases":
+            drawn = means(_mean(chosen, axis=1)[:, None])[:, 0]
+        else:
+            present = ~np.isnan(chosen)
+            count = (weights @ present).sum(axis=1)
+            total = (weights @ np.where(present, chosen, 0.0)).sum(axis=1)
+            drawn = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        drawn = drawn[~np.isnan(drawn)]
+        known = cases > 1 and drawn.size > 0
+        low, high = np.quantile(drawn, (0.025, 0.975)) if known else (np.nan,) * 2
+        found[name] = float(low), float(high)
+    return found
+
+
 def class_means(scores: np.ndarray) -> np.ndarray:
     """Mean over cases of each class, `[K]`; NaN for a class that no case has."""
     return _mean(np.asarray(scores, np.float64), axis=0)

@@ -66,7 +66,7 @@ def test_operations_and_bytes_are_of_the_stage_that_names_them():
 def test_expected_efficiency_falls_with_nodes_and_bytes():
     assert scaling.meshes(4) == [(4, 1), (2, 2), (1, 4)]
     sent = {"all-reduce": {"bytes": 8e8, "count": 3}}
-    row = {"data": 8, "expert": 1, "collectives": sent}
+    row = {"data": 8, "expert": 1, "collectives": sent, "expert_gradients": 0}
     given = {"operations": 1e13, "utilisation": 0.3, "voxels": 8.0}
     one, eight = (scaling.expected(c, row, **given) for c in scaling.CLUSTERS[:2])
     # 2 * 7/8 * 0.8 GB at 300 GB/s; then 2 * 7/8 of an eighth at 25 GB/s.
@@ -78,4 +78,5 @@ def test_expected_efficiency_falls_with_nodes_and_bytes():
     divided = scaling.expected(
         scaling.CLUSTERS[0], row | {"expert": 2, "data": 4}, **given
     )
-    assert divided["exchange_ms"] == pytest.approx(0.32)
+    # Half of 24 MB for 8 times the voxels, in two bytes where the CPU sent four.
+    assert divided["exchange_ms"] == pytest.approx(0.16)

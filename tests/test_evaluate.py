@@ -14,9 +14,10 @@ from absl import flags
 import evaluate
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.evaluation.run import SurfaceRule
 
 ROOT = Path(evaluate.__file__).parent
-FILES = ["overview.png", "per_case.csv", "per_class.csv", "results.json"]
+FILES = ["overview.png", "per_case.csv", "per_class.csv", "report.html", "results.json"]
 
 
 def by_brightness(levels, windows):
@@ -96,6 +97,11 @@ def test_a_perfect_network_gets_a_perfect_table(trained, tmp_path):
     assert content["dice"]["overall"] == 1 and content["step"] == 40
     assert content["cases"]["s0002"]["dice"]["spleen"] is None
     assert content["window"] == [32, 32, 32]
+    assert content["surface_dice"]["overall"] == 1
+    assert content["cases"]["s0002"]["surface_dice"]["spleen"] is None
+    assert "surface Dice" in table and "a scan (median" in table
+    page = (output / "report.html").read_text()
+    assert "spleen" in page and page.count("data:image/png") == 2
 
 
 def test_flags_reach_what_they_name(trained, dataset, tmp_path):
@@ -114,6 +120,7 @@ def test_flags_reach_what_they_name(trained, dataset, tmp_path):
         "--blend=constant",
         "--window_batch=2",
         "--step=latest",
+        "--surface_tolerance=0",
     )
     table = evaluate.evaluate(options)
     assert trained == [(tmp_path, "latest")]
@@ -122,6 +129,7 @@ def test_flags_reach_what_they_name(trained, dataset, tmp_path):
     assert list(content["cases"]) == ["s0001"]
     assert content["groups"] == {"upper abdomen": ["spleen", "liver", "pancreas"]}
     assert (content["overlap"], content["blend"]) == (0.25, "constant")
+    assert content["surface_dice"] is None and "surface Dice" not in table
 
 
 @pytest.mark.parametrize(
@@ -162,6 +170,16 @@ def test_user_errors_end_the_script_in_one_line(tmp_path):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("evaluate.py: ") and "missing" in line
     assert "Traceback" not in done.stderr
+
+
+def test_the_protocol_of_totalsegmentator(dataset):
+    assert evaluate.scoring(parse("--protocol=totalseg")) == {
+        "rule": "over_classes",
+        "surface_rule": SurfaceRule(3.0, (1.5, 1.5, 1.5)),
+    }
+    with pytest.raises(UserError, match="--average=over_pairs was given too"):
+        evaluate.scoring(parse("--protocol=totalseg", "--average=over_pairs"))
+    assert evaluate.scoring(parse("--surface_tolerance=0"))["surface_rule"] is None
 
 
 def evaluate_files(*arguments):

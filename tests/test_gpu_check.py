@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,24 @@ WRITES = "import sys; open(sys.argv[-1].split('=')[1], 'w').write('{\"headline\"
 def test_a_part_that_is_done_is_not_done_again(tmp_path):
     file = tmp_path / "part.json"
     command = [sys.executable, "-c", WRITES]
-    assert gpu_check.run_part(command, file, limit=60)["status"] == "ok"
+    here, there = {"gpus_and_driver": []}, {"gpus_and_driver": ["NVIDIA H100, 580"]}
+    done = gpu_check.run_part(command, file, limit=60, about=here)
+    assert done["status"] == "ok" and done["setting"] == here
     refused = [sys.executable, "-c", "raise SystemExit(1)"]
-    found = gpu_check.run_part(refused, file, limit=60)
-    assert found == {"headline": {}, "status": "done before"}
+    found = gpu_check.run_part(refused, file, limit=60, about=here)
+    assert found == done | {"status": "done before"}
+    found = gpu_check.run_part(refused, file, limit=60, about=there)
+    assert found["status"] == "failed with status 1"  # not taken for another device's
+
+
+def test_a_part_that_runs_over_is_ended_with_what_it_started(tmp_path):
+    marker = tmp_path / "marker"
+    late = f"import time; time.sleep(4); open({str(marker)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
+    command = [sys.executable, "-c", code]
+    gpu_check.run_part(command, tmp_path / "part.json", limit=2, about={})
+    time.sleep(4)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +68,9 @@ def test_a_part_that_is_done_is_not_done_again(tmp_path):
 def test_a_part_that_fails_or_runs_over_keeps_what_it_found(tmp_path, more, said):
     file = tmp_path / "part.json"
     wait = more.replace("input()", "import time; time.sleep(60)")
-    found = gpu_check.run_part([sys.executable, "-c", WRITES + wait], file, limit=3)
+    found = gpu_check.run_part(
+        [sys.executable, "-c", WRITES + wait], file, limit=3, about={}
+    )
     assert said in found["status"] and found["headline"] == {}
     assert not file.exists()
 
@@ -63,7 +80,7 @@ def test_the_command_runs_to_its_end(shared, tmp_path):
     report = tmp_path / "report.json"
     command = ["benchmarks/gpu_check.py", "--quick", "--parts=network"]
     command += [f"--goldens={shared / 'parity'}", f"--json={report}"]
-    command += [f"--output={tmp_path}"]
+    command += [f"--output={tmp_path}", "--limit=1800"]
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
     report = json.loads(report.read_text())
     assert report["headline"]["network_parity_beyond"] == 0

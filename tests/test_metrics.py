@@ -120,3 +120,23 @@ def test_refuses_scores_of_one_case_alone_and_unknown_classes():
 def test_no_predicted_voxel_of_a_present_class_is_zero():
     counts = Counts(np.array([0]), np.array([0]), np.array([7]))
     assert metrics.dice(counts).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("rule", metrics.AVERAGES)
+def test_bootstrap_intervals_are_quantiles_over_redrawn_cases(rng, rule):
+    scores = rng.random((6, 5))
+    scores[rng.random((6, 5)) < 0.2] = NAN
+    groups = {"x": (1, 2)}
+    found = metrics.bootstrap_intervals(scores, groups=groups, rule=rule)
+    means = []
+    for _ in range(2000):
+        drawn = scores[rng.integers(6, size=6)]
+        means.append(metrics.group_averages(drawn, groups=groups)["overall"][rule])
+    expected = np.nanquantile(means, (0.025, 0.975))
+    np.testing.assert_allclose(found["overall"], expected, atol=0.02)
+    assert list(found) == ["x", "overall"] and found["x"][0] < found["x"][1]
+
+
+def test_one_case_has_no_interval():
+    found = metrics.bootstrap_intervals(np.ones((1, 3)), groups={}, rule="over_pairs")
+    assert np.isnan(found["overall"]).all()

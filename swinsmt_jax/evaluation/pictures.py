@@ -30,7 +30,7 @@ class View:
     """One plane of a case as arrays of image rows, top row first.
 
     Attributes:
-        plane: "coronal" or "axial".
+        plane: "coronal", "axial" or "sagittal".
         ct: HU scaled to [0, 1].
         truth, prediction: class ids.
         extent: width and height in mm.
@@ -49,14 +49,13 @@ class CaseViews:
 
     name: str
     dice: float
-    views: tuple[View, View]
+    views: tuple[View, View, View]
 
 
 def views_of(case: Segmented) -> CaseViews:
-    """Cut the coronal and the axial plane that show most structures of the truth."""
-    views = tuple(
-        _view(case, plane, axis) for plane, axis in (("coronal", 1), ("axial", 2))
-    )
+    """Cut the coronal, axial and sagittal plane with most structures of the truth."""
+    planes = (("coronal", 1), ("axial", 2), ("sagittal", 0))
+    views = tuple(_view(case, plane, axis) for plane, axis in planes)
     scores = metrics.dice(case.result.counts)[None]
     return CaseViews(case.result.name, metrics.averages(scores)["over_classes"], views)
 
@@ -89,7 +88,7 @@ def write_overview(
     axes = figure.subplots(len(rows), 4, squeeze=False, width_ratios=ratios)
     palette = colors_of(num_classes)
     for line, (rank, case) in zip(axes, rows.items(), strict=True):
-        for i, view in enumerate(case.views):
+        for i, view in enumerate(case.views[:2]):
             for j, (name, labels) in enumerate(
                 (("ground truth", view.truth), ("prediction", view.prediction))
             ):
@@ -101,6 +100,25 @@ def write_overview(
     figure.tight_layout(pad=0.6)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", facecolor="black")
+
+
+def draw_case(
+    case: CaseViews, *, num_classes: int, hu_range: Sequence[float]
+) -> Figure:
+    """Draw all planes of a case, truth beside prediction."""
+    ratios = [min(max(v.extent[0] / v.extent[1], 0.4), 2.0) for v in case.views]
+    width = 0.7 * ROW_INCHES * 2 * sum(ratios)
+    figure = Figure(figsize=(width, 0.7 * ROW_INCHES + 0.4), facecolor="black", dpi=80)
+    pairs = [ratio for ratio in ratios for _ in "tp"]
+    axes = iter(figure.subplots(1, len(pairs), width_ratios=pairs))
+    palette = colors_of(num_classes)
+    for view in case.views:
+        for name, labels in (("truth", view.truth), ("prediction", view.prediction)):
+            axis = next(axes)
+            _draw(axis, view, labels, palette, hu_range)
+            axis.set_title(f"{view.plane}, {name}", color=INK, fontsize=8)
+    figure.tight_layout(pad=0.5)
+    return figure
 
 
 def write_preview(
@@ -227,5 +245,6 @@ def _draw(axis, view: View, labels: np.ndarray, palette: np.ndarray, hu_range) -
     for spine in axis.spines.values():
         spine.set_visible(False)
     style = dict(color=INK, fontsize=9, transform=axis.transAxes, va="center")
-    axis.text(0.01, 0.5, "R", ha="left", **style)
-    axis.text(0.99, 0.5, "L", ha="right", **style)
+    left, right = "AP" if view.plane == "sagittal" else "RL"
+    axis.text(0.01, 0.5, left, ha="left", **style)
+    axis.text(0.99, 0.5, right, ha="right", **style)

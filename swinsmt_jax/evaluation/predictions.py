@@ -6,13 +6,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from swinsmt_jax import checks, labels, metrics
+from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import nifti, totalsegmentator
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.totalsegmentator import Case
 from swinsmt_jax.evaluation import pictures, report
-from swinsmt_jax.evaluation.run import CaseResult, Segmented
+from swinsmt_jax.evaluation.run import Segmented, SurfaceRule, score
 
 HU_RANGE = (-1024.0, 1024.0)  # of the picture
 SUFFIXES = (".nii.gz", ".nii")
@@ -28,6 +28,7 @@ def evaluate_predictions(
     groups: str | Path | None = None,
     description: str = "",
     limit: int = 0,
+    surface_rule: SurfaceRule | None = None,
 ) -> str:
     """Compare label files with the truth, write all results, and return the Dice table.
 
@@ -36,7 +37,7 @@ def evaluate_predictions(
         root: of the dataset with the truth.
         groups: JSON file as in `labels.load_groups`; None takes the dataset's.
         description: of the dataset, as in `dataset.open_dataset`.
-        split, rule, output, limit: as in `report.evaluate_split`.
+        split, rule, output, limit, surface_rule: as in `report.evaluate_split`.
 
     Raises:
         UserError: for a prediction that is missing, lies on another grid or holds other
@@ -55,10 +56,11 @@ def evaluate_predictions(
     files = [_file(folder, case) for case in cases]
     report.make_folder(output)
     results, views = [], []
-    for segmented in _read(cases, files, classes):
+    for segmented in _read(cases, files, classes, surface_rule):
         results.append(segmented.result)
         views.append(pictures.views_of(segmented))
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
+    about |= report.about_surfaces(surface_rule)
     return report.write_results(
         output,
         results,
@@ -74,7 +76,10 @@ def evaluate_predictions(
 
 
 def _read(
-    cases: Sequence[Case], files: Sequence[Path], classes: ClassMap
+    cases: Sequence[Case],
+    files: Sequence[Path],
+    classes: ClassMap,
+    surface_rule: SurfaceRule | None,
 ) -> Iterator[Segmented]:
     bar = tqdm(
         zip(cases, files, strict=True), "evaluating", total=len(cases), unit="case"
@@ -84,17 +89,23 @@ def _read(
         truth = totalsegmentator.load_case(case, classes=classes)
         prediction = nifti.load_labels(file, classes=classes)
         nifti.require_same_grid(prediction, nifti.load_ct(case.ct))
-        counts = metrics.overlap_counts(
-            prediction.array, truth.label, num_classes=classes.num_classes
+        spacing = nifti.spacing_of(truth.affine)
+        result = score(
+            case.name,
+            prediction.array,
+            truth.label,
+            seconds=time.perf_counter() - start,
+            spacing=spacing,
+            num_classes=classes.num_classes,
+            surface_rule=surface_rule,
         )
-        seconds = time.perf_counter() - start
         low, high = HU_RANGE
         yield Segmented(
-            CaseResult(case.name, counts, seconds),
+            result,
             ((truth.image - low) / (high - low)).clip(0, 1).astype("f4"),
             truth.label,
             prediction.array,
-            nifti.spacing_of(truth.affine),
+            spacing,
         )
 
 

@@ -1,5 +1,6 @@
 """Evaluate a split from end to end: predictions, table, files and picture."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from tqdm import tqdm
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.evaluation import pictures, run, tables
+from swinsmt_jax.evaluation import pictures, run, tables, web_page
 from swinsmt_jax.training import processes
+from swinsmt_jax.training.operations import forward_operations
+from swinsmt_jax.training.state import abstract_model
 
 
 def evaluate_split(
@@ -23,10 +26,12 @@ def evaluate_split(
     output: Path,
     limit: int = 0,
     step: int | None = None,
+    surface_rule: run.SurfaceRule | None = None,
 ) -> str:
     """Segment the cases of a split, write all results, and return the Dice table.
 
-    Written to `output`: per_class.csv, per_case.csv, results.json, overview.png.
+    Written to `output`: per_class.csv, per_case.csv, results.json, overview.png and
+    report.html.
     Several processes divide the cases between them, and the first one writes.
 
     Args:
@@ -38,6 +43,7 @@ def evaluate_split(
         output: folder, made if missing.
         limit: evaluate only so many cases, the first ones; 0 takes all.
         step: of the checkpoint, for the record.
+        surface_rule: how surfaces are compared; None leaves that out.
 
     Raises:
         UserError: for an empty split, bad files, labels unknown to the network, or an
@@ -47,7 +53,9 @@ def evaluate_split(
     groups = run.known_groups(groups, config.model.out_channels)
     cases = processes.together(lambda: _cases(config, split, limit, output))
     processes.require_same({"cases": [case.name for case in cases]})
-    found = processes.together(lambda: _segment(model, config, cases, split))
+    found = processes.together(
+        lambda: _segment(model, config, cases, split, surface_rule)
+    )
     results, views = zip(*processes.unshare(found), strict=True)
     about = {
         "split": split,
@@ -58,9 +66,15 @@ def evaluate_split(
         "blend": config.inference.blend,
         "spacing": config.data.spacing,
         "device": jax.devices()[0].device_kind,
+        **cost(config, results),
+        **about_surfaces(surface_rule),
     }
-
     title = f"{len(results)} cases of the split {split!r}, checkpoint of step {step}"
+    note = (
+        f"{about['parameters'] / 1e6:,.1f} M parameters, "
+        f"{about['gflop_per_window']:,.0f} GFLOP a window, "
+        f"{about['seconds_per_scan']:.1f} s a scan (median, reading not counted)"
+    )
     return write_results(
         output,
         results,
@@ -69,6 +83,7 @@ def evaluate_split(
         rule=rule,
         about=about,
         title=title,
+        note=note,
         names=pipeline.class_names(config.data),
         num_classes=config.model.out_channels,
         hu_range=config.data.hu_range,
@@ -87,10 +102,11 @@ def write_results(
     names: Sequence[str],
     num_classes: int,
     hu_range: Sequence[float],
+    note: str = "",
 ) -> str:
-    """Write the files of an evaluation and return the Dice table.
+    """Write the files of an evaluation and return the Dice table, `note` at its end.
 
-    Arguments as in `tables` and `pictures`. Of several processes the first one writes.
+    Other arguments as in `tables` and `pictures`. The first of the processes writes.
     """
 
     def write():
@@ -110,9 +126,42 @@ def write_results(
             output / "overview.png", views, num_classes=num_classes, hu_range=hu_range
         )
 
+        web_page.write(
+            output / "report.html",
+            results,
+            views,
+            table=table,
+            groups=groups,
+            names=names,
+            about=about,
+            num_classes=num_classes,
+            hu_range=hu_range,
+        )
+
+    table = tables.dice_table(results, groups=groups, rule=rule, title=title)
+    if "surface_tolerance_mm" in about:
+        table += f"\nSurface Dice: within {about['surface_tolerance_mm']:g} mm."
+    table = f"{table}\n{note}".rstrip()
     first = processes.is_first()
     processes.together(lambda: write() if first else None)
-    return tables.dice_table(results, groups=groups, rule=rule, title=title)
+    return table
+
+
+def cost(config: ExperimentConfig, results) -> dict[str, float]:
+    """Return parameters, GFLOP of a window (Soft MoE dense), and seconds a scan."""
+    window, (_, params) = config.data.patch_shape, abstract_model(config.model)
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "gflop_per_window": forward_operations(config.model, window) / 1e9,
+        "seconds_per_scan": statistics.median(r.seconds for r in results),
+    }
+
+
+def about_surfaces(rule: run.SurfaceRule | None) -> dict:
+    """Say in a report how surfaces were compared."""
+    if rule is None:
+        return {}
+    return {"surface_tolerance_mm": rule.tolerance, "surface_spacing": rule.spacing}
 
 
 def _cases(config, split, limit, output):
@@ -123,7 +172,7 @@ def _cases(config, split, limit, output):
     return cases[: limit or None]
 
 
-def _segment(model, config, cases, split):
+def _segment(model, config, cases, split, surface_rule):
     """Return result and views of each case that this process has to do."""
     bar = tqdm(
         processes.share(cases),
@@ -136,6 +185,7 @@ def _segment(model, config, cases, split):
         config,
         bar,
         sharding=run.batch_sharding(config.inference.window_batch),
+        surface_rule=surface_rule,
     )
     return [(case.result, pictures.views_of(case)) for case in segmented]
 

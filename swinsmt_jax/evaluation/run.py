@@ -10,11 +10,25 @@ import numpy as np
 from swinsmt_jax import checks, metrics
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
+from swinsmt_jax.evaluation import surface
 from swinsmt_jax.inference import Predict, predict_labels
 from swinsmt_jax.metrics import Counts
 from swinsmt_jax.training import processes
 
 PICTURES = 3  # cases drawn in a validation
+
+
+@dataclass(frozen=True)
+class SurfaceRule:
+    """How the surfaces of a prediction and the truth are compared.
+
+    Attributes:
+        tolerance: mm within which two surfaces count as one.
+        spacing: sides of a voxel in mm, if not those of the scan.
+    """
+
+    tolerance: float = surface.TOLERANCE
+    spacing: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,14 @@ class CaseResult:
         name: the case's id.
         counts: voxels of each class in prediction, truth and both.
         seconds: time of the prediction, without reading the case.
+        surface: normalised surface Dice of each class, as `surface.surface_dice` gives
+            it; None if it was not measured.
     """
 
     name: str
     counts: Counts
     seconds: float
+    surface: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ def segment_cases(
     cases: Iterable,
     *,
     sharding: jax.sharding.Sharding | None = None,
+    surface_rule: SurfaceRule | None = None,
 ) -> Iterator[Segmented]:
     """Yield every case with the labels that sliding windows gave it.
 
@@ -81,6 +99,7 @@ def segment_cases(
         config: of the experiment whose network `predict` is.
         cases: as from `pipeline.find_cases`.
         sharding: of the batches of windows.
+        surface_rule: how surfaces are compared; None leaves that out.
 
     Raises:
         UserError: for bad files, or labels that the network has no output for.
@@ -110,19 +129,52 @@ def segment_cases(
             positions=volume["positions"],
         )
         seconds = time.perf_counter() - start
-        counts = metrics.overlap_counts(prediction, truth, num_classes=num_classes)
-        yield Segmented(
-            CaseResult(case.name, counts, seconds),
-            volume["scan_image"],
-            truth,
+        spacing = tuple(float(side) for side in volume["scan_spacing"])
+        result = score(
+            case.name,
             prediction,
-            tuple(float(side) for side in volume["scan_spacing"]),
+            truth,
+            seconds=seconds,
+            spacing=spacing,
+            num_classes=num_classes,
+            surface_rule=surface_rule,
         )
+        yield Segmented(result, volume["scan_image"], truth, prediction, spacing)
+
+
+def score(
+    name: str,
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    *,
+    seconds: float,
+    spacing: Sequence[float],
+    num_classes: int,
+    surface_rule: SurfaceRule | None,
+) -> CaseResult:
+    """Compare two label maps `[X, Y, Z]` of a case, with voxels of `spacing` mm."""
+    counts = metrics.overlap_counts(prediction, truth, num_classes=num_classes)
+    found = None
+    if surface_rule is not None:
+        found = surface.surface_dice(
+            prediction,
+            truth,
+            spacing=surface_rule.spacing or spacing,
+            num_classes=num_classes,
+            tolerance=surface_rule.tolerance,
+        )
+    return CaseResult(name, counts, seconds, found)
 
 
 def dice_scores(results: Sequence[CaseResult]) -> np.ndarray:
     """Dice of each case and class, `[cases, K]`; NaN where the truth has no voxel."""
     return np.stack([metrics.dice(result.counts) for result in results])
+
+
+def surface_scores(results: Sequence[CaseResult]) -> np.ndarray | None:
+    """Surface Dice as `dice_scores`; None if a case has none."""
+    found = [result.surface for result in results]
+    return None if any(x is None for x in found) else np.stack(found)
 
 
 def false_positives(results: Sequence[CaseResult]) -> np.ndarray:

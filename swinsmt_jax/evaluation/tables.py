@@ -28,9 +28,13 @@ def dice_table(
     """Format Dice by group in per cent, one row for each rule of averaging.
 
     The row of `rule` comes first and is marked. Below stand how many classes of each
-    group have a value, and what no average shows: classes predicted though absent.
+    group have a value, and what no average shows: classes predicted though absent; then
+    the 95 % bootstrap interval over cases of the marked row, and the surface Dice under
+    the same rule, if there is one.
     """
     scores, wrong = run.dice_scores(results), run.false_positives(results)
+    surfaces = run.surface_scores(results)
+    intervals = metrics.bootstrap_intervals(scores, groups=groups, rule=rule)
     means = metrics.group_averages(scores, groups=groups)
     rules = [rule, *(r for r in metrics.AVERAGES if r != rule)]
     members = {**groups, "overall": range(1, scores.shape[1])}
@@ -52,7 +56,11 @@ def dice_table(
             "  predicted though absent",
             *(str(wrong[:, list(ids)].sum()) for ids in members.values()),
         ],
+        ["  95 % interval", *map(_interval, intervals.values())],
     ]
+    if surfaces is not None:
+        found = metrics.group_averages(surfaces, groups=groups)
+        rows.append(["  surface Dice", *(_percent(m[rule]) for m in found.values())])
     notes = [f"{'>' if r == rule else ' '} {r}: {RULES[r]}" for r in rules]
     absent = (
         f"Predicted though absent from the truth: {wrong.sum()} (case, class) pairs, "
@@ -71,12 +79,16 @@ def write_per_class(
     """Write a row for each class but the background; `names` are those of the ids.
 
     Columns: id, name, groups, mean, least and greatest Dice over the cases that have
-    the class, their number, in how many of them it was missed altogether, and in how
-    many of the others it was predicted.
+    the class, their number, in how many of them it was missed altogether, in how many
+    of the others it was predicted, and the mean surface Dice, empty if not measured.
     """
     scores, wrong = run.dice_scores(results), run.false_positives(results)
+    surfaces = run.surface_scores(results)
+    surfaces = np.full_like(scores, np.nan) if surfaces is None else surfaces
+    surfaces = metrics.class_means(surfaces)
     predicted = np.stack([r.counts.predicted for r in results])
-    header = "id,class,groups,dice,dice_min,dice_max,cases,missed,false_positives"
+    header = "id,class,groups,dice,dice_min,dice_max,cases,missed,false_positives,"
+    header += "surface_dice"
     rows = []
     for k in range(1, scores.shape[1]):
         present = ~np.isnan(scores[:, k])
@@ -91,6 +103,7 @@ def write_per_class(
                 present.sum(),
                 (present & (predicted[:, k] == 0)).sum(),
                 wrong[:, k].sum(),
+                _number(surfaces[k]),
             ]
         )
     _write_csv(path, header.split(","), rows)
@@ -102,9 +115,11 @@ def write_per_case(
     """Write a row for each case: mean Dice by group over the classes it has.
 
     Further columns: how many classes it has, how many were missed, how many predicted
-    though absent, and the seconds that the prediction took.
+    though absent, the mean surface Dice, empty if not measured, and the seconds that
+    the prediction took.
     """
     header = ["case", *groups, "overall", "classes", "missed", "false_positives"]
+    header += ["surface_dice", "seconds"]
     rows = []
     for result in results:
         scores, counts = metrics.dice(result.counts)[None], result.counts
@@ -117,10 +132,11 @@ def write_per_case(
                 present.sum(),
                 (present & (counts.predicted[1:] == 0)).sum(),
                 metrics.false_positive_classes(counts).sum(),
+                _number(mean_surface(result)),
                 f"{result.seconds:.2f}",
             ]
         )
-    _write_csv(path, [*header, "seconds"], rows)
+    _write_csv(path, header, rows)
 
 
 def write_json(
@@ -147,6 +163,7 @@ def write_json(
         return class_name(number, names)
 
     scores, wrong = run.dice_scores(results), run.false_positives(results)
+    surfaces = run.surface_scores(results)
     means = metrics.group_averages(scores, groups=groups)
     content = {
         **about,
@@ -154,6 +171,13 @@ def write_json(
         "averages": RULES,
         "dice": {name: mean[rule] for name, mean in means.items()},
         "dice_by_average": means,
+        "dice_intervals": metrics.bootstrap_intervals(scores, groups=groups, rule=rule),
+        "surface_dice": None
+        if surfaces is None
+        else {
+            name: mean[rule]
+            for name, mean in metrics.group_averages(surfaces, groups=groups).items()
+        },
         "false_positives": int(wrong.sum()),
         "groups": {name: [name_of(k) for k in ids] for name, ids in groups.items()},
         "cases": {
@@ -162,6 +186,7 @@ def write_json(
                 "false_positives": [name_of(k) for k in np.flatnonzero(extra)],
                 "seconds": round(result.seconds, 3),
             }
+            | _surface_of(result, name_of)
             for result, row, extra in zip(results, scores, wrong, strict=True)
         },
     }
@@ -186,6 +211,20 @@ def class_name(number: int, names: Sequence[str] = labels.CLASS_NAMES) -> str:
     return names[number] if number < len(names) else f"class_{number}"
 
 
+def _surface_of(result, name_of):
+    if result.surface is None:
+        return {}
+    found = {name_of(k): x for k, x in enumerate(result.surface) if k}
+    return {"surface_dice": found}
+
+
+def mean_surface(result: CaseResult) -> float:
+    """Mean surface Dice over the classes of a case; NaN if it was not measured."""
+    if result.surface is None:
+        return math.nan
+    return metrics.averages(result.surface[None])["over_classes"]
+
+
 def _write_csv(path: Path, header: list[str], rows: list[list]) -> None:
     with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -207,6 +246,11 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    low, high = ends
+    return "-" if math.isnan(low) else f"{100 * low:.1f}-{100 * high:.1f}"
 
 
 def _number(value: float) -> str:

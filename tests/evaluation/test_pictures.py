@@ -29,7 +29,7 @@ def centre(labels, number):
 
 
 def test_planes_are_shown_as_radiologists_read():
-    coronal, axial = pictures.views_of(body()).views
+    coronal, axial, _ = pictures.views_of(body()).views
     assert (coronal.plane, axial.plane) == ("coronal", "axial")
     for view in (coronal, axial):
         assert centre(view.truth, RIGHT)[1] < centre(view.truth, LEFT)[1]
@@ -37,14 +37,20 @@ def test_planes_are_shown_as_radiologists_read():
     assert centre(axial.truth, FRONT)[0] < centre(axial.truth, RIGHT)[0]
 
 
+def test_the_sagittal_plane_looks_to_the_left_of_the_page():
+    view = pictures.views_of(body()).views[2]
+    assert view.plane == "sagittal" and view.extent == (16.0, 72.0)
+    assert centre(view.truth, FRONT)[1] < 8 and centre(view.truth, HEAD)[0] < 8
+
+
 def test_planes_keep_their_size_in_mm():
-    coronal, axial = pictures.views_of(body()).views
+    coronal, axial, _ = pictures.views_of(body()).views
     assert coronal.truth.shape == (24, 20) and coronal.extent == (40.0, 72.0)
     assert axial.truth.shape == (16, 20) and axial.extent == (40.0, 16.0)
 
 
 def test_the_planes_with_most_structures_are_cut():
-    coronal, axial = pictures.views_of(body()).views
+    coronal, axial, _ = pictures.views_of(body()).views
     assert set(np.unique(coronal.truth)) == {0, RIGHT, LEFT, HEAD}
     assert set(np.unique(axial.truth)) == {0, RIGHT, LEFT, FRONT}
 
@@ -52,7 +58,7 @@ def test_the_planes_with_most_structures_are_cut():
 def test_a_scan_without_any_label_has_views():
     empty = body()
     empty.truth[:] = 0
-    assert len(pictures.views_of(empty).views) == 2
+    assert len(pictures.views_of(empty).views) == 3
 
 
 def test_best_median_and_worst_are_chosen():

@@ -11,6 +11,7 @@ from flax import nnx
 from swinsmt_jax import labels, metrics, models
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import phantom
+from swinsmt_jax.evaluation import run
 from swinsmt_jax.evaluation.report import evaluate_split
 
 
@@ -52,6 +53,7 @@ def config(tmp_path):
 def test_a_phantom_is_evaluated_from_end_to_end(config, tmp_path, rng):
     output = tmp_path / "deep" / "results"
     options = dict(split="test", groups=labels.GROUPS, rule="over_pairs", step=7)
+    options["surface_rule"] = run.SurfaceRule()
     table = evaluate_split(network(config.model, rng), config, output=output, **options)
     content = json.loads((output / "results.json").read_text())
     assert len(content["cases"]) == 2 and content["step"] == 7
@@ -65,3 +67,7 @@ def test_a_phantom_is_evaluated_from_end_to_end(config, tmp_path, rng):
     assert content["dice"]["overall"] == pytest.approx(means["over_pairs"], abs=1e-6)
     assert f"{100 * means['over_pairs']:.2f}" in table
     assert (output / "overview.png").stat().st_size > 10_000
+    assert content["parameters"] > 1e5 and content["gflop_per_window"] > 1
+    assert set(content["surface_dice"]) == {*labels.GROUPS, "overall"}
+    page = (output / "report.html").read_text()
+    assert all(page.count(name) >= 2 for name in content["cases"])

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -39,9 +40,27 @@ def test_the_table_shows_all_averages_and_what_they_hide(results):
     assert lines[6].split() == ["over_pairs", "55.56", "-", "55.56"]
     assert lines[7].split()[-3:] == ["2/2", "0/1", "2/3"]
     assert lines[8].split()[-3:] == ["0", "1", "1"]
+    assert lines[9].split()[:3] == ["95", "%", "interval"]
+    assert "surface Dice" not in text
     assert "> over_cases: mean over classes present in each case" in text
     assert "absent from the truth: 1 (case, class) pairs, 1 classes." in text
     assert max(len(line) for line in lines) < 100
+
+
+def test_surface_dice_is_averaged_under_the_same_rule(results, tmp_path):
+    given = ([np.nan, 1.0, 0.5, np.nan], [np.nan, 0.5, np.nan, np.nan])
+    measured = [
+        dataclasses.replace(r, surface=np.array(s))
+        for r, s in zip(results, given, strict=True)
+    ]
+    text = tables.dice_table(measured, groups=GROUPS, rule="over_cases", title="Demo")
+    (line,) = (x for x in text.splitlines() if "surface Dice" in x)
+    assert line.split()[2:] == ["62.50", "-", "62.50"]
+    tables.write_per_class(tmp_path / "c.csv", measured, groups=GROUPS)
+    values = [row["surface_dice"] for row in read(tmp_path / "c.csv")]
+    assert values == ["0.750000", "0.500000", ""]
+    tables.write_per_case(tmp_path / "c.csv", measured, groups=GROUPS)
+    assert read(tmp_path / "c.csv")[0]["surface_dice"] == "0.750000"
 
 
 def test_per_class_rows(results, tmp_path):

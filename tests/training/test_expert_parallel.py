@@ -37,36 +37,48 @@ def test_bytes_of_experts_fall_with_the_axis():
 
 
 @pytest.mark.slow
-def test_all_meshes_have_the_loss_and_gradients_of_one_device(rng):
-    graphdef, params = train_state.split(models.create(SMALL, rngs=nnx.Rngs(0)))
-    x = rng.random((8, 32, 32, 32, 1)).astype(np.float32)
-    y = rng.integers(0, 5, x.shape[:-1]).astype(np.uint8)
-    results = []
-    for data, expert in ((1, 1), *MESHES):
-        mesh = sharding.make_mesh(MeshConfig(data, expert))
-        rules = sharding.parameter_rules(SMALL)
-        places = sharding.tree_shardings(params, mesh=mesh, rules=rules)
-        batch = sharding.batch_sharding(mesh)
+def test_all_meshes_have_the_loss_and_gradients_of_one_device():
+    graphdef = train_state.split(models.create(SMALL, rngs=nnx.Rngs(0)))[0]
 
-        def value_and_gradients(params, x, y, mesh=mesh):
-            def loss(params):
+    def value_and_gradients(mesh):
+        def loss(params, x, y):
+            with sharding.within(mesh):
                 return losses.dice_cross_entropy(nnx.merge(graphdef, params)(x), y)
 
-            with sharding.within(mesh):
-                return jax.value_and_grad(loss)(params)
-
-        run = jax.jit(
-            value_and_gradients,
+        places = sharding.tree_shardings(
+            parameters(0), mesh=mesh, rules=sharding.parameter_rules(SMALL)
+        )
+        batch = sharding.batch_sharding(mesh)
+        return jax.jit(
+            jax.value_and_grad(loss),
             in_shardings=(places, batch, batch),
             out_shardings=(sharding.replicated(mesh), places),
         )
-        results.append(jax.tree.map(np.asarray, run(params, x, y)))
-    (loss, gradients), *others = results
-    size = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradients)))
-    for other_loss, other in others:
-        np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
-        for a, b in zip(*map(jax.tree.leaves, (other, gradients)), strict=True):
-            assert np.linalg.norm(a - b) < 1e-5 * size
+
+    def parameters(seed):
+        return train_state.split(models.create(SMALL, rngs=nnx.Rngs(seed)))[1]
+
+    runs = [
+        value_and_gradients(sharding.make_mesh(MeshConfig(data, expert)))
+        for data, expert in ((1, 1), *MESHES)
+    ]
+    furthest = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        x = rng.random((8, 32, 32, 32, 1)).astype(np.float32)
+        y = rng.integers(0, 5, x.shape[:-1]).astype(np.uint8)
+        found = [jax.tree.map(np.asarray, f(parameters(seed), x, y)) for f in runs]
+        (loss, gradients), *others = found
+        size = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradients)))
+        for other_loss, other in others:
+            np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+            pairs = zip(*map(jax.tree.leaves, (other, gradients)), strict=True)
+            distance = max(np.linalg.norm(a - b) for a, b in pairs) / size
+            assert distance < 1e-3
+            furthest.append(distance)
+    # Where rounding moves one of 10^7 activations over the kink of a leaky ReLU, the
+    # gradients of all before it jump by some 1e-4: seldom, but with some seed.
+    assert np.median(furthest) < 1e-6
 
 
 @pytest.mark.slow

@@ -66,6 +66,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     help = "of --data_root with --predictions: a JSON file, v1 or v2; see preprocess.py"
     text("description", "", help)
+    help = "average over windows and their mirror images; twice the time"
+    flags.DEFINE_bool("mirror", False, help, flag_values=values)
     text("predictions", None, "folder of label files <case>.nii.gz to evaluate")
     help = "two folders of results, to compare case by case; nothing is evaluated"
     flags.DEFINE_list("compare", [], help, flag_values=values)
@@ -119,6 +121,7 @@ def evaluate(options: flags.FlagValues) -> str:
         output=Path(options.output or workdir / f"eval_{options.split}"),
         limit=options.limit,
         step=info["step"],
+        mirror=options.mirror,
     )
 
 

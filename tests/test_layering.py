@@ -14,13 +14,14 @@ LAYERS = [
     ["layers"],
     ["models"],
     ["sharding", "inference"],
-    ["training"],
+    ["training", "portable"],
     ["convert"],
     ["evaluation"],
     ["prediction"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FLAX = {"layers", "models", "sharding", "training", "convert", "evaluation"}
+FLAX |= {"prediction"}
 JAXLESS = {
     "checks",
     "network_config",

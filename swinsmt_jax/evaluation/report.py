@@ -27,6 +27,7 @@ def evaluate_split(
     limit: int = 0,
     step: int | None = None,
     surface_rule: run.SurfaceRule | None = None,
+    mirror: bool = False,
 ) -> str:
     """Segment the cases of a split, write all results, and return the Dice table.
 
@@ -44,6 +45,7 @@ def evaluate_split(
         limit: evaluate only so many cases, the first ones; 0 takes all.
         step: of the checkpoint, for the record.
         surface_rule: how surfaces are compared; None leaves that out.
+        mirror: average over windows and their mirror images.
 
     Raises:
         UserError: for an empty split, bad files, labels unknown to the network, or an
@@ -51,10 +53,12 @@ def evaluate_split(
     """
     checks.in_range("limit", limit, 0, 10**9)
     groups = run.known_groups(groups, config.model.out_channels)
+    exchanged = run.exchanged_of(config) if mirror else None
+    predict = run.predict_fn(model, exchanged=exchanged)
     cases = processes.together(lambda: _cases(config, split, limit, output))
     processes.require_same({"cases": [case.name for case in cases]})
     found = processes.together(
-        lambda: _segment(model, config, cases, split, surface_rule)
+        lambda: _segment(predict, config, cases, split, surface_rule)
     )
     results, views = zip(*processes.unshare(found), strict=True)
     about = {
@@ -64,6 +68,7 @@ def evaluate_split(
         "window": list(config.data.patch_shape),
         "overlap": config.inference.overlap,
         "blend": config.inference.blend,
+        "mirror": mirror,
         "spacing": config.data.spacing,
         "device": jax.devices()[0].device_kind,
         **cost(config, results),
@@ -172,7 +177,7 @@ def _cases(config, split, limit, output):
     return cases[: limit or None]
 
 
-def _segment(model, config, cases, split, surface_rule):
+def _segment(predict, config, cases, split, surface_rule):
     """Return result and views of each case that this process has to do."""
     bar = tqdm(
         processes.share(cases),
@@ -181,7 +186,7 @@ def _segment(model, config, cases, split, surface_rule):
         disable=not processes.is_first(),
     )
     segmented = run.segment_cases(
-        run.predict_fn(model),
+        predict,
         config,
         bar,
         sharding=run.batch_sharding(config.inference.window_batch),

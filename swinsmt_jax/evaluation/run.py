@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from swinsmt_jax import checks, metrics
@@ -73,9 +74,40 @@ def _apply(model, windows):
     return model(windows)
 
 
-def predict_fn(model: Callable) -> Predict:
-    """Return the jitted function from windows to logits of a model, a pytree."""
-    return lambda windows: _apply(model, windows)
+@jax.jit
+def _apply_mirrored(model, windows, exchanged):
+    mirrored = jnp.flip(model(jnp.flip(windows, 1)), 1)
+    return (model(windows) + mirrored[..., exchanged]) / 2
+
+
+def predict_fn(model: Callable, *, exchanged: np.ndarray | None = None) -> Predict:
+    """Return the jitted function from windows to logits of a model, a pytree.
+
+    With `exchanged`, the id of each class' counterpart on the other side of the body
+    `[K]`, logits are the mean over a window and its mirror image.
+    """
+    if exchanged is None:
+        return lambda windows: _apply(model, windows)
+    return lambda windows: _apply_mirrored(model, windows, exchanged)
+
+
+def exchanged_of(config: ExperimentConfig) -> np.ndarray:
+    """Return the id of each class' counterpart on the other side, `[K]`.
+
+    Raises:
+        UserError: for a network whose classes leave out counterparts.
+    """
+    count = config.model.out_channels
+    exchanged = np.arange(count)
+    known = pipeline.class_map(config.data).exchanged()[:count]
+    exchanged[: len(known)] = known
+    checks.require(
+        bool(exchanged.max() < count),
+        f"the network gives {count} classes, and some have their left or right "
+        f"counterpart beyond: {np.flatnonzero(exchanged >= count).tolist()}; predict "
+        "without mirroring.",
+    )
+    return exchanged
 
 
 def segment_cases(

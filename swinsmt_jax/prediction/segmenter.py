@@ -19,7 +19,7 @@ from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import label_table, nifti, pipeline
 from swinsmt_jax.data.nifti import Volume
 from swinsmt_jax.data.totalsegmentator import Sample
-from swinsmt_jax.evaluation.run import batch_sharding, predict_fn
+from swinsmt_jax.evaluation.run import batch_sharding, exchanged_of, predict_fn
 from swinsmt_jax.evaluation.tables import class_name
 from swinsmt_jax.inference import Predict, predict_labels
 from swinsmt_jax.training.checkpoint import load_model
@@ -46,9 +46,7 @@ class Segmenter:
     @property
     def class_names(self) -> dict[int, str]:
         """Names of the label ids that the network gives, background left out."""
-        names = pipeline.class_names(self.config.data)
-        classes = range(1, self.config.model.out_channels)
-        return {i: class_name(i, names) for i in classes}
+        return names_of(self.config)
 
     def segment(
         self, path: str | Path, *, progress: Progress | None = None
@@ -103,11 +101,18 @@ class Segmenter:
         return labels
 
 
+def names_of(config: ExperimentConfig) -> dict[int, str]:
+    """Names of the label ids of an experiment's network, background left out."""
+    names = pipeline.class_names(config.data)
+    return {i: class_name(i, names) for i in range(1, config.model.out_channels)}
+
+
 def load(
     workdir: str | Path,
     *,
     step: int | str | None = None,
     sums: str = "float32",
+    mirror: bool = False,
     **inference,
 ) -> Segmenter:
     """Load the network of a training run.
@@ -116,6 +121,8 @@ def load(
         workdir: of the run.
         step: a number, "latest" or "best"; None takes the best, or else the latest.
         sums: "float16" halves the memory of the logits that are kept.
+        mirror: also segment every window with right and left exchanged, and average;
+            twice the time.
         inference: fields of `config.InferenceConfig` to change, such as overlap=0.25.
 
     Raises:
@@ -127,7 +134,8 @@ def load(
         checks.one_of("an option of the inference", name, known)
     windows = dataclasses.replace(config.inference, **inference)
     config = dataclasses.replace(config, inference=windows)
-    return Segmenter(config, predict_fn(model), info["step"], sums)
+    predict = predict_fn(model, exchanged=exchanged_of(config) if mirror else None)
+    return Segmenter(config, predict, info["step"], sums)
 
 
 def save(

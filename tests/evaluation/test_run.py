@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import jax
@@ -145,3 +146,29 @@ def test_outside_the_foreground_is_background(cases, monkeypatch):
     expected = np.zeros_like(case.truth)
     expected[2:30, :, 3:] = case.truth[2:30, :, 3:]
     np.testing.assert_array_equal(case.prediction, expected)
+
+
+def test_a_window_and_its_mirror_image_are_averaged(rng):
+    """Of a network that sees class 1 on the right and 2 on the left, twice as well."""
+    side = jnp.linspace(-1, 1, 6)[None, :, None, None, None]
+
+    def network(windows):
+        right = jnp.maximum(side, 0) * windows
+        left = jnp.maximum(-side, 0) * windows
+        return jnp.concatenate([0 * windows, right, 2 * left], axis=-1)
+
+    predict = run.predict_fn(
+        jax.tree_util.Partial(network), exchanged=np.array([0, 2, 1])
+    )
+    windows = rng.random((2, 6, 5, 4, 1)).astype(np.float32)
+    right, left = np.maximum(side, 0), np.maximum(-side, 0)
+    expected = 1.5 * np.concatenate([0 * windows, right * windows, left * windows], -1)
+    np.testing.assert_allclose(predict(windows), expected, rtol=1e-6)
+
+
+def test_counterparts_that_the_network_lacks_are_refused():
+    four = config()
+    three = dataclasses.replace(four.model, out_channels=3)
+    assert run.exchanged_of(four).tolist() == [0, 1, 3, 2]  # the kidneys
+    with pytest.raises(UserError, match=r"counterpart beyond: \[2\]"):
+        run.exchanged_of(dataclasses.replace(four, model=three))

@@ -1,0 +1,106 @@
+"""A trained network as one file that runs with jax and numpy.
+
+from swinsmt_jax import portable
+network = portable.load("network.npz")
+labels = network.segment(hu)           # uint8; hu [X, Y, Z] on the network's grid
+
+`python -m swinsmt_jax.prediction.export` writes such files. This module and those it
+imports need jax, numpy, and flatbuffers, with which jax.export reads. The file holds
+the program that `jax.export` made of a batch of windows, for CPU, CUDA and TPU, and the
+parameters. Programs stay readable for the time that jax.export promises (half a year at
+the least; see its documentation), so keep the checkpoint too.
+"""
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.export
+import numpy as np
+
+from swinsmt_jax import checks
+from swinsmt_jax.inference import predict_labels
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Portable:
+    """An exported network.
+
+    Attributes:
+        about: `window` and `window_batch`, `spacing` in mm (0: that of the scan),
+            `hu_range`, `class_names` by id, `num_classes`, `overlap`, `blend`, `step`.
+        exported: the program, of (parameters, windows).
+        parameters: its arrays.
+    """
+
+    about: Mapping
+    exported: jax.export.Exported
+    parameters: Sequence[jax.Array]
+
+    def predict(self, windows: jax.Array) -> jax.Array:
+        """Return logits `[b, *window, K]` of windows `[b, *window, 1]`, scaled."""
+        return self.exported.call(self.parameters, windows)
+
+    def segment(self, hu: np.ndarray) -> np.ndarray:
+        """Return the class ids of a scan, uint8 `[X, Y, Z]`.
+
+        Args:
+            hu: Hounsfield units `[X, Y, Z]`, the axes to the right, front and head,
+                with voxels of `about["spacing"]` mm. Leave out the air around the body,
+                as training does: a window of air tells the network nothing.
+
+        Raises:
+            UserError: for another rank.
+        """
+        hu = np.asarray(hu)
+        checks.require(hu.ndim == 3, f"hu has shape {hu.shape}, but must be [X, Y, Z].")
+        low, high = self.about["hu_range"]
+        image = np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1)[..., None]
+        return predict_labels(
+            jax.jit(self.predict),
+            image,
+            window=self.about["window"],
+            num_classes=self.about["num_classes"],
+            overlap=self.about["overlap"],
+            blend=self.about["blend"],
+            window_batch=self.about["window_batch"],
+        )
+
+
+def save(
+    path: Path, exported: jax.export.Exported, parameters: Sequence, about: Mapping
+) -> None:
+    """Write an exported network; arguments as the attributes of `Portable`."""
+    arrays = {f"parameter_{i}": np.asarray(x) for i, x in enumerate(parameters)}
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            program=np.frombuffer(exported.serialize(), np.uint8),
+            **arrays,
+        )
+
+
+def load(path: str | Path) -> Portable:
+    """Read an exported network.
+
+    Raises:
+        UserError: for a file that is missing, or none of `prediction.export`.
+    """
+    try:
+        with open(path, "rb") as stream, np.load(stream) as file:
+            about = json.loads(file["about"].tobytes())
+            exported = jax.export.deserialize(bytearray(file["program"].tobytes()))
+            count = sum(name.startswith("parameter_") for name in file.files)
+            arrays = [jax.numpy.asarray(file[f"parameter_{i}"]) for i in range(count)]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise checks.UserError(
+            f"{path} is no exported network ({error}); make one with "
+            "python -m swinsmt_jax.prediction.export."
+        ) from error
+    return Portable(about, exported, arrays)

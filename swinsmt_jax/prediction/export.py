@@ -1,0 +1,78 @@
+"""Write a trained network as one file that needs jax, numpy and flatbuffers.
+
+    python -m swinsmt_jax.prediction.export --workdir=runs/x --output=network.npz
+
+`swinsmt_jax.portable` reads it. The program takes windows of the training patch's
+shape, `inference.window_batch` at a time, on CPU, CUDA and TPU.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+
+from swinsmt_jax import portable
+from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.evaluation.tables import replacing
+from swinsmt_jax.prediction.segmenter import names_of
+from swinsmt_jax.training import startup
+from swinsmt_jax.training.checkpoint import load_model
+
+
+def export(model: nnx.Module, config: ExperimentConfig, path: Path, *, step=0) -> None:
+    """Export a network with what `portable.Portable` has to know of its experiment.
+
+    Args:
+        model: the network.
+        config: of its experiment.
+        path: of the file, .npz; appears when complete.
+        step: of the checkpoint, for the record.
+    """
+    graphdef, params = nnx.split(model)
+    leaves, tree = jax.tree.flatten(params)
+
+    @jax.jit
+    def program(leaves, windows):
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(windows)
+
+    batch, window = config.inference.window_batch, config.data.patch_shape
+    shape = (batch, *window, config.model.in_channels)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    windows = jax.ShapeDtypeStruct(shape, jnp.float32)
+    exported = jax.export.export(program, platforms=portable.PLATFORMS)(shapes, windows)
+    about = {
+        "window": list(window),
+        "window_batch": batch,
+        "spacing": config.data.spacing,
+        "hu_range": list(config.data.hu_range),
+        "num_classes": config.model.out_channels,
+        "class_names": names_of(config),
+        "overlap": config.inference.overlap,
+        "blend": config.inference.blend,
+        "step": step,
+        "jax": jax.__version__,
+    }
+    with replacing(path) as partial:
+        portable.save(partial, exported, leaves, about)
+
+
+@startup.exit_on_user_error("swinsmt_jax.prediction.export")
+def main(_) -> None:
+    """Export as the flags say."""
+    options = flags.FLAGS
+    startup.start()
+    step = options.step
+    step = int(step) if step is not None and step.isdecimal() else step
+    config, model, info = load_model(options.workdir, step=step)
+    export(model, config, Path(options.output), step=info["step"])
+    size = Path(options.output).stat().st_size / 1e6
+    print(f"{options.output}: step {info['step']}, {size:,.1f} MB")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of the training run", required=True)
+    flags.DEFINE_string("output", None, "file to write, .npz", required=True)
+    flags.DEFINE_string("step", None, "checkpoint: best, latest or a number")
+    app.run(main)

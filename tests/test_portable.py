@@ -1,0 +1,83 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from swinsmt_jax import models, portable
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.evaluation.run import predict_fn
+from swinsmt_jax.inference import predict_labels
+from swinsmt_jax.prediction.export import export
+
+ROOT = Path(portable.__file__).parents[1]
+# What the loader must do without.
+ALONE = """
+import sys
+for name in ("flax", "orbax", "nibabel", "grain", "optax"):
+    sys.modules[name] = None
+import numpy as np
+from swinsmt_jax import portable
+network = portable.load(sys.argv[1])
+np.save(sys.argv[3], network.segment(np.load(sys.argv[2])))
+print(network.about["class_names"]["1"], network.about["step"])
+"""
+
+
+@pytest.fixture(scope="module")
+def config():
+    return from_config_dict(
+        {
+            "model": {
+                "name": "swin_smt",
+                "in_channels": 1,
+                "out_channels": 4,
+                "feature_size": 12,
+                "num_experts": 2,
+                "num_moe_stages": 1,
+                "depths": (1, 1, 1, 1),
+            },
+            "data": {"root": "nowhere", "patch_shape": (32, 32, 32), "batch_size": 1},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"num_steps": 1},
+            "inference": {"overlap": 0.25, "window_batch": 2},
+        }
+    )
+
+
+def test_an_exported_network_needs_jax_and_numpy_alone(config, tmp_path, rng):
+    model = models.create(config.model, rngs=nnx.Rngs(0))
+    export(model, config, tmp_path / "network.npz", step=7)
+    hu = rng.integers(-1024, 1024, (40, 32, 36)).astype(np.int16)
+    np.save(tmp_path / "hu.npy", hu)
+    files = [tmp_path / name for name in ("network.npz", "hu.npy", "labels.npy")]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *map(str, files)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["spleen", "7"]
+    low, high = config.data.hu_range
+    expected = predict_labels(
+        predict_fn(model),
+        ((hu - low) / np.float32(high - low)).clip(0, 1).astype("f4")[..., None],
+        window=config.data.patch_shape,
+        num_classes=4,
+        overlap=0.25,
+        window_batch=2,
+    )
+    labels = np.load(files[2])
+    assert (labels == expected).mean() > 0.999 and len(np.unique(expected)) > 1
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 no archive")
+    np.savez(tmp_path / "y.npz", a=np.zeros(3))
+    for name in ("x.npz", "y.npz", "missing.npz"):
+        with pytest.raises(UserError, match=rf"{name} is no exported network"):
+            portable.load(tmp_path / name)

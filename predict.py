@@ -4,12 +4,12 @@
     python predict.py --workdir=runs/x --input=scans/,more/s1.nii.gz --output=out \
         --statistics --preview --roi=liver,spleen
 
-An input is a NIfTI file or a folder, of which all .nii and .nii.gz are taken; commas
-separate several. For each scan out/<name>.nii.gz holds the label ids on the scan's own
-grid, with names and colours in its header; --masks writes out/<name>/<class>.nii.gz
-instead. Files appear when complete, and a scan whose output is there is skipped. A scan
-that fails does not stop the others; the exit status is then 1, and out/summary.json
-says why.
+An input is a NIfTI file, a folder, of which all .nii and .nii.gz are taken, or a folder
+with a DICOM series, which needs the extra "dicom"; commas separate several. For each
+scan out/<name>.nii.gz holds the label ids on the scan's own grid, with names and
+colours in its header; --masks writes out/<name>/<class>.nii.gz instead. Files appear
+when complete, and a scan whose output is there is skipped. A scan that fails does not
+stop the others; the exit status is then 1, and out/summary.json says why.
 """
 
 import sys

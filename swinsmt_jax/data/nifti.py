@@ -70,9 +70,14 @@ def load_ct(path: str | Path) -> Volume:
     return _as_ct(_load(path))
 
 
-def from_array(hu: np.ndarray, affine: np.ndarray) -> Volume:
-    """Return a CT in memory as `load_ct` does that of a file, with the same errors."""
-    return _as_ct(_checked(Path("the array"), np.asarray(hu), affine, ()))
+def from_array(
+    hu: np.ndarray, affine: np.ndarray, *, path: Path = Path("the array")
+) -> Volume:
+    """Return a CT in memory as `load_ct` does that of a file, with the same errors.
+
+    Messages call it `path`.
+    """
+    return _as_ct(_checked(path, np.asarray(hu), affine, ()))
 
 
 def grid_of(path: str | Path) -> tuple[np.ndarray, tuple[int, ...]]:

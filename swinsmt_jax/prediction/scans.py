@@ -15,10 +15,10 @@ from absl import logging
 from tqdm import tqdm
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import label_table, nifti
+from swinsmt_jax.data import dicom, label_table, nifti
 from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.tables import replacing
-from swinsmt_jax.prediction.segmenter import Segmenter
+from swinsmt_jax.prediction.segmenter import Segmenter, load_scan
 
 SUFFIXES = (".nii.gz", ".nii")
 SUMMARY = "summary.json"
@@ -46,8 +46,9 @@ class Wishes:
 def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
     """Return {name: file} of NIfTI files and of those in folders, sorted by folder.
 
-    The name is that of the file without its suffix, or of its folder for `ct.nii.gz`
-    and where several files have one name.
+    A folder without any that holds a DICOM series is a scan itself. The name is that of
+    the file without its suffix, or of its folder for `ct.nii.gz` and where several
+    files have one name.
 
     Raises:
         UserError: for an input that does not exist, is no NIfTI file or a folder
@@ -111,7 +112,7 @@ def segment_scans(
 
 
 def _segment(segmenter, file, target, names, wishes, title):
-    volume = nifti.load_ct(file)
+    volume = load_scan(file)
     for note in volume.notes:
         logging.warning("%s", note)
     start = time.perf_counter()
@@ -201,9 +202,12 @@ def _files(path: Path) -> list[Path]:
         )
         return [path]
     files = sorted(f for s in SUFFIXES for f in path.glob(f"*{s}") if f.is_file())
+    if not files and dicom.is_series(path):
+        return [path]
     checks.require(
         bool(files),
-        f"the folder {path} holds no .nii or .nii.gz; folders in it are not searched.",
+        f"the folder {path} holds no .nii, .nii.gz or DICOM files; folders in it are "
+        "not searched.",
     )
     return files
 

@@ -16,7 +16,7 @@ from nibabel import orientations
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.data import label_table, nifti, pipeline
+from swinsmt_jax.data import dicom, label_table, nifti, pipeline
 from swinsmt_jax.data.nifti import Volume
 from swinsmt_jax.data.totalsegmentator import Sample
 from swinsmt_jax.evaluation.run import batch_sharding, exchanged_of, predict_fn
@@ -53,10 +53,12 @@ class Segmenter:
     ) -> np.ndarray:
         """Return the labels of a NIfTI file, uint8, in the axes of the file.
 
+        Of a folder with a DICOM series: columns, rows and slices.
+
         Raises:
-            UserError: as `nifti.load_ct`.
+            UserError: as `load_scan`.
         """
-        volume = nifti.load_ct(path)
+        volume = load_scan(path)
         return _to_source(self.segment_volume(volume, progress=progress), volume)
 
     def segment_array(
@@ -101,6 +103,15 @@ class Segmenter:
         return labels
 
 
+def load_scan(path: str | Path) -> Volume:
+    """Read a CT: a NIfTI file, or a folder with a DICOM series.
+
+    Raises:
+        UserError: as `nifti.load_ct` and `dicom.load_series`.
+    """
+    return dicom.load_series(path) if Path(path).is_dir() else nifti.load_ct(path)
+
+
 def names_of(config: ExperimentConfig) -> dict[int, str]:
     """Names of the label ids of an experiment's network, background left out."""
     names = pipeline.class_names(config.data)
@@ -141,15 +152,19 @@ def load(
 def save(
     path: str | Path, labels: np.ndarray, *, like: str | Path, names: dict | None = None
 ) -> None:
-    """Write labels in the axes of a NIfTI file with that file's affine.
+    """Write labels in the axes of a scan with its affine, as NIfTI.
 
     Args:
         path: .nii.gz or .nii; appears when complete.
         labels: uint8, from `Segmenter.segment(like)`.
-        like: the scan.
+        like: the scan, a NIfTI file or a folder with a DICOM series.
         names: {label id: name} for the header, as `Segmenter.class_names`.
     """
-    affine, shape = nifti.grid_of(like)
+    if Path(like).is_dir():
+        volume = dicom.load_series(like)
+        affine, shape = volume.source_affine, volume.source_shape
+    else:
+        affine, shape = nifti.grid_of(like)
     checks.require(
         labels.shape == shape,
         f"labels for {path} have shape {labels.shape}, but {like} has {shape}.",

@@ -99,6 +99,7 @@ def test_a_perfect_network_gets_a_perfect_table(trained, tmp_path):
     assert content["window"] == [32, 32, 32]
     assert content["surface_dice"]["overall"] == 1
     assert content["cases"]["s0002"]["surface_dice"]["spleen"] is None
+    assert "overall 85.09" in table
     assert "surface Dice" in table and "a scan (median" in table
     page = (output / "report.html").read_text()
     assert "spleen" in page and page.count("data:image/png") == 2
@@ -124,7 +125,7 @@ def test_flags_reach_what_they_name(trained, dataset, tmp_path):
     )
     table = evaluate.evaluate(options)
     assert trained == [(tmp_path, "latest")]
-    assert "upper abdomen" in table and "> over_pairs" in table
+    assert "85.09" not in table and "upper abdomen" in table and "> over_pairs" in table
     content = json.loads((output / "results.json").read_text())
     assert list(content["cases"]) == ["s0001"]
     assert content["groups"] == {"upper abdomen": ["spleen", "liver", "pancreas"]}

@@ -20,6 +20,11 @@ RULES = {
     "over_cases": "mean over classes present in each case, then over cases",
     "over_pairs": "mean over all (case, class) pairs",
 }
+PAPER = (
+    "The paper reports for Swin SMT on TotalSegmentator-V2, averaged it does not say "
+    "how:\norgans 83.70  vertebrae 83.03  muscles 88.70  ribs 86.60  vessels 77.54  "
+    "overall 85.09"
+)
 
 
 def dice_table(
@@ -66,7 +71,8 @@ def dice_table(
         f"Predicted though absent from the truth: {wrong.sum()} (case, class) pairs, "
         f"{wrong.any(axis=0).sum()} classes.\nThey have no Dice and are in no mean."
     )
-    return "\n".join([title, *_aligned(rows), *notes, absent])
+    paper = [PAPER] if dict(groups) == labels.GROUPS else []
+    return "\n".join([title, *_aligned(rows), *notes, absent, *paper])
 
 
 def write_per_class(

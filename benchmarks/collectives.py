@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import MeshConfig, OptimizerConfig, SwinSMTConfig
 from swinsmt_jax.training import state as train_state
@@ -161,5 +161,5 @@ def _run(argv):
 if __name__ == "__main__":
     _DEVICES = flags.DEFINE_integer("devices", 8, "virtual devices on a CPU")
     _EXPERTS = flags.DEFINE_integer("experts", 8, "experts of every Soft MoE")
-    _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
+    _JSON = define_file("json", "also write the figures to this file")
     app.run(_run)

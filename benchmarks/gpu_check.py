@@ -40,7 +40,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import command_line, parity
+from benchmarks import command_line, define_file, parity
 from configs import swin_smt_paper
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import from_config_dict
@@ -358,5 +358,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("limit", None, "seconds for each part", lower_bound=1)
     flags.DEFINE_string("output", "runs/gpu_check", "folder of the parts' reports")
     flags.DEFINE_string("goldens", "../shared/parity", "folder of golden tensors")
-    flags.DEFINE_string("json", None, "also write all figures to this file")
+    define_file("json", "also write all figures to this file")
     app.run(main)

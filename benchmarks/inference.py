@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from configs import swin_smt_e4
 from swinsmt_jax import models
 from swinsmt_jax.config import from_config_dict
@@ -153,7 +153,7 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "small scans, few classes")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
+    define_file("json", "also write the figures to this file")
     flags.DEFINE_list("scans", ["300", "400x400x700"], "sizes to measure")
     help = "precisions of the sums; differences are told against the first"
     flags.DEFINE_list("sums", ["float32", "float16"], help)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import phantom, pipeline, preprocess, totalsegmentator
 
@@ -196,5 +196,5 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "small scans and crops, to see that it works")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
+    define_file("json", "also write the figures to this file")
     app.run(main)

@@ -27,7 +27,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from benchmarks.gpu_check import machine
 from benchmarks.model_worker import Job
 
@@ -166,7 +166,6 @@ def plot(rows: list[dict], path: str) -> None:
             places = [i + 0.4 * shift - 0.2 for i in range(len(rows))]
             panel.barh(places, heights, height=0.38, label=label)
         panel.set_xlabel(unit)
-        panel.set_xscale("log")
     panels[0].set_yticks(range(len(rows)), names)
     panels[0].invert_yaxis()
     panels[1].legend()
@@ -257,6 +256,6 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "peers", ["torch"], "of torch and torch.compile; empty: ours alone"
     )
-    flags.DEFINE_string("json", None, "also write the figures to this file")
-    flags.DEFINE_string("plot", None, "also draw them to this file")
+    define_file("json", "also write the figures to this file")
+    define_file("plot", "also draw them to this file")
     app.run(main)

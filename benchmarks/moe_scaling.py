@@ -29,7 +29,7 @@ from absl import app, flags
 from flax import nnx
 from matplotlib.figure import Figure
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from configs import demo, swin_smt_paper
 from swinsmt_jax import losses, models
 from swinsmt_jax.config import from_config_dict
@@ -225,8 +225,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("stages", list(map(str, STAGES)), "numbers of Soft MoE stages")
     flags.DEFINE_integer("side", 64, "side of the patch; larger where experts need it")
     flags.DEFINE_float("limit_gb", 10.0, "run what needs no more memory")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
-    flags.DEFINE_string("plot", None, "also draw the figures into this file")
+    define_file("json", "also write the figures to this file")
+    define_file("plot", "also draw the figures into this file")
     flags.DEFINE_bool("train", False, "train every point and add its Dice")
     flags.DEFINE_string("root", "data/phantoms", "dataset of --train")
     flags.DEFINE_integer("steps", 400, "training steps of --train")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from configs import swin_smt_paper
 from swinsmt_jax import losses
 from swinsmt_jax.config import from_config_dict
@@ -85,5 +85,5 @@ def main(_):
 if __name__ == "__main__":
     _SIDE = flags.DEFINE_integer("side", 128, "side of the patch")
     _RUN = flags.DEFINE_bool("run", False, "also take one step")
-    _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
+    _JSON = define_file("json", "also write the figures to this file")
     app.run(main)

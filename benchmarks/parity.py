@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
+from benchmarks import define_file
 from swinsmt_jax import convert, inference, losses, models
 from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
 from swinsmt_jax.convert import swin_names
@@ -352,5 +353,5 @@ def main(_):
 
 if __name__ == "__main__":
     _GOLDENS = flags.DEFINE_string("goldens", "../shared/parity", "folder of goldens")
-    _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
+    _JSON = define_file("json", "also write the figures to this file")
     app.run(main)

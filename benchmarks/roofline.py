@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from benchmarks.gpu_check import machine
 from benchmarks.model_worker import Job, network_program
 from swinsmt_jax.training import operations
@@ -149,5 +149,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("side", 96, "of the patch")
     flags.DEFINE_integer("threads", 2, "CPU cores; 0 for all")
     flags.DEFINE_bool("quick", False, "a side of 32, no profile")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
+    define_file("json", "also write the figures to this file")
     app.run(main)

@@ -28,7 +28,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from benchmarks import collectives, command_line
+from benchmarks import collectives, command_line, define_file
 from benchmarks.gpu_check import machine
 from configs import swin_smt_paper
 from swinsmt_jax import sharding
@@ -199,5 +199,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "a small network on 1 and 2 devices")
     flags.DEFINE_integer("side", 64, "of the patch that is compiled")
     flags.DEFINE_float("utilisation", 0.3, "share of the peak that a GPU computes at")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
+    define_file("json", "also write the figures to this file")
     app.run(_run)

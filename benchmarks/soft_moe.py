@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from swinsmt_jax.layers.soft_moe import SoftMoE
 from swinsmt_jax.ops import blockwise_attention, soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
@@ -229,7 +229,7 @@ def main(_):
 
 if __name__ == "__main__":
     _QUICK = flags.DEFINE_bool("quick", False, "run one size alone")
-    _JSON = flags.DEFINE_string("json", None, "also write the figures to this file")
+    _JSON = define_file("json", "also write the figures to this file")
     _CHANNELS = flags.DEFINE_integer("channels", 96, "channels of a token")
     _EXPERTS = flags.DEFINE_integer("experts", 32, "experts")
     _LIMIT = flags.DEFINE_float("limit_gb", 14.0, "run what needs no more temporaries")

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from benchmarks.table_format import markdown, plot
 from swinsmt_jax import checks, losses, models
 from swinsmt_jax.config import ModelConfig, from_config_dict
@@ -180,8 +180,8 @@ if __name__ == "__main__":
     flags.DEFINE_bool("gradient", True, "also compile and time the gradient")
     flags.DEFINE_float("limit_gb", 10.0, "run what needs no more memory")
     flags.DEFINE_bool("as_configured", False, "keep the config's dtype and remat")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
-    flags.DEFINE_string("markdown", None, "also write the table to this file")
-    flags.DEFINE_string("plot", None, "also draw the figures into this file")
+    define_file("json", "also write the figures to this file")
+    define_file("markdown", "also write the table to this file")
+    define_file("plot", "also draw the figures into this file")
     flags.DEFINE_string("trained", None, "JSON of benchmarks.compare, to be drawn too")
     app.run(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from benchmarks import command_line
+from benchmarks import command_line, define_file
 from configs import demo
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import from_config_dict
@@ -125,7 +125,7 @@ def main(_):
 
 if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "few steps, to see that it works")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
+    define_file("json", "also write the figures to this file")
     flags.DEFINE_string("root", None, "dataset; by default six phantoms are made")
     flags.DEFINE_integer("rounds", 3, "turns of each")
     app.run(main)

@@ -12,11 +12,12 @@ def command_line() -> str:
     return " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
 
 
-def define_file(name: str, help: str) -> None:
+def define_file(name: str, help: str) -> flags.FlagHolder:
     """Define a flag for a file to write, refused at once if its folder is missing."""
-    flags.DEFINE_string(name, None, help)
+    holder = flags.DEFINE_string(name, None, help)
     flags.register_validator(
         name,
         lambda path: not path or Path(path).resolve().parent.is_dir(),
         message="lies in a folder that does not exist; make it first",
     )
+    return holder

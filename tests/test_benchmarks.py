@@ -1,5 +1,8 @@
 """What the benchmarks make of their measurements."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -80,3 +83,10 @@ def test_expected_efficiency_falls_with_nodes_and_bytes():
     )
     # Half of 24 MB for 8 times the voxels, in two bytes where the CPU sent four.
     assert divided["exchange_ms"] == pytest.approx(0.16)
+
+
+def test_a_file_in_a_missing_folder_is_refused_before_anything_is_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.soft_moe", "--quick"]
+    file = tmp_path / "missing" / "x.json"
+    done = subprocess.run([*command, f"--json={file}"], capture_output=True, text=True)
+    assert done.returncode != 0 and "folder that does not exist" in done.stderr

@@ -126,9 +126,9 @@ def evaluate(options: flags.FlagValues) -> str:
 
 
 @startup.exit_on_user_error("evaluate.py")
-def main(_) -> None:
+def main(arguments: list[str]) -> None:
     """Evaluate as the flags say, and print the table."""
-    startup.start()
+    startup.start(arguments)
     options = flags.FLAGS
     if options.predictions:
         checks.require(

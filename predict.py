@@ -55,10 +55,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 @startup.exit_on_user_error("predict.py")
-def main(_) -> None:
+def main(arguments: list[str]) -> None:
     """Segment as the flags say."""
     options = flags.FLAGS
-    startup.start()
+    startup.start(arguments)
     checks.require(
         not (options.fast and options.overlap is not None),
         "--fast stands for --overlap=0.25; give one of them.",

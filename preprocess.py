@@ -41,8 +41,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 @startup.exit_on_user_error("preprocess.py")
-def main(_) -> None:
+def main(arguments: list[str]) -> None:
     """Preprocess as the flags say."""
+    startup.only_flags(arguments)
     options = flags.FLAGS
     root = Path(options.store)
     failed = preprocess(

@@ -12,14 +12,15 @@ an error that you can mend, said in one line. docs/training.md tells of resuming
 faults, memory, other weights and profiles, docs/multi_node.md of several hosts.
 """
 
+import dataclasses
 import functools
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from swinsmt_jax import convert
+from swinsmt_jax import checks, convert
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.config import ExperimentConfig, from_config_dict
 from swinsmt_jax.evaluation import pictures, run
 from swinsmt_jax.training import distributed, loop, startup
 
@@ -27,7 +28,14 @@ from swinsmt_jax.training import distributed, loop, startup
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the command line."""
     help = "file with get_config(), such as configs/demo.py"
-    config_flags.DEFINE_config_file("config", None, help, flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        help,
+        flag_values=values,
+        lock_config=False,  # a file may leave out keys that have a default
+        accept_new_attributes=True,  # `from_config_dict` knows and checks all keys
+    )
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     help = "weights to begin a new run with: a workdir, .pt, .pth or .safetensors"
     flags.DEFINE_string("start_from", None, help, flag_values=values)
@@ -45,16 +53,19 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
         return rest
     except (flags.Error, OSError) as error:
         raise UserError(f"{' '.join(str(error).split())} See --help.") from error
-    except (AttributeError, KeyError) as error:  # of the locked ConfigDict
-        while isinstance(error, Exception):
-            error = error.args[0]
-        raise UserError(f"unknown config key {'. '.join(error.splitlines())}") from None
+    except KeyError as error:  # of a group that the ConfigDict does not have
+        group = str(error.args[0]).split("'")[1]
+        groups = [field.name for field in dataclasses.fields(ExperimentConfig)]
+        raise UserError(
+            f"unknown config group {group!r}; the groups are {', '.join(groups)}."
+            f"{checks.did_you_mean(group, groups)}"
+        ) from None
 
 
 @startup.exit_on_user_error("train.py")
-def main(_) -> None:
+def main(arguments: list[str]) -> None:
     """Train as the flags say."""
-    startup.start()
+    startup.start(arguments)
     distributed.start()
     config = from_config_dict(flags.FLAGS.config)
     start_from = None

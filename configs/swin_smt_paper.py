@@ -74,6 +74,11 @@ def get_config() -> config_dict.ConfigDict:
                 "checkpoint_every": 1000,
             },
             "mesh": {"data": -1, "expert": 1},
-            "inference": {"overlap": 0.5, "blend": "gaussian", "window_batch": 1},
+            "inference": {
+                "overlap": 0.5,
+                "blend": "gaussian",
+                "window_batch": 1,
+                "accumulate": "auto",
+            },
         }
     )

@@ -249,11 +249,14 @@ class InferenceConfig:
         overlap: share of the window that neighbours have in common.
         blend: "gaussian" or "constant" weights of a window's voxels.
         window_batch: windows per call of the network, over all devices.
+        accumulate: where the windows' logits are averaged: in the memory of the "host"
+            or of the "device"; "auto" takes an accelerator that has room for them.
     """
 
     overlap: float = 0.5
     blend: str = "gaussian"
     window_batch: int = 1
+    accumulate: str = "auto"
 
     def __post_init__(self):
         checks.require(
@@ -261,6 +264,8 @@ class InferenceConfig:
             f"inference.overlap is {self.overlap}, but must lie in [0, 1).",
         )
         checks.one_of("inference.blend", self.blend, ("gaussian", "constant"))
+        places = ("auto", "host", "device")
+        checks.one_of("inference.accumulate", self.accumulate, places)
         checks.positive("inference.window_batch", self.window_batch)
 
 

@@ -39,6 +39,13 @@ def contextual(x):
     return jnp.concatenate([x, x.mean((1, 2, 3), keepdims=True) + 0 * x], axis=-1)
 
 
+@jax.jit
+def mixed(x):
+    """Three classes of a voxel and of the window that sees it."""
+    mean = x.mean((1, 2, 3), keepdims=True)
+    return jnp.concatenate([x, 2 * x**2 + 10 * (mean - 0.5), 1 - x], axis=-1)
+
+
 @pytest.mark.parametrize("blend", ["constant", "gaussian"])
 @pytest.mark.parametrize("window_batch", [1, 4])
 def test_equals_monai(shared, blend, window_batch):
@@ -84,22 +91,30 @@ def test_equals_a_naive_average(rng, shape):
     np.testing.assert_allclose(result, (total / weights)[inner], rtol=1e-5)
 
 
-def test_labels_are_the_argmax(rng):
-    volume = rng.random((21, 11, 9, 1), dtype=np.float32)
+@pytest.mark.parametrize("accumulate", ["host", "device"])
+@pytest.mark.parametrize("shape", [(21, 11, 9), (9, 13, 27), (5, 20, 3), (1, 1, 1)])
+def test_labels_are_the_argmax(rng, shape, accumulate):
+    volume = rng.random((*shape, 1), dtype=np.float32)
     options = dict(window=WINDOW, num_classes=3, window_batch=2)
-    labels = predict_labels(local, volume, **options)
-    assert labels.dtype == np.uint8 and labels.shape == (21, 11, 9)
-    logits = sliding_window(local, volume, **options)
+    labels = predict_labels(mixed, volume, **options, accumulate=accumulate)
+    assert labels.dtype == np.uint8 and labels.shape == shape
+    logits = sliding_window(mixed, volume, **options)
     np.testing.assert_array_equal(labels, logits.argmax(-1))
 
 
+@pytest.mark.parametrize("accumulate", ["host", "device"])
 @pytest.mark.parametrize("step", [0.4, 1.0, 2.3])
-def test_labels_on_another_grid_are_those_of_interpolated_probabilities(rng, step):
-    volume = rng.random((13, 11, 9, 1), dtype=np.float32)
+@pytest.mark.parametrize("shape", [(13, 11, 9), (6, 5, 14)])
+def test_labels_on_another_grid_are_those_of_interpolated_probabilities(
+    rng, step, shape, accumulate
+):
+    volume = rng.random((*shape, 1), dtype=np.float32)
     options = dict(window=WINDOW, num_classes=3, window_batch=2)
-    positions = [step * np.arange(int(n / step)) + 0.3 - 0.5 for n in (13, 11, 9)]
-    labels = predict_labels(local, volume, **options, positions=positions)
-    logits = sliding_window(local, volume, **options)
+    positions = [step * np.arange(int(n / step)) + 0.3 - 0.5 for n in shape]
+    labels = predict_labels(
+        mixed, volume, **options, positions=positions, accumulate=accumulate
+    )
+    logits = sliding_window(mixed, volume, **options)
     probabilities = np.asarray(jax.nn.softmax(logits))
     points = np.meshgrid(*positions, indexing="ij")
     expected = [
@@ -140,6 +155,15 @@ def test_the_batch_is_divided_over_the_devices(rng):
     assert set(seen) == {sharding}
     expected = sliding_window(contextual, volume, **options)
     np.testing.assert_allclose(result, expected, rtol=1e-5)
+    for accumulate in ("host", "device"):
+        labels = predict_labels(
+            *(predict, volume),
+            **options,
+            window_batch=8,
+            sharding=sharding,
+            accumulate=accumulate,
+        )
+        np.testing.assert_array_equal(labels, expected.argmax(-1))
     with pytest.raises(UserError, match="multiple of 8"):
         sliding_window(predict, volume, window_batch=4, sharding=sharding, **options)
 

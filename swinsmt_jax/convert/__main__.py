@@ -91,7 +91,13 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "file with get_config()")
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "file with get_config()",
+        lock_config=False,
+        accept_new_attributes=True,
+    )
     flags.DEFINE_string("workdir", None, "folder of a run; from_torch makes it")
     flags.DEFINE_string("weights", None, ".pt, .pth or .safetensors to read")
     flags.DEFINE_string("output", None, ".safetensors to write")

@@ -159,6 +159,7 @@ def segment_cases(
             window_batch=config.inference.window_batch,
             sharding=sharding,
             positions=volume["positions"],
+            accumulate=config.inference.accumulate,
         )
         seconds = time.perf_counter() - start
         spacing = tuple(float(side) for side in volume["scan_spacing"])

@@ -59,10 +59,10 @@ def export(model: nnx.Module, config: ExperimentConfig, path: Path, *, step=0) -
 
 
 @startup.exit_on_user_error("swinsmt_jax.prediction.export")
-def main(_) -> None:
+def main(arguments: list[str]) -> None:
     """Export as the flags say."""
     options = flags.FLAGS
-    startup.start()
+    startup.start(arguments)
     step = options.step
     step = int(step) if step is not None and step.isdecimal() else step
     config, model, info = load_model(options.workdir, step=step)

@@ -1,11 +1,4 @@
-"""Segment scans with a trained network: files or arrays in, labels on their grid out.
-
-from swinsmt_jax import segmentation
-segmenter = segmentation.load("runs/x")
-labels = segmenter.segment("scan.nii.gz")                  # uint8, in the file's axes
-labels = segmenter.segment_array(hu, affine)               # hu [X, Y, Z], any axes
-segmentation.save("labels.nii.gz", labels, like="scan.nii.gz")
-"""
+"""A trained network with which scans are segmented; see the package's docstring."""
 
 import dataclasses
 from collections.abc import Callable
@@ -98,6 +91,7 @@ class Segmenter:
             sharding=batch_sharding(config.inference.window_batch),
             positions=view["positions"],
             sums=self.sums,
+            accumulate=config.inference.accumulate,
             progress=progress,
         )
         return labels

@@ -43,3 +43,8 @@ def test_a_cache_that_is_set_is_kept(monkeypatch):
     startup.start()
     absl_logging.set_verbosity(verbosity)
     assert jax.config.jax_compilation_cache_dir == set_to
+
+
+def test_words_that_belong_to_no_flag_are_refused():
+    with pytest.raises(UserError, match="'false' belongs to no flag"):
+        startup.start(["predict.py", "false"])

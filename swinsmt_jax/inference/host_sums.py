@@ -1,0 +1,97 @@
+"""Average windows in the host's memory, in tiles that windows begin and end."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from swinsmt_jax.inference import grid
+from swinsmt_jax.inference.sweep import Windows
+
+Block = tuple[tuple[slice, ...], np.ndarray]
+
+
+def blocks(
+    windows: Windows,
+    predictions: Iterable[tuple[jax.Array, int]],
+    num_classes: int,
+    dtype: str = "float32",
+) -> Iterator[Block]:
+    """Yield (box, averaged logits [*box, K]) of planes that no further window touches.
+
+    The volume is cut into tiles at the windows' edges. The first window on a tile
+    begins its sums, and the last one ends them. Boxes and axes are those of the sweep.
+
+    Args:
+        windows: with any of its orders of visit.
+        predictions: (logits of a batch [b, *window, K], index in it) of each window.
+        num_classes: K.
+        dtype: of the sums.
+    """
+    waiting = {}
+    for start, (batch, index) in zip(windows.starts, predictions, strict=True):
+        logits = windows.swept(np.asarray(batch)[index])
+        for tile, ended in windows.tiles(start):
+            part = tuple(
+                slice(span.first - s, span.end - s)
+                for span, s in zip(tile, start, strict=True)
+            )
+            held = waiting.pop(tile, None)
+            begun = held is not None
+            if not begun and not ended:
+                shape = windows.weight[part].shape[:3]
+                held = np.empty((*shape, num_classes), dtype)
+                held = held, np.empty((*shape, 1), np.float32)
+            planes = zip(logits[part], windows.weight[part], strict=True)
+            for i, (plane, weight) in enumerate(planes):
+                sums = (plane * weight).astype(dtype, copy=False)
+                if begun:
+                    sums = np.add(held[0][i], sums, out=sums)
+                    weight = held[1][i] + weight
+                if ended:
+                    mean = sums.astype(np.float32, copy=False) / weight
+                    corner = (tile[0].first + i, tile[1].first, tile[2].first)
+                    yield from windows.inside(corner, mean[None])
+                else:
+                    held[0][i], held[1][i] = sums, weight
+            if not ended:
+                waiting[tile] = held
+
+
+def labels(
+    windows: Windows,
+    predictions: Iterable[tuple[jax.Array, int]],
+    num_classes: int,
+    dtype: str,
+) -> Iterator[Block]:
+    """Yield (box, class ids [*box]) of planes that no further window touches."""
+    for box, block in blocks(windows, predictions, num_classes, dtype):
+        yield box, block.argmax(axis=-1)
+
+
+def planes(
+    windows: Windows,
+    predictions: Iterable[tuple[jax.Array, int]],
+    num_classes: int,
+    dtype: str,
+    sides: Sequence[grid.Neighbours],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (z, probabilities) of each plane, on the rows and columns of another grid.
+
+    Args:
+        windows: in whole layers.
+        predictions, num_classes, dtype: as in `blocks`.
+        sides: neighbours of the other grid's rows and of its columns.
+    """
+    found = blocks(windows, predictions, num_classes, dtype)
+    _, height, width = windows.shape
+    waiting, ready = {}, 0
+    for (depth, rows, columns), block in found:
+        plane, missing = waiting.pop(depth.start, (None, height * width))
+        if plane is None:
+            plane = np.empty((height, width, num_classes), np.float32)
+        plane[rows, columns] = block[0]
+        waiting[depth.start] = plane, missing - block[0, ..., 0].size
+        while ready in waiting and waiting[ready][1] == 0:
+            yield ready, grid.probabilities(np, waiting.pop(ready)[0], *sides)
+            ready += 1

@@ -142,7 +142,8 @@ def _fits_on_device(windows, num_classes, dtype):
 def _predict_windows(predict, windows, num_classes, window_batch, sharding):
     """Yield (logits of a batch, index in it) of each window, on one device.
 
-    A batch is computed while the last one is used.
+    A batch is computed while the last one is used. Windows of nothing but zeros (air
+    outside a scanner's field of view) have logits in common, which are computed once.
     """
     checks.positive("window_batch", window_batch)
     devices = 1 if sharding is None else sharding.num_devices
@@ -151,7 +152,7 @@ def _predict_windows(predict, windows, num_classes, window_batch, sharding):
         f"window_batch is {window_batch}, but must be a multiple of {devices}, the "
         "number of devices.",
     )
-    starts, size = windows.starts, windows.cut(windows.starts[0]).shape
+    size = windows.cut(windows.starts[0]).shape
     home = jax.local_devices()[0]
 
     def launch(group):
@@ -167,7 +168,7 @@ def _predict_windows(predict, windows, num_classes, window_batch, sharding):
         )
         return logits, len(group)
 
-    def windows_of(logits, count):
+    def one_by_one(logits, count):
         jax.block_until_ready(logits)
         shards = {
             shard.index[0].start or 0: shard.data for shard in logits.addressable_shards
@@ -176,16 +177,31 @@ def _predict_windows(predict, windows, num_classes, window_batch, sharding):
             part = jax.device_put(part, home)
             yield from ((part, i) for i in range(min(len(part), count - first)))
 
-    def run():
+    def in_batches(starts):
         waiting = None
         for first in range(0, len(starts), window_batch):
             launched = launch(starts[first : first + window_batch])
             if waiting is not None:
-                yield from windows_of(*waiting)
+                yield from one_by_one(*waiting)
             waiting = launched
-        yield from windows_of(*waiting)
+        if waiting is not None:
+            yield from one_by_one(*waiting)
 
-    return run()
+    empty = [not windows.cut(start).any() for start in windows.starts]
+    if sum(empty) < 2:
+        return in_batches(windows.starts)
+
+    rest = in_batches(
+        [start for start, none in zip(windows.starts, empty, strict=True) if not none]
+    )
+
+    def with_the_empty():
+        logits, _ = next(one_by_one(launch([])[0], 1))
+        of_air = logits[:1], 0
+        for none in empty:
+            yield of_air if none else next(rest)
+
+    return with_the_empty()
 
 
 def _counted(items, number, progress):

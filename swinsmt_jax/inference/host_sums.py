@@ -89,9 +89,10 @@ def planes(
     for (depth, rows, columns), block in found:
         plane, missing = waiting.pop(depth.start, (None, height * width))
         if plane is None:
-            plane = np.empty((height, width, num_classes), np.float32)
+            plane = np.empty((height, width, num_classes), dtype)
         plane[rows, columns] = block[0]
         waiting[depth.start] = plane, missing - block[0, ..., 0].size
         while ready in waiting and waiting[ready][1] == 0:
-            yield ready, grid.probabilities(np, waiting.pop(ready)[0], *sides)
+            plane = waiting.pop(ready)[0].astype(np.float32, copy=False)
+            yield ready, grid.probabilities(np, plane, *sides)
             ready += 1

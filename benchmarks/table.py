@@ -1,6 +1,7 @@
 """The networks of the paper's comparison: size, operations, memory, speed.
 
     python -m benchmarks.table [--quick] [--json=FILE] [--markdown=FILE] [--plot=FILE]
+    python -m benchmarks.table --measured=FILE [--trained=FILE] [--plot=FILE] ...
 
 A row for each of the configs: parameters; GFLOP of a forward pass at 128^3, counted
 from the program (see `training.operations`); compiled memory, arguments and
@@ -8,10 +9,11 @@ temporaries, of the forward pass and of the loss with its gradient at --side; pa
 of both at --timed_side where --limit_gb lets them run. Batch 1, float32, nothing
 rematerialised; --as_configured keeps the config's dtype and rematerialisation, for
 GPUs. Networks of a fixed input shape are made for the side measured. --quick compiles
-and runs the forward pass at 64^3 alone, of the first network alone. The paper's figures
-stand in a table of their own; what of it is not known here is left open. --plot draws
-operations and memory, and with --trained=FILE the Dice that
-`benchmarks.compare --json=FILE` measured against parameters and seconds.
+and runs the forward pass at 64^3 alone, of the first network alone. --measured takes
+the rows from the JSON of an earlier run. What the authors of Swin SMT report stands in
+a table of its own. --plot draws operations and memory; the authors' Dice against their
+parameters and seconds; and with --trained=FILE the Dice that
+`benchmarks.compare --json=FILE` measured.
 """
 
 import dataclasses
@@ -27,9 +29,10 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import command_line, define_file
-from benchmarks.table_format import markdown, plot
+from benchmarks.table_format import markdown, picture
 from swinsmt_jax import checks, losses, models
 from swinsmt_jax.config import ModelConfig, from_config_dict
+from swinsmt_jax.evaluation import reported
 from swinsmt_jax.training import operations, startup
 from swinsmt_jax.training.state import abstract_model
 
@@ -133,6 +136,20 @@ def seconds_of(lowered, *, limit_gb, repeats=2):
 @startup.exit_on_user_error("benchmarks.table")
 def main(_):
     options = flags.FLAGS
+    trained = read("trained")["rows"] if options.trained else ()
+    found = read("measured") if options.measured else measure_all(options)
+    save(found)
+    text = markdown(found["rows"], NETWORKS, device=found["machine"])
+    print(text)
+    if options.markdown:
+        Path(options.markdown).write_text(text)
+    if options.plot:
+        figure = picture(found["rows"], NETWORKS, trained=trained)
+        figure.savefig(options.plot, dpi=110)
+
+
+def measure_all(options):
+    """Measure the networks of --networks and return their report."""
     for name in options.networks:
         checks.one_of("an entry of --networks", name, NETWORKS)
     rows = []
@@ -148,21 +165,12 @@ def main(_):
         )
         print(json.dumps(row), flush=True)
         rows.append(row)
-        if options.json:
-            Path(options.json).write_text(json.dumps(report(rows), indent=1) + "\n")
-    text = markdown(rows, NETWORKS, device=jax.devices()[0].device_kind)
-    print(text)
-    if options.markdown:
-        Path(options.markdown).write_text(text)
-    if options.plot:
-        trained = ()
-        if options.trained:
-            trained = json.loads(Path(options.trained).read_text())["rows"]
-        plot(rows, NETWORKS, options.plot, trained=trained)
+        save(report(rows))
+    return report(rows)
 
 
 def report(rows):
-    """Return what the JSON file holds."""
+    """Return what was measured, for the JSON file."""
     return {
         "headline": {row["name"]: row["parameters"] for row in rows},
         "rows": rows,
@@ -170,6 +178,24 @@ def report(rows):
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "command": command_line(),
     }
+
+
+def read(flag):
+    """Return the report in the file that a flag names."""
+    path = Path(flags.FLAGS[flag].value)
+    checks.require(
+        path.is_file(),
+        f"--{flag} is {str(path)!r}, but must be a file that --json wrote; "
+        "see benchmarks/results.",
+    )
+    return json.loads(path.read_text())
+
+
+def save(found):
+    """Write what was measured, and what the authors report, to the file of --json."""
+    if flags.FLAGS.json:
+        content = found | {"reported": reported.ROWS}
+        Path(flags.FLAGS.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -183,5 +209,6 @@ if __name__ == "__main__":
     define_file("json", "also write the figures to this file")
     define_file("markdown", "also write the table to this file")
     define_file("plot", "also draw the figures into this file")
+    flags.DEFINE_string("measured", None, "JSON of this script, instead of measuring")
     flags.DEFINE_string("trained", None, "JSON of benchmarks.compare, to be drawn too")
     app.run(main)

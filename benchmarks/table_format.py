@@ -1,30 +1,26 @@
-"""The rows of `benchmarks.table` as Markdown and as a picture, beside the paper's."""
+"""The rows of `benchmarks.table` as Markdown and a picture, beside the authors'."""
 
 from matplotlib.figure import Figure
 
-GROUPS = ("organs", "vertebrae", "muscles", "ribs", "vessels", "overall")
-# What is known here of the paper's table: millions of parameters, seconds for a scan,
-# Dice in per cent. Swin UNETR's parameters are not known to be the paper's.
-PAPER = {
-    "unetr": {"parameters_m": 102.02},
-    "ux_net": {"parameters_m": 53.00},
-    "nnformer": {"parameters_m": 149.30},
-    "swin_smt_paper": {
-        "parameters_m": 170.78,
-        "seconds": 60,
-        "dice": dict(
-            zip(GROUPS, (83.70, 83.03, 88.70, 86.60, 77.54, 85.09), strict=True)
-        ),
-    },
+from swinsmt_jax.evaluation import reported
+
+# The networks that are the same here, by what the authors call them. Their nnU-Net has
+# several times the parameters of ours and is another network.
+SAME = {
+    "UNETR": "unetr",
+    "SwinUNETR-S": "swin_unetr_s",
+    "SwinUNETR-B": "swin_unetr_b",
+    "SwinUNETR-L": "swin_unetr_l",
+    "nnFormer": "nnformer",
+    "3D UX-Net": "ux_net",
+    "Swin SMT": "swin_smt_paper",
 }
-
-
 MARKERS = "os^DvPX"
 
 
 def markdown(rows, titles, *, device):
-    """Return the table measured here and, apart from it, the paper's."""
-    return f"{ours(rows, titles, device=device)}\n{paper(titles)}"
+    """Return the table measured here and, apart from it, the authors'."""
+    return f"{ours(rows, titles, device=device)}\n{theirs()}"
 
 
 def ours(rows, titles, *, device):
@@ -56,50 +52,71 @@ def ours(rows, titles, *, device):
     return f"{about}\n\n{_table(header, lines)}"
 
 
-def paper(titles):
-    """Return the table of what the paper reports."""
-    header = ("network", "parameters, millions", "seconds", *(f"{g}" for g in GROUPS))
+def theirs():
+    """Return the table that the authors report."""
+    header = ("network", "parameters, millions", "seconds", *reported.GROUPS)
     lines = [
         (
-            titles[name],
+            row["network"],
             f"{row['parameters_m']:.2f}",
-            _number(row.get("seconds"), 0),
-            *(_number(row.get("dice", {}).get(group), 2) for group in GROUPS),
+            str(row["seconds"]),
+            *(f"{row['dice'][group]:.2f}" for group in reported.GROUPS),
         )
-        for name, row in PAPER.items()
+        for row in reported.ROWS
     ]
-    about = "Reported by the paper, on TotalSegmentator-V2: Dice in per cent."
+    about = f"Reported by {reported.SOURCE}, on TotalSegmentator-V2: Dice in per cent."
     return f"{about}\n\n{_table(header, lines)}"
 
 
-def plot(rows, titles, path, *, trained=()):
-    """Draw operations and memory against parameters; and Dice, where it was measured.
+def picture(rows, titles, *, trained=()):
+    """Draw operations and memory, and Dice: the authors' and, if given, measured here.
+
+    A network has one marker in all panels of full size.
 
     Args:
         rows: of `benchmarks.table`.
         titles: of the networks, by name.
-        path: of the picture.
         trained: rows of `benchmarks.compare`: small networks trained on phantoms.
     """
-    figure = Figure(figsize=(11, 4 * (2 if trained else 1)), layout="constrained")
-    axes = figure.subplots(2 if trained else 1, 2, squeeze=False)
+    height = 3 if trained else 2
+    figure = Figure(figsize=(11, 4 * height), layout="constrained")
+    axes = figure.subplots(height, 2, squeeze=False)
+    named = {row["name"]: titles.get(row["name"], row["name"]) for row in rows}
+    own_names = [SAME.get(row["network"], row["network"]) for row in reported.ROWS]
+    order = list(dict.fromkeys([*titles, *named, *own_names]))
+
+    def point(axis, x, y, *, name, title):
+        i = order.index(name)
+        style = {"marker": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}"}
+        axis.plot(x, y, ls="", label=title, **style)
+
     for axis, key, label in zip(
         axes[0],
         ("forward_gflop", "gradient_gb"),
         ("forward at 128³, GFLOP", "compiled gradient, GB"),
         strict=True,
     ):
-        for i, row in enumerate(rows):
+        for row in rows:
             if row.get(key) is not None:
-                style = {"marker": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}"}
-                title = titles.get(row["name"], row["name"])
-                axis.plot(
-                    row["parameters"] / 1e6, row[key], ls="", label=title, **style
-                )
-        axis.set(xlabel="parameters, millions", ylabel=label, title="full size")
-    axes[0][1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+                name = row["name"]
+                x = row["parameters"] / 1e6
+                point(axis, x, row[key], name=name, title=named[name])
+        axis.set(xlabel="parameters, millions", ylabel=label, title="full size, here")
+    for axis, key, label in zip(
+        axes[1],
+        ("parameters_m", "seconds"),
+        ("parameters, millions", "seconds"),
+        strict=True,
+    ):
+        for row, name in zip(reported.ROWS, own_names, strict=True):
+            y = row["dice"]["overall"]
+            point(axis, row[key], y, name=name, title=row["network"])
+        title = "TotalSegmentator-V2, reported by the authors"
+        axis.set(xlabel=label, ylabel="overall Dice, %", title=title)
+    for right in axes[:2, 1]:
+        right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis, key, unit, label in zip(
-        axes[-1] if trained else (),
+        axes[2] if trained else (),
         ("parameters", "scan_s"),
         (1e6, 1),
         ("parameters, millions", "seconds for a phantom"),
@@ -108,14 +125,15 @@ def plot(rows, titles, path, *, trained=()):
         for row in trained:
             mean, (low, high) = row["dice"]["overall"], row["interval"]["overall"]
             error = [[mean - low], [high - mean]]
-            point = {"fmt": "o", "capsize": 3, "label": row["name"]}
-            axis.errorbar(row[key] / unit, mean, error, **point)
+            style = {"fmt": "o", "capsize": 3, "label": row["name"]}
+            axis.errorbar(row[key] / unit, mean, error, **style)
         axis.set(xlabel=label, ylabel="Dice, %", title="small forms, on phantoms")
         axis.legend(frameon=False, loc="lower left")
     for axis in figure.axes:
         axis.set_xlim(0, 1.05 * axis.get_xlim()[1])
-        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-    figure.savefig(path, dpi=110)
+        if axis not in axes[1]:  # the authors' Dice are near each other
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+    return figure
 
 
 def _at(sides):

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import table, table_format
+from swinsmt_jax.evaluation import reported
 from swinsmt_jax.ops import convolution
 from swinsmt_jax.training import operations
 
 ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ROOT / "benchmarks" / "results" / "networks_cpu.json"
 
 
 def nnunet_by_hand(side, *, classes=118):
@@ -90,7 +92,51 @@ def test_what_the_paper_reports_stands_apart():
     row = {"name": "unetr", "parameters": 7, "side": 64, "timed_side": 0}
     row |= {"forward_gflop": 1500.0, "forward_gb": 2.0}
     text = table_format.markdown([row], table.NETWORKS, device="cpu")
-    measured, reported = text.split("Reported by the paper")
+    measured, theirs = text.split("Reported by the authors")
     assert "| UNETR | 7 | 1,500 | 2.00 | – | – | – |" in measured
     assert "forward, GB at 64^3" in measured and "102.02" not in measured
-    assert "| UNETR | 102.02 |" in reported and "85.09" in reported
+    assert "| UNETR | 102.02 | 35 | 73.84 |" in theirs and "85.09" in theirs
+    assert theirs.count("\n| ") == 2 + 12
+
+
+def test_sizes_are_those_of_the_authors():
+    ours = json.loads(MEASURED.read_text())["headline"]
+    theirs = {row["network"]: row["parameters_m"] for row in reported.ROWS}
+    for network, name in table_format.SAME.items():
+        allowed = 1.0 if name == "nnformer" else 0.02  # millions
+        assert theirs[network] == pytest.approx(ours[name] / 1e6, abs=allowed)
+
+
+def test_the_picture_has_the_authors_dice():
+    rows = json.loads(MEASURED.read_text())["rows"]
+    figure = table_format.picture(rows, table.NETWORKS)
+    sizes, theirs, seconds = figure.axes[0], *figure.axes[2:]
+    assert all("by the authors" in axis.get_title() for axis in (theirs, seconds))
+    found = {line.get_label(): line for line in theirs.lines}
+    assert len(found) == len(seconds.lines) == 12
+    assert found["Swin SMT"].get_xydata().tolist() == [[170.78, 85.09]]
+    assert seconds.lines[0].get_xydata().tolist() == [[35, 70.88]]
+    assert len(sizes.lines) == len(rows)
+    own = {line.get_label(): line.get_color() for line in sizes.lines}
+    assert own["Swin UNETR B"] == found["SwinUNETR-B"].get_color()
+
+
+def test_a_table_is_made_again_without_measuring(tmp_path):
+    files = {"json": tmp_path / "t.json", "markdown": tmp_path / "t.md"}
+    files["plot"] = tmp_path / "t.png"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.table", f"--measured={MEASURED}"),
+            *(f"--{name}={path}" for name, path in files.items()),
+        ],
+        check=True,
+        cwd=ROOT,
+    )
+    before, found = (
+        json.loads(MEASURED.read_text()),
+        json.loads(files["json"].read_text()),
+    )
+    assert found["rows"] == before["rows"] and found["command"] == before["command"]
+    assert [row["network"] for row in found["reported"]][-1] == "Swin SMT"
+    assert "| 170,783,560 | 2,828 |" in files["markdown"].read_text()
+    assert files["plot"].stat().st_size > 0

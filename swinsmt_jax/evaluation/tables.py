@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from swinsmt_jax import labels, metrics
-from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation import reported, run
 from swinsmt_jax.evaluation.run import CaseResult
 
 Groups = Mapping[str, Sequence[int]]
@@ -20,10 +20,11 @@ RULES = {
     "over_cases": "mean over classes present in each case, then over cases",
     "over_pairs": "mean over all (case, class) pairs",
 }
-PAPER = (
-    "The paper reports for Swin SMT on TotalSegmentator-V2, averaged it does not say "
-    "how:\norgans 83.70  vertebrae 83.03  muscles 88.70  ribs 86.60  vessels 77.54  "
-    "overall 85.09"
+REPORTED = (
+    f"Reported: by {reported.SOURCE}, on TotalSegmentator-V2.\n"
+    "The paper does not say how it averages: its overall "
+    f"{reported.ROWS[-1]['dice']['overall']:.2f} is not the mean of its groups.\n"
+    "Which classes are in a group is not published either."
 )
 
 
@@ -35,7 +36,8 @@ def dice_table(
     The row of `rule` comes first and is marked. Below stand how many classes of each
     group have a value, and what no average shows: classes predicted though absent; then
     the 95 % bootstrap interval over cases of the marked row, and the surface Dice under
-    the same rule, if there is one.
+    the same rule, if there is one. Where the groups are the paper's, its authors' rows
+    end the table.
     """
     scores, wrong = run.dice_scores(results), run.false_positives(results)
     surfaces = run.surface_scores(results)
@@ -66,13 +68,19 @@ def dice_table(
     if surfaces is not None:
         found = metrics.group_averages(surfaces, groups=groups)
         rows.append(["  surface Dice", *(_percent(m[rule]) for m in found.values())])
+    theirs = dict(groups) == labels.GROUPS
+    if theirs:
+        rows.append(["Reported, by the authors", *("" for _ in means)])
+        for row in reported.ROWS:
+            cells = (f"{row['dice'][name]:.2f}" for name in means)
+            rows.append([f"  {row['network']}", *cells])
     notes = [f"{'>' if r == rule else ' '} {r}: {RULES[r]}" for r in rules]
     absent = (
         f"Predicted though absent from the truth: {wrong.sum()} (case, class) pairs, "
         f"{wrong.any(axis=0).sum()} classes.\nThey have no Dice and are in no mean."
     )
-    paper = [PAPER] if dict(groups) == labels.GROUPS else []
-    return "\n".join([title, *_aligned(rows), *notes, absent, *paper])
+    source = [REPORTED] if theirs else []
+    return "\n".join([title, *_aligned(rows), *notes, absent, *source])
 
 
 def write_per_class(
@@ -243,7 +251,7 @@ def _aligned(rows: list[list[str]]) -> list[str]:
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in rows
     ]
     rule = "-" * len(lines[0])

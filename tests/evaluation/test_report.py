@@ -11,7 +11,7 @@ from flax import nnx
 from swinsmt_jax import labels, metrics, models
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import phantom
-from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation import reported, run
 from swinsmt_jax.evaluation.report import evaluate_split
 
 
@@ -71,3 +71,4 @@ def test_a_phantom_is_evaluated_from_end_to_end(config, tmp_path, rng):
     assert set(content["surface_dice"]) == {*labels.GROUPS, "overall"}
     page = (output / "report.html").read_text()
     assert all(page.count(name) >= 2 for name in content["cases"])
+    assert all(row["network"] in page for row in reported.ROWS)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from swinsmt_jax import metrics
+from swinsmt_jax import labels, metrics
 from swinsmt_jax.evaluation import tables
 from swinsmt_jax.evaluation.run import CaseResult
 
@@ -45,6 +45,31 @@ def test_the_table_shows_all_averages_and_what_they_hide(results):
     assert "> over_cases: mean over classes present in each case" in text
     assert "absent from the truth: 1 (case, class) pairs, 1 classes." in text
     assert max(len(line) for line in lines) < 100
+
+
+def test_the_authors_rows_stand_below_ours():
+    counts = metrics.overlap_counts(np.arange(118), np.arange(118), num_classes=118)
+    results = [CaseResult("s0001", counts, 1.0)]
+
+    def table(groups):
+        return tables.dice_table(results, groups=groups, rule="over_pairs", title="T")
+
+    lines = table(labels.GROUPS).splitlines()
+    assert (
+        "organs vertebrae muscles ribs vessels overall".split() == lines[2].split()[2:]
+    )
+    start = lines.index("Reported, by the authors")
+    theirs = [line.split() for line in lines[start + 1 : start + 13]]
+    assert theirs[0] == "UNETR 73.84 60.70 82.35 69.27 61.49 70.88".split()
+    assert theirs[-1] == "Swin SMT 83.70 83.03 88.70 86.60 77.54 85.09".split()
+    assert lines[start + 13] == lines[1]  # the table ends
+    assert "MI2DataLab/SwinSMT" in table(labels.GROUPS)
+    assert "does not say how it averages" in table(labels.GROUPS)
+    assert max(map(len, lines)) < 100
+    swapped = dict(reversed(labels.GROUPS.items()))
+    found = [line.split() for line in table(swapped).splitlines()]
+    assert "Swin SMT 77.54 86.60 88.70 83.03 83.70 85.09".split() in found
+    assert "Reported" not in table({**labels.GROUPS, "ribs": (92,)})
 
 
 def test_surface_dice_is_averaged_under_the_same_rule(results, tmp_path):

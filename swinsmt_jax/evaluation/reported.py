@@ -1,0 +1,37 @@
+"""What the authors of Swin SMT report on TotalSegmentator-V2, for twelve networks.
+
+From the README of MI2DataLab/SwinSMT at commit 0e058b2: millions of parameters, seconds
+("Time"), Dice in per cent. The classes of each group and the way of averaging are not
+published. nnFormer's muscles and vessels are the same figure there, probably a slip.
+"""
+
+SOURCE = "the authors' repository (README of MI2DataLab/SwinSMT)"
+GROUPS = ("organs", "vertebrae", "muscles", "ribs", "vessels", "overall")
+
+_FIGURES = """
+    UNETR           102.02   35  73.84  60.70  82.35  69.27  61.49  70.88
+    SwinUNETR-S      18.34   15  78.21  63.43  85.02  69.98  62.23  73.90
+    nnFormer        149.30   99  79.26  73.87  74.97  74.03  74.97  75.48
+    DiNTS           147.00  150  80.05  71.42  85.32  73.71  70.13  77.64
+    UNesT            87.30   45  80.75  71.93  86.43  72.79  69.61  77.70
+    3D UX-Net        53.00   74  83.03  79.54  86.99  82.54  75.01  82.53
+    SwinUNETR-B      72.76   37  83.46  79.76  87.57  82.61  75.23  82.81
+    nnU-Net         370.74  300  82.02  82.89  86.98  85.27  75.51  83.44
+    SwinUNETR-L     290.40  145  83.26  82.02  87.99  83.82  75.60  83.59
+    3D RepUX-Net     65.80   80  80.85  84.00  87.63  84.22  75.91  83.81
+    Universal Model  62.25   39  82.25  84.46  87.58  86.49  76.11  84.02
+    Swin SMT        170.78   60  83.70  83.03  88.70  86.60  77.54  85.09
+"""
+
+
+def _row(line):
+    network, parameters, seconds, *dice = line.rsplit(maxsplit=2 + len(GROUPS))
+    return {
+        "network": network.strip(),
+        "parameters_m": float(parameters),
+        "seconds": int(seconds),
+        "dice": dict(zip(GROUPS, map(float, dice), strict=True)),
+    }
+
+
+ROWS: tuple[dict, ...] = tuple(map(_row, _FIGURES.strip().splitlines()))

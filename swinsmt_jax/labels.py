@@ -2,8 +2,8 @@
 
 The class map is versioned: later TotalSegmentator releases carry other classes under
 the same ids. The groups are the five parts of TotalSegmentator's own class map, with
-its "cardiac" part read as vessels; the paper's text does not confirm this, so a user
-can replace them (`load_groups`).
+its "cardiac" part read as vessels, as the authors' table names that group. Which classes
+are in each is not published, so a user can replace them (`load_groups`).
 """
 
 import json

@@ -2,7 +2,7 @@
 
 The class map is versioned: later TotalSegmentator releases carry other classes under
 the same ids. The groups are the five parts of TotalSegmentator's own class map, with
-its "cardiac" part read as vessels, as the authors' table names that group. Which classes
+its "cardiac" part read as vessels, the name in the authors' table. Which classes
 are in each is not published, so a user can replace them (`load_groups`).
 """
 

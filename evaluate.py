@@ -10,9 +10,10 @@ per_class.csv, per_case.csv, results.json, overview.png and report.html to
 
     python evaluate.py --predictions=out --data_root=data/x --output=results
 
-evaluates label files that predict.py or any other tool wrote, on the same footing.
+evaluates files of labels, or folders of masks, that predict.py or any other tool wrote,
+on the same footing.
 
-    python evaluate.py --compare=runs/a/eval_test,runs/b/eval_test
+    python evaluate.py --compare runs/a runs/b
 
 compares two evaluations case by case: differences by group with 95 % intervals,
 Wilcoxon's signed-rank test with Holm's correction, and effect sizes.
@@ -29,8 +30,10 @@ from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation import compare
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.report import evaluate_split
-from swinsmt_jax.evaluation.run import SurfaceRule
+from swinsmt_jax.evaluation.run import SurfaceRule, computing_in
+from swinsmt_jax.inference import ACCUMULATE
 from swinsmt_jax.metrics import AVERAGES
+from swinsmt_jax.network_config import DTYPES
 from swinsmt_jax.ops.patches import BLENDS
 from swinsmt_jax.training import distributed, processes, startup
 from swinsmt_jax.training.checkpoint import load_model
@@ -64,12 +67,18 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer(
         "window_batch", None, "windows per call, over all devices", flag_values=values
     )
+    help = "where logits are summed up: in memory of the host or of the device"
+    choice("accumulate", None, ACCUMULATE, help)
     help = "of --data_root with --predictions: a JSON file, v1 or v2; see preprocess.py"
     text("description", "", help)
     help = "average over windows and their mirror images; twice the time"
     flags.DEFINE_bool("mirror", False, help, flag_values=values)
-    text("predictions", None, "folder of label files <case>.nii.gz to evaluate")
-    help = "two folders of results, to compare case by case; nothing is evaluated"
+    choice("dtype", None, DTYPES, "of matrix products, if not the training's")
+    help = "folder of label files <case>.nii.gz, or folders <case> of masks"
+    text("predictions", None, help)
+    help = "processes for --predictions; 0: one for each CPU core, up to 8"
+    flags.DEFINE_integer("workers", 0, help, lower_bound=0, flag_values=values)
+    help = "two runs or folders of results, to compare case by case"
     flags.DEFINE_list("compare", [], help, flag_values=values)
     distributed.define_flags(values)
 
@@ -99,7 +108,9 @@ def evaluate(options: flags.FlagValues) -> str:
     step = int(step) if step is not None and step.isdecimal() else step
     workdir = Path(options.workdir)
     config, model, info = load_model(workdir, step=step)
-    given = {n: getattr(options, n) for n in ("overlap", "blend", "window_batch")}
+    config, model = computing_in(options.dtype, config, model)
+    inference = ("overlap", "blend", "window_batch", "accumulate")
+    given = {name: getattr(options, name) for name in inference}
     given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(
         config,
@@ -128,8 +139,8 @@ def evaluate(options: flags.FlagValues) -> str:
 @startup.exit_on_user_error("evaluate.py")
 def main(arguments: list[str]) -> None:
     """Evaluate as the flags say, and print the table."""
-    startup.start(arguments)
     options = flags.FLAGS
+    startup.start(arguments[:1] if options.compare else arguments)
     if options.predictions:
         checks.require(
             bool(options.data_root and options.output),
@@ -144,16 +155,19 @@ def main(arguments: list[str]) -> None:
             **scoring(options),
             output=Path(options.output),
             limit=options.limit,
+            workers=options.workers,
         )
         print(table)
         return
     if options.compare:
+        folders = [*options.compare, *arguments[1:]]
         checks.require(
-            len(options.compare) == 2,
-            f"--compare takes two folders of results, but got {options.compare}.",
+            len(folders) == 2,
+            f"--compare takes two folders, but got {', '.join(folders)}; give them "
+            "after all other flags.",
         )
-        first, second = options.compare
-        found = compare.compare(first, second)
+        first, second = folders
+        found = compare.compare(first, second, split=options.split)
         print(compare.table(found, first=first, second=second))
         return
     checks.require(bool(options.workdir), "--workdir is missing; see --help.")

@@ -8,8 +8,9 @@ An input is a NIfTI file, a folder, of which all .nii and .nii.gz are taken, or 
 with a DICOM series, which needs the extra "dicom"; commas separate several. For each
 scan out/<name>.nii.gz holds the label ids on the scan's own grid, with names and
 colours in its header; --masks writes out/<name>/<class>.nii.gz instead. Files appear
-when complete, and a scan whose output is there is skipped. A scan that fails does not
-stop the others; the exit status is then 1, and out/summary.json says why.
+when complete. What is there stays, unless --overwrite is given, and a scan of which all
+is there is skipped. A scan that fails does not stop the others; the exit status is then
+1, and out/summary.json says why.
 """
 
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 from absl import app, flags
 
 from swinsmt_jax import checks, prediction
+from swinsmt_jax.inference import ACCUMULATE
+from swinsmt_jax.network_config import DTYPES
 from swinsmt_jax.ops.patches import BLENDS
 from swinsmt_jax.prediction import Wishes, find_scans, segment_scans
 from swinsmt_jax.training import startup
@@ -48,8 +51,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
     help = "weights of a window's voxels"
     flags.DEFINE_enum("blend", None, BLENDS, help, flag_values=values)
+    help = "of matrix products, if not the training's"
+    flags.DEFINE_enum("dtype", None, DTYPES, help, flag_values=values)
     help = "windows per call, over all devices"
     flags.DEFINE_integer("window_batch", None, help, flag_values=values)
+    help = "where logits are summed up: in memory of the host or of the device"
+    flags.DEFINE_enum("accumulate", None, ACCUMULATE, help, flag_values=values)
     for name in ("workdir", "input", "output"):
         flags.mark_flag_as_required(name, flag_values=values)
 
@@ -65,7 +72,7 @@ def main(arguments: list[str]) -> None:
     )
     overlap = 0.25 if options.fast else options.overlap
     given = {"overlap": overlap} | {
-        name: getattr(options, name) for name in ("blend", "window_batch")
+        name: getattr(options, name) for name in ("blend", "window_batch", "accumulate")
     }
     scans = find_scans(options.input)
     step = options.step
@@ -74,6 +81,7 @@ def main(arguments: list[str]) -> None:
         step=int(step) if step is not None and step.isdecimal() else step,
         sums="float16" if options.half else "float32",
         mirror=options.mirror,
+        dtype=options.dtype,
         **{name: value for name, value in given.items() if value is not None},
     )
     wishes = Wishes(

@@ -12,30 +12,19 @@ an error that you can mend, said in one line. docs/training.md tells of resuming
 faults, memory, other weights and profiles, docs/multi_node.md of several hosts.
 """
 
-import dataclasses
 import functools
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from swinsmt_jax import checks, convert
-from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import ExperimentConfig, from_config_dict
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.convert import starting_point
 from swinsmt_jax.evaluation import pictures, run
 from swinsmt_jax.training import distributed, loop, startup
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the command line."""
-    help = "file with get_config(), such as configs/demo.py"
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        help,
-        flag_values=values,
-        lock_config=False,  # a file may leave out keys that have a default
-        accept_new_attributes=True,  # `from_config_dict` knows and checks all keys
-    )
+    startup.define_config(values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     help = "weights to begin a new run with: a workdir, .pt, .pth or .safetensors"
     flags.DEFINE_string("start_from", None, help, flag_values=values)
@@ -45,21 +34,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
-def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parse the command line; a `UserError` for what the flags or the config lack."""
-    try:
-        rest = values(arguments)
-        values.config.lock()  # raises if there was no such file
-        return rest
-    except (flags.Error, OSError) as error:
-        raise UserError(f"{' '.join(str(error).split())} See --help.") from error
-    except KeyError as error:  # of a group that the ConfigDict does not have
-        group = str(error.args[0]).split("'")[1]
-        groups = [field.name for field in dataclasses.fields(ExperimentConfig)]
-        raise UserError(
-            f"unknown config group {group!r}; the groups are {', '.join(groups)}."
-            f"{checks.did_you_mean(group, groups)}"
-        ) from None
+parse = startup.parse
 
 
 @startup.exit_on_user_error("train.py")
@@ -70,11 +45,9 @@ def main(arguments: list[str]) -> None:
     config = from_config_dict(flags.FLAGS.config)
     start_from = None
     if flags.FLAGS.start_from:
-        weights = convert.read_weights(flags.FLAGS.start_from)
-
-        def start_from(model):
-            return convert.load_what_fits(model, weights)
-
+        start_from = functools.partial(
+            starting_point.start_from, flags.FLAGS.start_from
+        )
     loop.train(
         config,
         workdir=flags.FLAGS.workdir,

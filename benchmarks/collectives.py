@@ -1,16 +1,14 @@
 """What a training step sends between devices, for every way to arrange eight of them.
 
-    python -m benchmarks.collectives [--devices=8] [--json=FILE]
+    python -m benchmarks.collectives [--quick] [--devices=8] [--json=FILE]
 
 Compiles the step of a small Swin SMT for meshes of data x expert devices and reads the
 collectives and their bytes for each device from the program. Off an accelerator the
-devices are virtual ones of the CPU; the program is divided in the same way.
+devices are virtual ones of the CPU; the program is divided in the same way. --quick
+takes two of them and a patch of 32^3.
 """
 
-import json
-import platform
 import re
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import command_line, define_file
+from benchmarks import define_file, report, write
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import MeshConfig, OptimizerConfig, SwinSMTConfig
 from swinsmt_jax.training import state as train_state
@@ -28,7 +26,8 @@ from swinsmt_jax.training.step import make_train_step
 KINDS = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter")
 KINDS += ("collective-permute",)
 ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
-PATCH = (64, 64, 64)
+PATCH, QUICK_PATCH = (64, 64, 64), (32, 32, 32)
+QUICK_DEVICES = 2
 # Groups of one device each, as in {{0},{1}} or [2,1]<=[2]: nothing is sent.
 ALONE = re.compile(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\])")
 
@@ -101,14 +100,16 @@ def bytes_per_device(like, *, pattern):
     return total
 
 
-def rows_of(devices, *, num_experts):
+def rows_of(devices, *, num_experts, patch=PATCH):
     """Yield one row for each mesh of data x expert = devices."""
     model = small_model(num_experts)
     for expert in (n for n in range(1, devices + 1) if devices % n == 0):
         if num_experts % expert:
             continue
-        mesh = sharding.make_mesh(MeshConfig(devices // expert, expert))
-        compiled, like = compile_step(model, mesh, batch_size=devices)
+        mesh = sharding.make_mesh(
+            MeshConfig(devices // expert, expert), devices=jax.devices()[:devices]
+        )
+        compiled, like = compile_step(model, mesh, batch_size=devices, patch=patch)
         experts = bytes_per_device(like, pattern="/experts/")
         yield {
             "data": devices // expert,
@@ -117,6 +118,19 @@ def rows_of(devices, *, num_experts):
             "expert_bytes_per_device": experts,
             "rest_bytes_per_device": bytes_per_device(like, pattern="") - experts,
         }
+
+
+def headline(rows):
+    """Return bytes for each device by kind and mesh, and what it holds, flat."""
+    found = {}
+    for row in rows:
+        mesh = f"{row['data']}x{row['expert']}"
+        for kind in KINDS:
+            sent = row["collectives"].get(kind, {"bytes": 0})
+            found[f"{kind.replace('-', '_')}_bytes_{mesh}"] = sent["bytes"]
+        found[f"expert_bytes_per_device_{mesh}"] = row["expert_bytes_per_device"]
+        found[f"rest_bytes_per_device_{mesh}"] = row["rest_bytes_per_device"]
+    return found
 
 
 def print_row(row):
@@ -133,33 +147,29 @@ def print_row(row):
 
 
 def main(_):
-    if jax.default_backend() == "cpu":
-        devices = _DEVICES.value
-    else:
-        devices = jax.device_count()
-    print(f"data x expert, {_EXPERTS.value} experts, batch {devices}, per device:")
+    options = flags.FLAGS
+    devices = min(options.devices, jax.device_count())
+    patch = QUICK_PATCH if options.quick else PATCH
+    if options.quick:
+        devices = min(devices, QUICK_DEVICES)
+    experts = options.experts
+    print(f"data x expert, {experts} experts, batch {devices}, {patch}, per device:")
     rows = []
-    for row in rows_of(devices, num_experts=_EXPERTS.value):
+    for row in rows_of(devices, num_experts=experts, patch=patch):
         print_row(row)
         rows.append(row)
-    if _JSON.value:
-        report = {
-            "rows": rows,
-            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": command_line(),
-        }
-        Path(_JSON.value).write_text(json.dumps(report, indent=1))
+        write(options.json, report(headline(rows), rows=rows, patch=patch))
 
 
 def _run(argv):
     if jax.config.jax_platforms in (None, "", "cpu"):
-        jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+        jax.config.update("jax_num_cpu_devices", flags.FLAGS.devices)
     main(argv)
 
 
 if __name__ == "__main__":
-    _DEVICES = flags.DEFINE_integer("devices", 8, "virtual devices on a CPU")
-    _EXPERTS = flags.DEFINE_integer("experts", 8, "experts of every Soft MoE")
-    _JSON = define_file("json", "also write the figures to this file")
+    flags.DEFINE_bool("quick", False, "two devices, a patch of 32^3")
+    flags.DEFINE_integer("devices", 8, "at most; virtual ones on a CPU")
+    flags.DEFINE_integer("experts", 8, "experts of every Soft MoE")
+    define_file("json", "also write the figures to this file")
     app.run(_run)

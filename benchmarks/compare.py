@@ -2,6 +2,7 @@
 
     python -m benchmarks.compare --models=swin_unetr,swin_smt --budget=200 \
         [--budget_in=steps] [--size=small] [--seeds=0,1] [--json=FILE] [--plot=FILE]
+    python -m benchmarks.compare --quick
 
 The networks are the small forms of `benchmarks.small_networks`; phantoms are made in
 --root if they are missing. All networks see the same crops in the same order. The
@@ -11,24 +12,24 @@ by group on the test phantoms, in per cent, with 95 % bootstrap intervals over c
 (and seeds, where there are several), and the difference of each network to the first,
 resampled in pairs.
 
+--quick trains two tiny networks for two steps, to see that it works; flags that are
+given beside it hold.
+
 A study of small networks, short runs and one learning rate on synthetic bodies: of
 tendency, not of any published result.
 """
 
 import dataclasses
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from benchmarks import command_line, small_networks
+from benchmarks import define_file, report, small_networks, write
 from swinsmt_jax import checks, labels, metrics, models
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
 from swinsmt_jax.data.phantom import write_dataset
@@ -39,6 +40,15 @@ from swinsmt_jax.training.checkpoint import load_model
 
 REPLICATES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
+QUICK = {
+    "models": ["nnunet_plain", "unetr"],
+    "budget": 2.0,
+    "size": "tiny",
+    "patch": ["32", "32", "32"],
+    "root": "data/compare_phantoms_quick",
+    "train": 2,
+    "test": 2,
+}
 
 
 def step_gflop(config: ExperimentConfig) -> float:
@@ -243,23 +253,26 @@ def plot(rows: list[dict], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def set_quick(options: flags.FlagValues) -> None:
+    """Set the flags of a quick run, where the command line does not."""
+    for name, value in QUICK.items():
+        if not options[name].present:
+            options[name].value = value
+
+
 @startup.exit_on_user_error("benchmarks.compare")
 def main(_):
     startup.start()
     options = flags.FLAGS
+    if options.quick:
+        set_quick(options)
     rows = compare(options)
     print(markdown(rows))
     if options.plot:
         plot(rows, options.plot)
-    if options.json:
-        report = {
-            "headline": {f"dice_{r['name']}": r["dice"]["overall"] for r in rows},
-            "rows": [{k: v for k, v in r.items() if k != "scores"} for r in rows],
-            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": command_line(),
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    headline = {f"dice_{row['name']}": row["dice"]["overall"] for row in rows}
+    rows = [{k: v for k, v in row.items() if k != "scores"} for row in rows]
+    write(options.json, report(headline, rows=rows))
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -269,6 +282,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     def define(kind, name, default, help):
         getattr(flags, f"DEFINE_{kind}")(name, default, help, flag_values=values)
 
+    define("bool", "quick", False, "two tiny networks, two steps")
     define("list", "models", ["swin_unetr", "swin_smt"], f"of {', '.join(names)}")
     define("float", "budget", 200, "of the training of each network")
     flags.DEFINE_enum(
@@ -285,8 +299,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     define("integer", "test", 12, "test phantoms")
     define("float", "spacing", 12.0, "side of the phantoms' voxels in mm")
     define("float", "variation", 0.5, "scale of the differences between bodies")
-    define("string", "json", None, "also write the figures to this file")
-    define("string", "plot", None, "also draw the figures into this file")
+    define_file("json", "also write the figures to this file", flag_values=values)
+    define_file("plot", "also draw the figures into this file", flag_values=values)
 
 
 if __name__ == "__main__":

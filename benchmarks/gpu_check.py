@@ -2,29 +2,34 @@
 
     python -m benchmarks.gpu_check [--json=FILE] [--output=runs/gpu_check] [--redo]
 
-Five parts, each a process with a limit of its own, eight minutes in all:
+Six parts, each a process with a limit of its own, together under eight minutes:
 
 network: the network, its modules, loss and sliding window against the golden tensors of
     PyTorch (benchmarks/parity.py; skipped without --goldens) on this machine's device,
     in float32 with the highest precision of matrix products and in bfloat16. An
     accelerator adds up in another order than a CPU, so it may deviate ten times as
-    much. Then training steps of the paper's Swin SMT in bfloat16, a random crop on each
-    device, at 96^3 and 128^3, on one device and on all: time and memory. A step that
-    needs too much memory is a row of the table, not the end of it.
-model: against the PyTorch network, if it is installed (benchmarks/model.py --quick).
-soft_moe, inference, input_pipeline: the benchmarks of these names, --quick.
+    much. Before that training steps of the paper's Swin SMT in bfloat16, a random crop
+    on each device, at 96^3 and 128^3, on one device and on all: time and memory. A step
+    that needs too much memory is a row of the table, not the end of it.
+model: against the PyTorch network, if it is installed, eager and compiled: patches/s,
+    TFLOP/s, utilisation, memory (benchmarks/model.py --quick).
+inference: a whole body with the paper's network (benchmarks/inference.py --quick).
+soft_moe, input_pipeline: the benchmarks of these names, --quick.
+largest_batch: the most patches of a step, ours and PyTorch's (benchmarks/model.py
+    --largest_batch; skipped on a CPU).
 
-A part that is done on this device, as --quick or not, is not done again: a run that was
-stopped goes on, and --parts=network,model takes some of them. On a CPU, and with
+A part that is done on this device, with this code, these packages and goldens, as
+--quick or not, is not done again: a run that was stopped goes on, and
+--parts=network,model takes some of them. On a CPU, and with
 --quick, the network and crops of the first part are small, and with --quick those of
 the second; the JSON says "small" and shows no GPU as its setting. The limits are for a
 GPU; --limit sets another. Ends with status 1 if a figure is beyond its tolerance, a
 step fails but for memory, or a part fails or runs over its limit.
 """
 
+import hashlib
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -35,12 +40,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # python benchmarks/gpu_check.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import flax
 import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import command_line, define_file, parity
+from benchmarks import command_line, define_file, parity, report, versions, write
 from configs import swin_smt_paper
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import from_config_dict
@@ -53,13 +57,22 @@ SIDES, SMALL_SIDES = (96, 128), (32, 64)
 STEPS = 5
 ON_ACCELERATOR = 10  # times the tolerance of a CPU
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {  # of each part on a GPU, seconds
-    "network": 180,
-    "model": 150,
-    "soft_moe": 50,
-    "inference": 50,
-    "input_pipeline": 50,
+LIMITS = {  # of each part on a GPU, seconds; in the order of what matters most
+    "network": 125,
+    "model": 130,
+    "inference": 65,
+    "soft_moe": 40,
+    "input_pipeline": 30,
+    "largest_batch": 85,
 }
+COMMANDS = {  # of the parts that are benchmarks; the host's sums are no GPU's figure
+    "model": ("model", "--quick"),
+    "inference": ("inference", "--quick", "--scans="),
+    "soft_moe": ("soft_moe", "--quick"),
+    "input_pipeline": ("input_pipeline", "--quick"),
+    "largest_batch": ("model", "--largest_batch"),
+}
+SOURCES = ("swinsmt_jax", "benchmarks", "configs")
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
@@ -171,10 +184,11 @@ def step_line(row: dict) -> str:
 
 
 def headline(parity_found: list[dict], steps: list[dict]) -> dict:
-    """Return the figures by flat names, for checks."""
+    """Return the figures by flat names; None of parity where nothing was compared."""
+    beyond = sum(not row["ok"] for row in parity_found)
     figures = {
-        "parity_figures": len(parity_found),
-        "parity_beyond": sum(not row["ok"] for row in parity_found),
+        "parity_figures": len(parity_found) or None,
+        "parity_beyond": beyond if parity_found else None,
     }
     for row in steps:
         name = f"step_{row['side']}_{row['devices']}"
@@ -189,56 +203,43 @@ def is_fine(parity_found: list[dict], steps: list[dict]) -> bool:
     return all(r["ok"] for r in parity_found) and status <= {"ok", "out of memory"}
 
 
-def machine() -> dict:
-    """Describe devices and versions."""
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "jax": jax.__version__,
-        "jaxlib": jax.lib.__version__,
-        "flax": flax.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def check_network(options) -> int:
     """Do the first part in this process; return the exit status."""
     startup.start()
-    about = machine()
-    print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    goldens, parity_found = Path(options.goldens), []
+    found = report({}, parity=[], steps=[])
+    print("  ".join(f"{k} {v}" for k, v in found["machine"].items()), flush=True)
+    small = options.quick or found["machine"]["platform"] == "cpu"
+    found["small"] = small
+
+    def save():
+        found["headline"] = headline(found["parity"], found["steps"])
+        write(options.json, found)
+
+    print("the paper's step, bfloat16" if not small else "a small network's step")
+    for row in step_rows(small=small):
+        found["steps"].append(row)
+        print(step_line(row), flush=True)
+        save()
+    goldens = Path(options.goldens)
     if goldens.is_dir():
-        parity_found = parity_rows(goldens)
+        found["parity"] = parity_rows(goldens)
         names = parity.Figure._fields
         parity.print_table(
-            [parity.Figure(**{n: row[n] for n in names}) for row in parity_found]
+            [parity.Figure(**{n: row[n] for n in names}) for row in found["parity"]]
         )
     else:
         print(f"no parity figures: there is no folder {goldens}; see --goldens")
-    small = options.quick or about["platform"] == "cpu"
-    print("the paper's step, bfloat16" if not small else "a small network's step")
-    steps = []
-    for row in step_rows(small=small):
-        steps.append(row)
-        print(step_line(row), flush=True)
-    report = {
-        "machine": about,
-        "small": small,
-        "headline": headline(parity_found, steps),
-        "parity": parity_found,
-        "steps": steps,
-    }
-    Path(options.json).write_text(json.dumps(report, indent=1))
-    return 0 if is_fine(parity_found, steps) else 1
+    save()
+    return 0 if is_fine(found["parity"], found["steps"]) else 1
 
 
 def command_of(part: str, options) -> list[str]:
     """Return the command line of a part, without --json."""
     if part != "network":
-        small = "--smallest" if part == "model" and options.quick else "--quick"
-        return [sys.executable, "-m", f"benchmarks.{part}", small]
+        name, *arguments = COMMANDS[part]
+        if part == "model" and options.quick:
+            arguments = ["--smallest"]
+        return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     goldens = f"--goldens={Path(options.goldens).resolve()}"
     quick = ["--quick"] if options.quick else []
     return [
@@ -251,21 +252,36 @@ def command_of(part: str, options) -> list[str]:
     ]
 
 
-def setting(*, quick: bool) -> dict:
+def setting(*, quick: bool, goldens: str | Path) -> dict:
     """Describe what reports must share to be of one run, leaving devices alone."""
     query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        gpus = found.stdout.splitlines() if found.returncode == 0 else []
-    except (OSError, subprocess.TimeoutExpired):
-        gpus = []
-    asked = os.environ.get("JAX_PLATFORMS", "")
     return {
-        "gpus_and_driver": gpus,
-        "platforms": asked,
+        "gpus_and_driver": (_output(*query) or "").splitlines(),
+        "platforms": os.environ.get("JAX_PLATFORMS", ""),
         "quick": quick,
-        "jax": jax.__version__,
+        "versions": versions(),
+        "revision": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "sources": digest(ROOT),
+        "goldens": Path(goldens).is_dir(),
     }
+
+
+def digest(root: Path) -> str:
+    """Return a digest of the code, which changes that are not committed move too."""
+    total = hashlib.sha256()
+    for folder in SOURCES:
+        for file in sorted((root / folder).rglob("*.py")):
+            total.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _output(*command):
+    """Return what a command prints, or None if it fails or is not there."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def run_part(command: list[str], file: Path, *, limit: float, about: dict) -> dict:
@@ -317,8 +333,12 @@ def main(_):
         return check_network(options)
     folder = Path(options.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    parts, about = {}, setting(quick=options.quick)
+    parts = {}
+    about = setting(quick=options.quick, goldens=options.goldens)
     for part in options.parts:
+        if part == "largest_batch" and not about["gpus_and_driver"]:
+            print(f"== {part}: skipped, there is no NVIDIA GPU", flush=True)
+            continue
         limit = options.limit or LIMITS[part]
         print(f"== {part}, at most {limit:g} s", flush=True)
         file = folder / f"{part}.json"
@@ -331,16 +351,17 @@ def main(_):
     for name, part in parts.items():
         known = part.get("headline", {}).items()
         figures |= {f"{name}_{key}": value for key, value in known}
-    if options.json:
-        machines = [part["machine"] for part in parts.values() if "machine" in part]
-        report = {
-            "headline": figures,
-            "machine": next((m for m in machines if isinstance(m, dict)), None),
-            "setting": about,
-            "command": command_line(),
-            "parts": parts,
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    # No device is opened here: `report` would, and take the parts' memory.
+    machines = [part["machine"] for part in parts.values() if "machine" in part]
+    summary = {
+        "headline": figures,
+        "machine": next((m for m in machines if isinstance(m, dict)), None),
+        "versions": versions(),
+        "setting": about,
+        "command": command_line(),
+        "parts": parts,
+    }
+    write(options.json, summary)
     fine = {"ok", "done before"}
     return 0 if all(part["status"] in fine for part in parts.values()) else 1
 

@@ -3,20 +3,27 @@
     python -m benchmarks.inference [--quick] [--json=FILE]
 
 A stand-in network, cheap but dependent on place, gives 118 logits a voxel. Measured are
-the largest sum of host arrays while `predict_labels` runs (tracemalloc: everything but
-what the network itself allocates) on 300^3 and 400 x 400 x 700 voxels with windows of
-128^3 and overlap 0.5, in float32 and half precision, beside what has to be carried from
-one layer of windows to the next, and MONAI's whole accumulator; whether labels are
-those of a whole accumulator; and the time of summing up a window against that of the
-network (Swin SMT with 4 experts, windows of 64^3). --quick takes 16 classes, small
-scans and windows, and no network of time.
+the largest sum of host arrays while `predict_labels` runs with its sums on the host
+(tracemalloc: everything but what the network itself allocates) on 300^3 and 400 x 400 x
+700 voxels with windows of 128^3 and overlap 0.5, in float32 and half precision, and of
+300^3 with labels on another grid, as for a resampled scan; beside what has to be
+carried from one layer of windows to the next, and MONAI's whole accumulator; whether
+labels are those of a whole accumulator, and how many differ where sums stay on the
+device; and the time of summing up a window against that of the network (Swin SMT with 4
+experts, windows of 64^3).
+
+On an accelerator first a whole body of 300 x 300 x 500 voxels with the paper's network
+in bfloat16, windows of 128^3, overlap 0.5: seconds, the network compiled before.
+
+--quick takes 300^3 in float32 alone, and ends that scan after the window by which, as
+the windows lie, most voxels wait: nothing later needs more; a small resampled scan; and
+a short measurement of the time.
 """
 
+import functools
 import json
-import platform
 import time
 import tracemalloc
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,40 +31,95 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import command_line, define_file
-from configs import swin_smt_e4
-from swinsmt_jax import models
+from benchmarks import define_file, report, write
+from configs import swin_smt_e4, swin_smt_paper
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.inference import predict_labels
+from swinsmt_jax.inference.sweep import Windows
 from swinsmt_jax.ops import patches
+from swinsmt_jax.training.state import abstract_model
+
+SCANS = {"300": (300, 300, 300), "400x400x700": (400, 400, 700)}
+SIDE, CLASSES = 128, 118
+BODY = (300, 300, 500)
+
+
+class Reached(Exception):  # noqa: N818 - no error
+    """The window is done by which most voxels wait."""
 
 
 def stand_in(classes):
-    """Return a network of one multiplication and one sine for each logit."""
-    rates = jnp.arange(1, classes + 1, dtype=jnp.float32)
+    """Return a network of one multiplication and one addition for each logit."""
+    rates, offsets = np.random.default_rng(2).uniform(-1, 1, (2, classes))
+    rates, offsets = jnp.float32(rates), jnp.float32(offsets)
 
     @jax.jit
     def predict(windows):
         place = jnp.linspace(0, 1, windows.shape[1])[:, None, None, None]
-        return jnp.sin((windows + 0.1 * place) * rates)
+        return windows * rates + place * offsets
 
     return predict
 
 
-def measure(shape, *, side, classes, sums):
-    """Return the labels, GB at the peak, and seconds of a prediction."""
+def measure(
+    shape,
+    *,
+    side,
+    classes,
+    sums,
+    positions=None,
+    accumulate="host",
+    until_peak=False,
+):
+    """Return the labels, GB at the peak, and seconds of a prediction.
+
+    With `until_peak`, it ends once no later window can need more memory: there are no
+    labels then.
+    """
     volume = np.random.default_rng(0).random((*shape, 1), np.float32)
     predict = stand_in(classes)
     jax.block_until_ready(predict(np.zeros((1, side, side, side, 1), np.float32)))
+    last = fullest(volume, (side,) * 3) + 2 if until_peak else None
+
+    def progress(done, _):
+        if done == last:
+            raise Reached
+
+    labels = None
     tracemalloc.start()
     start = time.perf_counter()
-    labels = predict_labels(
-        predict, volume, window=(side,) * 3, num_classes=classes, sums=sums
-    )
+    try:
+        labels = predict_labels(
+            predict,
+            volume,
+            window=(side,) * 3,
+            num_classes=classes,
+            positions=positions,
+            sums=sums,
+            accumulate=accumulate,
+            progress=progress,
+        )
+    except Reached:
+        pass
     seconds = time.perf_counter() - start
     peak = tracemalloc.get_traced_memory()[1] / 1e9
     tracemalloc.stop()
     return labels, peak, seconds
+
+
+def fullest(volume, window):
+    """Return the index of the window after which the most voxels wait for others."""
+    windows = Windows(volume, window, 0.5, "gaussian")
+    windows.spare_memory(whole_layers=False)
+    waiting, found = {}, []
+    for start in windows.starts:
+        for tile, ended in windows.tiles(start):
+            if ended:
+                waiting.pop(tile, None)
+            else:
+                waiting[tile] = np.prod([span.end - span.first for span in tile])
+        found.append(sum(waiting.values()))
+    return int(np.argmax(found))
 
 
 def carried_gb(shape, *, side, classes):
@@ -94,82 +156,175 @@ def labels_identical(*, side, classes):
                 "num_classes": classes,
                 "overlap": overlap,
             }
-            labels = predict_labels(predict, volume, **options)
+            labels = predict_labels(predict, volume, accumulate="host", **options)
             if not np.array_equal(labels, accumulated(predict, volume, **options)):
                 return False
     return True
 
 
-def overhead_ratio():
-    """Return time per window beside the network's, as a share of the network's."""
-    config = from_config_dict(swin_smt_e4.get_config()).model
-    model = models.create(config, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
-    window = np.zeros((1, 64, 64, 64, 1), np.float32)
+def differing_on_device(*, side, classes):
+    """Return the share of labels that differ where sums stay on the device."""
+    volume = np.random.default_rng(1).random((3 * side, 2 * side, side + 5, 1))
+    host, device = (
+        predict_labels(
+            stand_in(classes),
+            volume.astype(np.float32),
+            window=(side,) * 3,
+            num_classes=classes,
+            accumulate=place,
+        )
+        for place in ("host", "device")
+    )
+    return float((host != device).mean())
+
+
+def compiled_network(values, window_batch, side):
+    """Return a config, and its compiled network with random parameters.
+
+    They are drawn by numpy: to compile the initialisation takes longer than to use it.
+    """
+    config = from_config_dict(values).model
+    graphdef, like = abstract_model(config)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(0.05 * rng.standard_normal(a.shape, np.float32)), like
+    )
     apply = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
-    jax.block_until_ready(apply(params, window))
+    windows = np.zeros((window_batch, side, side, side, 1), np.float32)
+    jax.block_until_ready(apply(params, windows))
+    return config, functools.partial(apply, params)
+
+
+def overhead_ratio(*, quick):
+    """Return time per window beside the network's, as a share of the network's."""
+    config, network = compiled_network(swin_smt_e4.get_config(), 1, 64)
+    window, repeats = np.zeros((1, 64, 64, 64, 1), np.float32), 1 if quick else 3
     start = time.perf_counter()
-    for _ in range(3):
-        jax.block_until_ready(apply(params, window))
-    network = (time.perf_counter() - start) / 3
-    shape = (128, 128, 192)
-    *_, seconds = measure(shape, side=64, classes=config.out_channels, sums="float32")
-    windows = 3 * 3 * 5
-    return seconds / windows / network
+    for _ in range(repeats):
+        jax.block_until_ready(network(window))
+    seconds_of_network = (time.perf_counter() - start) / repeats
+    shape, windows = (128, 128, 192), 3 * 3 * 5
+    if quick:
+        shape, windows = (128, 96, 96), 3 * 2 * 2
+    *_, seconds = measure(
+        shape,
+        side=64,
+        classes=config.out_channels,
+        sums="float32",
+        accumulate="auto",
+    )
+    return seconds / windows / seconds_of_network
+
+
+def whole_body(*, limit_bytes):
+    """Return the row of a whole body with the paper's network in bfloat16.
+
+    A window's logits take a gigabyte: so many are predicted at once as an eighth of the
+    device's memory holds, at most four.
+    """
+    batch = next(n for n in (4, 2, 1) if n == 1 or n * 8e9 <= limit_bytes)
+    values = swin_smt_paper.get_config()
+    values.model.update({"dtype": "bfloat16", "remat": ()})
+    config, network = compiled_network(values, batch, SIDE)
+    volume = np.random.default_rng(0).random((*BODY, 1), np.float32)
+    seconds = []
+    while len(seconds) < 2 and sum(seconds) < 20:  # the first compiles the sums
+        start = time.perf_counter()
+        predict_labels(
+            network,
+            volume,
+            window=(SIDE,) * 3,
+            num_classes=config.out_channels,
+            overlap=0.5,
+            window_batch=batch,
+        )
+        seconds.append(time.perf_counter() - start)
+    return {
+        "shape": BODY,
+        "network": "swin_smt_paper",
+        "dtype": "bfloat16",
+        "window_batch": batch,
+        "seconds": min(seconds),
+        "first_seconds": seconds[0],
+    }
+
+
+def row_of(name, shape, *, side, sums, **options):
+    """Measure a scan; return its row and labels."""
+    labels, peak, seconds = measure(
+        shape, side=side, classes=CLASSES, sums=sums, **options
+    )
+    row = {
+        "scan": name,
+        "shape": shape,
+        "sums": sums,
+        "peak_gb": peak,
+        "carried_gb": carried_gb(shape, side=side, classes=CLASSES),
+        "whole_gb": CLASSES * float(np.prod(shape)) * 4 / 1e9,
+        "seconds": seconds,
+        "complete": labels is not None,
+    }
+    print(
+        "{scan} {sums}: peak {peak_gb:.3f} GB, carried {carried_gb:.3f} GB, whole "
+        "{whole_gb:.3f} GB, {seconds:.1f} s".format(**row),
+        flush=True,
+    )
+    return row, labels
+
+
+def other_grid(shape):
+    """Return positions of a grid that is coarser by a fifth."""
+    return [np.linspace(0, n - 1, int(0.8 * n)) for n in shape]
 
 
 def main(_):
     options = flags.FLAGS
-    small = options.quick
-    side, classes = (32, 16) if small else (128, 118)
-    scans = {"300": (300, 300, 300), "400x400x700": (400, 400, 700)}
-    if small:
-        scans = {"300": (75, 75, 75), "400x400x700": (100, 100, 175)}
-    headline = {"labels_identical": labels_identical(side=16, classes=9)}
-    rows = []
-    for name, shape in ((n, s) for n, s in scans.items() if n in options.scans):
-        found = {}
-        for sums in options.sums:
-            labels, peak, seconds = measure(
-                shape, side=side, classes=classes, sums=sums
-            )
-            found[sums] = labels
-            changed = float((labels != found[options.sums[0]]).mean())
-            row = {
-                "shape": shape,
-                "sums": sums,
-                "peak_gb": peak,
-                "carried_gb": carried_gb(shape, side=side, classes=classes),
-                "whole_gb": classes * float(np.prod(shape)) * 4 / 1e9,
-                "seconds": seconds,
-                "changed": changed,
-            }
+    quick, rows = options.quick, []
+    headline = {f"peak_gb_{name}": None for name in SCANS}
+
+    def save():
+        write(options.json, report(headline, rows=rows))
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+        rows.append(whole_body(limit_bytes=limit))
+        print("whole body: {seconds:.1f} s".format(**rows[-1]), flush=True)
+        headline["whole_body_300x300x500_s"] = rows[-1]["seconds"]
+        save()
+    headline["labels_identical"] = labels_identical(side=16, classes=9)
+    headline["labels_differ_on_device"] = differing_on_device(side=16, classes=9)
+    headline["overhead_ratio"] = overhead_ratio(quick=quick)
+    save()
+    for name, shape in ((n, s) for n, s in SCANS.items() if n in options.scans):
+        if quick and name != "300":
+            continue
+        first = None
+        for sums in ["float32"] if quick else options.sums:
+            row, labels = row_of(name, shape, side=SIDE, sums=sums, until_peak=quick)
+            if labels is not None:
+                first = labels if first is None else first
+                row["changed"] = float((labels != first).mean())
             rows.append(row)
-            print(
-                "{shape} {sums}: peak {peak_gb:.3f} GB, carried {carried_gb:.3f} GB, "
-                "whole {whole_gb:.3f} GB, {seconds:.1f} s, {changed:.2%} of the labels "
-                "differ from the first".format(**row),
-                flush=True,
-            )
             if sums == "float32":
-                headline[f"peak_gb_{name}"] = peak
-    headline["overhead_ratio"] = None if small else overhead_ratio()
+                headline[f"peak_gb_{name}"] = row["peak_gb"]
+            save()
+    if "300" in options.scans:
+        side, shape = (32, (48, 48, 80)) if quick else (SIDE, SCANS["300"])
+        name = "x".join(map(str, shape)) + " resampled"
+        row, _ = row_of(
+            name, shape, side=side, sums="float32", positions=other_grid(shape)
+        )
+        rows.append(row)
+        headline["peak_gb_300_resampled"] = None if quick else row["peak_gb"]
+    save()
     print(json.dumps(headline, indent=1))
-    if options.json:
-        report = {
-            "headline": headline,
-            "rows": rows,
-            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": command_line(),
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "small scans, few classes")
+    flags.DEFINE_bool("quick", False, "300^3 in float32 alone")
     define_file("json", "also write the figures to this file")
-    flags.DEFINE_list("scans", ["300", "400x400x700"], "sizes to measure")
+    flags.DEFINE_list("scans", list(SCANS), "sizes to measure")
     help = "precisions of the sums; differences are told against the first"
     flags.DEFINE_list("sums", ["float32", "float16"], help)
     app.run(main)

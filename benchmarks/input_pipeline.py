@@ -5,10 +5,16 @@
 Both read the same phantoms (CT and merged labels, 2.5 mm) with the released recipe:
 HU scaled, foreground cropped, zoom, one crop balanced between labelled and other
 voxels, quarter turns, shift of intensity. Ours reads crops from a store that
-preprocess.py made; MONAI reads the files each time, as the released loader does. Each
-measurement is a process of its own, of which crops/s after the start and the memory
-beyond that after the imports are told; page cache is not counted. Without MONAI its
-rows and ratios are left out, and that is said.
+preprocess.py made, each case of which stands there many times under other names, by
+links, so that what is kept for each case shows; MONAI reads the files each time, as the
+released loader does. Each measurement is a process of its own, of which crops/s after
+the start are told, in total and for each worker (a process, or a thread where there are
+none), and memory beyond that after the imports: of the process, its workers and the
+crops in shared memory, at a tenth of the way and at the most. Page cache is not
+counted. Without MONAI its rows are left out, and the ratio is null.
+
+The headline is of the recommended configuration, two threads and no worker process:
+`worker_peak_mb` is its largest memory, over the sides of crops.
 """
 
 import importlib.util
@@ -16,6 +22,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -26,29 +33,58 @@ from benchmarks import command_line, define_file
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import phantom, pipeline, preprocess, totalsegmentator
 
+RECOMMENDED = (2, 0)  # threads, worker processes
+MB = 1e6
 
-def resident_mb():
+
+def processes():
+    """Return the ids of this process and its children."""
+    return [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
+
+
+def shared(before=frozenset()):
+    """Return bytes of shared memory by inode: mapped by us, or new in /dev/shm."""
+    found = {}
+    for pid in processes():
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if "/dev/shm/psm_" in line:  # as Python names it
+                span, _, _, _, inode, *_ = line.split()
+                first, last = (int(x, 16) for x in span.split("-"))
+                found[int(inode)] = last - first
+    for entry in os.scandir("/dev/shm"):
+        if entry.name.startswith("psm_"):
+            try:
+                found[entry.inode()] = entry.stat().st_size
+            except FileNotFoundError:  # a crop that has arrived
+                continue
+    return {inode: size for inode, size in found.items() if inode not in before}
+
+
+def resident_mb(before):
     """Return the memory of this process and its children, without page cache."""
-    total = 0
-    for pid in [os.getpid(), *(p.pid for p in multiprocessing.active_children())]:
+    total = sum(shared(before).values())
+    for pid in processes():
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        total += sum(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
-    return total / 1e3
+        total += sum(1024 * int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
+    return total / MB
 
 
 def consume(batches, count):
     """Return crops/s, and MB beyond the start: at a tenth, and at the most."""
-    before, peak, early = resident_mb(), 0.0, 0.0
+    others = frozenset(shared())
+    before, peak, early = resident_mb(others), 0.0, 0.0
     for _ in range(8):
         next(batches)
     start = time.perf_counter()
     for i in range(count):
         next(batches)
         if i % 10 == 0:
-            peak = max(peak, resident_mb() - before)
+            peak = max(peak, resident_mb(others) - before)
         if i <= count // 10:
             early = peak
-    return count / (time.perf_counter() - start), early, peak
+    rate = count / (time.perf_counter() - start)
+    batches.close()
+    return rate, early, peak
 
 
 def ours(root, side, threads, workers, count):
@@ -119,74 +155,110 @@ def _send(writer, function, arguments):
     writer.send(function(*arguments))
 
 
-def main(_):
-    options = flags.FLAGS
+def link_cases(root, count):
+    """Add links to a store's cases under other names, until it has `count`."""
+    names = list(totalsegmentator.read_meta(Path(root)))
+    added = {f"link{i}": "train" for i in range(count - len(names))}
+    for i, name in enumerate(added):
+        source = Path(root, names[i % len(names)])
+        shutil.copytree(source, Path(root, name), copy_function=os.link)
+    totalsegmentator.add_to_meta(Path(root), added)
+
+
+def measure(scans, spacing, cases, sides, configurations, count, few):
+    """Return a row for each pipeline, side of crops and configuration.
+
+    Args:
+        scans: phantoms made.
+        spacing: of their voxels in mm.
+        cases: of the store, by links.
+        sides: of the crops.
+        configurations: of ours: (threads, worker processes).
+        count: crops of ours.
+        few: crops of MONAI's.
+    """
     peer = importlib.util.find_spec("monai") is not None
-    cases, sides, count = (2, (32,), 20) if options.quick else (6, (96, 128), 2000)
-    spacing = 10.0 if options.quick else 2.5
+    processes = sorted({workers for _, workers in configurations})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         raw, root = f"{folder}/raw", f"{folder}/store"
         phantom.write_dataset(
-            raw, train=cases, val=0, test=0, spacing=spacing, seed=0, workers=2
+            raw, train=scans, val=0, test=0, spacing=spacing, seed=0, workers=2
         )
         preprocess.preprocess(raw, root, workers=2)
-        for side in sides:
-            for threads, workers in ((1, 0), (2, 0), (4, 0), (1, 2)):
-                rate, early, peak = in_process(
-                    ours, root, side, threads, workers, count
-                )
-                rows.append(
-                    {
-                        "pipeline": "ours",
-                        "side": side,
-                        "threads": threads,
-                        "workers": workers,
-                        "crops_per_s": rate,
-                        "early_mb": early,
-                        "peak_mb": peak,
-                    }
-                )
-                print(rows[-1], flush=True)
-            for workers in (0, 2) if peer else ():
-                few = 10 if options.quick else 40
-                rate, early, peak = in_process(monais, raw, side, 1, workers, few)
-                rows.append(
-                    {
-                        "pipeline": "monai",
-                        "side": side,
-                        "threads": 1,
-                        "workers": workers,
-                        "crops_per_s": rate,
-                        "early_mb": early,
-                        "peak_mb": peak,
-                    }
-                )
-                print(rows[-1], flush=True)
-    side = sides[0]
-    best = {
-        name: max(
-            (r for r in rows if r["pipeline"] == name and r["side"] == side),
-            key=lambda row: row["crops_per_s"],
-            default=None,
-        )
-        for name in ("ours", "monai")
+        link_cases(root, cases)
+        jobs = [
+            *(("ours", side, *c) for side in sides for c in configurations),
+            *(("monai", side, 1, n) for side in sides for n in processes if peer),
+        ]
+        for name, side, threads, workers in jobs:
+            function, data, crops = {
+                "ours": (ours, root, count),
+                "monai": (monais, raw, few),
+            }[name]
+            rate, early, peak = in_process(
+                function, data, side, threads, workers, crops
+            )
+            rows.append(
+                {
+                    "pipeline": name,
+                    "side": side,
+                    "threads": threads,
+                    "workers": workers,
+                    "crops_per_s": rate,
+                    "crops_per_s_per_worker": rate / (workers or threads),
+                    "early_mb": early,
+                    "peak_mb": peak,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def headline(rows):
+    """Return the figures of the recommended configuration, at the first side."""
+    side = rows[0]["side"]
+    found = [
+        row
+        for row in rows
+        if (row["pipeline"], row["threads"], row["workers"]) == ("ours", *RECOMMENDED)
+    ]
+    rate = next(row["crops_per_s"] for row in found if row["side"] == side)
+    peers = [
+        row["crops_per_s"]
+        for row in rows
+        if (row["pipeline"], row["side"]) == ("monai", side)
+    ]
+    return {
+        f"crops_per_s_{side}": rate,
+        f"ratio_to_monai_{side}": rate / max(peers) if peers else None,
+        "worker_peak_mb": max(row["peak_mb"] for row in found),
     }
-    headline = {
-        f"crops_per_s_{side}": best["ours"]["crops_per_s"],
-        "worker_peak_mb": best["ours"]["peak_mb"],
+
+
+def main(_):
+    options = flags.FLAGS
+    settings = {
+        "scans": 6,
+        "spacing": 2.5,
+        "cases": 600,
+        "sides": (96, 128),
+        "configurations": ((1, 0), (2, 0), (4, 0), (1, 2)),
+        "count": 2000,
+        "few": 40,
     }
-    if peer:
-        headline[f"ratio_to_monai_{side}"] = (
-            best["ours"]["crops_per_s"] / best["monai"]["crops_per_s"]
-        )
-    else:
-        print("MONAI is not installed, so there is no ratio")
-    print(json.dumps(headline, indent=1))
+    if options.quick:
+        settings |= {"scans": 2, "spacing": 5.0, "sides": (96,), "count": 200, "few": 5}
+        settings["configurations"] = (RECOMMENDED,)
+    rows = measure(**settings)
+    print(json.dumps(headline(rows), indent=1))
     if options.json:
         report = {
-            "headline": headline,
+            "headline": headline(rows),
+            "worker_peak_mb": "largest memory of two threads without worker processes, "
+            "beyond imports and page cache, shared memory included",
             "rows": rows,
+            "settings": settings,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version()},
             "command": command_line(),
@@ -195,6 +267,6 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "small scans and crops, to see that it works")
+    flags.DEFINE_bool("quick", False, "few small scans and crops, under a minute")
     define_file("json", "also write the figures to this file")
     app.run(main)

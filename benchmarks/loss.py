@@ -1,9 +1,10 @@
 """Time and memory of forms of the Dice + cross-entropy loss.
 
-    python benchmarks/loss.py --side=64 --classes=118
+    python -m benchmarks.loss [--quick] [--side=64] [--classes=118] [--json=FILE]
 
-prints milliseconds and XLA's temporary memory, forward and with the gradient, of the
-package's loss and of two ways to write it that leave the gradient to jax.
+Milliseconds and XLA's temporary memory, forward and with the gradient, of the package's
+loss and of two ways to write it that leave the gradient to jax. --quick takes a side of
+32 and one run.
 """
 
 import time
@@ -12,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks import define_file, report, write
 from swinsmt_jax.losses import SMOOTH, VOXELS, dice_cross_entropy
 
-SIDE = flags.DEFINE_integer("side", 64, "side of the cubic patch in voxels")
-CLASSES = flags.DEFINE_integer("classes", 118, "classes, background included")
-REPEATS = flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts")
+WHATS = ("forward", "gradient")
 
 
 def one_hot(logits, labels):
@@ -35,30 +35,56 @@ def compared(logits, labels):
     return (1 - dice).mean() - jnp.where(truth, log_p, 0).sum(-1).mean()
 
 
-def measure(function, *arguments):
+def measure(function, *arguments, repeats):
+    """Return the fastest run's milliseconds, and MiB of temporaries."""
     compiled = jax.jit(function).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     jax.block_until_ready(compiled(*arguments))
     seconds = []
-    for _ in range(REPEATS.value):
+    for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
         seconds.append(time.perf_counter() - start)
-    mib = memory.temp_size_in_bytes / 2**20 if memory else float("nan")
-    return f"{min(seconds) * 1e3:8.1f} ms {mib:8.0f} MiB"
+    mib = memory.temp_size_in_bytes / 2**20 if memory else None
+    return {"ms": 1e3 * min(seconds), "mib": mib}
+
+
+def headline(rows):
+    """Return ours by flat names, and its time over those of the other forms."""
+    ours, *others = rows
+    found = {f"{what}_{k}": v for what in WHATS for k, v in ours[what].items()}
+    for row in others:
+        ratio = ours["gradient"]["ms"] / row["gradient"]["ms"]
+        found[f"gradient_ratio_to_{row['form']}"] = ratio
+    return found
 
 
 def main(_):
-    shape = (1, *(SIDE.value,) * 3)
+    options = flags.FLAGS
+    side, repeats = (32, 1) if options.quick else (options.side, options.repeats)
+    shape = (1, *(side,) * 3)
     key = jax.random.key(0)
-    logits = jax.random.normal(key, (*shape, CLASSES.value))
-    labels = jax.random.randint(key, shape, 0, CLASSES.value).astype(jnp.uint8)
+    logits = jax.random.normal(key, (*shape, options.classes))
+    labels = jax.random.randint(key, shape, 0, options.classes).astype(jnp.uint8)
     print(f"{jax.devices()[0].device_kind}, logits {logits.shape} float32")
+    rows = []
     for form in (dice_cross_entropy, compared, one_hot):
-        forward = measure(form, logits, labels)
-        both = measure(jax.value_and_grad(form), logits, labels)
-        print(f"{form.__name__:20} forward {forward}   with gradient {both}")
+        row = {"form": form.__name__}
+        for what, function in zip(WHATS, (form, jax.value_and_grad(form)), strict=True):
+            row[what] = measure(function, logits, labels, repeats=repeats)
+        rows.append(row)
+        cells = (
+            f"{what} {row[what]['ms']:8.1f} ms {row[what]['mib'] or 0:8.0f} MiB"
+            for what in WHATS
+        )
+        print(f"{row['form']:20} " + "   ".join(cells), flush=True)
+    write(options.json, report(headline(rows), rows=rows, shape=logits.shape))
 
 
 if __name__ == "__main__":
+    flags.DEFINE_bool("quick", False, "a side of 32, one run")
+    flags.DEFINE_integer("side", 64, "side of the cubic patch in voxels")
+    flags.DEFINE_integer("classes", 118, "classes, background included")
+    flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts")
+    define_file("json", "also write the figures to this file")
     app.run(main)

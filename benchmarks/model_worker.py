@@ -73,6 +73,11 @@ def _config(job):
     return from_config_dict(config)
 
 
+def model_config(job: Job):
+    """Return the config of a job's network."""
+    return _config(job).model
+
+
 def _jax(job):
     import jax
 

@@ -8,7 +8,11 @@ operations of the forward pass, counted in the dense form, whose products the st
 form repeats; compiled memory (arguments and temporaries) of the loss with its
 gradient and the time of it, where --limit_gb lets it run; and, for 1, 2, 4 and 8
 devices on the mesh's expert axis, the bytes of parameters and Adam's moments that each
-device holds. --quick leaves out what must be compiled, for all but the first point.
+device holds. Where there are several devices, the training step is also compiled for
+every mesh of data x expert of them, one patch on each: memory of a device, and the time
+of a step where it may run. On a CPU --devices=N makes N virtual ones, which share its
+cores: their times tell what dividing costs, not what it gains. --quick leaves out what
+must be compiled, for all but the first point.
 
 --train trains a small network of every point for --steps on a dataset and adds its Dice
 by group on the test split. Small networks and short runs on phantoms: a study of the
@@ -16,8 +20,6 @@ tendency, not of the paper's result.
 """
 
 import dataclasses
-import json
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -29,10 +31,10 @@ from absl import app, flags
 from flax import nnx
 from matplotlib.figure import Figure
 
-from benchmarks import command_line, define_file
+from benchmarks import available_gb, collectives, define_file, report, write
 from configs import demo, swin_smt_paper
-from swinsmt_jax import losses, models
-from swinsmt_jax.config import from_config_dict
+from swinsmt_jax import losses, models, sharding
+from swinsmt_jax.config import MeshConfig, from_config_dict
 from swinsmt_jax.data.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
 from swinsmt_jax.training import loop
@@ -92,6 +94,42 @@ def gradient_cost(config, side, *, limit_gb):
     return gb, time.perf_counter() - start
 
 
+def mesh_rows(config, side, *, limit_gb):
+    """Yield memory of a device and time of a training step by mesh of all devices."""
+    count = jax.device_count()
+    shared = count if jax.default_backend() == "cpu" else 1  # memory of the machine
+    for expert in (n for n in range(1, count + 1) if count % n == 0):
+        if count == 1 or config.num_experts % expert:
+            continue
+        mesh = sharding.make_mesh(MeshConfig(count // expert, expert))
+        compiled, like = collectives.compile_step(
+            config, mesh, batch_size=count, patch=(side,) * 3
+        )
+        memory = compiled.memory_analysis()
+        gb = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
+        row = {"data": count // expert, "expert": expert, "step_gb": gb}
+        row["step_seconds"] = None
+        if shared * gb <= limit_gb:
+            row["step_seconds"] = step_seconds(compiled, like, mesh, side)
+        yield row
+
+
+def step_seconds(compiled, like, mesh, side):
+    """Return the seconds of a training step of zeros, after one that is not counted."""
+    shape = (mesh.size, side, side, side)
+    state = jax.tree.map(
+        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), like
+    )
+    batch = {"image": np.zeros((*shape, 1), np.float32)}
+    batch["label"] = np.zeros(shape, np.uint8)
+    batch = sharding.place_batch(batch, mesh)
+    for _ in range(2):  # the state's memory is given away
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, batch))
+        seconds = time.perf_counter() - start
+    return seconds
+
+
 def point(num_experts, num_moe_stages, *, side, compiled, limit_gb):
     """Measure one network."""
     config = paper_model(num_experts, num_moe_stages)
@@ -107,10 +145,12 @@ def point(num_experts, num_moe_stages, *, side, compiled, limit_gb):
         "held_bytes": held_bytes(config),
         "gradient_gb": None,
         "gradient_seconds": None,
+        "meshes": [],
     }
     if compiled:
         gb, seconds = gradient_cost(config, side, limit_gb=limit_gb)
         row |= {"gradient_gb": gb, "gradient_seconds": seconds}
+        row["meshes"] = list(mesh_rows(config, side, limit_gb=limit_gb))
     return row
 
 
@@ -130,6 +170,34 @@ def trained_dice(num_experts, num_moe_stages, *, root, steps):
     return {"overall": scores["dice"], **scores["groups"]}
 
 
+def headline(rows):
+    """Return the figures of every point, and those of the largest, by flat names."""
+    found = {}
+    for row in rows:
+        name = f"{row['experts']}_{row['moe_stages']}"
+        found |= {f"{key}_{name}": value for key, value in _figures(row).items()}
+        for mesh in row["meshes"]:
+            of_mesh = f"{name}_{mesh['data']}x{mesh['expert']}"
+            found[f"step_gb_{of_mesh}"] = mesh["step_gb"]
+            found[f"step_s_{of_mesh}"] = mesh["step_seconds"]
+    if rows:
+        largest = max(rows, key=lambda row: row["parameters"])
+        found |= {f"largest_{k}": v for k, v in _figures(largest).items()}
+    return found
+
+
+def _figures(row):
+    found = {
+        "parameters": row["parameters"],
+        "forward_gflop": row["forward_flops"] / 1e9,
+        "held_gb": row["held_bytes"][1] / 1e9,
+        "gradient_gb": row["gradient_gb"],
+        "gradient_s": row["gradient_seconds"],
+        "dice": row.get("dice", {}).get("overall"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def line(row):
     """Format a row of the table."""
     held = "/".join(f"{b / 1e9:.2f}" for b in row["held_bytes"].values())
@@ -142,15 +210,20 @@ def line(row):
         seconds = row["gradient_seconds"]
         ran = "not run" if seconds is None else f"{seconds:.2f} s"
         text += f"  gradient {row['gradient_gb']:.2f} GB {ran}"
+    for mesh in row["meshes"]:
+        seconds = mesh["step_seconds"]
+        ran = "not run" if seconds is None else f"{seconds:.2f} s"
+        text += f"  {mesh['data']}x{mesh['expert']} {mesh['step_gb']:.2f} GB {ran}"
     if "dice" in row:
         text += "  Dice " + " ".join(f"{n} {d:.3f}" for n, d in row["dice"].items())
     return text
 
 
 def plot(rows, path):
-    """Draw parameters, operations, memory, time and Dice against the experts.
+    """Draw parameters, operations, memory and time against the experts.
 
-    Points of a larger patch, which many experts need, are hollow and stand alone.
+    Dice of each group, where it was measured, stands in a second row. Points of a
+    larger patch, which many experts need, are hollow and stand alone.
     """
     side = min(row["side"] for row in rows)
     panels = [
@@ -158,15 +231,25 @@ def plot(rows, path):
         ("forward, GFLOP", lambda r: r["forward_flops"] / 1e9),
         ("gradient, GB", lambda r: r["gradient_gb"]),
         ("gradient, seconds", lambda r: r["gradient_seconds"]),
-        ("Dice", lambda r: r.get("dice", {}).get("overall")),
     ]
     panels = [(n, f) for n, f in panels if any(f(r) is not None for r in rows)]
-    figure = Figure(figsize=(3.6 * len(panels), 3.4), layout="constrained")
-    for axis, (name, value) in zip(
-        np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
-    ):
+    groups = {name: None for row in rows for name in row.get("dice", {})}
+    lines = [panels, [(f"Dice, {name}", _dice_of(name)) for name in groups]]
+    height, width = 1 + bool(groups), max(map(len, lines))
+    figure = Figure(figsize=(3.6 * width, 3.4 * height), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    drawn = [
+        (axis, *panel)
+        for row, line in zip(axes, lines[:height], strict=True)
+        for axis, panel in zip(row, line, strict=False)
+    ]
+    for axis, name, value in drawn:
+        axis.set_axis_on()
         for stages in sorted({r["moe_stages"] for r in rows}):
-            found = [r for r in rows if r["moe_stages"] == stages and value(r)]
+            found = [r for r in rows if r["moe_stages"] == stages]
+            found = [r for r in found if value(r) is not None]
             same = [(r["experts"], value(r)) for r in found if r["side"] == side]
             (line,) = axis.plot(
                 *(zip(*same, strict=True) if same else ([], [])),
@@ -185,8 +268,15 @@ def plot(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def _dice_of(name):
+    return lambda row: row.get("dice", {}).get(name)
+
+
 def main(_):
     options = flags.FLAGS
+    limit = options.limit_gb
+    if jax.default_backend() == "cpu":
+        limit = min(limit, available_gb() - 1)
     rows = []
     for stages in map(int, options.stages):
         for experts in map(int, options.experts):
@@ -195,7 +285,7 @@ def main(_):
                 stages,
                 side=options.side,
                 compiled=not (options.quick and rows),
-                limit_gb=options.limit_gb,
+                limit_gb=limit,
             )
             if options.train:
                 row["dice"] = trained_dice(
@@ -203,20 +293,15 @@ def main(_):
                 )
             print(line(row), flush=True)
             rows.append(row)
+            write(options.json, report(headline(rows), rows=rows))
     if options.plot:
         plot(rows, options.plot)
-    if options.json:
-        report = {
-            "headline": {
-                f"parameters_{r['experts']}_{r['moe_stages']}": r["parameters"]
-                for r in rows
-            },
-            "rows": rows,
-            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": command_line(),
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1))
+
+
+def _run(argv):
+    if jax.config.jax_platforms in (None, "", "cpu") and flags.FLAGS.devices > 1:
+        jax.config.update("jax_num_cpu_devices", flags.FLAGS.devices)
+    main(argv)
 
 
 if __name__ == "__main__":
@@ -224,10 +309,11 @@ if __name__ == "__main__":
     flags.DEFINE_list("experts", list(map(str, EXPERTS)), "numbers of experts")
     flags.DEFINE_list("stages", list(map(str, STAGES)), "numbers of Soft MoE stages")
     flags.DEFINE_integer("side", 64, "side of the patch; larger where experts need it")
+    flags.DEFINE_integer("devices", 1, "virtual devices on a CPU", lower_bound=1)
     flags.DEFINE_float("limit_gb", 10.0, "run what needs no more memory")
     define_file("json", "also write the figures to this file")
     define_file("plot", "also draw the figures into this file")
     flags.DEFINE_bool("train", False, "train every point and add its Dice")
     flags.DEFINE_string("root", "data/phantoms", "dataset of --train")
     flags.DEFINE_integer("steps", 400, "training steps of --train")
-    app.run(main)
+    app.run(_run)

@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from benchmarks import command_line, define_file
-from benchmarks.gpu_check import machine
+from benchmarks import define_file, report, write
 from benchmarks.model_worker import Job, network_program
 from swinsmt_jax.training import operations
 
@@ -133,16 +132,14 @@ def main(_):
         "seconds": seconds,
     }
     print(json.dumps(headline, indent=1))
-    if options.json:
-        report = {
-            "headline": headline,
-            "rows": rows,
-            "gflop_per_second": per_second / 1e9,
-            "gb_per_second": bytes_per_second / 1e9,
-            "machine": machine() | {"threads": options.threads},
-            "command": command_line(),
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    found = report(
+        headline,
+        rows=rows,
+        gflop_per_second=per_second / 1e9,
+        gb_per_second=bytes_per_second / 1e9,
+    )
+    found["machine"]["threads"] = options.threads
+    write(options.json, found)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Which expert looks where: the routing of a trained Swin SMT on a scan.
 
     python -m benchmarks.routing_maps --workdir=runs/demo [--case=...] [--block=...]
+        [--quick] [--json=FILE]
 
 For one case of a split, and one Soft MoE block or all, writes to <workdir>/routing:
 - <case>_<block>_experts.nii.gz: each voxel's expert with the largest share, from 1;
 - <case>_<block>_shares.nii.gz: the shares of all experts as a fourth axis, if --shares;
 - <case>_<block>.png: CT, groups of the ground truth, and experts in two planes;
 - <case>_<block>.csv: mean share of each expert in each anatomical group.
+
+--json also writes these shares into one file, with the number of experts of each block
+that have next to no share in any group. --quick takes the first block alone.
 """
 
 import csv
@@ -17,6 +21,7 @@ from absl import app, flags
 from matplotlib import colors
 from matplotlib.figure import Figure
 
+from benchmarks import define_file, report, write
 from swinsmt_jax import checks, labels
 from swinsmt_jax.config import SwinSMTConfig
 from swinsmt_jax.data import nifti, pipeline
@@ -24,6 +29,8 @@ from swinsmt_jax.data.totalsegmentator import SPLITS, find_cases
 from swinsmt_jax.evaluation import routing
 from swinsmt_jax.training import startup
 from swinsmt_jax.training.checkpoint import load_model
+
+UNUSED = 1e-3  # an expert's share in every group, at most, if nothing looks at it
 
 
 def choose_case(cases, name):
@@ -93,6 +100,16 @@ def write_table(path, by_group):
         print(f"{e + 1:6} " + " ".join(f"{by_group[n][e]:10.3f}" for n in names))
 
 
+def headline(rows):
+    """Return how many experts of each block have no share to speak of."""
+    found = {}
+    for row in rows:
+        most = np.max(list(row["shares"].values()), axis=0)
+        name = row["block"].replace("/", "_")
+        found[f"experts_without_share_{name}"] = int((most < UNUSED).sum())
+    return found
+
+
 @startup.exit_on_user_error("routing_maps")
 def main(_):
     options = flags.FLAGS
@@ -109,7 +126,8 @@ def main(_):
     output = Path(options.output or workdir / "routing")
     output.mkdir(parents=True, exist_ok=True)
     blocks = [options.block] if options.block else routing.block_names(config.model)
-    for block in blocks:
+    rows = []
+    for block in blocks[:1] if options.quick else blocks:
         shares = routing.expert_shares(model, config, volume["image"], block=block)
         experts = (shares.argmax(-1) + 1).astype(np.uint8)
         stem = f"{case.name}_{block.replace('/', '_')}"
@@ -122,6 +140,9 @@ def main(_):
             shares, volume["label"], groups=labels.GROUPS
         )
         write_table(output / f"{stem}.csv", by_group)
+        of_groups = {name: np.asarray(s).tolist() for name, s in by_group.items()}
+        rows.append({"block": block, "case": case.name, "shares": of_groups})
+    write(options.json, report(headline(rows), rows=rows))
     print(f"written to {output}")
 
 
@@ -132,5 +153,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("block", None, "such as stage3/block0; by default all")
     flags.DEFINE_string("data_root", None, "data folder, if not the training's")
     flags.DEFINE_string("output", None, "folder; by default <workdir>/routing")
+    flags.DEFINE_bool("quick", False, "the first block alone")
+    define_file("json", "also write the shares to this file")
     flags.DEFINE_bool("shares", False, "also write the shares of all experts")
     app.run(main)

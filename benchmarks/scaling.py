@@ -22,14 +22,11 @@ patch of 128^3 on each GPU, by this model:
 """
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 from absl import app, flags
 
-from benchmarks import collectives, command_line, define_file
-from benchmarks.gpu_check import machine
+from benchmarks import collectives, define_file, report, write
 from configs import swin_smt_paper
 from swinsmt_jax import sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
@@ -131,6 +128,18 @@ def _ring(devices):
     return 2 * (devices - 1) / devices
 
 
+def headline(rows: list[dict], estimates: list[dict]) -> dict:
+    """Return efficiencies, and what each mesh holds, by flat names."""
+    found = {
+        f"{e['cluster']} {e['data']}x{e['expert']}": e["no_overlap"] for e in estimates
+    }
+    for row in rows:
+        name = f"{row['data']}x{row['expert']}"
+        found[f"state_gb_{name}"] = row["state_gb"]
+        found[f"temporaries_gb_{name}"] = row["temporaries_gb"]
+    return found
+
+
 def line(row: dict) -> str:
     """Format what a mesh sends."""
     sent = "  ".join(
@@ -173,20 +182,14 @@ def main(_):
                     **found
                 )
             )
-    if options.json:
-        report = {
-            "headline": {
-                f"{e['cluster']} {e['data']}x{e['expert']}": e["no_overlap"]
-                for e in estimates
-            },
-            "operations_per_patch": operations,
-            "utilisation": options.utilisation,
-            "meshes": rows,
-            "estimates": estimates,
-            "machine": machine(),
-            "command": command_line(),
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    found = report(
+        headline(rows, estimates),
+        operations_per_patch=operations,
+        utilisation=options.utilisation,
+        meshes=rows,
+        estimates=estimates,
+    )
+    write(options.json, found)
 
 
 def _run(argv):

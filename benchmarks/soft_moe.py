@@ -7,14 +7,19 @@ measured at every size; what needs more than --limit_gb is not run. "blockwise" 
 plain way to spare memory: dense routing of a block of slots, then of a block of tokens,
 recomputed by `jax.checkpoint`. The share of the limit is that of the four
 (forward) or fourteen (with gradient) products of tokens x slots x channels, in
-the time that the same products take alone. --quick runs one size, forward.
+the time that the same products take alone. On a GPU two more forms compute in bfloat16:
+"streaming_bf16", and "cudnn", the fused kernel where its limits allow.
+
+--quick compiles dense and streaming at 32,768 and 110,592 tokens for their memory, and
+runs the forward pass of both once at 32,768: the headline's figures but for the
+gradient's time, in a minute on two cores. The JSON is written after every row, so that
+a run that is stopped keeps what it knows. What needs more memory than is free is left
+out.
 """
 
 import functools
 import json
-import platform
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,42 +27,53 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import command_line, define_file
+from benchmarks import available_gb, define_file, report, write
 from swinsmt_jax.layers.soft_moe import SoftMoE
 from swinsmt_jax.ops import blockwise_attention, soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
 
 SIZES = (4096, 8192, 32768, 110592)  # 64^3, ~ 80^3, 128^3 and 192^3 patches
-MEASURED = 32768
+MEASURED, LARGEST = 32768, 110592
 BLOCK = 1024  # of the blockwise form
 PRODUCTS = {"forward": 4, "gradient": 14}
+ROUTING = {  # of each form, and the dtype of the experts and averages
+    "dense": ("dense", "float32"),
+    "blockwise": ("dense", "float32"),
+    "streaming": ("streaming", "float32"),
+    "streaming_bf16": ("streaming", "bfloat16"),
+    "cudnn": ("cudnn", "bfloat16"),
+}
+PLAIN, ON_GPU = ("dense", "blockwise", "streaming"), ("streaming_bf16", "cudnn")
 
 
 class Row(NamedTuple):
-    """One form at one size; seconds and share are None where it was not run."""
+    """One form at one size; seconds and share are None where it was not run.
+
+    Where it could not be compiled or run, `error` says why.
+    """
 
     tokens: int
     form: str
     what: str
-    temporaries_gb: float
+    temporaries_gb: float | None = None
     seconds: float | None = None
     share_of_limit: float | None = None
+    error: str | None = None
 
 
-def forms(channels, num_experts):
-    """Return {form: (function of parameters and tokens, parameters)}."""
-    found = {}
-    for name in ("dense", "blockwise", "streaming"):
-        moe = SoftMoE(
-            channels,
-            num_experts=num_experts,
-            routing="streaming" if name == "streaming" else "dense",
-            rngs=nnx.Rngs(0),
-        )
-        graphdef, params = nnx.split(moe)
-        run = blockwise if name == "blockwise" else lambda moe, x: moe(x)
-        found[name] = (functools.partial(_merged, run, graphdef), params)
-    return found
+def form(name, channels, num_experts):
+    """Return (function of parameters and tokens, parameters) of a form."""
+    routing, dtype = ROUTING[name]
+    moe = SoftMoE(
+        channels,
+        num_experts=num_experts,
+        routing=routing,
+        dtype=dtype,
+        rngs=nnx.Rngs(0),
+    )
+    graphdef, params = nnx.split(moe)
+    run = blockwise if name == "blockwise" else lambda moe, x: moe(x)
+    return functools.partial(_merged, run, graphdef), params
 
 
 def _merged(run, graphdef, params, x):
@@ -147,40 +163,61 @@ def seconds_of_a_product(tokens, channels):
     return seconds / (repeats * rows * columns) * tokens**2
 
 
-def measure(tokens, *, channels, experts, limit_gb, repeats, whats, run):
-    """Yield the rows of one size."""
+def measure(tokens, what, name, *, channels, experts, limit_gb, run):
+    """Return the row of one form."""
     x = jax.random.normal(jax.random.key(0), (1, tokens, channels))
-    product = seconds_of_a_product(tokens, channels) if run else None
-    for what in whats:
-        for form, (function, params) in forms(channels, experts).items():
-            function = function if what == "forward" else gradient_of(function)
-            compiled = jax.jit(function).lower(params, x).compile()
-            gb = compiled.memory_analysis().temp_size_in_bytes / 1e9
-            row = Row(tokens, form, what, gb)
-            if run and gb <= limit_gb:
-                seconds = seconds_of(compiled, params, x, repeats=repeats)
-                share = PRODUCTS[what] * product / seconds
-                row = row._replace(seconds=seconds, share_of_limit=share)
-            print(_line(row), flush=True)
-            yield row
+    function, params = form(name, channels, experts)
+    function = function if what == "forward" else gradient_of(function)
+    row = Row(tokens, name, what)
+    try:
+        compiled = jax.jit(function).lower(params, x).compile()
+        gb = compiled.memory_analysis().temp_size_in_bytes / 1e9
+        row = row._replace(temporaries_gb=gb)
+        if run and gb <= limit_gb:
+            repeats = 1 if tokens >= MEASURED else 3
+            seconds = seconds_of(compiled, params, x, repeats=repeats)
+            product = seconds_of_a_product(tokens, channels)
+            share = PRODUCTS[what] * product / seconds
+            row = row._replace(seconds=seconds, share_of_limit=share)
+    except Exception as error:  # of XLA and cuDNN: what they raise differs
+        row = row._replace(error=str(error)[:300])
+    return row
 
 
-def _line(row):
-    ran = "not run"
-    if row.seconds is not None:
-        ran = f"{row.seconds:9.3f} s {row.share_of_limit:8.0%} of the limit"
-    return (
-        f"{row.tokens:7} tokens  {row.form:10} {row.what:9} "
-        f"{row.temporaries_gb:8.3f} GB  {ran}"
-    )
+def line(row):
+    """Format a row of the table."""
+    text = f"{row.tokens:7} tokens  {row.form:14} {row.what:9} "
+    if row.temporaries_gb is not None:
+        text += f"{row.temporaries_gb:8.3f} GB  "
+    if row.error:
+        return text + row.error.splitlines()[0][:60]
+    if row.seconds is None:
+        return text + "not run"
+    return text + f"{row.seconds:9.3f} s {row.share_of_limit:8.0%} of the limit"
+
+
+def plan(*, quick, on_gpu):
+    """Return (tokens, what, form, whether to run it) of every row, in order."""
+    names = PLAIN + (ON_GPU if on_gpu else ())
+    if not quick:
+        return [
+            (tokens, what, name, tokens <= MEASURED)
+            for tokens in SIZES
+            for what in PRODUCTS
+            for name in names
+        ]
+    names = [name for name in names if name != "blockwise"]
+    compiled = [(n, "gradient", f, on_gpu) for n in (MEASURED, LARGEST) for f in names]
+    # Streaming before dense, which takes longest and most.
+    return compiled + [(MEASURED, "forward", name, True) for name in reversed(names)]
 
 
 def headline(rows):
     """Return the figures that the issue of memory is judged by, by name."""
     found = {(r.tokens, r.form, r.what): r for r in rows}
 
-    def ratio(what, other, tokens=MEASURED):
-        ours, theirs = (found.get((tokens, f, what)) for f in ("streaming", other))
+    def ratio(what, form, other):
+        ours, theirs = (found.get((MEASURED, f, what)) for f in (form, other))
         if not (ours and theirs and ours.seconds and theirs.seconds):
             return None
         return ours.seconds / theirs.seconds
@@ -189,48 +226,57 @@ def headline(rows):
         row = found.get((tokens, "streaming", "gradient"))
         return row and row.temporaries_gb
 
-    return {
+    figures = {
         "grad_temp_gb_32768": memory(MEASURED),
-        "grad_temp_gb_110592": memory(110592),
-        "forward_ratio_32768": ratio("forward", "dense"),
-        "gradient_ratio_to_blockwise_32768": ratio("gradient", "blockwise"),
+        "grad_temp_gb_110592": memory(LARGEST),
+        "forward_ratio_32768": ratio("forward", "streaming", "dense"),
+        "gradient_ratio_to_blockwise_32768": ratio(
+            "gradient", "streaming", "blockwise"
+        ),
     }
+    if any(row.form == "cudnn" for row in rows):
+        for what in PRODUCTS:
+            name = f"cudnn_{what}_ratio_to_streaming_bf16_32768"
+            figures[name] = ratio(what, "cudnn", "streaming_bf16")
+    return figures
 
 
 def main(_):
-    print(f"{jax.devices()[0].device_kind}, {_CHANNELS.value} channels, float32")
-    rows = []
-    for tokens in SIZES:
-        run = tokens == MEASURED if _QUICK.value else tokens <= MEASURED
-        rows += measure(
+    options, on_gpu = flags.FLAGS, jax.default_backend() == "gpu"
+    print(f"{jax.devices()[0].device_kind}, {options.channels} channels, float32")
+    limit = options.limit_gb
+    if jax.default_backend() == "cpu":
+        limit = min(limit, available_gb() - 1)
+    rows, more = [], {}
+
+    def save():
+        figures = headline(rows) | more
+        write(options.json, report(figures, rows=[row._asdict() for row in rows]))
+        return figures
+
+    for tokens, what, name, run in plan(quick=options.quick, on_gpu=on_gpu):
+        row = measure(
             tokens,
-            channels=_CHANNELS.value,
-            experts=_EXPERTS.value,
-            limit_gb=_LIMIT.value,
-            repeats=1 if tokens >= MEASURED else 3,
-            whats=tuple(PRODUCTS),
+            what,
+            name,
+            channels=options.channels,
+            experts=options.experts,
+            limit_gb=limit,
             run=run,
         )
-    figures = headline(rows)
-    figures["error_of_bfloat16_logits"] = error_of_bfloat16_logits(
-        1024, _CHANNELS.value, _EXPERTS.value
+        rows.append(row)
+        print(line(row), flush=True)
+        save()
+    more["error_of_bfloat16_logits"] = error_of_bfloat16_logits(
+        1024, options.channels, options.experts
     )
-    print(json.dumps(figures, indent=1))
-    if _JSON.value:
-        report = {
-            "headline": figures,
-            "rows": [row._asdict() for row in rows],
-            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": command_line(),
-        }
-        Path(_JSON.value).write_text(json.dumps(report, indent=1))
+    print(json.dumps(save(), indent=1))
 
 
 if __name__ == "__main__":
-    _QUICK = flags.DEFINE_bool("quick", False, "run one size alone")
-    _JSON = define_file("json", "also write the figures to this file")
-    _CHANNELS = flags.DEFINE_integer("channels", 96, "channels of a token")
-    _EXPERTS = flags.DEFINE_integer("experts", 32, "experts")
-    _LIMIT = flags.DEFINE_float("limit_gb", 14.0, "run what needs no more temporaries")
+    flags.DEFINE_bool("quick", False, "the headline's figures alone")
+    define_file("json", "also write the figures to this file")
+    flags.DEFINE_integer("channels", 96, "channels of a token")
+    flags.DEFINE_integer("experts", 32, "experts")
+    flags.DEFINE_float("limit_gb", 14.0, "run what needs no more temporaries")
     app.run(main)

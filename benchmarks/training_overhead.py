@@ -11,7 +11,6 @@ that start, compilation and end cancel. They take turns, and medians are compare
 import dataclasses
 import json
 import logging
-import platform
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from benchmarks import command_line, define_file
+from benchmarks import define_file, report, write
 from configs import demo
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import from_config_dict
@@ -109,18 +108,9 @@ def main(_):
         "overhead_percent": 100 * (full / bare - 1),
     }
     print(json.dumps(headline, indent=1))
-    if options.json:
-        report = {
-            "headline": headline,
-            "rounds": times,
-            "model": dataclasses.asdict(
-                experiment(root, steps=many, checkpoint_every=every).model
-            ),
-            "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "command": command_line(),
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    model = experiment(root, steps=many, checkpoint_every=every).model
+    found = report(headline, rounds=times, model=dataclasses.asdict(model))
+    write(options.json, found)
 
 
 if __name__ == "__main__":

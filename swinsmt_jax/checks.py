@@ -1,8 +1,13 @@
 """Messages for user errors: argument, value, rule and remedy."""
 
 import difflib
+import math
+import numbers
+import os
 import re
-from collections.abc import Iterable, Sequence
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class UserError(ValueError):
@@ -58,6 +63,55 @@ def positive(name: str, value: int) -> None:
     )
 
 
+def typed_fields(group: str, config: object) -> None:
+    """Raise `UserError` unless each field of a dataclass is of the type of its hint.
+
+    Those are bool, int, float and str, a tuple[int, ...] of any of them, and a number
+    or a tuple of numbers. Sequences become tuples, numbers of numpy Python's, and paths
+    strings; floats are finite.
+
+    Args:
+        group: what the fields belong to, for the message: "model" in "model.depths".
+        config: a dataclass, frozen or not.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = _typed(f"{group}.{name}", getattr(config, name), hint)
+        object.__setattr__(config, name, value)
+
+
+_TYPES = {  # hint: (type of the values that are taken, words)
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a finite number"),
+    str: (str, "a string"),
+}
+
+
+def _typed(name, value, hint):
+    if isinstance(hint, types.UnionType):  # int | tuple[int, ...]
+        single, hint = hint.__args__
+        if isinstance(value, numbers.Real):
+            return _typed(name, value, single)
+    if typing.get_origin(hint) is tuple:
+        kind = hint.__args__[0]
+        require(
+            isinstance(value, Iterable) and not isinstance(value, (str, Mapping)),
+            f"{name} is {value!r}, but must be a sequence, each entry of it "
+            f"{_TYPES[kind][1]}.",
+        )
+        value = tuple(value)
+        return tuple(_typed(f"an entry of {name} {value}", v, kind) for v in value)
+    kind, words = _TYPES[hint]
+    if hint is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    fits = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+    if hint in (int, float) and fits:
+        value = hint(value)
+        fits = math.isfinite(value)
+    require(fits, f"{name} is {value!r}, but must be {words}.")
+    return value
+
+
 def spatial_shape(
     name: str,
     shape: Sequence[int],
@@ -108,8 +162,8 @@ def image_batch(
         stride, exact: see `spatial_shape`.
     """
     require(
-        len(shape) == 5 and shape[-1] == channels,
+        len(shape) == 5 and shape[-1] == channels and shape[0] > 0,
         f"input has shape {tuple(shape)}, but must be [B, D, H, W, {channels}] "
-        "(channels last).",
+        "(channels last), with at least one sample.",
     )
     spatial_shape("image patch", shape[1:4], stride, exact=exact)

@@ -1,5 +1,6 @@
 """Sets of classes: TotalSegmentator's two, subsets of them, and users' own."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,16 +53,55 @@ class ClassMap:
     def exchanged(self) -> np.ndarray:
         """Return for each label id that of the other side's structure, or its own.
 
-        uint8 [256]. Sides are the parts "left" and "right" of a name between
-        underscores.
+        uint8 [256]. Sides are the words left and right, l and r, lt and rt of a name,
+        in any case: kidney_left, "Right kidney", kidney-L, KidneyRight. What is sided
+        in name alone keeps it (`_one_of_its_kind`).
+
+        Raises:
+            UserError: for sided classes without exactly one counterpart.
         """
-        ids = {name: i for i, name in enumerate(self.names)}
-        table = np.arange(256, dtype=np.uint8)
-        other = {"left": "right", "right": "left"}
-        for name, number in ids.items():
-            mirrored = "_".join(other.get(part, part) for part in name.split("_"))
+        words = [_words(name) for name in self.names]
+        ids = {parts: number for number, parts in enumerate(words)}
+        table, lone = np.arange(256, dtype=np.uint8), []
+        for number, parts in enumerate(words):
+            mirrored = tuple(_OTHER.get(part, part) for part in parts)
+            told = "left" in "".join(parts) or "right" in "".join(parts)
+            if not told or _one_of_its_kind(parts):
+                continue
             table[number] = ids.get(mirrored, number)
+            if table[number] == number or ids[parts] != number:
+                lone.append(self.names[number])
+        checks.require(
+            not lone,
+            "right and left cannot be exchanged, since among the classes the other "
+            f"side of {', '.join(lone[:4])}{', ...' if len(lone) > 4 else ''} is "
+            "missing or there twice; do without mirroring, or name both sides alike "
+            "(kidney_left, kidney_right).",
+        )
         return table
+
+
+_SIDES = {"l": "left", "lt": "left", "r": "right", "rt": "right"}
+_OTHER = {"left": "right", "right": "left"}
+
+
+def _words(name):
+    """Return a name's words in lower case, sides written out."""
+    parts = re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", name)
+    return tuple(_SIDES.get(part, part) for part in map(str.lower, parts))
+
+
+def _one_of_its_kind(words):
+    """Whether a sided name is of a structure that the other side of the body lacks.
+
+    The heart's chambers are no sides: the left ventricle of a mirrored heart still has
+    the thick wall (those of the brain are called lateral). Only the right lung has a
+    middle lobe.
+    """
+    heart = {"atrium", "atrial"} & {*words} or (
+        "ventricle" in words and "lateral" not in words
+    )
+    return bool(heart) or {"middle", "lobe"} <= {*words}
 
 
 def make(

@@ -5,7 +5,6 @@ the frozen dataclasses below, and nothing beneath the scripts sees anything else
 """
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -95,10 +94,8 @@ class DataConfig:
     cache: bool = False
 
     def __post_init__(self):
+        checks.typed_fields("data", self)
         ranges = ("blur_sigma", "gamma_range", "low_resolution_range")
-        names = ("patch_shape", "hu_range", "zoom_range", "classes", *ranges)
-        for name in names:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         checks.require(
             len(self.patch_shape) == 3,
             f"data.patch_shape is {self.patch_shape}, but must have 3 sides.",
@@ -162,7 +159,7 @@ class OptimizerConfig:
     layer_decay: float = 1.0
 
     def __post_init__(self):
-        object.__setattr__(self, "freeze", tuple(self.freeze))
+        checks.typed_fields("optimizer", self)
         for pattern in self.freeze:
             checks.pattern("optimizer.freeze", pattern)
         checks.require(
@@ -214,6 +211,7 @@ class TrainingConfig:
     max_skipped: int = 10
 
     def __post_init__(self):
+        checks.typed_fields("training", self)
         for name in ("num_steps", "log_every", "checkpoint_every", "accumulate"):
             checks.positive(f"training.{name}", getattr(self, name))
         checks.positive("training.max_skipped", self.max_skipped)
@@ -234,6 +232,7 @@ class MeshConfig:
     expert: int = 1
 
     def __post_init__(self):
+        checks.typed_fields("mesh", self)
         checks.positive("mesh.expert", self.expert)
         checks.require(
             self.data == -1 or self.data >= 1,
@@ -259,6 +258,7 @@ class InferenceConfig:
     accumulate: str = "auto"
 
     def __post_init__(self):
+        checks.typed_fields("inference", self)
         checks.require(
             0.0 <= self.overlap < 1.0,
             f"inference.overlap is {self.overlap}, but must lie in [0, 1).",
@@ -368,20 +368,4 @@ def _convert(hint, value, name: str):
             isinstance(value, Mapping), f"config key {name} must be a group of keys."
         )
         return _build(hint, value, f"{name}.")
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):  # int | tuple[int, ...]
-        hint = hint.__args__[1] if isinstance(value, tuple) else hint.__args__[0]
-        return _convert(hint, value, name)
-    if origin is tuple:
-        checks.require(
-            isinstance(value, tuple),
-            f"config key {name} is {value!r}, but must be a sequence.",
-        )
-        return tuple(_convert(hint.__args__[0], item, name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    checks.require(
-        type(value) is hint,
-        f"config key {name} is {value!r}, but must be of type {hint.__name__}.",
-    )
-    return value
+    return value  # its type is checked with the dataclass

@@ -4,6 +4,7 @@ Imports no jax. `config.MODEL_CONFIGS` lists them with Swin UNETR and Swin SMT.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swinsmt_jax import checks
@@ -38,10 +39,10 @@ class PlainConvUNetConfig:
     remat: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _settle(self, ("features_per_stage", "strides"))
+        settle(self, REMAT_PARTS)
         _check_pyramid(self)
-        _spread(self, "n_conv_per_stage", len(self.features_per_stage))
-        _spread(self, "n_conv_per_stage_decoder", len(self.features_per_stage) - 1)
+        spread(self, "n_conv_per_stage", len(self.features_per_stage))
+        spread(self, "n_conv_per_stage_decoder", len(self.features_per_stage) - 1)
 
     @property
     def total_stride(self) -> int:
@@ -77,10 +78,10 @@ class ResidualEncoderUNetConfig:
     remat: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _settle(self, ("features_per_stage", "strides"))
+        settle(self, REMAT_PARTS)
         _check_pyramid(self)
-        _spread(self, "n_blocks_per_stage", len(self.features_per_stage))
-        _spread(self, "n_conv_per_stage_decoder", len(self.features_per_stage) - 1)
+        spread(self, "n_blocks_per_stage", len(self.features_per_stage))
+        spread(self, "n_conv_per_stage_decoder", len(self.features_per_stage) - 1)
 
     @property
     def total_stride(self) -> int:
@@ -122,8 +123,8 @@ class UNETRConfig:
     remat: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _settle(self)
-        _spread(self, "img_size", 3)
+        settle(self, REMAT_PARTS)
+        spread(self, "img_size", 3)
         checks.spatial_shape("model.img_size", self.img_size, self.total_stride)
         for name in ("feature_size", "hidden_size", "mlp_dim", "num_heads"):
             checks.positive(f"model.{name}", getattr(self, name))
@@ -169,9 +170,9 @@ class UXNetConfig:
     remat: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _settle(self)
-        _spread(self, "depths", 4)
-        _spread(self, "feat_size", 4)
+        settle(self, REMAT_PARTS)
+        spread(self, "depths", 4)
+        spread(self, "feat_size", 4)
         checks.positive("model.hidden_size", self.hidden_size)
         checks.in_range("model.drop_path_rate", self.drop_path_rate, 0.0, 1.0)
         checks.require(
@@ -222,10 +223,10 @@ class NNFormerConfig:
     remat: tuple[str, ...] = ()
 
     def __post_init__(self):
-        _settle(self, ("patch_size",))
-        _spread(self, "crop_size", 3)
+        settle(self, REMAT_PARTS)
+        spread(self, "crop_size", 3)
         for name in ("depths", "num_heads", "window_size"):
-            _spread(self, name, 4)
+            spread(self, name, 4)
         checks.positive("model.embedding_dim", self.embedding_dim)
         checks.one_of("model.patch_size", self.patch_size, [(2, 4, 4)])
         checks.spatial_shape(
@@ -255,24 +256,45 @@ class NNFormerConfig:
         return self.crop_size
 
 
-def _settle(config, sequences=()):
-    """Make lists tuples and dtypes names, and check what all networks share."""
-    for name in (*sequences, "remat"):
-        object.__setattr__(config, name, tuple(getattr(config, name)))
-    if not isinstance(config.dtype, str):  # jnp.bfloat16, np.float32
-        name = getattr(config.dtype, "__name__", str(config.dtype))
-        object.__setattr__(config, "dtype", name)
+def dtype_name(name: str, dtype: object) -> str:
+    """Return "float32" or "bfloat16", also for jnp.bfloat16 and np.float32.
+
+    Raises:
+        UserError: for another dtype.
+    """
+    if not isinstance(dtype, str):
+        dtype = getattr(dtype, "__name__", str(dtype))
+    checks.one_of(name, dtype, DTYPES)
+    return dtype
+
+
+def settle(config: object, parts: Sequence[str]) -> None:
+    """Check what the configs of all networks share: types, channels, dtype and remat.
+
+    Args:
+        config: whose lists become tuples, and whose dtype a name.
+        parts: what `remat` may name.
+
+    Raises:
+        UserError: for a field of another type or out of range.
+    """
+    name = dtype_name("model.dtype", config.dtype)
+    object.__setattr__(config, "dtype", name)
+    checks.typed_fields("model", config)
     for name in ("in_channels", "out_channels"):
         checks.positive(f"model.{name}", getattr(config, name))
-    checks.one_of("model.dtype", config.dtype, DTYPES)
     for part in config.remat:
-        checks.one_of("an entry of model.remat", part, REMAT_PARTS)
+        checks.one_of("an entry of model.remat", part, parts)
 
 
-def _spread(config, name, length):
-    """Repeat a single number, and require `length` whole numbers of at least 1."""
+def spread(config: object, name: str, length: int) -> None:
+    """Repeat a single number, and require `length` whole numbers of at least 1.
+
+    Raises:
+        UserError: for another number of entries, or one below 1.
+    """
     value = getattr(config, name)
-    value = (value,) * length if isinstance(value, int) else tuple(value)
+    value = (value,) * length if isinstance(value, int) else value
     object.__setattr__(config, name, value)
     checks.require(
         len(value) == length,
@@ -289,8 +311,8 @@ def _check_pyramid(config):
         f"model.features_per_stage is {config.features_per_stage}, but must have at "
         "least 2 entries: a U-Net has a stage to come up from.",
     )
-    _spread(config, "features_per_stage", depth)
-    _spread(config, "strides", depth)
+    spread(config, "features_per_stage", depth)
+    spread(config, "strides", depth)
     for stride in config.strides:
         checks.one_of(f"an entry of model.strides {config.strides}", stride, (1, 2))
     checks.require(

@@ -12,6 +12,7 @@ the least; see its documentation), so keep the checkpoint too.
 """
 
 import dataclasses
+import functools
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from swinsmt_jax.inference import predict_labels
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Portable:
     """An exported network.
 
@@ -44,7 +45,12 @@ class Portable:
 
     def predict(self, windows: jax.Array) -> jax.Array:
         """Return logits `[b, *window, K]` of windows `[b, *window, 1]`, scaled."""
-        return self.exported.call(self.parameters, windows)
+        return self._program(self.parameters, windows)
+
+    @functools.cached_property
+    def _program(self):
+        """The program, compiled once for all scans."""
+        return jax.jit(self.exported.call)
 
     def segment(self, hu: np.ndarray) -> np.ndarray:
         """Return the class ids of a scan, uint8 `[X, Y, Z]`.
@@ -62,7 +68,7 @@ class Portable:
         low, high = self.about["hu_range"]
         image = np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1)[..., None]
         return predict_labels(
-            jax.jit(self.predict),
+            self.predict,
             image,
             window=self.about["window"],
             num_classes=self.about["num_classes"],

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from swinsmt_jax import checks
-from swinsmt_jax.network_config import DTYPES
+from swinsmt_jax.network_config import settle, spread
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 REMAT_CHOICES = (*STAGES, "encoder", "decoder")
@@ -62,25 +62,10 @@ class SwinUNETRConfig:
     remat: tuple[str, ...] = ()
 
     def __post_init__(self):
-        window = self.window_size
-        if isinstance(window, int):
-            window = (window,) * 3
-        object.__setattr__(self, "window_size", tuple(window))
-        if not isinstance(self.dtype, str):  # jnp.bfloat16, np.float32
-            name = getattr(self.dtype, "__name__", str(self.dtype))
-            object.__setattr__(self, "dtype", name)
-        for name in ("depths", "num_heads", "remat"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("in_channels", "out_channels", "feature_size"):
-            checks.positive(f"model.{name}", getattr(self, name))
+        settle(self, REMAT_CHOICES)
+        checks.positive("model.feature_size", self.feature_size)
         for name, length in (("depths", 4), ("num_heads", 4), ("window_size", 3)):
-            value = getattr(self, name)
-            checks.require(
-                len(value) == length,
-                f"model.{name} is {value}, but must have {length} entries.",
-            )
-            for entry in value:
-                checks.positive(f"an entry of model.{name} {value}", entry)
+            spread(self, name, length)
         for stage, heads in enumerate(self.num_heads):
             channels = self.feature_size * 2**stage
             checks.require(
@@ -90,15 +75,14 @@ class SwinUNETRConfig:
                 "with the default heads take a multiple of 3.",
             )
         checks.one_of("model.patch_merging", self.patch_merging, PATCH_MERGING)
-        checks.one_of("model.dtype", self.dtype, DTYPES)
         for name in ("dropout", "attention_dropout", "drop_path"):
             checks.in_range(f"model.{name}", getattr(self, name), 0.0, 1.0)
         checks.require(
-            self.mlp_ratio > 0,
-            f"model.mlp_ratio is {self.mlp_ratio}, but must be positive.",
+            int(self.feature_size * self.mlp_ratio) >= 1,
+            f"model.mlp_ratio is {self.mlp_ratio}, which gives the MLPs of "
+            f"{self.feature_size} channels no hidden one; take at least "
+            f"{1 / self.feature_size:.3g}.",
         )
-        for part in self.remat:
-            checks.one_of("an entry of model.remat", part, REMAT_CHOICES)
 
     @property
     def total_stride(self) -> int:
@@ -137,25 +121,22 @@ class SwinSMTConfig(SwinUNETRConfig):
         super().__post_init__()
         checks.positive("model.num_experts", self.num_experts)
         checks.require(
-            isinstance(self.num_moe_stages, int)
-            and 1 <= self.num_moe_stages <= len(self.depths),
+            1 <= self.num_moe_stages <= len(self.depths),
             f"model.num_moe_stages is {self.num_moe_stages!r}, but must be a whole "
             f"number from 1 to {len(self.depths)}, the number of stages; a network "
             "without experts is SwinUNETRConfig.",
         )
         checks.one_of("model.routing", self.routing, ROUTING)
         checks.one_of("model.slots", self.slots, SLOTS)
-        if self.slots == "learned":
-            checks.positive("model.slots_per_expert", self.slots_per_expert)
-        else:
-            checks.require(
-                self.slots_per_expert == 0,
-                f"model.slots_per_expert is {self.slots_per_expert}, but dynamic slots "
-                'are as many as the tokens; set model.slots="learned" or leave it out.',
-            )
+        slot_count("model.slots_per_expert", self.slots, self.slots_per_expert)
 
     def require_tokens(self, patch_shape: tuple[int, ...]) -> None:
-        """Raise `UserError` if the last stage has fewer tokens than experts."""
+        """Raise `UserError` if dynamic slots lack tokens: one per expert.
+
+        The last stage has the fewest.
+        """
+        if self.slots == "learned":
+            return
         sides = [side // 2 ** len(self.depths) for side in patch_shape]
         tokens = math.prod(sides)
         checks.require(
@@ -164,3 +145,15 @@ class SwinSMTConfig(SwinUNETRConfig):
             f"needs one for each of model.num_experts = {self.num_experts}; take a "
             "larger patch or fewer experts.",
         )
+
+
+def slot_count(name: str, slots: str, count: int) -> None:
+    """Raise `UserError` unless learned slots have a count, and dynamic ones none."""
+    if slots == "learned":
+        checks.positive(name, count)
+        return
+    checks.require(
+        count == 0,
+        f"{name} is {count}, but dynamic slots are as many as the tokens; set "
+        'slots="learned" or leave it out.',
+    )

@@ -29,8 +29,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with golden tensors and a real scan, beside the checkout; else skip."""
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the golden tensors and the real scan in {SHARED}")
+    if not (SHARED / "parity").is_dir():  # any folder may be called shared
+        pytest.skip(f"needs the golden tensors in {SHARED / 'parity'}")
     return SHARED
 
 

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from multiprocessing import shared_memory
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import model, roofline, scaling
+from benchmarks import input_pipeline, model, roofline, scaling, store_formats
 from benchmarks.model_worker import Job
 
 JOB = Job("", "swin_smt_e4", 96, "gradient")
@@ -90,3 +91,41 @@ def test_a_file_in_a_missing_folder_is_refused_before_anything_is_measured(tmp_p
     file = tmp_path / "missing" / "x.json"
     done = subprocess.run([*command, f"--json={file}"], capture_output=True, text=True)
     assert done.returncode != 0 and "folder that does not exist" in done.stderr
+
+
+def test_the_input_pipeline_is_measured_with_and_without_a_peer():
+    settings = {"scans": 1, "spacing": 12.0, "cases": 5, "sides": (96,), "few": 1}
+    ((threads, workers),) = configurations = (input_pipeline.RECOMMENDED,)
+    rows = input_pipeline.measure(**settings, configurations=configurations, count=20)
+    (own,) = [row for row in rows if row["pipeline"] == "ours"]
+    assert own["crops_per_s_per_worker"] == own["crops_per_s"] / (workers or threads)
+    assert 0 < own["early_mb"] <= own["peak_mb"]
+    rate = own["crops_per_s"]
+    peer = own | {"pipeline": "monai", "crops_per_s": rate / 4, "peak_mb": 1e9}
+    wider = own | {"side": 128, "crops_per_s": 1.0, "peak_mb": own["peak_mb"] + 1}
+    workers = own | {"workers": 2, "crops_per_s": 1e9, "peak_mb": 1e9}
+    assert input_pipeline.headline([own, wider, workers]) == {
+        "crops_per_s_96": rate,
+        "ratio_to_monai_96": None,
+        "worker_peak_mb": own["peak_mb"] + 1,
+    }
+    assert input_pipeline.headline([own, peer])["ratio_to_monai_96"] == 4
+
+
+def test_shared_memory_is_counted_once_whether_mapped_or_waiting():
+    before = frozenset(input_pipeline.shared())
+    block = shared_memory.SharedMemory(create=True, size=2**20)
+    try:
+        assert set(input_pipeline.shared(before).values()) == {2**20}
+    finally:
+        block.unlink()
+    assert set(input_pipeline.shared(before).values()) == {2**20}  # still mapped
+    block.close()
+    assert not input_pipeline.shared(before)
+
+
+def test_formats_of_stores_are_measured():
+    rows = store_formats.measure(spacing=12.0, side=16, count=2, rounds=1)
+    assert [row["format"] for row in rows] == list(store_formats.FORMATS)
+    assert all(row["crops_per_s"] > 0 and row["mb"] > 0 for row in rows)
+    assert [row["files"] for row in rows if "shard" in row["format"]] == [2, 2, 2]

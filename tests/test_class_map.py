@@ -39,6 +39,60 @@ def test_sides_are_exchanged_by_name():
 
 
 @pytest.mark.parametrize(
+    "pair",
+    [
+        ("left kidney", "right kidney"),
+        ("Kidney_Left", "Kidney_Right"),
+        ("kidney-left", "kidney-right"),
+        ("kidney_l", "kidney_r"),
+        ("LT kidney", "RT kidney"),
+        ("KIDNEY L", "KIDNEY R"),
+        ("kidneyLeft", "kidneyRight"),
+        ("left-lateral-ventricle", "right-lateral-ventricle"),
+    ],
+)
+def test_sides_are_known_however_they_are_written(pair):
+    own = class_map.make(["nose", *pair, "vertebrae_L1"], {}, where="x")
+    np.testing.assert_array_equal(own.exchanged()[:5], [0, 1, 3, 2, 4])
+
+
+def test_chambers_of_the_heart_are_no_sides():
+    v1 = class_map.VERSIONS["v1"]
+    kept = {
+        n
+        for n, other in zip(v1.names, v1.exchanged(), strict=False)
+        if ("left" in n or "right" in n) and v1.names[other] == n
+    }
+    chambers = {
+        f"heart_{part}_{side}"
+        for part in ("atrium", "ventricle")
+        for side in ("left", "right")
+    }
+    assert kept == chambers | {"lung_middle_lobe_right"}
+    own = class_map.make(
+        ["Left Atrium", "Right Atrium", "left_ventricle"], {}, where=""
+    )
+    np.testing.assert_array_equal(own.exchanged(), np.arange(256))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["kidney_left"],
+        ["kidneyleft", "kidneyright"],
+        ["kidney_left", "right_kidney"],
+        ["kidney_l", "kidney_left", "kidney_right"],
+    ],
+)
+def test_sides_without_one_counterpart_are_not_exchanged(names):
+    own = class_map.make([*names, "nose"], {}, where="x")
+    with pytest.raises(
+        checks.UserError, match="side of .*kidney.* is missing or there"
+    ):
+        own.exchanged()
+
+
+@pytest.mark.parametrize(
     ("names", "groups", "words"),
     [
         ("liver", {}, "list of 1 to 255 names"),

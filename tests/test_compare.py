@@ -69,11 +69,12 @@ def test_unknown_networks_are_refused():
 @pytest.mark.slow
 def test_the_command_compares_two_networks(tmp_path):
     report, picture = tmp_path / "report.json", tmp_path / "picture.png"
-    command = (
-        "--models=nnunet_plain,unetr --budget=2 --size=tiny --patch=32,32,32 "
-        "--train=2 --test=2 --spacing=12"
-    ).split()
-    command += [f"--root={tmp_path / 'data'}", f"--json={report}", f"--plot={picture}"]
+    command = [
+        "--quick",
+        f"--root={tmp_path / 'data'}",
+        f"--json={report}",
+        f"--plot={picture}",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.compare", *command],
         cwd=ROOT,
@@ -83,6 +84,7 @@ def test_the_command_compares_two_networks(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "unetr – nnunet_plain" in done.stdout
     found = json.loads(report.read_text())
+    assert "processor" in found["machine"] and "jax" in found["versions"]
     assert set(found["headline"]) == {"dice_nnunet_plain", "dice_unetr"}
     assert all(row["steps"] == 2 for row in found["rows"])
     low, high = found["rows"][1]["difference_interval"]["overall"]

@@ -4,6 +4,7 @@ import pytest
 
 from swinsmt_jax import config
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.network_config import UNETRConfig, UXNetConfig
 
 MODEL = {
     "name": "swin_smt",
@@ -41,7 +42,7 @@ def test_a_config_survives_the_way_through_a_dictionary():
         ("model.num_expert", 4, "unknown config key model.num_expert.*'num_experts'"),
         ("model.name", "swin", "model.name is 'swin'"),
         ("model.feature_size", 10, "stage 1 has 10 channels, which 3 attention heads"),
-        ("model.feature_size", "12", "must be of type int"),
+        ("model.feature_size", "12", "is .12., but must be a whole number"),
         ("model.num_experts", 0, "num_experts is 0, but must be a whole number"),
         ("model.num_moe_stages", 5, "whole number from 1 to 4"),
         ("model.patch_merging", "octant", "Did you mean 'octants'"),
@@ -75,3 +76,71 @@ def test_a_dtype_of_numpy_or_jax_is_taken():
 
     model = config.from_config_dict(EXPERIMENT).model
     assert dataclasses.replace(model, dtype=jnp.bfloat16).dtype == "bfloat16"
+
+
+SWIN = dict(in_channels=1, out_channels=2, feature_size=12)
+OTHER = dict(in_channels=1, out_channels=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window_size": 7.0}, "model.window_size is 7.0, but must be a whole number"),
+        ({"window_size": None}, "model.window_size is None, but must be a sequence"),
+        ({"window_size": (7, 7.0, 7)}, r"an entry of model.window_size \(7, 7.0, 7\)"),
+        ({"depths": 2}, "model.depths is 2, but must be a sequence"),
+        ({"num_heads": 3}, "model.num_heads is 3, but must be a sequence"),
+        ({"mlp_ratio": "a"}, "model.mlp_ratio is 'a', but must be a finite number"),
+        ({"mlp_ratio": float("nan")}, "model.mlp_ratio is nan, but must be a finite"),
+        ({"mlp_ratio": 0.05}, "model.mlp_ratio is 0.05, .* no hidden .* least 0.0833"),
+        ({"residual_conv": "yes"}, "residual_conv is 'yes', but must be True or False"),
+        ({"normalize": 1}, "model.normalize is 1, but must be True or False"),
+        ({"num_moe_stages": True}, "model.num_moe_stages is True, but must be a whole"),
+        ({"remat": "stage1"}, "model.remat is 'stage1', but must be a sequence"),
+        ({"dropout": "a"}, "model.dropout is 'a', but must be a finite number"),
+    ],
+)
+def test_a_swin_config_made_by_hand_is_checked_too(options, words):
+    options = {"num_experts": 2, "num_moe_stages": 1, **options}
+    with pytest.raises(UserError, match=words):
+        config.SwinSMTConfig(**SWIN, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: UNETRConfig(**OTHER, img_size=128.0), "model.img_size is 128.0, but"),
+        (
+            lambda: UXNetConfig(**OTHER, layer_scale_init_value="a"),
+            "layer_scale_init_value is 'a', but must be a finite number",
+        ),
+        (lambda: config.MeshConfig(1.5, 1), "mesh.data is 1.5, but must be a whole"),
+        (
+            lambda: config.OptimizerConfig(1e-3, freeze="encoder"),
+            "optimizer.freeze is 'encoder', but must be a sequence",
+        ),
+        (
+            lambda: config.TrainingConfig(3, ema_decay="a"),
+            "training.ema_decay is 'a', but must be a finite number",
+        ),
+        (
+            lambda: config.InferenceConfig(overlap=None),
+            "inference.overlap is None, but must be a finite number",
+        ),
+        (
+            lambda: config.DataConfig("data", patch_shape=64, batch_size=1),
+            "data.patch_shape is 64, but must be a sequence",
+        ),
+    ],
+)
+def test_a_config_made_by_hand_is_checked_too(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_few_tokens_are_enough_for_learned_slots():
+    values = changed("model.num_experts", 65)
+    with pytest.raises(UserError, match="64 tokens in the last stage"):
+        config.from_config_dict(values)
+    values["model"] |= {"slots": "learned", "slots_per_expert": 1}
+    assert config.from_config_dict(values).model.num_experts == 65

@@ -9,12 +9,17 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+import surface_distance
 from absl import flags
 
 import evaluate
+from swinsmt_jax import labels
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.evaluation import report, run
+from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.run import SurfaceRule
+from swinsmt_jax.prediction import Segmenter, Wishes, find_scans, segment_scans
 
 ROOT = Path(evaluate.__file__).parent
 FILES = ["overview.png", "per_case.csv", "per_class.csv", "report.html", "results.json"]
@@ -197,17 +202,181 @@ def test_predictions_in_files_are_evaluated(dataset, tmp_path):
             image if name == "s0001" else image.as_reoriented([[0, -1], [1, 1], [2, 1]])
         )
         nib.save(image, folder / f"{name}.nii.gz")
-    flags = f"--predictions={folder}", f"--data_root={dataset}", f"--output={output}"
-    done = evaluate_files(*flags)
+    done = evaluate_files(
+        f"--predictions={folder}",
+        f"--data_root={dataset}",
+        f"--output={output}",
+        "--surface_tolerance=0",
+        "--workers=2",
+    )
     assert done.returncode == 0, done.stderr
     assert "2 cases of the split 'test', predictions in" in done.stdout
     assert sorted(p.name for p in output.iterdir()) == FILES
     found = json.loads((output / "results.json").read_text())
     assert found["dice"]["overall"] == 1 and found["false_positives"] == 0
+    assert [case["seconds"] for case in found["cases"].values()] == [None, None]
+    for file in ("per_case.csv", "report.html"):
+        assert "nan" not in (output / file).read_text()
     (folder / "s0002.nii.gz").unlink()
-    done = evaluate_files(*flags)
-    assert done.returncode == 2 and "has no prediction of case 's0002'" in done.stderr
-    done = evaluate_files(f"--compare={output},{output}")
-    assert done.returncode == 0 and "Wilcoxon" in done.stdout
-    done = evaluate_files(f"--predictions={folder}")
-    assert done.returncode == 2 and "needs --data_root" in done.stderr
+    with pytest.raises(UserError, match="has no prediction of case 's0002'"):
+        evaluated(folder, dataset, output)
+
+
+def call(monkeypatch, *arguments):
+    """Run the script in this process."""
+    monkeypatch.setattr(evaluate.startup, "start", evaluate.startup.only_flags)
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    rest = values(["evaluate.py", *arguments])
+    monkeypatch.setattr(evaluate.flags, "FLAGS", values)
+    evaluate.main(rest)
+
+
+def test_predictions_need_the_truth(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--predictions=out")
+    assert "needs --data_root" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        (["a,b"], ["a", "b"]),
+        (["a", "b"], ["a", "b"]),
+        (["a"], None),
+        (["a,b", "c"], None),
+    ],
+)
+def test_two_folders_are_compared_in_either_form(words, found, monkeypatch):
+    seen = []
+    compare = lambda *folders, split: seen.extend(folders) or []  # noqa: E731
+    monkeypatch.setattr(evaluate.compare, "compare", compare)
+    if found is None:
+        with pytest.raises(SystemExit):
+            call(monkeypatch, "--compare", *words)
+    else:
+        call(monkeypatch, "--split=val", "--compare", *words)
+        assert seen == found
+
+
+def noisy(dataset, rng, folder):
+    """Write predictions of which a third is another structure, or none."""
+    folder.mkdir()
+    for name in ("s0001", "s0002"):
+        image = nib.load(dataset / name / "segmentations.nii.gz")
+        label = np.asarray(image.dataobj)
+        other = rng.integers(0, 118, label.shape)
+        label = np.where(rng.random(label.shape) < 0.3, other, label).astype(np.uint8)
+        label[label == 5] = 0  # missed altogether
+        nib.save(nib.Nifti1Image(label, image.affine), folder / f"{name}.nii.gz")
+    return folder
+
+
+def evaluated(folder, dataset, output, **options):
+    evaluate_predictions(
+        folder,
+        root=dataset,
+        split="test",
+        output=output,
+        workers=1,
+        **{"rule": "over_classes", "surface_rule": None} | options,
+    )
+    return json.loads((output / "results.json").read_text())
+
+
+def test_a_folder_of_masks_is_read_as_a_label_file(dataset, tmp_path, rng, caplog):
+    folder = noisy(dataset, rng, tmp_path / "files")
+    expected = evaluated(folder, dataset, tmp_path / "a")
+    for file in folder.iterdir():
+        image = nib.load(file)
+        masks = tmp_path / "masks" / file.name.removesuffix(".nii.gz")
+        masks.mkdir(parents=True)
+        (masks / "statistics.json").write_text("{}")  # as TotalSegmentator --statistics
+        for number, name in enumerate(labels.CLASS_NAMES):
+            mask = (np.asarray(image.dataobj) == number).astype(np.uint8)
+            if mask.any() and number:
+                nib.save(nib.Nifti1Image(mask, image.affine), masks / f"{name}.nii.gz")
+    found = evaluated(tmp_path / "masks", dataset, tmp_path / "b")
+    assert found["cases"] == expected["cases"]
+    assert "has no mask of 1 classes, which count as predicted nowhere" in caplog.text
+    (masks / "aorta.nii.gz").rename(masks / "aota.nii.gz")
+    with pytest.raises(UserError, match="aota.nii.gz is a mask of none .* 'aorta'"):
+        evaluated(tmp_path / "masks", dataset, tmp_path / "c")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_protocol_gives_what_totalsegmentators_script_would(dataset, tmp_path, rng):
+    """Case by case and class by class, as their resources/evaluate.py counts."""
+    folder = noisy(dataset, rng, tmp_path / "files")
+    rules = evaluate.scoring(parse("--protocol=totalseg"))
+    found = evaluated(folder, dataset, tmp_path / "results", **rules)
+    chosen, dice, surfaces = (1, 2, 5, 60, 117), {}, {}
+    for case in found["cases"]:
+        truth, predicted = (
+            np.asarray(nib.load(file).dataobj)
+            for file in (
+                dataset / case / "segmentations.nii.gz",
+                folder / f"{case}.nii.gz",
+            )
+        )
+        for k in range(1, 118):
+            a, b = truth == k, predicted == k
+            if not a.any():
+                continue
+            dice.setdefault(k, []).append(
+                2 * np.sum(a & b) / (a.sum() + b.sum()) if b.any() else 0
+            )
+            if k in chosen:
+                value = 0.0
+                if b.any():
+                    distances = surface_distance.compute_surface_distances(
+                        a, b, [1.5, 1.5, 1.5]
+                    )
+                    value = surface_distance.compute_surface_dice_at_tolerance(
+                        distances, 3.0
+                    )
+                surfaces[case, k] = value
+    overall = np.mean([np.mean(values) for values in dice.values()])
+    assert found["dice"]["overall"] == pytest.approx(overall, abs=1e-6)
+    assert len(surfaces) == 9  # the second case has no spleen
+    for (case, k), value in surfaces.items():
+        own = found["cases"][case]["surface_dice"][labels.CLASS_NAMES[k]]
+        assert own == pytest.approx(value, abs=1e-6)
+
+
+def test_files_are_evaluated_as_the_network_that_made_them(trained, dataset, tmp_path):
+    """At a spacing that is not the scans', where labels come back from another grid."""
+    config, model, _ = evaluate.load_model(tmp_path)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, spacing=4.0)
+    )
+    rules = {"rule": "over_pairs", "surface_rule": SurfaceRule()}
+    options = {"split": "test", "groups": labels.GROUPS, "output": tmp_path / "direct"}
+    options["limit"] = 1
+    report.evaluate_split(model, config, **options, **rules)
+    expected = json.loads((tmp_path / "direct" / "results.json").read_text())
+    segmenter = Segmenter(config, run.predict_fn(model), 1)
+    scans = find_scans([dataset / "s0001"])
+    segment_scans(segmenter, scans, tmp_path / "out", Wishes())
+    output = tmp_path / "files"
+    found = evaluated(tmp_path / "out", dataset, output, limit=1, **rules)
+    for key in ("dice", "surface_dice", "dice_by_average", "false_positives"):
+        assert found[key] == expected[key]
+    assert 0 < found["dice"]["overall"] < 1
+    for name, case in found["cases"].items():
+        assert case | {"seconds": 0} == expected["cases"][name] | {"seconds": 0}
+
+
+def test_any_id_of_a_case_is_only_text(dataset, tmp_path):
+    odd = "s1 <b>&$x^$"
+    (dataset / "s0001").rename(dataset / odd)
+    meta = (dataset / "meta.csv").read_text().replace("s0001;", f'"{odd}";')
+    (dataset / "meta.csv").write_text(meta)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in (odd, "s0002"):
+        image = nib.load(dataset / name / "segmentations.nii.gz")
+        nib.save(image, folder / f"{name}.nii.gz")
+    assert odd in evaluated(folder, dataset, tmp_path / "results")["cases"]
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert "<b>" not in page and page.count("s1 &lt;b&gt;&amp;$x^$") >= 2

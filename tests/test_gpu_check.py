@@ -36,6 +36,22 @@ def test_other_failures_and_deviations_are_not_fine(monkeypatch):
     assert not gpu_check.is_fine([{"ok": False}], [])
 
 
+def test_the_setting_tells_code_goldens_and_versions(tmp_path):
+    here = gpu_check.setting(quick=True, goldens=tmp_path)
+    there = gpu_check.setting(quick=True, goldens=tmp_path / "missing")
+    assert here["goldens"] and not there["goldens"]
+    assert here["sources"] == there["sources"] and "jax" in here["versions"]
+
+
+def test_a_change_of_the_code_changes_its_digest(tmp_path):
+    file = tmp_path / "benchmarks" / "a.py"
+    file.parent.mkdir()
+    file.write_text("x = 1")
+    before = gpu_check.digest(tmp_path)
+    file.write_text("x = 2")
+    assert gpu_check.digest(tmp_path) != before
+
+
 WRITES = "import sys; open(sys.argv[-1].split('=')[1], 'w').write('{\"headline\": {}}')"
 
 

@@ -149,6 +149,12 @@ def test_two_processes_train_as_one_resume_and_are_evaluated(training, data, tmp
     assert "continuing after step 2 of 3" in results[0][2]
     np.testing.assert_allclose(curve(two), whole, rtol=1e-6)
 
+    shutil.copytree(two, three := tmp_path / "three")
+    shutil.rmtree(three / "checkpoints" / "3")
+    status, _, err = alone(*training(data, three))  # of two processes' checkpoint
+    assert status == 0 and "continuing after step 2 of 3" in err, err
+    np.testing.assert_allclose(curve(three), whole, rtol=1e-4)
+
     command = ["evaluate.py", f"--workdir={two}", "--split=val", "--step=latest"]
     status, out, err = alone(*command)
     assert status == 0 and "3 cases of the split 'val'" in out, err

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,19 @@ def test_other_files_are_refused(tmp_path):
     for name in ("x.npz", "y.npz", "missing.npz"):
         with pytest.raises(UserError, match=rf"{name} is no exported network"):
             portable.load(tmp_path / name)
+
+
+def test_a_program_is_compiled_once_for_all_scans(rng):
+    traced = []
+
+    def call(parameters, windows):
+        traced.append(windows.shape)
+        return windows * parameters[0]
+
+    about = {"window": [8, 8, 8], "window_batch": 2, "hu_range": [0, 1]}
+    about |= {"num_classes": 2, "overlap": 0.5, "blend": "constant"}
+    exported = types.SimpleNamespace(call=call)
+    network = portable.Portable(about, exported, [np.float32([-1, 1])])
+    for size in (9, 12):
+        assert (network.segment(np.full((size, 8, 8), 2)) == 1).all()
+    assert traced == [(2, 8, 8, 8, 1)]

@@ -71,10 +71,20 @@ def reoriented(array, affine, orientation):
     return turned, affine @ orientations.inv_ornt_aff(change, array.shape)
 
 
-def test_all_48_orientations_get_the_same_labels(hu):
+ANISOTROPIC = np.array([[0.9, 0, 0, -7], [0, 0.9, 0, 3], [0, 0, 5, 11], [0, 0, 0, 1]])
+SHEARED = np.array([[1.0, 0, 0, 0], [0, 1, 0.4, 0], [0, 0, 5, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("spacing", [0.0, 1.5])
+@pytest.mark.parametrize(
+    "affine, slices",
+    [(ANISOTROPIC, 26), (SHEARED, 26), (ANISOTROPIC, 2)],
+    ids=["anisotropic", "gantry tilt", "two slices"],
+)
+def test_all_48_orientations_get_the_same_labels(hu, affine, slices, spacing):
     """Of a network that sees where in the window a voxel lies, so none can cancel."""
-    segmenter = make(by_place)
-    affine = np.array([[0.9, 0, 0, -7], [0, 0.9, 0, 3], [0, 0, 5.0, 11], [0, 0, 0, 1]])
+    hu = hu[..., :slices]
+    segmenter = make(by_place, spacing=spacing)
     expected = segmenter.segment_array(hu, affine)
     assert set(np.unique(expected)) == set(range(CLASSES))
     own, seen = orientations.io_orientation(affine), set()
@@ -87,9 +97,6 @@ def test_all_48_orientations_get_the_same_labels(hu):
             np.testing.assert_array_equal(back, expected)
             seen.add(tuple(map(tuple, orientation)))
     assert len(seen) == 48
-
-
-SHEARED = np.array([[1.0, 0, 0, 0], [0, 1, 0.4, 0], [0, 0, 5, 0], [0, 0, 0, 1]])
 
 
 @pytest.mark.parametrize(
@@ -141,6 +148,9 @@ def test_scans_are_found_and_named(tmp_path, hu):
     assert list(find_scans(folders)) == ["one", "two", "b", "c"]
     with pytest.raises(UserError, match="2 inputs would all be written as 'a'"):
         find_scans([tmp_path / "a" / "one.nii", tmp_path / "a" / "one.nii"])
+    write(tmp_path / "b" / "segmentations.nii.gz", hu)  # of TotalSegmentator
+    (tmp_path / "a" / "._one.nii").write_bytes(b"what macOS leaves")
+    assert list(find_scans(folders)) == ["one", "two", "b", "c"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="folder .*empty holds no .nii, .nii.gz or"):
         find_scans([tmp_path / "empty"])
@@ -189,6 +199,79 @@ def test_one_failure_does_not_stop_the_rest_and_what_is_there_stays(tmp_path, hu
     assert (output / "good.nii.gz").stat().st_mtime_ns == before
     segment_scans(make(), scans, output, Wishes(overwrite=True))
     assert (output / "good.nii.gz").stat().st_mtime_ns > before
+
+
+def test_an_input_is_never_replaced(tmp_path, hu):
+    scan = write(tmp_path / "scans" / "s1.nii.gz", hu)
+    ct = write(tmp_path / "data" / "s2" / "ct.nii.gz", hu)
+    masks = Wishes(masks=True, overwrite=True)
+    for scans, folder, wishes in (
+        ({"s1": scan}, "scans", Wishes(overwrite=True)),
+        ({"s1": scan}, "scans/../scans", Wishes()),
+        ({"s2": ct}, "data", masks),
+    ):
+        with pytest.raises(UserError, match="is, or holds, the input .*/s[12]"):
+            segment_scans(make(), scans, tmp_path / folder, wishes)
+    with pytest.raises(UserError, match="holds other files, such as .*ct.nii.gz"):
+        segment_scans(make(), {"s2": scan}, tmp_path / "data", masks)
+    for file in (scan, ct):
+        np.testing.assert_array_equal(np.asarray(nib.load(file).dataobj), hu)
+        assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_whatever_fails_on_one_scan_does_not_stop_the_rest(tmp_path, hu):
+    scans = {
+        "large": write(tmp_path / "large.nii", np.tile(hu, (3, 1, 1))),
+        "good": write(tmp_path / "good.nii", hu),
+    }
+    calls = []
+
+    def fails_at_first(windows):
+        calls.append(windows)
+        if len(calls) == 1:
+            raise MemoryError("no room")
+        return by_brightness(windows)
+
+    summary = segment_scans(make(fails_at_first), scans, tmp_path / "out", Wishes())
+    assert summary["large"]["error"] == "MemoryError: no room"
+    assert (tmp_path / "out" / "good.nii.gz").exists() and "seconds" in summary["good"]
+
+
+def test_what_is_missing_is_written_and_what_is_there_stays(tmp_path, hu):
+    scan, output = write(tmp_path / "s.nii.gz", hu), tmp_path / "out"
+    segment_scans(make(), {"s": scan}, output, Wishes())
+    labels = output / "s.nii.gz"
+    before = labels.stat().st_mtime_ns
+
+    def unused(windows):
+        raise AssertionError("the labels are there")
+
+    wishes = Wishes(statistics=True, preview=True)
+    found = segment_scans(make(unused), {"s": scan}, output, wishes)["s"]
+    assert "error" not in found and "seconds" not in found and found["structures"]
+    with (output / "s_statistics.csv").open() as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert int(rows["spleen"]["voxels"]) == (brightness(hu) == 1).sum()
+    assert (output / "s_preview.png").exists()
+    segment_scans(make(), {"s": scan}, output, Wishes(masks=True))
+    assert {p.name for p in (output / "s").iterdir()} >= {"spleen.nii.gz"}
+    for wishes in (Wishes(roi=("spleen",)), Wishes(roi=("spleen",), masks=True)):
+        with pytest.raises(UserError, match="of 3 classes instead of the 1 wished"):
+            segment_scans(make(), {"s": scan}, output, wishes)
+    assert labels.stat().st_mtime_ns == before
+    segment_scans(make(), {"s": scan}, output, Wishes(roi=("spleen",), overwrite=True))
+    assert set(np.unique(nib.load(labels).dataobj)) == {0, 1}
+    assert not (output / "s_statistics.csv").exists()  # it was of other labels
+
+
+def test_the_summary_keeps_earlier_scans(tmp_path, hu):
+    scans = {name: write(tmp_path / f"{name}.nii", hu) for name in "ab"}
+    output = tmp_path / "out"
+    first = segment_scans(make(), {"a": scans["a"]}, output, Wishes())
+    second = segment_scans(make(), {"b": scans["b"]}, output, Wishes())
+    again = segment_scans(make(), scans, output, Wishes())
+    assert not any("seconds" in found for found in again.values())
+    assert json.loads((output / "summary.json").read_text()) == first | second
 
 
 def test_masks_classes_statistics_and_picture(tmp_path, hu):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,8 +56,8 @@ def command(tmp_path_factory):
     )
 
 
-def start(command, workdir, *more):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+def start(command, workdir, *more, devices="1"):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *more],
         cwd=ROOT,
@@ -66,9 +67,9 @@ def start(command, workdir, *more):
     )
 
 
-def run(command, workdir, *more):
+def run(command, workdir, *more, **options):
     """Run to the end; return the exit status and what was said."""
-    process = start(command, workdir, *more)
+    process = start(command, workdir, *more, **options)
     _, said = process.communicate(timeout=600)
     return process.returncode, said
 
@@ -150,3 +151,25 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, undisturbed, tmp_path
     assert load_model(tmp_path / "run")[2]["step"] == 5
     assert run(command, tmp_path / "run", *more)[0] == 0
     assert load_model(tmp_path / "run", step="latest")[2]["step"] == 9
+
+
+def test_a_run_of_eight_devices_continues_on_other_meshes(command, tmp_path):
+    """From 4 x 2 devices to 2, 1 and 1 x 8; the experts of a Swin SMT are divided."""
+    short = ("--config.training.num_steps=4", "--config.training.checkpoint_every=2")
+    short += ("--config.data.batch_size=8", "--config.model.num_experts=8")
+    short += ("--config.optimizer.warmup_steps=1", "--config.model.dropout=0.0")
+
+    def train(workdir, data, expert):
+        mesh = f"--config.mesh.data={data}", f"--config.mesh.expert={expert}"
+        status, said = run(command, workdir, *short, *mesh, devices="8")
+        assert status == 0, said
+        return np.array([row[1:3] for row in curve(workdir)])
+
+    whole = train(tmp_path / "half", 4, 2)
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
+    for data, expert in ((2, 1), (1, 1), (1, 8)):
+        workdir = tmp_path / f"{data} x {expert}"
+        shutil.copytree(tmp_path / "half", workdir)
+        found = train(workdir, data, expert)
+        np.testing.assert_allclose(found[:, 0], whole[:, 0], rtol=1e-4)
+        assert len(found) == 4

@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from absl import flags
 import train
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.training import memory
 
 ROOT = Path(train.__file__).parent
 # of ml_collections, when it loads a config file
@@ -87,6 +89,28 @@ def test_what_the_command_line_cannot_mean_is_refused(parse, argument, words):
 def test_both_flags_are_required(parse, flag):
     with pytest.raises(UserError, match="must have a value"):
         parse(flag)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_helps_against_lack_of_memory_can_be_given(parse, devices):
+    given = [f"--config={ROOT}/configs/demo.py", "--workdir=x"]
+    given.append("--config.data.batch_size=4")
+    config = from_config_dict(parse(*given).config)
+    said = memory.what_helps(config, devices=devices)
+    found = [word.rstrip(",.;") for word in shlex.split(said) if "--config" in word]
+    assert len(found) == 5 + 2 * (devices == 2)
+    for flag in found:
+        changed = from_config_dict(parse(*given, flag).config)
+        assert changed != config or flag == "--config.mesh.data=-1"
+        if "accumulate" in flag:
+            assert changed.training.accumulate == 2
+
+
+def test_help_lists_all_flags():
+    said = run("--help").stdout
+    names = ("config", "workdir", "start_from", "profile", "distributed")
+    names += ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+    assert all(f"--{name}:" in said or f"--[no]{name}:" in said for name in names), said
 
 
 def run(*arguments):

@@ -10,18 +10,17 @@ lists the rest. The new workdir is for evaluate.py; to train from weights, give 
 train.py as --start_from.
 """
 
-import sys
+from pathlib import Path
 
 import jax
 import optax
 from absl import app, flags
 from flax import nnx
-from ml_collections import config_flags
 
 from swinsmt_jax import checks, convert, models, sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
 from swinsmt_jax.convert import files, starting_point
-from swinsmt_jax.training import checkpoint, startup, state
+from swinsmt_jax.training import checkpoint, record, startup, state
 from swinsmt_jax.training.checkpoint import Origin
 from swinsmt_jax.training.workdir import locked, open_workdir
 
@@ -30,10 +29,7 @@ def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
     """Write a workdir whose only checkpoint, of step 0, holds the weights."""
     model = models.create(config.model, rngs=nnx.Rngs(config.training.seed))
     found = files.read(weights)
-    if partial:
-        print(starting_point.load_what_fits(model, found))
-    else:
-        convert.load_torch(model, found)
+    print(_load(model, found, partial=partial))
     mesh = sharding.make_mesh(MeshConfig(data=1, expert=1))
     _, like = state.blueprint(config.model, optax.identity(), mesh=mesh)
     fresh = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), like)
@@ -50,8 +46,27 @@ def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
                 f"the workdir {folder} already holds checkpoints of steps "
                 f"{checkpoints.steps()}; choose another --workdir.",
             )
+            record.add_start(folder, {"weights": str(Path(weights).absolute())})
             checkpoints.save(first, origin=Origin(config, data=""))
     print(f"written to {folder}")
+
+
+def _load(model, found, *, partial):
+    """Load the weights and return what to say of that."""
+    if partial:
+        return starting_point.load_what_fits(model, found)
+    try:
+        convert.load_torch(model, found)
+    except checks.UserError as error:
+        raise checks.UserError(
+            f"{error}\n--partial takes what fits and lists the rest."
+        ) from error
+    known = convert.to_torch(model)
+    more = len([name for name in found if name.removeprefix("module.") not in known])
+    return (
+        f"{len(found) - more} parameters loaded, and all that the network has; {more} "
+        "buffers of the weights not needed"
+    )
 
 
 def to_torch(*, workdir: str, output: str, step: str | None) -> None:
@@ -90,17 +105,21 @@ def main(arguments: list[str]) -> None:
     )
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command line."""
+
+    def text(name, help):
+        flags.DEFINE_string(name, None, help, flag_values=values)
+
+    startup.define_config(values)
+    text("workdir", "folder of a run; from_torch makes it")
+    text("weights", ".pt, .pth or .safetensors to read")
+    text("output", ".safetensors to write")
+    text("step", "checkpoint: a number, 'best' or 'latest'")
+    help = "take what fits and list the rest"
+    flags.DEFINE_bool("partial", False, help, flag_values=values)
+
+
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "file with get_config()",
-        lock_config=False,
-        accept_new_attributes=True,
-    )
-    flags.DEFINE_string("workdir", None, "folder of a run; from_torch makes it")
-    flags.DEFINE_string("weights", None, ".pt, .pth or .safetensors to read")
-    flags.DEFINE_string("output", None, ".safetensors to write")
-    flags.DEFINE_string("step", None, "checkpoint: a number, 'best' or 'latest'")
-    flags.DEFINE_bool("partial", False, "take what fits and list the rest")
-    app.run(main, sys.argv)
+    define_flags()
+    app.run(main, flags_parser=startup.exit_on_user_error("convert")(startup.parse))

@@ -52,17 +52,18 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     checks.require(path.is_file(), f"the file of weights {path} does not exist.")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.numpy.load_file(path)
-        found = _read_archive(path)
-    except (SafetensorError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise _unreadable(path, error) from error
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise _unreadable(path, error) from error
+            found = safetensors.numpy.load_file(path)
+        else:
+            found = _read_archive(path)
+    except checks.UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise checks.UserError(
             f"{path} cannot be loaded safely: {error}. Save its state dictionary "
             "alone, torch.save(model.state_dict(), ...), or as .safetensors."
         ) from error
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise _unreadable(path, error) from error
     return _parameters(path, found)
 
 
@@ -170,4 +171,4 @@ def _tensor(storage, offset, shape, strides, *_):
     view = np.lib.stride_tricks.as_strided(
         storage[offset:], shape, [s * storage.itemsize for s in strides]
     )
-    return np.array(view)
+    return view  # no copy, which may be larger than the file by any factor

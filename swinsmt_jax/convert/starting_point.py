@@ -1,11 +1,13 @@
 """Begin from other weights: what fits is taken, the rest stays as it is."""
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from swinsmt_jax import checks
@@ -88,8 +90,19 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
         UserError: as `files.read`, and as `checkpoint.load_model` for a folder.
     """
     if Path(path).is_dir():
-        return to_torch(load_model(path)[1])
+        _, model, info = load_model(path)
+        logging.info("weights of step %d of %s", info["step"], path)
+        return to_torch(model)
     return files.read(path)
+
+
+def start_from(path: str | Path) -> Callable[[nnx.Module], Report]:
+    """Read weights; return the function that puts what fits into a network.
+
+    Raises:
+        UserError: as `read_weights`, and the function as `load_what_fits`.
+    """
+    return functools.partial(load_what_fits, state_dict=read_weights(path))
 
 
 def _as_published(state_dict, own):

@@ -41,9 +41,9 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
             under several names, the further ones may be missing.
 
     Raises:
-        UserError: if names are missing or unexpected, shapes differ, or two names of
-            one tensor hold different values; the message lists them and the model is
-            unchanged.
+        UserError: if names are missing or unexpected, shapes differ, numbers are not
+            finite, or two names of one tensor hold different values; the message lists
+            them all and the model is unchanged.
     """
     table = _table(model)
     names = list(state_dict)
@@ -78,9 +78,15 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
             arrays[path] = np.stack(parts) if many else parts[0]
     checks.require(
         not wrong,
-        "the state dictionary is of another configuration, for these shapes differ: "
-        f"{_listing(wrong)}. Check the config's channels, and what else decides sizes, "
-        "such as num_experts and window_size.",
+        "the state dictionary is of another configuration, for these shapes differ. "
+        "Check the config's channels, and what else decides sizes, such as num_experts "
+        f"and window_size.{_lines(wrong)}",
+    )
+    broken = sorted(n for n in expected if not np.isfinite(np.asarray(given[n])).all())
+    checks.require(
+        not broken,
+        f"{len(broken)} arrays of the state dictionary hold NaN or infinite numbers; "
+        f"take the weights of before the training diverged.{_lines(broken)}",
     )
     for path, parameter in parameters.items():
         parameter[...] = np.ascontiguousarray(arrays[path], np.float32)
@@ -152,8 +158,8 @@ def _drop_aliases(table, expected, given):
                 del given[alias]
     checks.require(
         not unequal,
-        "the state dictionary holds different values under two names of one tensor"
-        f"{_listing(unequal)}; write it anew from the PyTorch network.",
+        "the state dictionary holds different values under two names of one tensor; "
+        f"write it anew from the PyTorch network.{_lines(sorted(unequal))}",
     )
 
 
@@ -162,14 +168,12 @@ def _compare_names(expected, given):
     checks.require(
         not missing and not unexpected,
         f"the state dictionary does not fit the model: {len(missing)} names are missing"
-        f"{_listing(missing)} and {len(unexpected)} are unexpected"
-        f"{_listing(unexpected)}. Check the fields of the config that decide which "
-        "parts there are, such as num_moe_stages, residual_conv and depths.",
+        f" and {len(unexpected)} are unexpected. Check the fields of the config that "
+        "decide which parts there are, such as num_moe_stages, residual_conv and "
+        f"depths.{_lines(missing, 'missing: ')}{_lines(unexpected, 'unexpected: ')}",
     )
 
 
-def _listing(items, most=8):
-    if not items:
-        return ""
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return f" ({', '.join(items[:most])}{more})"
+def _lines(items, before=""):
+    """All items, each on a line of its own."""
+    return "".join(f"\n  {before}{item}" for item in items)

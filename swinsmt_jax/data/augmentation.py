@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from swinsmt_jax.class_map import V2
+from swinsmt_jax.data import transforms
 from swinsmt_jax.data.totalsegmentator import Sample
 
 MIRRORED = V2.exchanged()
@@ -83,22 +84,22 @@ def low_resolution(
     probability: float,
     scales: Sequence[float],
 ) -> Sample:
-    """Take the nearest voxels of a coarser grid and interpolate back linearly.
+    """Keep the voxels of a coarser grid and interpolate the others linearly.
 
-    The ratio of the grids is uniform in `scales`, at most 1.
+    The ratio of the grids is uniform in `scales`, at most 1. The voxels kept stay where
+    they are, the outermost among them, so that nothing moves.
     """
     if rng.random() >= probability:
         return sample
     scale = rng.uniform(*scales)
     shape = sample.image.shape
-    coarse = [max(1, round(n * scale)) for n in shape]
-    picks = [
-        np.minimum(((np.arange(c) + 0.5) * n / c).astype(int), n - 1)
-        for c, n in zip(coarse, shape, strict=True)
+    kept = [
+        np.linspace(0, n - 1, min(n, max(2, round(n * scale)))).round().astype(int)
+        for n in shape
     ]
-    small = sample.image[np.ix_(*picks)]
-    ratio = np.array(coarse) / np.array(shape)
-    image = ndimage.affine_transform(
-        small, ratio, 0.5 * ratio - 0.5, shape, order=1, mode="nearest"
-    )
-    return replace(sample, image=image)
+    places = [
+        np.interp(np.arange(n), k, np.arange(len(k)))
+        for n, k in zip(shape, kept, strict=True)
+    ]
+    small = sample.image[np.ix_(*kept)]
+    return replace(sample, image=transforms.interpolate(small, places))

@@ -21,10 +21,9 @@ from pathlib import Path
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import nnunet, totalsegmentator
-from swinsmt_jax.data.totalsegmentator import CLASS, Case
+from swinsmt_jax.data.totalsegmentator import CLASS, META, Case
 
 DESCRIPTION = "dataset.json"
-META = "meta.csv"
 KEYS = ("classes", "groups", "image", "labels", "masks", "splits")
 
 
@@ -79,8 +78,9 @@ def open_dataset(root: str | Path, *, description: str = "") -> Dataset:
         f"{file} holds {type(content).__name__}, but must hold an object.",
     )
     if nnunet.describes(content):
-        classes, splits, find = nnunet.read(root, content, where=str(file))
-        return Dataset(root, classes, splits, find)
+        refused: dict[str, str] = {}
+        found = nnunet.read(root, content, where=str(file), refused=refused)
+        return Dataset(root, *found, refused)
     return _described(root, content, where=str(file))
 
 
@@ -150,7 +150,7 @@ def _splits(root, splits, refused, *, where):
         for name in names:
             entry = f"{name!r} of the split {split!r}"
             try:
-                totalsegmentator.require_id(f"{where}: a case of {split!r}", str(name))
+                totalsegmentator.require_id(f"{where}: a case of {split!r}", name)
                 entry = name
                 checks.require(
                     name not in found,

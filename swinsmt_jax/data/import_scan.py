@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except checks.UserError as error:
         parser.exit(1, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"error: {a.root} cannot be written: {error}\n")
     parser.exit(0, f"wrote {', '.join(names)} to {a.root}\n")
 
 

@@ -1,9 +1,7 @@
 """NIfTI volumes in RAS orientation: load, resample, save. Owns the affine."""
 
-import math
 import os
 import tempfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +12,9 @@ from scipy import ndimage
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
+from swinsmt_jax.data import nifti_file
+from swinsmt_jax.data.label_resampling import fill_most
 
-MAX_VOXELS = 2**32  # a whole body of 512 x 512 x 2,500 has 2^29.3
 GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
 
 
@@ -81,8 +80,8 @@ def from_array(
 
 
 def grid_of(path: str | Path) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return affine and shape of a NIfTI file, in its own axes."""
-    volume = _load(path)
+    """Return affine and shape of a NIfTI file, in its own axes, from its header."""
+    volume, _ = _open(path)
     return volume.source_affine, volume.source_shape
 
 
@@ -95,13 +94,16 @@ def _as_ct(volume: Volume) -> Volume:
     return replace(volume, array=np.ascontiguousarray(array))
 
 
-def load_labels(path: str | Path, *, classes: ClassMap = V2) -> Volume:
+def load_labels(
+    path: str | Path, *, classes: ClassMap = V2, on: Volume | None = None
+) -> Volume:
     """Read a multi-label segmentation as uint8 label ids in RAS orientation.
 
     Raises:
         UserError: as `load_ct`, and for values that are not label ids of the classes.
+            Where `on` is given, as `require_same_grid`, before voxels are read.
     """
-    volume = _load(path)
+    volume = _load(path, on)
     _require_finite(volume)
     array, last = volume.array, classes.num_classes - 1
     if array.dtype.kind == "f":
@@ -124,13 +126,14 @@ def load_labels(path: str | Path, *, classes: ClassMap = V2) -> Volume:
     return replace(volume, array=np.ascontiguousarray(array.astype(np.uint8)))
 
 
-def load_mask(path: str | Path) -> Volume:
+def load_mask(path: str | Path, *, on: Volume | None = None) -> Volume:
     """Read one structure's mask as bool (voxel > 0) in RAS orientation.
 
     Raises:
-        UserError: as `load_ct`.
+        UserError: as `load_ct`. Where `on` is given, as `require_same_grid`, before
+            voxels are read.
     """
-    volume = _load(path)
+    volume = _load(path, on)
     _require_finite(volume)
     return replace(volume, array=volume.array > 0)
 
@@ -147,11 +150,8 @@ def require_same_grid(volume: Volume, reference: Volume) -> None:
         f"{reference.path} has shape {reference.array.shape}; a segmentation must lie "
         "on the voxel grid of its CT: resample it.",
     )
-    shape = np.array(reference.array.shape)
-    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (shape - 1)
-    corners = np.concatenate([corners, np.ones((8, 1))], axis=1)
     to_voxels = np.linalg.inv(reference.affine) @ volume.affine
-    miss = np.abs((corners @ (to_voxels - np.eye(4)).T)[:, :3]).max()
+    miss = nifti_file.corner_distance(reference.array.shape, to_voxels, np.eye(4))
     checks.require(
         miss <= GRID_TOLERANCE,
         f"the affine of {volume.path} places its voxels up to {miss:.2f} voxels away "
@@ -169,16 +169,30 @@ def resample(
         array: [X, Y, Z].
         affine: [4, 4] of the array.
         spacing: voxel side in mm.
-        order: 0 for the nearest voxel (labels); 1 for linear interpolation (CT), after
-            smoothing with a standard deviation of half of what a voxel grows by.
+        order: 0 for label ids: each new voxel has the id that fills most of it; 1 for
+            linear interpolation (CT), after smoothing with a standard deviation of half
+            of what a voxel grows by.
 
     Returns:
         The new array and its affine.
+
+    Raises:
+        UserError: for a new shape of absurd size.
     """
     ratio = spacing / np.array(spacing_of(affine))
     if np.allclose(ratio, 1.0, atol=1e-4):
         return array, affine
-    shape = np.maximum(1, np.rint(np.array(array.shape) / ratio)).astype(int)
+    shape = [
+        int(max(1, np.rint(n / r))) for n, r in zip(array.shape, ratio, strict=True)
+    ]
+    sides = " x ".join(f"{side:g}" for side in spacing_of(affine))
+    checks.require(
+        nifti_file.is_possible(shape),
+        f"a scan of {array.shape} voxels of {sides} mm would have {tuple(shape)} at "
+        f"{spacing:g} mm, but may have at most {nifti_file.MAX_VOXELS}, and "
+        f"{nifti_file.MAX_SIDE} along an axis; mend the spacing in its header, or "
+        "leave the scan out.",
+    )
     offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
     if order > 0 and (ratio > 1).any():  # what the new grid cannot show must not alias
         sigma = np.maximum(0, (ratio - 1) / 2)
@@ -187,9 +201,12 @@ def resample(
         )
         whole = np.issubdtype(array.dtype, np.integer)
         array = np.rint(smooth).astype(array.dtype) if whole else smooth
-    resampled = ndimage.affine_transform(
-        array, ratio, offset, tuple(shape), order=order, mode="nearest"
-    )
+    if order == 0:
+        resampled = fill_most(array, ratio, offset, shape)
+    else:
+        resampled = ndimage.affine_transform(
+            array, ratio, offset, tuple(shape), order=order, mode="nearest"
+        )
     step = np.eye(4)
     step[:3, :3] = np.diag(ratio)
     step[:3, 3] = offset
@@ -218,7 +235,7 @@ def save_labels(
 ) -> None:
     """Write label ids [X, Y, Z] on the grid of `like` in the orientation of its file.
 
-    Where `like` was resampled, the nearest label is taken for each voxel of the file.
+    Where `like` was resampled, each voxel of the file has the id that fills most of it.
     The file appears under its name only when complete.
     """
     checks.require(
@@ -228,7 +245,7 @@ def save_labels(
     )
     array = np.asarray(array).astype(np.uint8)
     if not np.allclose(like.affine, _ras_affine(like)):
-        array = _nearest(array, like)
+        array = _on_file(array, like)
     save(path, array, like=like, description=description)
 
 
@@ -268,40 +285,34 @@ def _ras_affine(volume: Volume) -> np.ndarray:
     return volume.source_affine @ orientations.inv_ornt_aff(to_ras, volume.source_shape)
 
 
-def _nearest(array: np.ndarray, like: Volume) -> np.ndarray:
-    """Read `array`, on the grid of `like`, at the voxels of its file, in RAS."""
+def _on_file(array: np.ndarray, like: Volume) -> np.ndarray:
+    """Bring labels on the grid of `like` to the voxels of its file, in RAS."""
     to_grid = np.linalg.inv(like.affine) @ _ras_affine(like)
     to_ras = orientations.io_orientation(like.source_affine)
     shape = tuple(like.source_shape[i] for i in np.argsort(to_ras[:, 0]))
-    return ndimage.affine_transform(
-        array, np.diag(to_grid[:3, :3]), to_grid[:3, 3], shape, order=0, mode="nearest"
-    )
+    return fill_most(array, np.diag(to_grid)[:3], to_grid[:3, 3], shape)
 
 
-def _load(path: str | Path) -> Volume:
+def _load(path: str | Path, on: Volume | None = None) -> Volume:
+    grid, image = _open(path)
+    if on is not None:
+        require_same_grid(grid, on)
+    with nifti_file.named(grid.path):
+        array = nifti_file.voxels(image)
+    return _checked(grid.path, array, image.affine, grid.notes)
+
+
+def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
+    """Check what a header says; the volume has zeros that take no memory."""
     path = Path(path)
     checks.require(path.is_file(), f"{path} does not exist; expected a NIfTI file.")
-    try:
+    with nifti_file.named(path):
         image = nib.load(path)
-        _require_possible(path, image.shape)
-        array = np.asanyarray(image.dataobj)
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as e:
-        raise checks.UserError(f"{path} is not a NIfTI file: {e}.") from e
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise checks.UserError(
-            f"{path} is truncated or corrupt ({error}); copy or download it again."
-        ) from error
-    return _checked(path, array, image.affine, _notes(path, image))
-
-
-def _require_possible(path, shape):
-    """Refuse a header that asks for absurd memory, before any is taken."""
-    voxels = math.prod(shape)
-    checks.require(
-        voxels <= MAX_VOXELS,
-        f"{path} claims a shape of {tuple(shape)}, {voxels} voxels, more than the "
-        f"{MAX_VOXELS} that a scan may have; its header is damaged.",
-    )
+        if not isinstance(image, nib.Nifti1Pair):
+            raise nib.filebasedimages.ImageFileError(f"but {type(image).__name__}")
+        nifti_file.require_possible(path, image)
+        zeros = np.broadcast_to(np.zeros((), image.dataobj.dtype), image.shape)
+        return _checked(path, zeros, image.affine, nifti_file.notes(path, image)), image
 
 
 def _checked(path, array, affine, notes) -> Volume:
@@ -326,23 +337,6 @@ def _checked(path, array, affine, notes) -> Volume:
     ras = affine @ orientations.inv_ornt_aff(to_ras, array.shape)
     array_ras = orientations.apply_orientation(array, to_ras)
     return Volume(array_ras, ras, affine, array.shape, path, notes)
-
-
-def _notes(path, image) -> tuple[str, ...]:
-    """Say if a NIfTI file gives two different places for its voxels."""
-    if not isinstance(image, nib.Nifti1Image):
-        return ()
-    sform, qform = image.get_sform(coded=True)[0], image.get_qform(coded=True)[0]
-    if sform is None or qform is None:
-        return ()
-    corner = np.array([*(n - 1 for n in image.shape[:3]), 1.0])
-    miss = max(np.abs((sform - qform) @ p).max() for p in (corner, np.eye(4)[3]))
-    if miss < 0.1:
-        return ()
-    return (
-        f"{path}: its sform and qform disagree by up to {miss:.1f} mm; the sform is "
-        "taken, so check left and right.",
-    )
 
 
 def _require_finite(volume: Volume) -> None:

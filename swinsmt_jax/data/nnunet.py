@@ -3,7 +3,8 @@
 Images are named <case>_0000.nii.gz (version 2), or <case>.nii.gz as in the Medical
 Segmentation Decathlon (version 1). Validation cases are those of the first fold of
 splits_final.json if the folder has that file, and otherwise every fifth case in the
-order of names. Test cases are those of imagesTs that have labels in labelsTs.
+order of names. Test cases are those of imagesTs that have labels in labelsTs. A
+training case that lacks its image or its labels is refused.
 """
 
 import json
@@ -14,6 +15,7 @@ from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data.totalsegmentator import Case, require_files, require_id
 
+NUMBER = "_0000"  # of the only channel
 FOLDERS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
 SPLITS_FILE = "splits_final.json"
 FIFTH = 5
@@ -26,9 +28,11 @@ def describes(content: dict) -> bool:
 
 
 def read(
-    root: Path, content: dict, *, where: str
+    root: Path, content: dict, *, where: str, refused: dict[str, str]
 ) -> tuple[ClassMap, dict[str, str], Callable[[str, str], Case]]:
     """Return classes, {case: split} and the function from (case, split) to files.
+
+    {case or file: reason} of what cannot be used enters `refused`.
 
     Raises:
         UserError: for several channels, regions, ids with gaps, files that are not
@@ -37,7 +41,7 @@ def read(
     classes = _classes(content["labels"], where)
     channels = content.get("channel_names", content.get("modality"))
     checks.require(
-        len(channels) == 1,
+        isinstance(channels, dict | list) and len(channels) == 1,
         f"{where} has the channels {channels}, but one, the CT, is needed.",
     )
     ending = content.get("file_ending", ENDINGS[0])
@@ -45,13 +49,13 @@ def read(
 
     def find(name, split):
         images, segmentations = FOLDERS["test" if split == "test" else "train"]
-        new = root / images / f"{name}_0000{ending}"
+        new = root / images / f"{name}{NUMBER}{ending}"
         old = root / images / f"{name}{ending}"
         image = old if old.is_file() and not new.is_file() else new
         label = root / segmentations / f"{name}{ending}"
         return require_files(Case(name, image, split, label))
 
-    return classes, _splits(root, ending), find
+    return classes, _splits(root, ending, refused), find
 
 
 def _classes(found, where):
@@ -59,7 +63,8 @@ def _classes(found, where):
         isinstance(found, dict) and len(found) > 1,
         f"{where}: labels is {found!r}, but must be {{name: id}}.",
     )
-    if all(str(key).isdecimal() for key in found):  # version 1: {id: name}
+    names = all(isinstance(name, str) for name in found.values())
+    if names and all(key.isdecimal() for key in found):  # version 1: {id: name}
         found = {name: int(number) for number, name in found.items()}
     checks.require(
         all(type(number) is int for number in found.values()),
@@ -79,37 +84,53 @@ def _classes(found, where):
     return class_map.make(names[1:], {}, where=where)
 
 
-def _splits(root, ending):
-    """Return {case: split} of the cases that have labels."""
-    names = {s: _names(root / folder, ending) for s, (_, folder) in FOLDERS.items()}
+def _splits(root, ending, refused):
+    """Return {case: split} of the training cases, and the test cases with labels."""
+    parts = {split: _names(root, split, ending, refused) for split in FOLDERS}
     checks.require(
-        bool(names["train"]),
+        any((root / FOLDERS["train"][1]).glob(f"*{ending}")),
         f"{root / FOLDERS['train'][1]} holds no *{ending}, but nnU-Net's layout has "
         "the labels of the training cases there.",
     )
-    file, held_out = root / SPLITS_FILE, names["train"][FIFTH - 1 :: FIFTH]
+    file, held_out = root / SPLITS_FILE, parts["train"][FIFTH - 1 :: FIFTH]
     if file.is_file():
         try:
-            held_out = json.loads(file.read_text())[0]["val"]
+            held_out = [str(name) for name in json.loads(file.read_text())[0]["val"]]
         except (ValueError, LookupError, TypeError) as error:
             raise checks.UserError(
                 f'{file} is not nnU-Net\'s list of folds [{{"val": [...]}}]: {error}.'
             ) from error
-        for name in held_out:
-            checks.one_of(f"a validation case of {file}", name, names["train"])
-    twice = set(names["train"]) & set(names["test"])
-    checks.require(
-        not twice,
-        f"{root} has the cases {', '.join(sorted(twice)[:3])} in both labelsTr and "
-        "labelsTs; rename or remove one of each.",
+        for name in set(held_out) - set(parts["train"]) - refused.keys():
+            refused[name] = (
+                f"{name!r} is a validation case of {file}, but has neither image nor "
+                f"labels.{checks.did_you_mean(name, parts['train'])}"
+            )
+    for name in set(parts["train"]) & set(parts["test"]):
+        refused[name] = (
+            f"{root} has the case {name!r} in both its training and its test folders; "
+            "rename or remove one."
+        )
+    splits = {n: "val" if n in held_out else "train" for n in parts["train"]}
+    splits |= dict.fromkeys(parts["test"], "test")
+    return {name: split for name, split in splits.items() if name not in refused}
+
+
+def _names(root, split, ending, refused):
+    """Return the cases of a split in the order of their names."""
+    images, labels = (
+        [
+            f.name.removesuffix(ending)
+            for f in sorted((root / folder).glob(f"*{ending}"))
+        ]
+        for folder in FOLDERS[split]
     )
-    splits = {n: "val" if n in held_out else "train" for n in names["train"]}
-    return splits | dict.fromkeys(names["test"], "test")
-
-
-def _names(folder, ending):
-    files = [f for f in sorted(folder.glob(f"*{ending}")) if f.name[0] != "."]
-    names = [file.name.removesuffix(ending) for file in files]
-    for name in names:
-        require_id(f"a file of {folder}", name)
-    return names
+    names = {name for name in labels if name[0] != "."}
+    if split == "train":  # one without labels shall not vanish
+        images = [name for name in images if name[0] != "." and name not in names]
+        names |= {name.removesuffix(NUMBER) for name in images}
+    for name in sorted(names):
+        try:
+            require_id(f"a case of {root}", name)
+        except checks.UserError as error:
+            refused[name] = str(error)
+    return sorted(names)

@@ -28,6 +28,7 @@ from swinsmt_jax.data import nifti, totalsegmentator
 from swinsmt_jax.data.anatomy.body import SPACING, VERSION, make_phantom
 
 MARKER = "phantoms.json"
+MOST_VARIATION, MOST_SEED = 5, 10**9
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI")  # of the files, in turn
 
 
@@ -63,12 +64,16 @@ def write_dataset(
         progress: show a progress bar.
 
     Raises:
-        UserError: for a folder with other content or other arguments.
+        UserError: for numbers out of range, and a folder with other content, with
+            phantoms of other arguments, or that cannot be written.
     """
     root = Path(root)
     for name, count in (("train", train), ("val", val), ("test", test)):
         checks.in_range(name, count, 0, 100_000)
     checks.in_range("spacing", spacing, *SPACING)
+    checks.in_range("variation", variation, 0, MOST_VARIATION)
+    checks.in_range("seed", seed, 0, MOST_SEED)
+    checks.positive("workers", workers)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     checks.positive("the number of cases", len(splits))
     arguments = {
@@ -180,6 +185,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except checks.UserError as error:
         parser.exit(1, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(
+            1,
+            f"error: {a.root} cannot be written: {error}; mend its permissions, make "
+            "room, or choose another --root.\n",
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ processes, and a resumed run starts at its step without replaying what came befo
 """
 
 import hashlib
+import os
+import sys
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -53,8 +55,8 @@ def training_batches(
         b = batch_size / process_count.
 
     Raises:
-        UserError: for no cases, a batch that the processes do not divide, and bad
-            files when their turn comes.
+        UserError: for no cases, a batch that the processes do not divide, mirroring of
+            classes that lack a counterpart, and bad files when their turn comes.
     """
     checks.require(
         len(cases) > 0, "training needs at least one case, but `cases` is empty."
@@ -84,11 +86,21 @@ def training_batches(
         workers = grain.MultiprocessingOptions(
             num_workers=config.num_workers, per_worker_buffer_size=WORKER_BUFFER
         )
-        crops = crops.mp_prefetch(workers)
+        crops = crops.mp_prefetch(workers, worker_init_fn=_stay_on_the_cpu)
     # Batches are formed after the workers: before them, records were lost
     # (google/grain#1129) and the stream would depend on the number of workers.
     batches = crops.batch(config.batch_size // process_count, drop_remainder=True)
     return _batches(iter(batches))
+
+
+def _stay_on_the_cpu(worker: int, workers: int) -> None:
+    """Keep a worker from taking an accelerator, should anything in it use JAX.
+
+    JAX may be loaded already: a worker imports the script that trains.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def _batches(iterator: grain.DatasetIterator) -> Generator[dict, None, None]:
@@ -288,7 +300,9 @@ class _RandomCrop(grain.transforms.RandomMap):
         self._start()
 
     def _start(self) -> None:
-        self._exchanged = class_map(self._config).exchanged()
+        self._exchanged = augmentation.MIRRORED
+        if self._config.mirror_probability:
+            self._exchanged = class_map(self._config).exchanged()
         self._memory: dict[int, Sample] = {}
         self._locks = [threading.Lock() for _ in self._cases]
 

@@ -7,9 +7,12 @@ anew. A case that cannot be used is reported by name and reason, and the others 
 import concurrent.futures
 import functools
 import multiprocessing
+import os
 import shutil
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +25,12 @@ from swinsmt_jax.data import nifti, store, totalsegmentator
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.store import Options
 from swinsmt_jax.data.totalsegmentator import Case
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
+DIED = (
+    "its worker process has died, mostly because memory ran out; give fewer --workers, "
+    "and the same command again."
+)
 
 
 def preprocess(
@@ -53,8 +62,8 @@ def preprocess(
 
     Raises:
         UserError: for a source that is no such dataset, unknown ids in `exclude` or
-            names in `classes`, a store of other options or that cannot be written, such
-            as on a full disk, and worker processes that die. Finished cases stay,
+            names in `classes`, a store of other options, that another run is writing
+            to, or that cannot be written, such as on a full disk. Finished cases stay,
             half-written ones do not.
     """
     source, root = Path(source), Path(root)
@@ -71,64 +80,118 @@ def preprocess(
     kept = found.classes.subset(classes) if classes else found.classes
     options = Options(spacing, kept)
     try:
-        store.open_store(root, options)
-        _list_cases(root, rows)
-        waiting = [name for name in rows if not (root / name / store.CASE).is_file()]
-        job = functools.partial(write, root, options=options, classes=found.classes)
-        failed = refused | _run(job, found, waiting, rows, workers, progress)
-        index = {"format": store.FORMAT, "options": options.to_json()}
-        index["failed"] = failed
-        store.write_json(root / store.INDEX, index)
+        with store.opened(root, options):
+            _list_cases(root, rows)
+            waiting = [
+                name for name in rows if not (root / name / store.CASE).is_file()
+            ]
+            job = functools.partial(write, root, options=options, classes=found.classes)
+            start = time.monotonic()
+            failed = _run(job, found, waiting, rows, workers, progress)
+            written = len(waiting) - len(failed)
+            index = {
+                **{"format": store.FORMAT, "options": options.to_json()},
+                **{"failed": refused | failed, "excluded": list(exclude)},
+                "run": {"cases": written, "seconds": time.monotonic() - start},
+            }
+            store.write_json(root / store.INDEX, index)
     except OSError as error:
         raise checks.UserError(
             f"the store {root} cannot be written: {error}; make room or mend its "
             "permissions, and give the same command again."
         ) from error
-    return failed
+    return index["failed"]
 
 
-def _run(write_one, dataset, waiting, rows, workers, progress):
+def _run(job, dataset, waiting, rows, workers, progress):
     """Write the cases that are not there; return {case: reason} of failures."""
-    failed, cases, total = {}, [], len(rows)
-    for name in waiting:
-        try:
-            cases.append(dataset.find(name, rows[name]))
-        except checks.UserError as error:
-            failed[name] = str(error)
+    failed, cases, start = {}, [], time.monotonic()
     bar = tqdm(
-        total=total,
-        initial=total - len(waiting),
+        total=len(rows),
+        initial=len(rows) - len(waiting),
         desc="preprocessing",
-        unit="case",
+        bar_format=BAR + "{postfix}]",
         disable=not progress,
         dynamic_ncols=True,
     )
-    context = multiprocessing.get_context("spawn")
-    with bar, concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        for name, reason in failed.items():
+
+    def end(name, reason):
+        if reason:
+            failed[name] = reason
             bar.write(f"{name} is left out: {reason}")
-            bar.update()
-        jobs = {pool.submit(write_one, case): case.name for case in cases}
-        try:
-            for job in concurrent.futures.as_completed(jobs):
-                reason = job.result()
-                if reason:
-                    failed[jobs[job]] = reason
-                    bar.write(f"{jobs[job]} is left out: {reason}")
-                bar.update()
-        except BrokenProcessPool as error:
-            raise checks.UserError(
-                "a worker process has died, mostly because memory ran out: give fewer "
-                "--workers, and the same command again; finished cases stay."
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        bar.update()
+
+    with bar:
+        for name in waiting:
+            try:
+                cases.append(dataset.find(name, rows[name]))
+            except Exception as error:
+                end(name, _reason(error))
+        for count, (case, reason) in enumerate(run_each(job, cases, workers), start=1):
+            bar.set_postfix_str(rate(count, time.monotonic() - start), refresh=False)
+            end(case.name, reason)
     return {name: failed[name] for name in rows if name in failed}
+
+
+def rate(cases: int, seconds: float) -> str:
+    """Return cases a second in words; a minute, if they are slow."""
+    found = cases / max(seconds, 1e-3)
+    return f"{found:.1f} cases/s" if found >= 1 else f"{60 * found:.1f} cases/minute"
+
+
+def run_each(
+    job: Callable, cases: Sequence, workers: int
+) -> Iterator[tuple[object, str | None]]:
+    """Yield each case with what `job` returns for it, as they end, from processes.
+
+    Where a process dies, the cases that were being worked on have another turn, each
+    alone; one whose process dies again has failed, and the others go on.
+    """
+    waiting, suspects = list(reversed(cases)), []
+    while waiting or suspects:
+        queue, most = ([suspects.pop()], 1) if suspects else (waiting, workers)
+        alone, running = queue is not waiting, {}
+        with _pool(most) as pool:
+            try:
+                while queue or running:
+                    while queue and len(running) < most:
+                        future = pool.submit(job, queue[-1])
+                        running[future] = queue.pop()
+                    done, _ = concurrent.futures.wait(
+                        running, return_when=concurrent.futures.FIRST_COMPLETED
+                    )
+                    for future in done:
+                        result = future.result()
+                        yield running.pop(future), result
+            except BrokenProcessPool:
+                left = [*running.values(), *(queue if alone else ())]
+                if alone:
+                    yield left[0], DIED
+                else:
+                    suspects += left
+
+
+def _pool(workers):
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_end_with_parent
+    )
+
+
+def _end_with_parent():
+    """Let this process end when its parent is gone, even killed."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str | None:
     """Write one case, whose files hold `classes`; return the reason if it is unusable.
+
+    Whatever goes wrong with a case is its reason, such as memory that it lacks.
 
     Raises:
         UserError: if the store cannot be written, which no other case would mend.
@@ -144,11 +207,12 @@ def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str
             "source_shape": sample.source_shape,
             "source_affine": sample.source_affine.tolist(),
             "overlapping_voxels": sample.overlapping,
+            "notes": sample.notes,
             "source": totalsegmentator.file_sizes(case),
         }
         sample = resampled(sample, options.spacing)
-    except checks.UserError as error:
-        return str(error)
+    except Exception as error:
+        return _reason(error)
     try:
         number = options.classes.num_classes
         store.write_case(root, sample, num_classes=number, facts=facts)
@@ -158,11 +222,19 @@ def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str
             f"{' '.join(str(error).split())[:600]}; make room or mend its permissions, "
             "and give the same command again: finished cases stay."
         ) from error
+    except Exception as error:
+        return _reason(error)
     return None
 
 
+def _reason(error):
+    if isinstance(error, checks.UserError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+
+
 def resampled(sample: totalsegmentator.Sample, spacing: float):
-    """Return a sample of cubic voxels: the CT linear and smoothed, labels nearest."""
+    """Return a sample of cubic voxels; see `nifti.resample`."""
     if spacing == 0:
         return sample
     image, affine = nifti.resample(
@@ -174,7 +246,7 @@ def resampled(sample: totalsegmentator.Sample, spacing: float):
 
 def _list_cases(root, rows):
     """Make the store's meta.csv; remove what it no longer lists."""
-    file = root / "meta.csv"
+    file = root / totalsegmentator.META
     if file.exists():
         for name in totalsegmentator.read_meta(root).keys() - rows.keys():
             shutil.rmtree(root / name, ignore_errors=True)

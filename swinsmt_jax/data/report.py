@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from swinsmt_jax import checks
 from swinsmt_jax.data import label_table, nifti, store, totalsegmentator
 from swinsmt_jax.data.store import StoredCase
 
@@ -21,49 +22,76 @@ def write(root: Path) -> str:
     """Write report.json and report.html into a store; return a summary.
 
     Raises:
-        UserError: for a store that cannot be read.
+        UserError: for a store that cannot be read, or written.
     """
-    failed = store.read_json(root / store.INDEX).get("failed", {})
     rows = totalsegmentator.read_meta(root)
     cases = [
         StoredCase(name, split, root / name)
         for name, split in rows.items()
         if (root / name / store.CASE).is_file()
     ]
-    report = _collect(root, cases, failed)
-    store.write_json(root / "report.json", report)
-    (root / "report.html").write_text(_page(report, cases), encoding="utf-8")
+    report = _collect(root, cases, store.read_json(root / store.INDEX))
+    try:
+        store.write_json(root / "report.json", report)
+        store.write_text(root / "report.html", _page(report, cases))
+    except OSError as error:
+        raise checks.UserError(
+            f"the report in {root} cannot be written: {error}; make room or mend its "
+            "permissions, and give the same command again: finished cases stay."
+        ) from error
+    return f"{_summary(report)}\n{root / 'report.html'}"
+
+
+def _summary(report):
+    count, run, size = (
+        sum(report["cases"].values()),
+        report["run"],
+        report["bytes"] / 1e6,
+    )
     splits = ", ".join(f"{n} {split}" for split, n in report["cases"].items())
+    speed = 60 * run["cases"] / max(run["seconds"], 1e-3)
     return (
-        f"{len(cases)} cases ({splits}), {report['bytes'] / 1e6:.1f} MB, "
-        f"{report['bytes_per_voxel']:.2f} bytes a voxel; {len(failed)} failed\n"
-        f"{root / 'report.html'}"
+        f"{count} cases ({splits}), {size:.1f} MB, "
+        f"{size / max(1, count):.2f} MB a case, "
+        f"{report['bytes_per_voxel']:.2f} bytes a voxel; "
+        f"{len(report['failed'])} failed, {len(report['excluded'])} excluded; "
+        f"{run['cases']} written now, {speed:.1f} cases/minute"
     )
 
 
-def _collect(root, cases, failed):
+def _collect(root, cases, index):
     facts = [case.facts for case in cases]
-    counts = np.array([f["counts"] for f in facts]).reshape(len(facts), -1)
-    size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+    names = store.read_options(root).classes.names
+    counts = np.array([f["counts"] for f in facts], int).reshape(-1, len(names))
+    size = sum(f.stat().st_size for case in cases for f in case.folder.rglob("*"))
     voxels = sum(int(np.prod(f["shape"])) for f in facts)
     splits = [case.split for case in cases]
+    per_case = {case.name: f for case, f in zip(cases, facts, strict=True)}
     return {
         "cases": {s: splits.count(s) for s in totalsegmentator.SPLITS},
-        "failed": failed,
+        "failed": index.get("failed", {}),
+        "excluded": index.get("excluded", []),
+        "run": index.get("run", {"cases": 0, "seconds": 0.0}),
         "bytes": size,
         "bytes_per_voxel": size / max(1, voxels),
-        "shapes": {c.name: f["shape"] for c, f in zip(cases, facts, strict=True)},
+        "shapes": {name: f["shape"] for name, f in per_case.items()},
         "source_spacings": {
-            case.name: [round(x, 4) for x in nifti.ras_spacing(f["source_affine"])]
-            for case, f in zip(cases, facts, strict=True)
+            name: [round(x, 4) for x in nifti.ras_spacing(f["source_affine"])]
+            for name, f in per_case.items()
         },
         "overlapping_voxels": sum(f["overlapping_voxels"] for f in facts),
+        "overlaps": {
+            name: f["overlapping_voxels"]
+            for name, f in per_case.items()
+            if f["overlapping_voxels"]
+        },
+        "notes": {name: f["notes"] for name, f in per_case.items() if f.get("notes")},
         "classes": {
             name: {
-                "voxels": int(counts[:, i].sum()) if len(facts) else 0,
-                "cases": int((counts[:, i] > 0).sum()) if len(facts) else 0,
+                "voxels": int(counts[:, i].sum()),
+                "cases": int((counts[:, i] > 0).sum()),
             }
-            for i, name in enumerate(store.read_options(root).classes.names)
+            for i, name in enumerate(names)
             if i
         },
     }
@@ -75,10 +103,8 @@ def _page(report, cases):
         f"<tr><td>{text(name)}<td>{c['cases']}<td>{c['voxels']:,}</tr>"
         for name, c in report["classes"].items()
     )
-    failed = "".join(
-        f"<li><b>{text(name)}</b>: {text(why)}</li>"
-        for name, why in report["failed"].items()
-    )
+    overlaps = {n: f"{count:,} voxels" for n, count in report["overlaps"].items()}
+    notes = {name: " ".join(found) for name, found in report["notes"].items()}
     splits = ", ".join(f"{n} {split}" for split, n in report["cases"].items())
     shown = cases[:: max(1, len(cases) // SHOWN)][:SHOWN]
     pictures = "".join(
@@ -89,10 +115,21 @@ def _page(report, cases):
 <style>{STYLE}</style><h1>Preprocessed cases</h1>
 <p>{splits}; {report["bytes"] / 1e6:,.1f} MB; {len(report["failed"])} failed;
 {report["overlapping_voxels"]:,} claims of masks to voxels of another mask.</p>
-<h2>Left out</h2><ul>{failed or "<li>none</li>"}</ul>
+<h2>Failed</h2>{_list(report["failed"])}
+<h2>Excluded by the user</h2>{_list(dict.fromkeys(report["excluded"], "--exclude"))}
+<h2>To check</h2>{_list(notes)}
+<h2>Claims of masks to voxels of another mask</h2>{_list(overlaps)}
 <h2>Spacing and shape</h2>{_image(_histograms(report))}
 <h2>Middle planes</h2>{pictures}
 <h2>Classes</h2><table><tr><th>class<th>cases<th>voxels</tr>{rows}</table>"""
+
+
+def _list(entries):
+    found = (
+        f"<li><b>{html.escape(name)}</b>: {html.escape(what)}</li>"
+        for name, what in entries.items()
+    )
+    return f"<ul>{''.join(found) or '<li>none</li>'}</ul>"
 
 
 def _image(figure):

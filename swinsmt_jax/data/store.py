@@ -11,17 +11,20 @@ A case's folder appears under its name when it is complete.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import tensorstore
+from absl import logging
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
@@ -30,8 +33,8 @@ from swinsmt_jax.data.totalsegmentator import Sample
 
 FORMAT = 1
 INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
-PARTIAL = ".partial-"
-CHUNK = 32  # measured: as fast as larger ones and as raw memory maps; see docs/data.md
+PARTIAL, LOCK = ".partial-", ".lock"
+CHUNK = 32  # measured: as fast as larger ones; see docs/data.md
 SAMPLES = 20_000  # voxels of a kind kept at most
 AIRS = (-1024, -1000, -500, -300, -200)  # HU below which boxes are found beforehand
 
@@ -67,12 +70,12 @@ class StoredCase:
     split: str
     folder: Path
 
-    @functools.cached_property
+    @property  # nothing read is kept: a dataset has thousands of cases
     def facts(self) -> dict:
         """Return the content of case.json."""
         return read_json(self.folder / CASE)
 
-    @functools.cached_property
+    @property
     def affine(self) -> np.ndarray:
         """[4, 4], voxel indices to world millimetres, RAS."""
         return np.array(self.facts["affine"])
@@ -82,11 +85,20 @@ class StoredCase:
         """Sides in voxels."""
         return tuple(self.facts["shape"])
 
-    @functools.cached_property
+    @property
     def voxels(self) -> Mapping[str, np.ndarray]:
-        """Samples of voxels, as `write_case` draws them."""
+        """All samples of voxels, as `write_case` draws them."""
         with _readable(self.folder / VOXELS), np.load(self.folder / VOXELS) as file:
             return dict(file)
+
+    def centres(self, *, labelled: bool, air: float) -> np.ndarray:
+        """Read the sample of labelled voxels, or of the others with HU > air."""
+        file = self.folder / VOXELS
+        with _readable(file), ZipFile(file) as members:
+            if labelled:
+                return _int16(members, "foreground").reshape(-1, 3)
+            above = _int16(members, "background_hu") > air
+            return _int16(members, "background").reshape(-1, 3)[above]
 
     def read(self, box: Sequence[slice] | None = None) -> Sample:
         """Read image and label, or the voxels of a box inside the volume.
@@ -105,10 +117,23 @@ class StoredCase:
         return Sample(image, label, self.affine @ step, self.name)
 
     def foreground(self, air: float) -> tuple[slice, slice, slice]:
-        """Return the smallest box around the voxels with HU > air."""
-        found = self.facts["boxes"].get(f"{air:g}")
+        """Return the smallest box around the voxels with HU > air.
+
+        For an `air` not among `AIRS` the whole image is read, once in a process.
+        """
+        found = self.facts["boxes"].get(f"{air:g}") or self._boxes.get(air)
         if found is None:
-            found = self._boxes.setdefault(air, _box(self.read().image > air))
+            logging.log_first_n(
+                logging.WARNING,
+                "the store knows the foreground above %s HU, but hu_range begins at "
+                "%g: each process reads every scan whole, once.",
+                1,
+                ", ".join(map(str, AIRS)),
+                air,
+            )
+            with _readable(self.folder):
+                image = _open(str(self.folder / "image")).read().result()
+            found = self._boxes[air] = _box(image > air)
         return tuple(slice(*ends) for ends in found)
 
     @functools.cached_property
@@ -121,14 +146,38 @@ def is_store(root: str | Path) -> bool:
     return (Path(root) / INDEX).is_file()
 
 
-def open_store(root: Path, options: Options) -> None:
-    """Make the folder with its index, or check that it has these options.
+@contextlib.contextmanager
+def opened(root: Path, options: Options) -> Iterator[None]:
+    """Make the folder with its index, or check that it has these options; lock it.
 
     What killed runs left half-written is removed.
 
     Raises:
-        UserError: for other options, and a folder that holds something else.
+        UserError: for other options, a folder that holds something else, and one that
+            another run is writing to.
     """
+    checks.require(
+        is_store(root)
+        or not root.exists()
+        or {f.name for f in root.iterdir()} <= {LOCK},
+        f"the folder {root} holds other files; choose an empty or new --store.",
+    )
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise checks.UserError(
+                f"another run is writing to the store {root}; wait for its end, or "
+                "choose another --store."
+            ) from error
+        except OSError:  # a file system without locks
+            logging.warning("%s cannot be locked; start one run at a time.", root)
+        _open_index(root, options)
+        yield
+
+
+def _open_index(root, options):
     file = root / INDEX
     if file.exists():
         found = read_options(root)
@@ -143,14 +192,12 @@ def open_store(root: Path, options: Options) -> None:
             f"{_title(options.classes)} are wanted; choose another --store.",
         )
     else:
-        checks.require(
-            not root.exists() or not any(root.iterdir()),
-            f"the folder {root} holds other files; choose an empty or new --store.",
-        )
-        root.mkdir(parents=True, exist_ok=True)
         write_json(file, {"format": FORMAT, "options": options.to_json()})
     for left in root.glob(f"{PARTIAL}*"):
-        shutil.rmtree(left)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)  # its run may be about to end
+        else:
+            left.unlink()
 
 
 def read_options(root: Path) -> Options:
@@ -215,12 +262,9 @@ def balanced_crop(
     """
     box = case.foreground(air)
     want_foreground = rng.random() < foreground_ratio
-    kinds = (
-        case.voxels["foreground"],
-        case.voxels["background"][case.voxels["background_hu"] > air],
-    )
-    wanted, other = kinds if want_foreground else kinds[::-1]
-    voxels = wanted if len(wanted) else other
+    voxels = case.centres(labelled=want_foreground, air=air)
+    if not len(voxels):
+        voxels = case.centres(labelled=not want_foreground, air=air)
     if len(voxels):
         centre = voxels[rng.integers(len(voxels))].tolist()
     else:
@@ -231,6 +275,17 @@ def balanced_crop(
         first = min(max(c - side // 2, within.start), last)
         region.append(slice(first, min(first + side, within.stop)))
     return transforms.pad(case.read(region), shape=shape, air=air)
+
+
+def _int16(members, name):
+    """Read an array of an open .npz file, flat.
+
+    `numpy.load` has Python parse the header, which fails at times where several threads
+    do so at once (CPython 3.11: "AST constructor recursion depth mismatch").
+    """
+    content = members.read(f"{name}.npy")
+    start = 10 + int.from_bytes(content[8:10], "little")
+    return np.frombuffer(content, "<i2", offset=start)
 
 
 def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) -> dict:
@@ -269,9 +324,17 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
 
 def write_json(file: Path, content) -> None:
     """Replace a JSON file as a whole."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, file)
+    write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    partial = file.with_name(f"{PARTIAL}{file.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _voxels(sample):
@@ -333,7 +396,7 @@ def _create(path, array):
     return tensorstore.open(spec).result()
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)  # 10 kB each; opening takes 0.3 ms
 def _open(path):
     return tensorstore.open(_spec(path), read=True).result()
 
@@ -356,7 +419,7 @@ def read_json(file: Path):
 def _readable(path):
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         reason = " ".join(str(error).split())[:200]
         raise checks.UserError(
             f"{path} of the store cannot be read ({reason}); remove this case's folder "

@@ -20,7 +20,9 @@ from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.data import nifti
 
 SPLITS = ("train", "val", "test")
-SUFFIX = ".nii.gz"
+SUFFIX, META = ".nii.gz", "meta.csv"
+RESERVED = (META, "store.json", "report.json", "report.html")  # files of a store
+LONGEST = 200  # bytes of an id; file systems take 255 with what is added to it
 CLASS = "{class}"  # stands for the name of a class in the path of masks
 
 
@@ -46,6 +48,7 @@ class Sample:
         overlapping: claims of masks to voxels that another mask has too.
         source_shape: shape of the file's array, in its own axes.
         source_affine: [4, 4] of the file.
+        notes: what a user should know about the CT's file.
     """
 
     image: np.ndarray
@@ -55,6 +58,7 @@ class Sample:
     overlapping: int = 0
     source_shape: tuple[int, ...] = ()
     source_affine: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
 
 def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
@@ -87,7 +91,7 @@ def read_meta(root: Path, *, refused: dict[str, str] | None = None) -> dict[str,
     reason} enters it, and the others are read. Of a repeated id no line is used, since
     its split is unknown.
     """
-    path = root / "meta.csv"
+    path = root / META
     checks.require(
         root.is_dir(),
         f"data folder {root} does not exist; download TotalSegmentator-V2 from "
@@ -99,41 +103,59 @@ def read_meta(root: Path, *, refused: dict[str, str] | None = None) -> dict[str,
         f"{path} does not exist, but names the split of every case; the folder must be "
         f"laid out as TotalSegmentator-V2 downloads ({labels.RECORD}).",
     )
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=";")
-        columns = reader.fieldnames or []
-        for column in ("image_id", "split"):
+    columns, rows = _table(path)
+    for column in ("image_id", "split"):
+        checks.require(
+            column in columns,
+            f"{path} has the columns {columns}, but needs {column!r}; columns are "
+            "separated by semicolons.",
+        )
+    splits = {}
+    for line, row in enumerate(rows, start=2):
+        name, split = (row["image_id"] or "").strip(), (row["split"] or "").strip()
+        where = f"line {line} of {path}"
+        used = where
+        try:
+            require_id(f"{where}: image_id", name)
+            used = name
             checks.require(
-                column in columns,
-                f"{path} has the columns {columns}, but needs {column!r}; columns are "
-                "separated by semicolons.",
+                name not in splits,
+                f"{where} repeats the image_id {name!r}; remove it.",
             )
-        splits = {}
-        for line, row in enumerate(reader, start=2):
-            name, split = (row["image_id"] or "").strip(), (row["split"] or "").strip()
-            where = f"line {line} of {path}"
-            used = where
-            try:
-                require_id(f"{where}: image_id", name)
-                used = name
-                checks.require(
-                    name not in splits,
-                    f"{where} repeats the image_id {name!r}; remove it.",
-                )
-                checks.one_of(f"the split of {name!r} on {where}", split, SPLITS)
-                splits[name] = split
-            except checks.UserError as error:
-                if refused is None:
-                    raise
-                refused[used] = str(error)
+            checks.one_of(f"the split of {name!r} on {where}", split, SPLITS)
+            splits[name] = split
+        except checks.UserError as error:
+            if refused is None:
+                raise
+            refused[used] = str(error)
     return {n: split for n, split in splits.items() if n not in (refused or {})}
 
 
-def require_id(what: str, name: str) -> None:
-    """Raise `UserError` unless `name` can be the name of a case's folder."""
+def _table(path):
+    """Return columns and rows of meta.csv."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=";")
+            return list(reader.fieldnames or ()), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise checks.UserError(
+            f"{path} cannot be read: {error}; save it as CSV in UTF-8."
+        ) from error
+
+
+def require_id(what: str, name: object) -> None:
+    """Raise `UserError` unless `name` can be the name of a case's folder in a store."""
     checks.require(
-        name.strip(".") != "" and not set(name) & set("/\\:;\0"),
-        f"{what} is {name!r}, but must be the plain name of a folder, such as 's0001'.",
+        isinstance(name, str)
+        and name.strip() == name != ""
+        and name.isprintable()
+        and name[0] != "."
+        and not set(name) & set("/\\:;")
+        and name.lower() not in RESERVED
+        and len(name.encode()) <= LONGEST,
+        f"{what} is {name!r}, but must be the plain name of a folder, such as 's0001': "
+        f"at most {LONGEST} bytes, no leading dot, none of / \\ : ; and none of "
+        f"{', '.join(RESERVED)}. Rename the case.",
     )
 
 
@@ -142,13 +164,11 @@ def add_to_meta(root: Path, splits: dict[str, str]) -> None:
 
     The file is written as the real one, with a byte-order mark, and appears complete.
     """
-    path = root / "meta.csv"
+    path = root / META
     columns, rows = ["image_id", "split"], []
     if path.is_file():
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=";")
-            rows = [row for row in reader if row["image_id"] not in splits]
-            columns = list(reader.fieldnames)
+        columns, found = _table(path)
+        rows = [row for row in found if row["image_id"] not in splits]
     rows += [{"image_id": name, "split": split} for name, split in splits.items()]
     with tempfile.TemporaryDirectory(dir=root, prefix=".") as folder:
         partial = Path(folder) / path.name
@@ -165,7 +185,8 @@ def load_case(
     """Read the CT and the labels of a case, reoriented to RAS.
 
     Masks are merged in the order of the class map; where they overlap, the later class
-    wins, as in TotalSegmentator's own converter.
+    wins, as in TotalSegmentator's own converter. Masks of classes that are not kept
+    take part as background, if they are there.
 
     Args:
         case: its files.
@@ -181,9 +202,7 @@ def load_case(
     if CLASS in str(case.segmentation):
         label, overlapping = _merge_masks(case.segmentation, ct, classes, kept)
     else:
-        volume = nifti.load_labels(case.segmentation, classes=classes)
-        nifti.require_same_grid(volume, ct)
-        label = volume.array
+        label = nifti.load_labels(case.segmentation, classes=classes, on=ct).array
         if kept != classes:
             ids = {name: i for i, name in enumerate(kept.names)}
             table = [ids.get(name, 0) for name in classes.names]
@@ -196,13 +215,14 @@ def load_case(
         overlapping,
         ct.source_shape,
         ct.source_affine,
+        ct.notes,
     )
 
 
 def _merge_masks(
     masks: Path, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
 ) -> tuple[np.ndarray, int]:
-    """Return the labels, and the number of voxels that several masks claim."""
+    """Return the labels, and how often a mask claims a voxel that is labelled."""
     wanted, first, last = classes.names[1:], *str(masks).split(CLASS)
     names = [str(p).removeprefix(first).removesuffix(last) for p in _files(masks)]
     for name in names:
@@ -218,13 +238,14 @@ def _merge_masks(
         f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; an absent "
         "structure needs an empty mask, so download the case again.",
     )
+    ids = {name: i for i, name in enumerate(kept.names)}
     label, claimed = np.zeros(ct.array.shape, np.uint8), 0
-    for number, name in enumerate(kept.names[1:], start=1):
-        mask = nifti.load_mask(f"{first}{name}{last}")
-        nifti.require_same_grid(mask, ct)
-        claimed += int(np.count_nonzero(mask.array))
-        label[mask.array] = number
-    return label, claimed - int(np.count_nonzero(label))
+    start = wanted.index(kept.names[1])  # background on background changes nothing
+    for name in (name for name in wanted[start:] if name in names):
+        mask = nifti.load_mask(f"{first}{name}{last}", on=ct).array
+        claimed += int(np.count_nonzero(label[mask]))
+        label[mask] = ids.get(name, 0)
+    return label, claimed
 
 
 def _title(classes):

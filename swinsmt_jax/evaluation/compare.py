@@ -45,14 +45,27 @@ class Difference:
     cases: int
 
 
-def compare(first: str | Path, second: str | Path) -> list[Difference]:
-    """Compare two evaluations: folders with results.json, or such files.
+def compare(
+    first: str | Path, second: str | Path, *, split: str = "test"
+) -> list[Difference]:
+    """Compare two evaluations.
+
+    Args:
+        first, second: results.json, its folder, or that of a run, of which
+            eval_<split> is taken.
+        split: for the folders of runs.
 
     Raises:
-        UserError: for files that are no results, and evaluations that have other cases
-            or other groups.
+        UserError: for files that are no results, and evaluations of other splits,
+            cases, groups, or classes of any case.
     """
-    one, other = _read(first), _read(second)
+    one, other = _read(Path(first), split), _read(Path(second), split)
+    splits = [content.get("split") for content in (one, other)]
+    checks.require(
+        splits[0] == splits[1],
+        f"{first} evaluated the split {splits[0]!r} and {second} {splits[1]!r}; "
+        "compare evaluations of the same split.",
+    )
     checks.require(
         one["cases"].keys() == other["cases"].keys(),
         f"{first} and {second} evaluated other cases, so they cannot be paired; they "
@@ -65,6 +78,15 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
         "again with the same --groups.",
     )
     names = list(one["cases"])
+    for name in names:
+        known = [_scored(content["cases"][name]).keys() for content in (one, other)]
+        alone = sorted(known[0] ^ known[1])
+        checks.require(
+            not alone,
+            f"only one of {first} and {second} scored {len(alone)} classes of the case "
+            f"{name!r}: {', '.join(alone[:5])}{', ...' if len(alone) > 5 else ''}. "
+            "Their truths or classes differ; evaluate both on the same data.",
+        )
     groups = {**one["groups"], "overall": None}
     found = [
         _difference(
@@ -158,14 +180,18 @@ def _holm(p_values):
 
 def _mean(case, classes):
     """Mean Dice over the classes that a case has; NaN if it has none."""
-    dice = case["dice"]
-    values = [dice[name] for name in (classes or dice) if dice.get(name) is not None]
+    dice = _scored(case)
+    values = [dice[name] for name in (classes or dice) if name in dice]
     return float(np.mean(values)) if values else float("nan")
 
 
-def _read(path):
-    path = Path(path)
-    file = path / FILE if path.is_dir() else path
+def _scored(case):
+    return {name: dice for name, dice in case["dice"].items() if dice is not None}
+
+
+def _read(path, split):
+    places = path / FILE, path / f"eval_{split}" / FILE, path
+    file = next((file for file in places if file.is_file()), path)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         content["cases"], content["groups"]  # noqa: B018 - KeyError if absent
@@ -173,5 +199,5 @@ def _read(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise checks.UserError(
             f"{file} holds no results of an evaluation ({error!r}); give the folder "
-            "that evaluate.py wrote, such as runs/x/eval_test."
+            "that evaluate.py wrote, such as runs/x/eval_test, or runs/x and --split."
         ) from error

@@ -96,7 +96,8 @@ def write_overview(
                 _draw(axis, view, labels, palette, hu_range)
                 axis.set_title(f"{view.plane}, {name}", color=INK, fontsize=9)
         caption = case.name if len(cases) == 1 else f"{rank}: {case.name}"
-        line[0].set_ylabel(f"{caption}\nmean Dice {case.dice:.3f}", color=INK)
+        caption = f"{caption}\nmean Dice {case.dice:.3f}"
+        line[0].set_ylabel(caption, color=INK, parse_math=False)  # names may hold a $
     figure.tight_layout(pad=0.6)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", facecolor="black")

@@ -1,9 +1,16 @@
 """Evaluate label maps in files, of this or any other tool, on the same footing."""
 
-import time
-from collections.abc import Iterator, Sequence
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
@@ -12,10 +19,12 @@ from swinsmt_jax.data import nifti, totalsegmentator
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.totalsegmentator import Case
 from swinsmt_jax.evaluation import pictures, report
-from swinsmt_jax.evaluation.run import Segmented, SurfaceRule, score
+from swinsmt_jax.evaluation.pictures import CaseViews
+from swinsmt_jax.evaluation.run import CaseResult, Segmented, SurfaceRule, score
 
 HU_RANGE = (-1024.0, 1024.0)  # of the picture
 SUFFIXES = (".nii.gz", ".nii")
+MOST_WORKERS = 8  # unless told otherwise: each holds a whole case in memory
 
 
 def evaluate_predictions(
@@ -29,21 +38,26 @@ def evaluate_predictions(
     description: str = "",
     limit: int = 0,
     surface_rule: SurfaceRule | None = None,
+    workers: int = 0,
 ) -> str:
     """Compare label files with the truth, write all results, and return the Dice table.
 
     Args:
-        folder: holds <case>.nii.gz or <case>.nii with label ids on the CT's grid.
+        folder: holds what `load_prediction` reads for each case: <case>.nii.gz,
+            <case>.nii, or the folder <case> with a mask for each class.
         root: of the dataset with the truth.
         groups: JSON file as in `labels.load_groups`; None takes the dataset's.
         description: of the dataset, as in `dataset.open_dataset`.
         split, rule, output, limit, surface_rule: as in `report.evaluate_split`.
+        workers: processes that share the cases; 0 takes one for each CPU core, up to
+            `MOST_WORKERS`. Cores that are left measure surfaces.
 
     Raises:
         UserError: for a prediction that is missing, lies on another grid or holds other
             ids, and as `report.evaluate_split`.
     """
     checks.in_range("limit", limit, 0, 10**9)
+    checks.in_range("workers", workers, 0, 1024)
     dataset = open_dataset(root, description=description)
     for reason in dataset.refused.values():
         raise checks.UserError(reason)
@@ -55,10 +69,17 @@ def evaluate_predictions(
         groups = labels.load_groups(groups, names=classes.names)
     files = [_file(folder, case) for case in cases]
     report.make_folder(output)
-    results, views = [], []
-    for segmented in _read(cases, files, classes, surface_rule):
-        results.append(segmented.result)
-        views.append(pictures.views_of(segmented))
+    cores = len(os.sched_getaffinity(0))
+    workers = min(len(cases), workers or min(cores, MOST_WORKERS))
+    evaluate = partial(
+        _evaluate,
+        classes=classes,
+        surface_rule=surface_rule,
+        threads=max(1, cores // workers),
+    )
+    found = _each(evaluate, cases, files, workers)
+    found = list(tqdm(found, "evaluating", total=len(cases), unit="case"))
+    results, views = zip(*found, strict=True)
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
     about |= report.about_surfaces(surface_rule)
     return report.write_results(
@@ -75,45 +96,108 @@ def evaluate_predictions(
     )
 
 
-def _read(
-    cases: Sequence[Case],
-    files: Sequence[Path],
-    classes: ClassMap,
-    surface_rule: SurfaceRule | None,
-) -> Iterator[Segmented]:
-    bar = tqdm(
-        zip(cases, files, strict=True), "evaluating", total=len(cases), unit="case"
+def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.ndarray:
+    """Read label ids, uint8 `[X, Y, Z]`, on the grid of a scan.
+
+    Args:
+        path: a file of label ids, or a folder with <class>.nii.gz or <class>.nii for
+            each class, as TotalSegmentator and `predict.py --masks` write it. Of masks
+            that overlap the later class wins; a class without a mask is nowhere.
+        classes: the names of the ids.
+        like: the scan.
+
+    Raises:
+        UserError: for files that cannot be read, lie on another grid, or hold other ids
+            or classes.
+    """
+    if not path.is_dir():
+        volume = nifti.load_labels(path, classes=classes)
+        nifti.require_same_grid(volume, like)
+        return volume.array
+    masks, wanted = masks_in(path), classes.names[1:]
+    for name, file in masks.items():
+        checks.require(
+            name in wanted,
+            f"{file} is a mask of none of the {len(wanted)} classes."
+            f"{checks.did_you_mean(name, wanted)}",
+        )
+    checks.require(bool(masks), f"{path} holds no masks, such as {wanted[0]}.nii.gz.")
+    missing = [name for name in wanted if name not in masks]
+    if missing:
+        logging.warning(
+            "%s has no mask of %d classes, which count as predicted nowhere: %s%s",
+            path,
+            len(missing),
+            ", ".join(missing[:5]),
+            ", ..." if len(missing) > 5 else "",
+        )
+    labels = np.zeros(like.array.shape, np.uint8)
+    for number, name in enumerate(classes.names):
+        if name in masks:
+            mask = nifti.load_mask(masks[name])
+            nifti.require_same_grid(mask, like)
+            labels[mask.array] = number
+    return labels
+
+
+def masks_in(folder: Path) -> dict[str, Path]:
+    """Return {class: file} of a folder of masks; hidden files are none."""
+    return {
+        file.name.removesuffix(suffix): file
+        for suffix in SUFFIXES
+        for file in sorted(folder.glob(f"[!.]*{suffix}"))
+    }
+
+
+def _each(
+    evaluate: Callable, cases: Sequence[Case], files: Sequence[Path], workers: int
+) -> Iterator[tuple[CaseResult, CaseViews]]:
+    """Yield what is found in each case, in their order, by so many processes."""
+    if workers == 1:
+        yield from map(evaluate, cases, files)
+        return
+    fresh = multiprocessing.get_context("spawn")  # JAX has threads: forking may hang
+    try:
+        with ProcessPoolExecutor(workers, mp_context=fresh) as pool:
+            yield from pool.map(evaluate, cases, files)
+    except BrokenProcessPool as error:
+        raise checks.UserError(
+            "a process that evaluates cases was killed, mostly because memory ran out: "
+            f"give fewer than --workers={workers}."
+        ) from error
+
+
+def _evaluate(case, file, *, classes, surface_rule, threads):
+    """Return result and views of a case."""
+    truth = totalsegmentator.load_case(case, classes=classes)
+    scan = nifti.Volume(
+        truth.image, truth.affine, truth.source_affine, truth.source_shape, case.ct
     )
-    for case, file in bar:
-        start = time.perf_counter()
-        truth = totalsegmentator.load_case(case, classes=classes)
-        prediction = nifti.load_labels(file, classes=classes)
-        nifti.require_same_grid(prediction, nifti.load_ct(case.ct))
-        spacing = nifti.spacing_of(truth.affine)
-        result = score(
-            case.name,
-            prediction.array,
-            truth.label,
-            seconds=time.perf_counter() - start,
-            spacing=spacing,
-            num_classes=classes.num_classes,
-            surface_rule=surface_rule,
-        )
-        low, high = HU_RANGE
-        yield Segmented(
-            result,
-            ((truth.image - low) / (high - low)).clip(0, 1).astype("f4"),
-            truth.label,
-            prediction.array,
-            spacing,
-        )
+    prediction = load_prediction(file, classes=classes, like=scan)
+    result = score(
+        case.name,
+        prediction,
+        truth.label,
+        seconds=math.nan,
+        spacing=scan.spacing,
+        num_classes=classes.num_classes,
+        surface_rule=surface_rule,
+        workers=threads,
+    )
+    low, high = map(np.float32, HU_RANGE)
+    image = ((truth.image - low) / (high - low)).clip(0, 1)
+    segmented = Segmented(result, image, truth.label, prediction, scan.spacing)
+    return result, pictures.views_of(segmented)
 
 
 def _file(folder: Path, case: Case) -> Path:
     for suffix in SUFFIXES:
         if (folder / f"{case.name}{suffix}").is_file():
             return folder / f"{case.name}{suffix}"
-    raise checks.UserError(
-        f"{folder} has no prediction of case {case.name!r}: neither {case.name}.nii.gz "
-        f"nor {case.name}.nii. Predict it, or evaluate fewer cases with --limit."
+    checks.require(
+        (folder / case.name).is_dir(),
+        f"{folder} has no prediction of case {case.name!r}: no {case.name}.nii.gz, "
+        f"{case.name}.nii or folder {case.name} of masks. Predict it, or evaluate "
+        "fewer cases with --limit.",
     )
+    return folder / case.name

@@ -70,6 +70,7 @@ def evaluate_split(
         "blend": config.inference.blend,
         "mirror": mirror,
         "spacing": config.data.spacing,
+        "dtype": config.model.dtype,
         "device": jax.devices()[0].device_kind,
         **cost(config, results),
         **about_surfaces(surface_rule),
@@ -189,7 +190,7 @@ def _segment(predict, config, cases, split, surface_rule):
         predict,
         config,
         bar,
-        sharding=run.batch_sharding(config.inference.window_batch),
+        sharding=run.batch_sharding(),
         surface_rule=surface_rule,
     )
     return [(case.result, pictures.views_of(case)) for case in segmented]

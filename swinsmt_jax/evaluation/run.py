@@ -1,5 +1,12 @@
-"""Run a network over the cases of a split and count what it got right."""
+"""Run a network over the cases of a split and count what it got right.
 
+A class that the truth of a case lacks has no score there, whatever was predicted; one
+that is present but not predicted scores 0. That is the rule of TotalSegmentator's
+resources/evaluate.py, for Dice and surface Dice alike. What is predicted though absent
+is counted apart. Labels are compared on the scan's own grid.
+"""
+
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,14 +14,18 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from flax import nnx
 
 from swinsmt_jax import checks, metrics
+from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import surface
 from swinsmt_jax.inference import Predict, predict_labels
 from swinsmt_jax.metrics import Counts
 from swinsmt_jax.training import processes
+from swinsmt_jax.training.state import abstract_model, split
 
 PICTURES = 3  # cases drawn in a validation
 
@@ -39,7 +50,7 @@ class CaseResult:
     Attributes:
         name: the case's id.
         counts: voxels of each class in prediction, truth and both.
-        seconds: time of the prediction, without reading the case.
+        seconds: time of the prediction, without reading the case; NaN if unknown.
         surface: normalised surface Dice of each class, as `surface.surface_dice` gives
             it; None if it was not measured.
     """
@@ -91,6 +102,23 @@ def predict_fn(model: Callable, *, exchanged: np.ndarray | None = None) -> Predi
     return lambda windows: _apply_mirrored(model, windows, exchanged)
 
 
+def computing_in(
+    dtype: str | None, config: ExperimentConfig, model: nnx.Module
+) -> tuple[ExperimentConfig, nnx.Module]:
+    """Return config and network for matrix products and convolutions in another dtype.
+
+    Parameters stay as they are. None changes nothing.
+
+    Raises:
+        UserError: for a dtype that networks do not have.
+    """
+    if dtype is None:
+        return config, model
+    network = dataclasses.replace(config.model, dtype=dtype)
+    model = nnx.merge(abstract_model(network)[0], split(model)[1])
+    return dataclasses.replace(config, model=network), model
+
+
 def exchanged_of(config: ExperimentConfig) -> np.ndarray:
     """Return the id of each class' counterpart on the other side, `[K]`.
 
@@ -99,7 +127,7 @@ def exchanged_of(config: ExperimentConfig) -> np.ndarray:
     """
     count = config.model.out_channels
     exchanged = np.arange(count)
-    known = pipeline.class_map(config.data).exchanged()[:count]
+    known = ClassMap(pipeline.class_names(config.data)).exchanged()[:count]
     exchanged[: len(known)] = known
     checks.require(
         bool(exchanged.max() < count),
@@ -130,7 +158,7 @@ def segment_cases(
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
         config: of the experiment whose network `predict` is.
         cases: as from `pipeline.find_cases`.
-        sharding: of the batches of windows.
+        sharding: of the batches of windows, filled as `windows_per_call` says.
         surface_rule: how surfaces are compared; None leaves that out.
 
     Raises:
@@ -156,7 +184,7 @@ def segment_cases(
             num_classes=num_classes,
             overlap=config.inference.overlap,
             blend=config.inference.blend,
-            window_batch=config.inference.window_batch,
+            window_batch=windows_per_call(config, sharding),
             sharding=sharding,
             positions=volume["positions"],
             accumulate=config.inference.accumulate,
@@ -184,8 +212,12 @@ def score(
     spacing: Sequence[float],
     num_classes: int,
     surface_rule: SurfaceRule | None,
+    workers: int | None = None,
 ) -> CaseResult:
-    """Compare two label maps `[X, Y, Z]` of a case, with voxels of `spacing` mm."""
+    """Compare two label maps `[X, Y, Z]` of a case, with voxels of `spacing` mm.
+
+    `workers` as in `surface.surface_dice`; the rest as in `CaseResult`.
+    """
     counts = metrics.overlap_counts(prediction, truth, num_classes=num_classes)
     found = None
     if surface_rule is not None:
@@ -195,6 +227,7 @@ def score(
             spacing=surface_rule.spacing or spacing,
             num_classes=num_classes,
             tolerance=surface_rule.tolerance,
+            workers=workers,
         )
     return CaseResult(name, counts, seconds, found)
 
@@ -269,16 +302,34 @@ def known_groups(
     return {name: ids for name, ids in known.items() if ids}
 
 
-def batch_sharding(window_batch: int) -> jax.sharding.Sharding | None:
-    """Divide batches of windows over this process's devices; None if one is enough.
+def batch_sharding() -> jax.sharding.Sharding | None:
+    """Divide batches of windows over all of this process's devices; None if it is one.
 
-    Takes the largest number of devices that divides the batch, so that the default of
-    one window per call runs on one device.
+    Batches are then of `windows_per_call`.
     """
     devices = jax.local_devices()
-    count = max(n for n in range(1, len(devices) + 1) if window_batch % n == 0)
-    if count == 1:
+    if len(devices) == 1:
         return None
     axis = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((count,), ("data",), axis_types=axis, devices=devices[:count])
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=axis, devices=devices)
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+
+def windows_per_call(
+    config: ExperimentConfig, sharding: jax.sharding.Sharding | None
+) -> int:
+    """Round inference.window_batch up, so that every device of `sharding` works."""
+    wanted, devices = config.inference.window_batch, 1
+    if sharding is not None:
+        devices = sharding.num_devices
+    batch = -(-wanted // devices) * devices
+    if batch != wanted:
+        logging.log_first_n(
+            logging.INFO,
+            "inference.window_batch is raised from %d to %d for %d devices.",
+            1,
+            wanted,
+            batch,
+            devices,
+        )
+    return batch

@@ -147,7 +147,7 @@ def write_per_case(
                 (present & (counts.predicted[1:] == 0)).sum(),
                 metrics.false_positive_classes(counts).sum(),
                 _number(mean_surface(result)),
-                f"{result.seconds:.2f}",
+                seconds(result, digits=2),
             ]
         )
     _write_csv(path, header, rows)
@@ -265,6 +265,11 @@ def _percent(value: float) -> str:
 def _interval(ends: tuple[float, float]) -> str:
     low, high = ends
     return "-" if math.isnan(low) else f"{100 * low:.1f}-{100 * high:.1f}"
+
+
+def seconds(result: CaseResult, *, digits: int) -> str:
+    """Return a case's seconds as text, empty where nothing was segmented."""
+    return "" if math.isnan(result.seconds) else f"{result.seconds:.{digits}f}"
 
 
 def _number(value: float) -> str:

@@ -87,7 +87,7 @@ def _cases(results):
                     present.sum(),
                     (present & (counts.predicted[1:] == 0)).sum(),
                     metrics.false_positive_classes(counts).sum(),
-                    f"{result.seconds:.1f}",
+                    tables.seconds(result, digits=1),
                 ]
             )
         )

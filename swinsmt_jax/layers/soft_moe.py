@@ -12,14 +12,15 @@ from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.experts import Experts
 from swinsmt_jax.layers.linear import fold_in
+from swinsmt_jax.network_config import dtype_name
 from swinsmt_jax.ops import soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
-from swinsmt_jax.swin_config import ROUTING, SLOTS
+from swinsmt_jax.swin_config import ROUTING, SLOTS, slot_count
 
-# Weights of a sample above which "auto" streams. On a CPU streaming is faster from 2^21
-# on (benchmarks/soft_moe.py), but up to 4,096 tokens, those of a 64^3 patch, the dense
-# form rounds as PyTorch does (benchmarks/parity.py). On accelerators: not measured.
-DENSE_ON_CPU = 2**24
+# Weights of a sample above which "auto" streams: those of 1,448 tokens with dynamic
+# slots on a CPU, where streaming is faster from there on (benchmarks/soft_moe.py), and
+# of 4,096 tokens, a 64^3 patch, on an accelerator: not measured.
+DENSE_ON_CPU = 2**21
 DENSE_ON_ACCELERATOR = 2**24
 
 Routing = soft_routing.RoutingWeights | soft_routing.RoutingStatistics
@@ -36,13 +37,17 @@ class SoftMoE(nnx.Module):
             in the Soft MoE paper.
         slots_per_expert: S of learned slots.
         routing: "dense" makes the weights of all tokens and slots; "streaming" never
-            holds more than a block of them, forward and backward; "auto" takes what
-            is faster for the number of tokens. Equal up to rounding. "cudnn" streams by
-            cuDNN's kernel, with logits of bfloat16 operands, where its limits allow.
+            holds more than a block of them, forward and backward; "auto" streams
+            above `DENSE_ON_CPU` or `DENSE_ON_ACCELERATOR` weights of a sample. Equal up
+            to rounding. "cudnn" streams by cuDNN's kernel, with logits of bfloat16
+            operands, where its limits allow.
         hidden: channels inside an expert; 4 C if not given.
         dropout_rate: inside the experts.
         dtype: of the experts and of the weighted averages; routing is float32.
         rngs: initialises the parameters.
+
+    Raises:
+        UserError: for an option that is impossible.
     """
 
     def __init__(
@@ -58,9 +63,16 @@ class SoftMoE(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
+        checks.positive("channels", channels)
         checks.positive("num_experts", num_experts)
         checks.one_of("slots", slots, SLOTS)
+        slot_count("slots_per_expert", slots, slots_per_expert)
         checks.one_of("routing", routing, ROUTING)
+        hidden = 4 * channels if hidden is None else hidden
+        checks.positive("hidden", hidden)
+        checks.in_range("dropout_rate", dropout_rate, 0.0, 1.0)
+        dtype = dtype_name("dtype", dtype)
+        self.channels = channels
         self.num_experts = num_experts
         self.slots = slots
         self.routing = routing
@@ -72,7 +84,6 @@ class SoftMoE(nnx.Module):
             )
             self.slot_gamma = initializers.constant(1.0, (channels,))
         else:
-            checks.positive("slots_per_expert, with learned slots,", slots_per_expert)
             self.slot_embeds = initializers.normal(
                 rngs, (num_experts, slots_per_expert, channels)
             )
@@ -80,7 +91,7 @@ class SoftMoE(nnx.Module):
         self.experts = Experts(
             channels,
             num_experts=num_experts,
-            hidden=hidden or 4 * channels,
+            hidden=hidden,
             dropout_rate=dropout_rate,
             dtype=dtype,
             rngs=rngs,
@@ -121,9 +132,10 @@ class SoftMoE(nnx.Module):
                 routing is dense; "statistics" the `RoutingStatistics`, which stream.
 
         Raises:
-            UserError: for a wrong rank, or fewer tokens than experts.
+            UserError: for a wrong shape of tokens or mask, and fewer tokens than
+                experts.
         """
-        self._check(x, return_routing)
+        self._check(x, mask, return_routing)
         with jax.named_scope("routing"):
             tokens = rms_norm(x, self.gamma[...])
             slots = self.slot_embeddings(tokens, mask=mask)
@@ -149,9 +161,12 @@ class SoftMoE(nnx.Module):
                 dispatch=soft_routing.dispatch_weights(logits, token_mask=token_mask),
                 combine=soft_routing.combine_weights(logits, slot_mask=slot_mask),
             )
-        inputs = soft_routing.dispatch(weights.dispatch, tokens.astype(self.dtype))
-        outputs = self.experts(inputs, key=key)
-        return soft_routing.combine(weights.combine, outputs), weights
+        with jax.named_scope("dispatch"):
+            inputs = soft_routing.dispatch(weights.dispatch, tokens.astype(self.dtype))
+        with jax.named_scope("experts"):
+            outputs = self.experts(inputs, key=key)
+        with jax.named_scope("combine"):
+            return soft_routing.combine(weights.combine, outputs), weights
 
     def _streaming(self, tokens, slots, key, *, token_mask, slot_mask):
         cudnn = self.routing == "cudnn"
@@ -160,7 +175,8 @@ class SoftMoE(nnx.Module):
             inputs = soft_routing.dispatch_streaming(
                 tokens, slots, values, token_mask=token_mask, cudnn=cudnn
             )
-        outputs = self.experts(inputs, key=key, sparing=True)
+        with jax.named_scope("experts"):
+            outputs = self.experts(inputs, key=key, sparing=True)
         with jax.named_scope("combine"):
             return soft_routing.combine_streaming(
                 tokens, slots, outputs, slot_mask=slot_mask, cudnn=cudnn
@@ -173,10 +189,17 @@ class SoftMoE(nnx.Module):
         limit = DENSE_ON_CPU if jax.default_backend() == "cpu" else DENSE_ON_ACCELERATOR
         return tokens * e * s > limit
 
-    def _check(self, x, return_routing):
+    def _check(self, x, mask, return_routing):
         checks.require(
-            x.ndim == 3,
-            f"tokens have shape {x.shape}, but must be [B, N, C].",
+            x.ndim == 3 and x.shape[2] == self.channels and 0 not in x.shape,
+            f"tokens have shape {x.shape}, but must be [B, N, C] with C = "
+            f"{self.channels} channels, and at least one of each.",
+        )
+        given = (getattr(mask, "dtype", None), getattr(mask, "shape", None))
+        checks.require(
+            mask is None or given == (bool, x.shape[:2]),
+            f"mask is of dtype and shape {given}, but must be bool [B, N] = "
+            f"{x.shape[:2]}.",
         )
         checks.require(
             self.slots == "learned" or x.shape[1] >= self.num_experts,

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from swinsmt_jax.ops.manual_axes import vary_alike
+
 # Queries and keys of a block. A CPU wants it in its cache, an accelerator wants few
 # and large matrix products; benchmarks/soft_moe.py measures.
 CPU_BLOCK = (512, 1024)
@@ -31,6 +33,19 @@ class Softmax(NamedTuple):
 
     largest: jax.Array
     total: jax.Array
+
+    def greatest_weight(self) -> jax.Array:
+        """Weight of the key of the largest logit, and 0 without keys, [B, Q]."""
+        return _inverse(self.total)
+
+    def entropy(self, mean_logit: jax.Array) -> jax.Array:
+        """Entropy of the weights, given their average of the logits, [B, Q].
+
+        That is logsumexp(logits) - mean_logit. Where large logits make the difference
+        a rounding below 0, and for a query without keys, it is 0.
+        """
+        entropy = self.largest - mean_logit + jnp.log(jnp.maximum(self.total, 1))
+        return jnp.where(self.total > 0, jnp.maximum(entropy, 0), 0)
 
 
 def attend(
@@ -56,12 +71,13 @@ def attend(
     Returns:
         [B, Q, V] in the values' dtype.
     """
-    return _attend(queries, keys, values, key_mask)
+    return _attend(*vary_alike(queries, keys, values, key_mask))
 
 
 def attend_with_softmax(queries, keys, values, *, key_mask=None):
     """Return `attend`'s averages, in float32, and the `Softmax`; not differentiable."""
-    out, softmax = _on_each_platform(_forward, queries, keys, values, key_mask)
+    operands = vary_alike(queries, keys, values, key_mask)
+    out, softmax = _on_each_platform(_forward, *operands)
     return lax.stop_gradient(out), lax.stop_gradient(softmax)
 
 
@@ -113,8 +129,6 @@ def _forward(block, queries, keys, values, key_mask):
     key_blocks = _key_blocks(keys, values, key_mask, key_block)
 
     def of_queries(rows):
-        shape = rows.shape[:2]
-
         def add_keys(carry, columns):
             largest, total, out = carry
             key, value, kept = columns
@@ -129,11 +143,9 @@ def _forward(block, queries, keys, values, key_mask):
             out = out * shrink[..., None] + _product("bqk,bkv->bqv", weights, value)
             return (new, total * shrink + weights.sum(-1), out), None
 
-        start = (
-            jnp.full(shape, LOWEST, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros((*shape, values.shape[-1]), jnp.float32),
-        )
+        zeros = jnp.zeros_like(rows[..., 0], jnp.float32)  # varies as the rows do
+        out = jnp.broadcast_to(zeros[..., None], (*zeros.shape, values.shape[-1]))
+        start = (jnp.full_like(zeros, LOWEST), zeros, out)
         (largest, total, out), _ = lax.scan(add_keys, start, key_blocks)
         return out * _inverse(total)[..., None], largest, total
 

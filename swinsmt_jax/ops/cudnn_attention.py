@@ -5,13 +5,32 @@ tenths: benchmarks/soft_moe.py measures what becomes of that. So it is a choice 
 own, and never made for the user.
 """
 
+import re
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from absl import logging
 
 from swinsmt_jax.ops import blockwise_attention
 
-MOST_CHANNELS = 128  # of a head, with gradients, on Ampere and later
+
+class Device(NamedTuple):
+    """What decides whether cuDNN's kernel runs.
+
+    Attributes:
+        platform: "gpu" for NVIDIA's and AMD's.
+        capability: NVIDIA's compute capability such as "9.0", or None.
+    """
+
+    platform: str
+    capability: str | None = None
+
+
+def this_device() -> Device:
+    """Return the device on which jax computes."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    return Device(jax.default_backend(), capability)
 
 
 def refusal(
@@ -20,20 +39,35 @@ def refusal(
     values: jax.Array,
     *,
     key_mask: jax.Array | None = None,
+    device: Device,
 ) -> str | None:
-    """Return why cuDNN cannot take these [B, N, C], or None if it can."""
+    """Return why cuDNN cannot take these [B, N, C] on a device, or None if it can."""
     channels = queries.shape[-1]
-    if jax.default_backend() != "gpu":
-        return f"the platform is {jax.default_backend()}, not gpu"
+    if device.platform != "gpu":
+        return f"the platform is {device.platform}, not gpu"
+    most = _most_channels(device.capability)
+    if not most:
+        return (
+            f"the compute capability is {device.capability}, and it needs 8.0 (Ampere)"
+        )
     if values.dtype != jnp.bfloat16:
         return f"it computes in bfloat16 alone, and the values are {values.dtype}"
     if values.shape[-1] != channels:
         return f"values have {values.shape[-1]} channels and keys {channels}"
-    if channels % 8 or channels > MOST_CHANNELS:
-        return f"{channels} channels are not a multiple of 8 up to {MOST_CHANNELS}"
+    if channels % 8 or channels > most:
+        return f"{channels} channels are not a multiple of 8 up to {most}"
     if key_mask is not None:
         return "there is a mask"
     return None
+
+
+def _most_channels(capability):
+    """Most channels of a head with gradients: 256 on Hopper, 0 without a kernel."""
+    version = re.fullmatch(r"(\d+)\.\d+", capability or "")
+    major = int(version[1]) if version else 0
+    if major < 8:
+        return 0
+    return 256 if major == 9 else 128
 
 
 def attend(
@@ -57,7 +91,7 @@ def attend(
     Returns:
         [B, Q, C] in the values' dtype.
     """
-    reason = refusal(queries, keys, values, key_mask=key_mask)
+    reason = refusal(queries, keys, values, key_mask=key_mask, device=this_device())
     if reason and implementation == "cudnn":
         logging.log_first_n(
             logging.WARNING, "routing=cudnn streams instead: %s", 1, reason

@@ -24,6 +24,9 @@ class RoutingWeights(NamedTuple):
 class RoutingStatistics(NamedTuple):
     """What a Soft MoE's routing looks like, float32; entropies in nats.
 
+    Tokens that the mask leaves out have zeros, and so has a sample without any other.
+    No gradient flows from here: make losses of `RoutingWeights`.
+
     Attributes:
         dispatch_entropy: of each slot's weights over the tokens, [B, E, S].
         dispatch_max: greatest weight of a token in each slot, [B, E, S].
@@ -40,12 +43,17 @@ class RoutingStatistics(NamedTuple):
 
     def importance(self) -> jax.Array:
         """Share of all tokens' combine weight that each expert has, [B, E]."""
-        return self.expert_share.mean(1)
+        return self._average(self.expert_share)
 
     def load(self) -> jax.Array:
         """Share of the tokens whose largest `expert_share` is the expert's, [B, E]."""
         experts = self.expert_share.shape[-1]
-        return jax.nn.one_hot(self.expert_share.argmax(-1), experts).mean(1)
+        return self._average(jax.nn.one_hot(self.expert_share.argmax(-1), experts))
+
+    def _average(self, by_token):
+        """Average [B, N, E] over the tokens that the mask keeps."""
+        kept = self.expert_share.any(-1, keepdims=True)
+        return jnp.where(kept, by_token, 0).sum(1) / jnp.maximum(kept.sum(1), 1)
 
 
 def slot_means(
@@ -191,7 +199,8 @@ def statistics(
     """Return the routing's statistics without ever holding its weights.
 
     The entropy of a softmax with weights p of logits l is logsumexp(l) - sum p l, and
-    since l is an inner product, sum p l is that with the average of the keys.
+    since l is an inner product, sum p l is that with the average of the keys. The
+    statistics are constants to `jax.grad`.
 
     Args:
         tokens: [B, N, C].
@@ -199,39 +208,52 @@ def statistics(
         token_mask, slot_mask: bool [B, N] and [B, E, S], as in dispatch and combine.
     """
     b, e, s, c = slot_embeddings.shape
-    tokens = tokens.astype(jnp.float32)
-    slots = _flat(slot_embeddings).astype(jnp.float32)
+    tokens, slots = jax.lax.stop_gradient((tokens, _flat(slot_embeddings)))
+    tokens, slots = tokens.astype(jnp.float32), slots.astype(jnp.float32)
     attend = blockwise_attention.attend_with_softmax
     mean_token, over_tokens = attend(slots, tokens, tokens, key_mask=token_mask)
     expert = jnp.broadcast_to(jnp.repeat(jnp.eye(e), s, axis=0), (b, e * s, e))
     values = jnp.concatenate([slots, expert], axis=-1)
     mean, over_slots = attend(tokens, slots, values, key_mask=_flat(slot_mask))
+    dispatch_entropy = over_tokens.entropy(_inner(slots, mean_token))
     return RoutingStatistics(
-        dispatch_entropy=_entropy(over_tokens, slots, mean_token).reshape(b, e, s),
-        dispatch_max=(1 / over_tokens.total).reshape(b, e, s),
-        combine_entropy=_entropy(over_slots, tokens, mean[..., :c]),
-        combine_max=1 / over_slots.total,
-        expert_share=mean[..., c:],
+        dispatch_entropy=dispatch_entropy.reshape(b, e, s),
+        dispatch_max=over_tokens.greatest_weight().reshape(b, e, s),
+        combine_entropy=_kept(
+            over_slots.entropy(_inner(tokens, mean[..., :c])), token_mask
+        ),
+        combine_max=_kept(over_slots.greatest_weight(), token_mask),
+        expert_share=_kept(mean[..., c:], token_mask),
     )
 
 
-def statistics_of(weights: RoutingWeights) -> RoutingStatistics:
-    """Return the statistics of dense routing weights."""
-    dispatch, combine = weights
+def statistics_of(
+    weights: RoutingWeights, *, token_mask: jax.Array | None = None
+) -> RoutingStatistics:
+    """Return the statistics of dense routing weights, for the mask they were made with.
+
+    Constants to `jax.grad`, like `statistics`.
+    """
+    dispatch, combine = jax.lax.stop_gradient(weights)
     return RoutingStatistics(
         dispatch_entropy=jax.scipy.special.entr(dispatch).sum(1),
         dispatch_max=dispatch.max(1),
-        combine_entropy=jax.scipy.special.entr(combine).sum((2, 3)),
-        combine_max=combine.max((2, 3)),
-        expert_share=combine.sum(3),
+        combine_entropy=_kept(jax.scipy.special.entr(combine).sum((2, 3)), token_mask),
+        combine_max=_kept(combine.max((2, 3)), token_mask),
+        expert_share=_kept(combine.sum(3), token_mask),
     )
 
 
-def _entropy(softmax, queries, mean_key):
-    mean_logit = jnp.einsum(
-        "bqc,bqc->bq", queries, mean_key, precision=jax.lax.Precision.HIGHEST
-    )
-    return softmax.largest - mean_logit + jnp.log(softmax.total)
+def _inner(a, b):
+    return jnp.einsum("bqc,bqc->bq", a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _kept(by_token, mask):
+    """Zeros for the tokens of [B, N, ...] that the mask leaves out."""
+    if mask is None:
+        return by_token
+    mask = jnp.expand_dims(mask, tuple(range(2, by_token.ndim)))
+    return jnp.where(mask, by_token, 0)
 
 
 def _softmax(logits, mask, *, axis):

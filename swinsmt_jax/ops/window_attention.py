@@ -10,10 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from swinsmt_jax.ops import windows
+from swinsmt_jax.ops.manual_axes import vary_alike
 
-# Entries of the attention matrices of one sample that a CPU makes at a time: 4 MB of
-# float32, which stay in its cache.
+# Entries of the attention matrices of one sample that are made at a time. On a CPU 4 MB
+# of float32, which stay in its cache; on an accelerator 256 MB, of which forward and
+# backward hold a few: all windows of a 128^3 patch would be 1.4 GB each.
 CPU_BLOCK = 2**20
+ACCELERATOR_BLOCK = 2**26
 IN_FLOAT32 = {"preferred_element_type": jnp.float32}
 
 
@@ -40,7 +43,6 @@ def average(weights: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bwhij,bwjhc->bwihc", weights.astype(v.dtype), v)
 
 
-@jax.custom_vjp
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -50,8 +52,8 @@ def attend(
 ) -> jax.Array:
     """Average the values of each window with `weights`.
 
-    The backward pass makes the weights again, from queries and keys. On a CPU forward
-    and backward go through the windows a few at a time.
+    The backward pass makes the weights again, from queries and keys. Forward and
+    backward go through the windows in blocks, a few at a time on a CPU.
 
     Args:
         q, k, v: [B, W, n, h, c].
@@ -61,11 +63,16 @@ def attend(
     Returns:
         [B, W, n, h, c] in the values' dtype.
     """
+    return _attend(*vary_alike(q, k, v, bias, regions))
+
+
+@jax.custom_vjp
+def _attend(q, k, v, bias, regions):
     return _on_each_platform(_forward, bias, (q, k, v), regions)[0]
 
 
 def _attend_forward(q, k, v, bias, regions):
-    return attend(q, k, v, bias, regions), (q, k, v, bias, regions)
+    return _attend(q, k, v, bias, regions), (q, k, v, bias, regions)
 
 
 def _attend_backward(saved, cotangent):
@@ -76,7 +83,7 @@ def _attend_backward(saved, cotangent):
     return dq, dk, dv, dbias.astype(bias.dtype), None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(bias, windowed, regions):
@@ -100,21 +107,26 @@ def _backward(bias, windowed, regions):
 
 
 def _on_each_platform(function, *arguments):
-    """Call on all windows at once, or block by block on a CPU.
+    """Go through the windows in blocks of the platform that it is lowered for.
 
     Returns the results by window, and the sums over windows and batch of the others.
     """
     by_window, by_sample = lax.platform_dependent(
-        *arguments, cpu=functools.partial(_in_blocks, function), default=function
+        *arguments,
+        cpu=functools.partial(_in_blocks, function, CPU_BLOCK),
+        default=functools.partial(_in_blocks, function, ACCELERATOR_BLOCK),
     )
     return by_window, jax.tree.map(lambda total: total.sum(0), by_sample)
 
 
-def _in_blocks(function, bias, windowed, regions):
-    """Go through blocks of windows; sums stay apart by sample, so by device."""
+def _in_blocks(function, entries, bias, windowed, regions):
+    """Take so many windows at a time that their weights have at most `entries`.
+
+    Sums stay apart by sample, so by device.
+    """
     w, n, h = windowed[0].shape[1:4]
     fitting = [size for size in range(1, w + 1) if w % size == 0]
-    block = max((size for size in fitting if size * h * n * n <= CPU_BLOCK), default=1)
+    block = max((size for size in fitting if size * h * n * n <= entries), default=1)
     if block == w:
         return function(bias, windowed, regions)
 
@@ -139,5 +151,7 @@ def _in_blocks(function, bias, windowed, regions):
     buffers = jax.tree.map(
         lambda a: jnp.broadcast_to(born.astype(a.dtype), a.shape), by_window
     )
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), by_sample)
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros_like(windowed[0], a.dtype, a.shape), by_sample
+    )
     return lax.fori_loop(0, w // block, step, (buffers, zeros))

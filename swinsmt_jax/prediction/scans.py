@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,16 @@ from absl import logging
 from tqdm import tqdm
 
 from swinsmt_jax import checks
+from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import dicom, label_table, nifti
 from swinsmt_jax.evaluation import pictures
+from swinsmt_jax.evaluation.predictions import SUFFIXES, load_prediction
 from swinsmt_jax.evaluation.tables import replacing
+from swinsmt_jax.prediction import outputs
 from swinsmt_jax.prediction.segmenter import Segmenter, load_scan
 
-SUFFIXES = (".nii.gz", ".nii")
 SUMMARY = "summary.json"
+TRUTH = "segmentations"  # stem of the labels beside a ct.nii.gz of TotalSegmentator's
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Wishes:
         masks: a file for each class instead of one of labels.
         statistics: volume and mean HU of each class as CSV.
         preview: a picture.
-        overwrite: segment again what is there.
+        overwrite: segment again and replace what is there.
     """
 
     roi: Sequence[str] = ()
@@ -42,10 +45,21 @@ class Wishes:
     preview: bool = False
     overwrite: bool = False
 
+    def files(self, output: Path, name: str) -> dict[str, Path]:
+        """Return what is written of a scan: labels first, then the rest."""
+        labels = name if self.masks else f"{name}{SUFFIXES[0]}"
+        rest = {
+            "statistics": f"{name}_statistics.csv",
+            "preview": f"{name}_preview.png",
+        }
+        wanted = {kind: file for kind, file in rest.items() if getattr(self, kind)}
+        return {k: output / file for k, file in {"labels": labels, **wanted}.items()}
+
 
 def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
     """Return {name: file} of NIfTI files and of those in folders, sorted by folder.
 
+    In folders, hidden files and TotalSegmentator's `segmentations.nii.gz` are no scans.
     A folder without any that holds a DICOM series is a scan itself. The name is that of
     the file without its suffix, or of its folder for `ct.nii.gz` and where several
     files have one name.
@@ -75,18 +89,25 @@ def segment_scans(
 ) -> dict[str, dict]:
     """Segment each scan and write its results to the folder `output`.
 
-    Files appear when complete. Scans whose labels are there are skipped unless
-    `wishes.overwrite`; one that fails with a `UserError` does not stop the others.
+    Files appear when complete. What is there stays unless `wishes.overwrite`: a scan
+    of which nothing is missing is skipped, and statistics and pictures are made of the
+    labels that are there. Whatever fails on one scan does not stop the others.
 
     Returns:
         {name: {"file", "labels", "seconds", "structures"}}, with {"error"} for those
-        that failed and without "seconds" for those skipped; also `summary.json`.
+        that failed and without "seconds" for those not segmented. `summary.json` holds
+        them and those of earlier calls.
 
     Raises:
-        UserError: for classes that the network does not give, and an output path that
-            cannot be a folder.
+        UserError: before anything is written, for classes that the network does not
+            give, an output path that cannot be a folder, outputs in the place of
+            inputs, and labels of other classes that are there.
     """
     names = _wanted(segmenter, wishes.roi)
+    targets = {name: wishes.files(output, name) for name in scans}
+    outputs.require_free(targets, scans, segmenter.class_names.values())
+    if not wishes.overwrite:
+        outputs.require_classes(targets, names.values())
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,54 +115,83 @@ def segment_scans(
             f"the output folder {output} cannot be made: {error.strerror}; choose "
             "another --output."
         ) from error
-    summary = {}
+    summary, record = {}, _read_summary(output / SUMMARY)
     for number, (name, file) in enumerate(scans.items(), start=1):
-        target = output / name if wishes.masks else output / f"{name}{SUFFIXES[0]}"
-        found = {"file": str(file), "labels": str(target)}
-        if wishes.overwrite or not target.exists():
+        found = {"file": str(file), "labels": str(targets[name]["labels"])}
+        missing = targets[name]
+        if missing["labels"].exists() and not wishes.overwrite:
+            missing = {k: path for k, path in missing.items() if not path.exists()}
+        if missing:
             title = f"{name} ({number} of {len(scans)})"
             try:
-                found |= _segment(segmenter, file, target, names, wishes, title)
+                kept = None if "labels" in missing else targets[name]["labels"]
+                found |= _segment(segmenter, file, kept, missing, names, title)
+                if wishes.overwrite:
+                    _remove_stale(output, name, wishes)
             except checks.UserError as error:
                 logging.error("%s: %s", name, error)
                 found["error"] = str(error)
+            except Exception as error:  # memory, a bug: other scans may do without it
+                logging.exception("%s failed", name)
+                found["error"] = f"{type(error).__name__}: {error}"
         summary[name] = found
+        before = record.get(name, {}) if "seconds" not in found else {}
+        record[name] = {k: v for k, v in before.items() if k != "error"} | found
         with replacing(output / SUMMARY) as partial:
-            partial.write_text(json.dumps(summary, indent=1) + "\n")
+            partial.write_text(json.dumps(record, indent=1) + "\n")
     return summary
 
 
-def _segment(segmenter, file, target, names, wishes, title):
+def _remove_stale(output, name, wishes):
+    """Remove statistics and pictures of labels that were replaced."""
+    every = replace(wishes, statistics=True, preview=True).files(output, name)
+    for kind in every.keys() - wishes.files(output, name).keys():
+        every[kind].unlink(missing_ok=True)
+
+
+def _segment(segmenter, file, kept, missing, names, title):
+    """Write what is missing of a scan, from the labels kept in a file if there are."""
     volume = load_scan(file)
     for note in volume.notes:
         logging.warning("%s", note)
-    start = time.perf_counter()
-    with _bar(title) as progress:
-        labels = segmenter.segment_volume(volume, progress=progress)
-    seconds = time.perf_counter() - start
-    kept = np.zeros(256, np.uint8)
-    kept[list(names)] = list(names)
-    labels = kept[labels]
-    base = target.parent / _stem(target)
+    facts = {}
+    if kept is None:
+        start = time.perf_counter()
+        with _bar(title) as progress:
+            labels = segmenter.segment_volume(volume, progress=progress)
+        facts["seconds"] = round(time.perf_counter() - start, 2)
+        wanted = np.zeros(256, np.uint8)
+        wanted[list(names)] = list(names)
+        labels = wanted[labels]
+    else:
+        classes = ClassMap(("background", *segmenter.class_names.values()))
+        labels = load_prediction(kept, classes=classes, like=volume)
+    hu_range = segmenter.config.data.hu_range
     try:
-        if wishes.statistics:
-            _write_statistics(Path(f"{base}_statistics.csv"), volume, labels, names)
-        if wishes.preview:
-            hu_range = segmenter.config.data.hu_range
-            picture = Path(f"{base}_preview.png")
-            pictures.write_preview(picture, volume, labels, hu_range=hu_range)
-        if wishes.masks:
-            _write_masks(target, labels, names, like=volume)
-        else:
-            table = label_table.xml(names)
-            nifti.save_labels(target, labels, like=volume, description=table)
+        for kind, target in missing.items():
+            if kind == "statistics":
+                _write_statistics(target, volume, labels, names)
+            elif kind == "preview":
+                pictures.write_preview(target, volume, labels, hu_range=hu_range)
+            elif target.name.endswith(SUFFIXES):
+                table = label_table.xml(names)
+                nifti.save_labels(target, labels, like=volume, description=table)
+            else:
+                _write_masks(target, labels, names, like=volume)
     except OSError as error:
         raise checks.UserError(
             f"{target} cannot be written: {error}; make room or mend the permissions."
         ) from error
-    found = np.unique(labels)
-    structures = [names[i] for i in found.tolist() if i]
-    return {"seconds": round(seconds, 2), "structures": structures}
+    found = np.unique(labels).tolist()
+    return facts | {"structures": [names[i] for i in found if i in names]}
+
+
+def _read_summary(file):
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write_masks(target, labels, names, *, like):
@@ -201,7 +251,12 @@ def _files(path: Path) -> list[Path]:
             ".nii or .nii.gz.",
         )
         return [path]
-    files = sorted(f for s in SUFFIXES for f in path.glob(f"*{s}") if f.is_file())
+    files = sorted(
+        file
+        for suffix in SUFFIXES
+        for file in path.glob(f"[!.]*{suffix}")
+        if file.is_file() and _stem(file) != TRUTH
+    )
     if not files and dicom.is_series(path):
         return [path]
     checks.require(

@@ -12,7 +12,13 @@ from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import dicom, label_table, nifti, pipeline
 from swinsmt_jax.data.nifti import Volume
 from swinsmt_jax.data.totalsegmentator import Sample
-from swinsmt_jax.evaluation.run import batch_sharding, exchanged_of, predict_fn
+from swinsmt_jax.evaluation.run import (
+    batch_sharding,
+    computing_in,
+    exchanged_of,
+    predict_fn,
+    windows_per_call,
+)
 from swinsmt_jax.evaluation.tables import class_name
 from swinsmt_jax.inference import Predict, predict_labels
 from swinsmt_jax.training.checkpoint import load_model
@@ -75,7 +81,7 @@ class Segmenter:
         self, volume: Volume, *, progress: Progress | None = None
     ) -> np.ndarray:
         """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
-        config = self.config
+        config, sharding = self.config, batch_sharding()
         nothing = np.zeros(volume.array.shape, np.uint8)
         scan = Sample(volume.array, nothing, volume.affine, volume.path.name)
         view = pipeline.network_view(config.data, scan)
@@ -87,8 +93,8 @@ class Segmenter:
             num_classes=config.model.out_channels,
             overlap=config.inference.overlap,
             blend=config.inference.blend,
-            window_batch=config.inference.window_batch,
-            sharding=batch_sharding(config.inference.window_batch),
+            window_batch=windows_per_call(config, sharding),
+            sharding=sharding,
             positions=view["positions"],
             sums=self.sums,
             accumulate=config.inference.accumulate,
@@ -118,6 +124,7 @@ def load(
     step: int | str | None = None,
     sums: str = "float32",
     mirror: bool = False,
+    dtype: str | None = None,
     **inference,
 ) -> Segmenter:
     """Load the network of a training run.
@@ -128,12 +135,15 @@ def load(
         sums: "float16" halves the memory of the logits that are kept.
         mirror: also segment every window with right and left exchanged, and average;
             twice the time.
+        dtype: "bfloat16" or "float32", of matrix products and convolutions; None takes
+            that of the training.
         inference: fields of `config.InferenceConfig` to change, such as overlap=0.25.
 
     Raises:
         UserError: as `checkpoint.load_model`, and for fields out of range.
     """
     config, model, info = load_model(workdir, step=step)
+    config, model = computing_in(dtype, config, model)
     known = {field.name for field in dataclasses.fields(config.inference)}
     for name in inference:
         checks.one_of("an option of the inference", name, known)

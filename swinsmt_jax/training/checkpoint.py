@@ -6,15 +6,16 @@ onto stated shardings, so a run may continue on another mesh.
 """
 
 import contextlib
+import functools
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
@@ -22,15 +23,24 @@ from orbax.checkpoint import checkpoint_managers
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
-from swinsmt_jax.sharding import path_name
 from swinsmt_jax.training import processes
+from swinsmt_jax.training.checkpoint_folder import (
+    DAMAGED,
+    METRIC,
+    METRICS,
+    DamagedError,
+    meta_of,
+    metrics_of,
+    put_aside,
+    read_parameters,
+    readable,
+    require_same_parameters,
+    steps_of,
+)
 from swinsmt_jax.training.state import TrainState, abstract_model
+from swinsmt_jax.training.workdir import CHECKPOINTS
 
-FOLDER = "checkpoints"
-DAMAGED = "damaged"
-METRIC = "val_dice"
 LATEST_KEPT = 2
-SHOWN = 6  # differing parameters in a message
 
 
 @dataclass(frozen=True)
@@ -55,20 +65,14 @@ class Origin:
         }
 
 
-class DamagedError(checks.UserError):
-    """A checkpoint that cannot be read, though it was once complete."""
-
-
 class Checkpoints:
     """The checkpoints of a workdir; open with `open_checkpoints`."""
 
     def __init__(self, manager: ocp.CheckpointManager):
         self._manager = manager
 
-    def save(
-        self, state: TrainState, *, origin: Origin, dice: float | None = None
-    ) -> None:
-        """Write the state in the background, with its validation Dice if there is one.
+    def save(self, state: TrainState, *, origin: Origin) -> None:
+        """Write the state in the background.
 
         Device memory of `state` is free to be donated when this returns.
 
@@ -80,10 +84,38 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave(origin.to_json()),
         )
-        scored = dice is not None and math.isfinite(dice)
-        metrics = {METRIC: dice} if scored else None
         with self._written():
-            self._manager.save(int(state.step), args=items, metrics=metrics, force=True)
+            self._manager.save(int(state.step), args=items, force=True)
+
+    def score(self, step: int, dice: float) -> None:
+        """Record the validation Dice of a saved step; drop the best one before.
+
+        Raises:
+            UserError: if the checkpoint or its Dice could not be written.
+        """
+        self.wait()
+        folder = Path(self._manager.directory) / str(step)
+
+        def write():
+            partial = folder / f"{METRICS}.partial"
+            value = dice if math.isfinite(dice) else None
+            with self._written():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                (partial / METRICS).write_text(json.dumps({METRIC: value}))
+                os.replace(partial, folder / METRICS)  # as a whole or not at all
+
+        processes.together(lambda: write() if processes.is_first() else None)
+        with self._written():
+            self._manager.reload()
+            steps = self.steps()
+            kept = {*steps[-LATEST_KEPT:], self._manager.best_step()}
+            for old in set(steps) - kept:
+                self._manager.delete(old)
+
+    def is_scored(self, step: int) -> bool:
+        """Whether a validation of this step is recorded."""
+        return processes.gather(self._manager.metrics(step) is not None)[0]
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, the one being written included."""
@@ -102,52 +134,38 @@ class Checkpoints:
     def restore_latest(self, like: TrainState, *, origin: Origin) -> TrainState | None:
         """Read the latest state onto the shardings of `like`; None if there is none.
 
-        A checkpoint that cannot be read is moved to the workdir's folder "damaged",
-        with a line in the log, and the one before it is read.
+        A checkpoint that one of the processes finds damaged is moved to the workdir's
+        folder "damaged", with a line in the log, and the one before it is read.
 
         Raises:
-            UserError: for a checkpoint of another model, seed, batch size or data, and
-                if there are checkpoints but none can be read.
+            UserError: for a checkpoint of another model, seed, batch size or data, for
+                one that cannot be read now, and if none of them can be read at all.
         """
-        damaged = []
-        while (step := self._manager.latest_step()) is not None:
-            try:
-                return self._restore(step, like, origin=origin)
-            except DamagedError as error:
-                damaged.append(self._put_aside(step))
-                logging.error("%s; going on with the one before it", error)
+        root, any_damaged = Path(self._manager.directory), False
+        while (step := processes.gather(self._manager.latest_step())[0]) is not None:
+            folder = root / str(step)
+
+            read = functools.partial(_restore, folder, like, origin=origin)
+            state, damage = processes.together(functools.partial(_damage_of, read))
+            damages = [text for text in processes.gather(damage) if text]
+            if not damages:
+                return state
+            processes.together(functools.partial(put_aside, folder, damages[0]))
+            self._manager.reload()
+            any_damaged = True
         checks.require(
-            not damaged,
-            f"none of the checkpoints could be read; they are now in {damaged[:1]}. "
-            "Start again in a new --workdir, or with the same command from step 0.",
+            not any_damaged,
+            f"none of the checkpoints could be read; they are now in "
+            f"{root.parent / DAMAGED}. Start again in a new --workdir, or with the "
+            "same command from step 0.",
         )
         return None
 
-    def _restore(self, step, like, *, origin):
-        folder = Path(self._manager.directory) / str(step)
-        with _readable(folder):
-            found = self._manager.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            ).meta
-        _require_same_origin(folder, found, origin.to_json())
-        require_same_parameters(folder, like.params)
-        with _readable(folder):
-            return self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            ).state
-
-    def _put_aside(self, step):
-        """Move a damaged checkpoint out of the way and return where it is."""
-        folder = Path(self._manager.directory)
-        target = folder.parent / DAMAGED / str(step)
-        if processes.is_first():
-            target.parent.mkdir(exist_ok=True)
-            while target.exists():
-                target = target.with_name(target.name + "_")
-            os.replace(folder / str(step), target)
-        processes.meet()
-        self._manager.reload()
-        return target
+    def intact(self) -> str:
+        """Say which checkpoint is the latest complete one."""
+        steps = self._manager.all_steps(read=True)
+        latest = f"that of step {max(steps)}" if steps else "none"
+        return f"The latest complete checkpoint is {latest}, and it is intact."
 
     @contextlib.contextmanager
     def _written(self):
@@ -155,21 +173,19 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
-            steps = sorted(self._manager.all_steps(read=True))
-            latest = f"that of step {steps[-1]}" if steps else "none"
             reason = " ".join(str(error).split())[:300]
             raise checks.UserError(
                 f"a checkpoint could not be written to {self._manager.directory} "
-                f"({reason}). The latest complete one is {latest}, and it is intact. "
-                "Make room or mend the folder's permissions, and give the same command "
-                "again."
+                f"({reason}). {self.intact()} Make room or mend the folder's "
+                "permissions, and give the same command again."
             ) from error
 
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: str | Path) -> Iterator[Checkpoints]:
     """Open the checkpoints of a run for writing; wait for the last one at the end."""
-    folder = Path(workdir).absolute() / FOLDER
+    folder = Path(workdir).absolute() / CHECKPOINTS
+    processes.together(lambda: _check_scores(folder) if processes.is_first() else None)
     manager = ocp.CheckpointManager(folder, options=_options())
     checkpoints = Checkpoints(manager)
     try:
@@ -193,94 +209,108 @@ def load_model(
     Returns:
         The run's config, the network, and {"step": number, "metrics": of that step}.
 
+    Where no number is asked for, a checkpoint that is damaged is passed over, with a
+    line in the log.
+
     Raises:
         UserError: for a folder without checkpoints, a step that is not there, and a
             checkpoint that cannot be read or is of another model.
     """
-    root = Path(workdir).absolute() / FOLDER
+    root = Path(workdir).absolute() / CHECKPOINTS
     checks.require(
         root.is_dir(),
         f"{workdir} holds no checkpoints; give the --workdir of a training run, or "
         "train first: python train.py --config=... --workdir=...",
     )
-    with ocp.CheckpointManager(root, options=_options(read_only=True)) as manager:
-        step = _choose(manager, step, root)
-        metrics = manager.metrics(step) or {}
-        with _readable(root / str(step)):
-            meta = manager.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            ).meta
-            config = from_config_dict(meta["config"])
+    *others, last = _candidates(root, step)
+    for candidate in others:
+        try:
+            return _load(root / str(candidate))
+        except DamagedError as error:
+            logging.error("%s; another one is taken", error)
+    try:
+        return _load(root / str(last))
+    except DamagedError as error:
+        raise DamagedError(
+            f"{error}. If there is another one, --step takes it."
+        ) from error
+
+
+def _load(folder):
+    config = from_config_dict(meta_of(folder)["config"])
+    metrics = {n: value for n, value in metrics_of(folder).items() if value is not None}
     graphdef, params = abstract_model(config.model)
     part = "average" if config.training.ema_decay else "params"
-    params = _read_parameters(root / str(step), params, part=part)
+    params = read_parameters(folder, params, part=part)
     model = nnx.merge(graphdef, params)
-    return config, model, {"step": step, "metrics": dict(metrics)}
+    return config, model, {"step": int(folder.name), "metrics": metrics}
 
 
-def require_same_parameters(
-    folder: Path, params: Mapping, *, part: str = "params"
-) -> None:
-    """Raise `UserError` unless a checkpoint holds parameters of these shapes."""
-    with _readable(folder), ocp.PyTreeCheckpointer() as reader:
-        saved = reader.metadata(folder / "state").item_metadata.tree[part]
-    saved, wanted = _shapes(saved), _shapes(params)
-    differing = [
-        f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
-        f"{wanted.get(name, 'absent')} in the network"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
-    more = len(differing) - SHOWN
+def _restore(folder, like, *, origin):
     checks.require(
-        not differing,
-        f"the checkpoint {folder} is of another model; {len(differing)} parameters "
-        f"differ: {'; '.join(differing[:SHOWN])}"
-        f"{f'; and {more} more' if more > 0 else ''}. Use the config it was trained "
-        "with.",
+        folder.is_dir(),
+        f"process {jax.process_index()} does not see the checkpoint {folder}; give a "
+        "--workdir on a file system that all hosts share.",
     )
-
-
-def _shapes(tree):
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _read_parameters(folder, like, *, part):
-    """Parameters as arrays that are not tied to a device."""
-    require_same_parameters(folder, like, part=part)
-    wanted = {part: like}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    with _readable(folder), ocp.PyTreeCheckpointer() as reader:
-        found = reader.restore(
-            folder / "state",
-            args=ocp.args.PyTreeRestore(
-                item=wanted, restore_args=as_numpy, partial_restore=True
-            ),
+    _require_same_origin(folder, meta_of(folder), origin.to_json())
+    require_same_parameters(folder, like.params)
+    with readable(folder):  # by the handler itself, which waits for no process
+        return ocp.StandardCheckpointHandler().restore(
+            folder / "state", args=ocp.args.StandardRestore(like)
         )
-    return jax.tree.map(jnp.asarray, found[part])
 
 
-def _choose(manager, step, root):
-    steps, best = sorted(manager.all_steps()), manager.best_step()
+def _damage_of(read):
+    """Return what was read, or why that is damaged."""
+    try:
+        return read(), None
+    except DamagedError as error:
+        return None, str(error)
+
+
+def _check_scores(root):
+    """Put aside what would keep Orbax from listing the checkpoints."""
+    for step in steps_of(root):
+        try:
+            metrics_of(root / str(step))
+        except DamagedError as error:
+            put_aside(root / str(step), error)
+
+
+def _candidates(root, step):
+    """Return the steps that answer to a wish, the best answer first."""
+    steps = steps_of(root)
     checks.require(
         bool(steps),
         f"{root} holds no complete checkpoint; train for at least "
         "training.checkpoint_every steps.",
     )
-    if step in (None, "latest", "best"):
+    if step not in (None, "latest", "best"):
         checks.require(
-            step != "best" or best is not None,
-            "there is no best checkpoint, since no validation was run; take "
-            f"--step=latest or one of {steps}.",
+            step in steps,
+            f"{root} holds no checkpoint of step {step!r}; there are "
+            f"{', '.join(map(str, steps))}, and the names 'best' and 'latest'.",
         )
-        return steps[-1] if step == "latest" or best is None else best
+        return [step]
+    if step == "latest":
+        return steps[::-1]
+    scores = {number: _score(root / str(number)) for number in steps}
+    scored = [number for number in steps if scores[number] is not None]
     checks.require(
-        step in steps,
-        f"{root} holds no checkpoint of step {step!r}; there are "
-        f"{', '.join(map(str, steps))}, and the names 'best' and 'latest'.",
+        step != "best" or bool(scored),
+        "there is no best checkpoint, since no validation was run; take "
+        f"--step=latest or one of {steps}.",
     )
-    return step
+    scored.sort(key=lambda number: (scores[number], number), reverse=True)
+    others = [number for number in steps[::-1] if number not in scored]
+    return scored + ([] if step == "best" else others)
+
+
+def _score(folder):
+    try:
+        return metrics_of(folder).get(METRIC)
+    except DamagedError as error:
+        logging.error("%s; it is not considered as the best", error)
 
 
 def _require_same_origin(folder, found, wanted):
@@ -298,22 +328,10 @@ def _require_same_origin(folder, found, wanted):
         )
 
 
-@contextlib.contextmanager
-def _readable(folder):
-    """Turn what storage libraries raise on damaged files into a `UserError`."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedError(
-            f"the checkpoint {folder} cannot be read; it is damaged or incomplete "
-            f"({reason}). Remove this folder to use the checkpoint before it."
-        ) from error
-
-
-def _options(**changes):
+def _options():
     def dice(metrics):
-        return metrics[METRIC]
+        found = metrics[METRIC]
+        return -math.inf if found is None else found
 
     policies = [
         checkpoint_managers.LatestN(LATEST_KEPT),
@@ -326,5 +344,4 @@ def _options(**changes):
         best_mode="max",
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
-        **changes,
     )

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.training.memory import gigabytes, what_helps
 from swinsmt_jax.training.operations import forward_operations
 
 # Dense bfloat16 operations per second by the start of `device_kind`, of the vendors'
@@ -85,25 +86,11 @@ def require_fit(cost: Cost, config: ExperimentConfig, *, devices: int) -> None:
     """Raise `UserError` where a step needs more memory than its device has."""
     if cost.limit is None:
         return
-    remedies = [
-        f"a larger training.accumulate or a smaller data.batch_size (now "
-        f"{config.data.batch_size} on {devices} devices)",
-        f"a smaller data.patch_shape (now {config.data.patch_shape})",
-        f"model.remat for all stages (now {config.model.remat})",
-    ]
-    if config.model.dtype != "bfloat16":
-        remedies.append(f"model.dtype='bfloat16' (now {config.model.dtype!r})")
     together = cost.arguments + cost.temporaries
     checks.require(
         together <= cost.limit,
         f"a training step needs {gigabytes(together)} on each device "
         f"({gigabytes(cost.arguments)} for state and batch and "
         f"{gigabytes(cost.temporaries)} to compute with), but a device has "
-        f"{gigabytes(cost.limit)}. What helps: {'; '.join(remedies)}; or more devices, "
-        "with mesh.expert dividing the experts over them.",
+        f"{gigabytes(cost.limit)}. {what_helps(config, devices=devices)}",
     )
-
-
-def gigabytes(count: int) -> str:
-    """Write bytes as GB."""
-    return f"{count / 1e9:.2f} GB"

@@ -8,6 +8,8 @@ from absl import flags, logging
 from swinsmt_jax import checks
 from swinsmt_jax.training import processes
 
+flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
+
 MODES = ("off", "auto")
 EXPLICIT = ("coordinator_address", "num_processes", "process_id")
 

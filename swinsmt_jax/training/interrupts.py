@@ -53,6 +53,14 @@ class Listener:
         reached = multihost_utils.reached_preemption_sync_point(step)
         return signal.SIGTERM if reached else None
 
+    def poll(self, step: int, stop: int) -> None:
+        """Raise `Interrupted` if a signal asks to end; `step` of `stop` must be saved.
+
+        With several processes, who hear of it after a step alone, nothing is raised.
+        """
+        if self._found is not None:
+            raise Interrupted(self._found, step=step, stop=stop)
+
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:

@@ -2,8 +2,10 @@
 
 import collections
 import contextlib
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -70,7 +72,7 @@ class Log:
     """Writes rows of metrics and moves the progress bar; open with `open_log`."""
 
     def __init__(self, file, board: SummaryWriter, bar: tqdm):
-        self._file, self._board, self._bar = file, board, bar
+        self._file, self._board, self._bar = file, board, bar  # file: unbuffered
 
     def progress(self, values: Mapping[str, float]) -> None:
         """Move the bar by one step and show its metrics."""
@@ -79,10 +81,15 @@ class Log:
         self._bar.update()
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a step; each step is given once."""
+        """Write metrics of a step; what is given later for the same step is added.
+
+        Raises:
+            OSError: if metrics.jsonl cannot be written, as on a full disk.
+        """
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **finite}) + "\n").encode()
+        if self._file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, value in values.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
@@ -116,8 +123,8 @@ def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log | None]:
     rows = [row for row in read_rows(path) if row["step"] <= start]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     with (
-        path.open("a") as file,
-        SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) as board,
+        path.open("ab", buffering=0) as file,
+        _open_board(workdir / "tensorboard", purge_step=start + 1) as board,
         tqdm(
             total=stop, initial=start, desc="training", unit="step", dynamic_ncols=True
         ) as bar,
@@ -125,10 +132,29 @@ def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log | None]:
         yield Log(file, board, bar)
 
 
+@contextlib.contextmanager
+def _open_board(folder, *, purge_step):
+    """Open TensorBoard's files, which on a full disk lose what they cannot write.
+
+    Its thread then dies, so its queue must not fill.
+    """
+    board = SummaryWriter(str(folder), purge_step=purge_step, max_queue=0)
+    try:
+        yield board
+    finally:
+        with contextlib.suppress(OSError):
+            board.close()
+
+
 def read_rows(path: Path) -> list[dict]:
-    """Read a metrics.jsonl; a line that a killed run left unfinished is passed over."""
-    rows = []
+    """Read a metrics.jsonl: one row a step, made of its lines.
+
+    A line that a killed run left unfinished is passed over.
+    """
+    rows = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                rows.setdefault(row["step"], {}).update(row)
+    return list(rows.values())

@@ -18,9 +18,14 @@ from swinsmt_jax import checks, losses, sharding
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.totalsegmentator import Case
-from swinsmt_jax.training import processes, record
+from swinsmt_jax.training import memory, processes, record
 from swinsmt_jax.training.checkpoint import Origin, open_checkpoints
-from swinsmt_jax.training.optimizer import make_optimizer, make_schedule, require_frozen
+from swinsmt_jax.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    require_frozen,
+    stages_from_decoder,
+)
 from swinsmt_jax.training.state import (
     TrainState,
     blueprint,
@@ -41,7 +46,7 @@ def train(
     workdir: str | Path,
     validate: Validate | None = None,
     profile_steps: int = 0,
-    start_from: Callable[[nnx.Module], object] | None = None,
+    start_from: Callable[[], Callable[[nnx.Module], object]] | None = None,
 ) -> TrainState:
     """Train the config's network, or continue, and return the last state.
 
@@ -53,8 +58,8 @@ def train(
             {"pictures": {name: uint8 [H, W, 3]}}. Of several processes all call it, and
             `predict` takes this process's devices.
         profile_steps: steps of which a trace is written to <workdir>/profile.
-        start_from: changes the parameters of a new run's network before its first step;
-            what it returns is logged. A run that continues has its own.
+        start_from: called for a new run alone. What it returns changes the parameters
+            of the network before the first step; what that returns is logged.
 
     Raises:
         UserError: before anything is compiled, for impossible configs, missing data
@@ -63,33 +68,38 @@ def train(
             that cannot be written, and losses that are not finite.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.require_divisible(config, mesh)
+    mesh = _mesh(config)
     checks.require(
         config.model.in_channels == 1,
         f"model.in_channels is {config.model.in_channels}, but a CT has 1 channel.",
     )
     config = processes.together(lambda: _with_classes(config))
+    cases, data = processes.together(lambda: _training_cases(config))
     held_out = ()
     if validate:
         held_out = processes.together(lambda: _validation_cases(config))
-    cases, data = processes.together(lambda: _training_cases(config))
     processes.require_same({"the fingerprint of the training cases": data})
     origin = Origin(config, data=data)
     with locked(workdir):
         workdir = open_workdir(workdir, config)
-        like, start, train_step, predict = _network(config, mesh, start_from)
-        with open_checkpoints(workdir) as checkpoints:
+        like, start, train_step, predict = _network(config, mesh)
+        with (
+            open_checkpoints(workdir) as checkpoints,
+            memory.remedies(config, devices=mesh.size),
+        ):
             state = checkpoints.restore_latest(like, origin=origin)
             _announce(config, workdir, mesh, like, cases=len(cases), state=state)
             done = 0 if state is None else int(state.step)
-            if done >= config.training.num_steps:
-                return state
-            facts = {"mesh": dict(mesh.shape), "data": data, "first_step": done + 1}
-            processes.together(lambda: record.add_start(workdir, facts))
             score = None
             if validate:
                 score = _scorer(config, mesh, predict, validate, held_out)
+            if _is_done(config, checkpoints, done, validated=validate is not None):
+                return state
+            change = None
+            if start_from is not None:
+                change = _read_start(start_from, resumed=state is not None)
+            facts = {"mesh": dict(mesh.shape), "data": data, "first_step": done + 1}
+            processes.together(lambda: record.add_start(workdir, facts))
             run = Run(
                 config=config,
                 workdir=workdir,
@@ -101,10 +111,47 @@ def train(
                 checkpoints=checkpoints,
                 profile_steps=profile_steps,
             )
-            return take_steps(run, start() if state is None else state)
+            return take_steps(run, start(change) if state is None else state)
 
 
-def _network(config, mesh, start_from):
+def _mesh(config):
+    """Make the mesh, and refuse one that the experiment does not fit."""
+    expert, count = config.mesh.expert, len(jax.devices())
+    checks.require(
+        expert <= count,
+        f"mesh.expert is {expert}, but there are {count} devices; take one of "
+        f"{_listing(_divisors(count))}.",
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    share, rest = divmod(config.data.batch_size, mesh.size)
+    checks.require(
+        rest > 0 or share % config.training.accumulate == 0,
+        f"training.accumulate is {config.training.accumulate}, but must divide the "
+        f"{share} samples that each of the {mesh.size} devices has of data.batch_size "
+        f"= {config.data.batch_size}: take one of {_listing(_divisors(share))}.",
+    )
+    sharding.require_divisible(config, mesh)
+    return mesh
+
+
+def _is_done(config, checkpoints, step, *, validated):
+    """Whether nothing is left to do after a step."""
+    last = config.training.num_steps
+    if step == last and validated:
+        return checkpoints.is_scored(step)
+    return step >= last
+
+
+def _read_start(start_from, *, resumed):
+    """Read what a new run starts from; one that continues has its own."""
+    if resumed:
+        if processes.is_first():
+            logging.warning("--start_from is ignored, since the run continues")
+        return None
+    return processes.together(start_from)
+
+
+def _network(config, mesh):
     """Return (blueprint of the state, its initialisation, update, prediction)."""
     training = config.training
     schedule = make_schedule(config.optimizer, num_steps=training.num_steps)
@@ -113,6 +160,7 @@ def _network(config, mesh, start_from):
         config.model, optimizer, mesh=mesh, averaged=training.ema_decay > 0
     )
     require_frozen(config.optimizer, like.params)
+    _require_stages(config, like.params)
     train_step = make_train_step(
         graphdef,
         optimizer,
@@ -125,12 +173,12 @@ def _network(config, mesh, start_from):
         ema_decay=training.ema_decay,
     )
 
-    def start():
+    def start(change):
         state = initialize(config.model, optimizer, seed=training.seed, like=like)
-        if start_from is None:
+        if change is None:
             return state
         model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.params))
-        for line in str(start_from(model)).splitlines():
+        for line in str(processes.together(lambda: change(model))).splitlines():
             logging.info("%s", line)
         params = jax.device_put(split(model)[1], shardings_of(like.params))
         average = jax.tree.map(jnp.copy, params) if state.average else {}
@@ -144,10 +192,15 @@ def _scorer(config, mesh, predict, validate, cases):
     """Return the function from parameters to their validation."""
     here = sharding.local_mesh(mesh)
 
-    def score(params):
+    def score(params, poll):
         params = sharding.copy_to_local(params, mesh=here)
+
+        def predict_or_stop(windows):
+            poll()
+            return predict(params, windows)
+
         return validate(
-            lambda windows: predict(params, windows),
+            predict_or_stop,
             _filling_devices(config, here),
             cases,
             sharding=sharding.batch_sharding(here),
@@ -167,8 +220,37 @@ def _training_cases(config: ExperimentConfig) -> tuple[Sequence[Case], str]:
 
 
 def _validation_cases(config: ExperimentConfig) -> Sequence[Case]:
-    cases = pipeline.find_cases(config.data, split="val")
+    try:
+        cases = pipeline.find_cases(config.data, split="val")
+    except checks.UserError as error:
+        if "no case of the split" not in str(error):
+            raise
+        raise checks.UserError(
+            f"{error} Training picks its best checkpoint by them: give at least one "
+            "case the split 'val' in meta.csv (and run preprocess.py again for a "
+            "store)."
+        ) from error
     return cases[: config.training.eval_cases or None]
+
+
+def _require_stages(config, params):
+    """Raise `UserError` for a `layer_decay` that no parameter would feel."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    stages = [stages_from_decoder(sharding.path_name(path)) for path, _ in leaves]
+    decay = config.optimizer.layer_decay
+    checks.require(
+        decay == 1 or any(stages),
+        f"optimizer.layer_decay is {decay}, but this network has no stages of a Swin "
+        "encoder (swinViT/layers1 to 4), on which alone it acts; leave it at 1.",
+    )
+
+
+def _divisors(number):
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listing(numbers):
+    return ", ".join(map(str, numbers))
 
 
 def _filling_devices(config: ExperimentConfig, mesh: Mesh) -> ExperimentConfig:

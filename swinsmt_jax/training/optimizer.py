@@ -10,7 +10,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import OptimizerConfig
 from swinsmt_jax.sharding import path_name
 
-NOT_DECAYED = r"(bias|scale|gamma|b1|b2|relative_position_bias_table)$"
+DECAYED = r"(kernel|w1|w2)$"
 
 
 def make_schedule(config: OptimizerConfig, *, num_steps: int) -> optax.Schedule:
@@ -34,10 +34,10 @@ def make_schedule(config: OptimizerConfig, *, num_steps: int) -> optax.Schedule:
 def is_decayed(name: str) -> bool:
     """Whether weight decay acts on a parameter: on kernels alone.
 
-    Biases, scales of norms and tables of relative positions are left out, as in the
-    Swin transformer's own recipe (Liu et al. 2021).
+    Biases, scales of norms, embeddings of positions and slots, and tables of relative
+    positions are left out, as in the Swin transformer's own recipe (Liu et al. 2021).
     """
-    return re.search(NOT_DECAYED, name) is None
+    return re.search(DECAYED, name) is not None
 
 
 def make_optimizer(

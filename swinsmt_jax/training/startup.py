@@ -1,6 +1,7 @@
-"""How the scripts begin and end: log lines, compilation cache, users' errors."""
+"""How the scripts begin and end: flags, log lines, compilation cache, users' errors."""
 
 import contextlib
+import dataclasses
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -8,10 +9,14 @@ from logging import ERROR, WARNING, LogRecord
 from pathlib import Path
 
 import jax
-from absl import logging
+from absl import flags, logging
+from ml_collections import config_flags
 
-from swinsmt_jax.checks import UserError, require
+from swinsmt_jax.checks import UserError, did_you_mean, require
+from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.training import interrupts, processes
+
+flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 
 CACHE = Path("~/.cache/swinsmt_jax")
 PACKAGE = str(Path(__file__).parents[1])
@@ -24,10 +29,41 @@ def start(arguments: Sequence[str] = ()) -> None:
     `arguments` are for `only_flags`.
     """
     only_flags(arguments)
+    sys.unraisablehook = _quieter(sys.unraisablehook)
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_for_users)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
+
+
+def define_config(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define --config, whose keys are flags too."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "file with get_config(), such as configs/demo.py",
+        flag_values=values,
+        lock_config=False,  # a file may leave out keys that have a default
+        accept_new_attributes=True,  # `from_config_dict` knows and checks all keys
+    )
+
+
+def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parse the command line; a `UserError` for what the flags or the config lack."""
+    try:
+        rest = values(arguments)
+        if values["config"].value is not None:
+            values.config.lock()  # raises if there was no such file
+        return rest
+    except (flags.Error, OSError) as error:
+        raise UserError(f"{' '.join(str(error).split())} See --help.") from error
+    except KeyError as error:  # of a group that the ConfigDict does not have
+        group = str(error.args[0]).split("'")[1]
+        groups = [field.name for field in dataclasses.fields(ExperimentConfig)]
+        raise UserError(
+            f"unknown config group {group!r}; the groups are {', '.join(groups)}."
+            f"{did_you_mean(group, groups)}"
+        ) from None
 
 
 def only_flags(arguments: Sequence[str]) -> None:
@@ -73,3 +109,13 @@ def _is_for_users(record: LogRecord) -> bool:
     if record.pathname.startswith(PACKAGE):
         return True
     return record.levelno >= (ERROR if "/orbax/" in record.pathname else WARNING)
+
+
+def _quieter(hook):
+    """Leave out what reads that Orbax gave up have to say, hundreds at a time."""
+
+    def quiet(event):
+        if str(event.exc_value) != "Event loop is closed":
+            hook(event)
+
+    return quiet

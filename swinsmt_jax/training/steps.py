@@ -1,6 +1,7 @@
 """The steps of a run: data in, updates, metrics, validation and checkpoints out."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from jax.sharding import Mesh
 from swinsmt_jax import checks, sharding
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.training import cost, interrupts, processes
-from swinsmt_jax.training.checkpoint import METRIC, Checkpoints, Origin
+from swinsmt_jax.training import cost, interrupts, logs, memory, processes
+from swinsmt_jax.training.checkpoint import Checkpoints, Origin
+from swinsmt_jax.training.checkpoint_folder import METRIC
 from swinsmt_jax.training.logs import Clock, Log, open_log
 from swinsmt_jax.training.profile import Profile
 from swinsmt_jax.training.state import TrainState
@@ -31,8 +33,8 @@ class Run:
         cases: of the train split.
         origin: of the checkpoints.
         train_step: the jitted update.
-        score: parameters -> what `evaluation.run.validate` returns; None validates
-            nothing.
+        score: (parameters, poll) -> what `evaluation.run.validate` returns; what `poll`
+            raises ends it early. None validates nothing.
         checkpoints: of the run.
         profile_steps: steps to trace.
     """
@@ -43,13 +45,16 @@ class Run:
     cases: tuple
     origin: Origin
     train_step: TrainStep
-    score: Callable[[dict], dict] | None
+    score: Callable[[dict, Callable[[], None]], dict] | None
     checkpoints: Checkpoints
     profile_steps: int = 0
 
 
 def take_steps(run: Run, state: TrainState) -> TrainState:
     """Take the steps that are left and return the last state.
+
+    A step is saved before it is validated. Where that validation was cut short, it is
+    made up for first.
 
     Raises:
         UserError: as `loop.train`; where data are bad, the state before is saved.
@@ -60,8 +65,14 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
         interrupts.listening() as listener,
         _batches(run, start=start) as batches,
         open_log(run.workdir, start=start, stop=stop) as log,
-        Profile(run.workdir, steps=run.profile_steps, first=start + 1) as profile,
+        Profile(
+            run.workdir, steps=run.profile_steps, first=start + 1, stop=stop
+        ) as profile,
     ):
+        if start and _validates(run, start) and not run.checkpoints.is_scored(start):
+            _validate(run, log, listener, state)
+        if start >= stop:
+            return state
         batch, names = _next(run, batches, state)
         train_step, clock = _compile(run, state, batch)
         pending = None  # the step before: its metrics are fetched while this one runs
@@ -73,20 +84,24 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
                 state, metrics = train_step(state, batch)
             profile.ended(step, metrics)
             if pending:
-                values = _fetch(run, log, *pending) | clock.tick()
+                values = _fetch(run, log, state, *pending) | clock.tick()
                 _record(run, log, pending[0], values)
             pending = step, metrics, names
-            signal = listener.heard(step)
-            validates = run.score is not None and _due(run, step, "eval_every")
+            signal, validates = listener.heard(step), _validates(run, step)
             if validates or signal or _due(run, step, "checkpoint_every"):
-                _finish(run, log, clock, pending, state, validates=validates)
+                values = _fetch(run, log, state, *pending) | clock.tick()
+                _record(run, log, step, values, always=validates)
                 pending = None
+                run.checkpoints.save(state, origin=run.origin)
+                if signal and (validates or step < stop):
+                    run.checkpoints.wait()
+                    processes.meet()  # the launcher may end all with the first one
+                    raise interrupts.Interrupted(signal, step=step, stop=stop)
+                if validates:
+                    _validate(run, log, listener, state)
                 clock.restart()
-            if signal and step < stop:
-                run.checkpoints.wait()
-                processes.meet()  # the launcher may end all when the first one ends
-                raise interrupts.Interrupted(signal, step=step, stop=stop)
             run.checkpoints.check()
+        run.checkpoints.wait()  # while signals are heard
     return state
 
 
@@ -104,11 +119,15 @@ def _next(run, batches, state):
 
 def _save_before(run, state, error):
     """Save the state before an error, unless other processes would have to help."""
-    if jax.process_count() > 1 or int(state.step) in run.checkpoints.steps():
-        return
-    if int(state.step):
-        run.checkpoints.save(state, origin=run.origin)
+    if jax.process_count() == 1 and int(state.step):
+        _save_now(run, state)
         error.args = (f"{error} The state after step {state.step} is saved.",)
+
+
+def _save_now(run, state):
+    if int(state.step) not in run.checkpoints.steps():
+        run.checkpoints.save(state, origin=run.origin)
+    run.checkpoints.wait()
 
 
 def _compile(run, state, batch):
@@ -119,46 +138,60 @@ def _compile(run, state, batch):
         "a step takes %.4g TFLOP, and on each device %s for state and batch and %s to "
         "compute with",
         found.operations / 1e12,
-        cost.gigabytes(found.arguments),
-        cost.gigabytes(found.temporaries),
+        memory.gigabytes(found.arguments),
+        memory.gigabytes(found.temporaries),
     )
     cost.require_fit(found, run.config, devices=run.mesh.size)
     return compiled, Clock(run.config.data.batch_size, found)
 
 
-def _finish(run, log, clock, pending, state, *, validates):
-    """Record a step, validate if that is due, and save the state."""
-    step = pending[0]
-    values = _fetch(run, log, *pending) | clock.tick()
-    result = run.score(state.evaluated_params) if validates else {}
-    _record(run, log, step, values, scores=_scores(result))
+def _validate(run, log: Log | None, listener, state):
+    """Score a state that is being saved, and record that."""
+    step = int(state.step)
+    poll = functools.partial(listener.poll, step, run.config.training.num_steps)
+    try:
+        result = run.score(state.evaluated_params, poll)
+    except interrupts.Interrupted:
+        run.checkpoints.wait()
+        raise
     if log is not None:
+        log.say("step %d: validation Dice %.4f", step, result["dice"])
+        _write_row(run, log, step, _scores(result))
         log.pictures(step, result.get("pictures", {}))
-    run.checkpoints.save(state, origin=run.origin, dice=result.get("dice"))
+    run.checkpoints.score(step, result["dice"])
 
 
-def _fetch(run, log, step, metrics, names):
+def _fetch(run, log, state, step, metrics, names):
     """Bring a step's metrics to the host; tell of a step that was left out."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if values["skipped_in_row"]:
-        _tell_skipped(run, log, step, values, names)
+        _tell_skipped(run, log, state, step, values, names)
     return values
 
 
-def _record(run, log: Log | None, step, values, *, scores=None):
+def _record(run, log: Log | None, step, values, *, always=False):
     """Show a step's metrics, and write them where they are due."""
     if log is None:
         return
-    values = values | (scores or {})
     log.progress(values)
-    if scores:
-        log.say("step %d: validation Dice %.4f", step, values[METRIC])
-    if scores or _due(run, step, "log_every"):
+    if always or _due(run, step, "log_every"):
+        _write_row(run, log, step, values)
+
+
+def _write_row(run, log, step, values):
+    try:
         log.row(step, values)
+    except OSError as error:
+        with contextlib.suppress(checks.UserError):
+            run.checkpoints.wait()  # the one being written may still find room
+        raise checks.UserError(
+            f"{run.workdir / logs.FILE} cannot be written: {error.strerror}. "
+            f"{run.checkpoints.intact()} Make room, and give the same command again."
+        ) from error
 
 
-def _tell_skipped(run, log, step, values, names):
-    """Warn of a step without an update; end the run after too many in a row."""
+def _tell_skipped(run, log, state, step, values, names):
+    """Warn of a step without an update; save, and end the run, after many in a row."""
     names = [name for part in processes.gather(names) for name in part]
     what = (
         f"step {step}, on crops of {', '.join(names)}: the loss is {values['loss']:g} "
@@ -171,12 +204,19 @@ def _tell_skipped(run, log, step, values, names):
         return
     saved = [number for number in run.checkpoints.steps() if number <= step - in_row]
     latest = f"the checkpoint of step {saved[-1]} is" if saved else "no checkpoint is"
+    _save_now(run, state)
     raise processes.SharedError(
         f"{what}, and {in_row} steps in a row were left out (training.max_skipped). "
-        f"The parameters are those after step {step - in_row}; {latest} from before. "
-        "Start again in a new --workdir with a lower optimizer.learning_rate or more "
-        "optimizer.warmup_steps, or look at these cases."
+        f"The parameters are those after step {step - in_row}, now saved as step "
+        f"{int(state.step)}; {latest} from before. Start again in a new --workdir, "
+        f"from them with --start_from={run.workdir}, with a lower "
+        "optimizer.learning_rate or more optimizer.warmup_steps, or look at these "
+        "cases."
     )
+
+
+def _validates(run, step):
+    return run.score is not None and _due(run, step, "eval_every")
 
 
 def _due(run, step, rhythm):
@@ -188,8 +228,6 @@ def _due(run, step, rhythm):
 
 def _scores(result):
     """Flatten what `validate` returned to the names of the metrics."""
-    if not result:
-        return {}
     groups = {f"{METRIC}/{name}": v for name, v in result.get("groups", {}).items()}
     return {METRIC: result["dice"], **groups}
 

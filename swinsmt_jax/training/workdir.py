@@ -21,8 +21,10 @@ from pathlib import Path
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.training import processes
+from swinsmt_jax.training.checkpoint_folder import steps_of
 
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 
 # Keys that a run may change when it is continued. A new num_steps stretches the
@@ -54,6 +56,8 @@ MAY_DIFFER = ("data.root", "data.num_workers", "data.num_threads", "data.cache")
 
 def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
     """Make the folder, or check that it belongs to this config, and record the config.
+
+    It belongs to a config once it holds a checkpoint.
 
     Of several processes the first one does so, and the others find it done.
 
@@ -133,7 +137,9 @@ def _claim(workdir, config):
         workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / CONFIG
     if file.exists():
-        _require_same(workdir, recorded_config(file), config)
+        recorded = recorded_config(file)
+        if steps_of(workdir / CHECKPOINTS):
+            _require_same(workdir, recorded, config)
     write_atomically(file, json.dumps(to_dict(config), indent=2) + "\n")
 
 

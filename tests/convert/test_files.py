@@ -111,6 +111,35 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path, save):
         files.read(save(tmp_path / "a.pt", content, [numbers]))
 
 
+def test_a_tensor_takes_no_more_memory_than_its_storage(tmp_path, save):
+    number = Storage("0", np.ones(1, np.float32))
+    content = {"w": Tensor(number, 0, (10**12,), (0,))}
+    found = files.read(save(tmp_path / "a.pt", content, [number]))
+    assert found["w"].shape == (10**12,)
+
+
+@pytest.mark.parametrize(
+    "offset, value, words",
+    [(8, 1, "encrypted"), (10, 99, "compression"), (10, 8, "decompressing")],
+)
+def test_a_damaged_archive_is_refused(tmp_path, save, offset, value, words):
+    number = Storage("0", np.ones(1, np.float32))
+    path = save(tmp_path / "a.pt", {"w": Tensor(number, 0, (1,), (1,))}, [number])
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + offset] = value  # of data.pkl
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"a.pt cannot be read as weights.*{words}"):
+        files.read(path)
+
+
+@pytest.mark.parametrize("damage", [b"\x80\x02h\xff.", b"\x80\x02U", b"", b"\x80\x7f."])
+def test_a_damaged_pickle_is_refused(tmp_path, damage):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", damage)
+    with pytest.raises(UserError, match=r"a.pt cannot be (read|loaded)"):
+        files.read(tmp_path / "a.pt")
+
+
 def test_safetensors_come_back_bit_by_bit(tmp_path, rng):
     arrays = {"a": rng.random((2, 3), np.float32).T, "b": np.arange(3)}
     files.write(tmp_path / "new" / "w.safetensors", arrays)
@@ -131,5 +160,8 @@ def test_what_is_no_file_of_weights_is_told(tmp_path, save):
         files.read(tmp_path / "a.onnx")
     with pytest.raises(UserError, match="holds no parameters"):
         files.read(save(tmp_path / "a.pt", {"epoch": 3}))
+    files.write(tmp_path / "empty.safetensors", {})
+    with pytest.raises(UserError, match="empty.safetensors holds no parameters"):
+        files.read(tmp_path / "empty.safetensors")
     with pytest.raises(UserError, match="written as .safetensors, but .*a.pt"):
         files.write(tmp_path / "a.pt", {})

@@ -1,10 +1,19 @@
+import json
+import re
+import sys
+
 import numpy as np
 import pytest
+from absl import flags
 from flax import nnx
 
 from swinsmt_jax import convert, models
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import SwinUNETRConfig
+from swinsmt_jax.config import SwinUNETRConfig, from_config_dict
+from swinsmt_jax.convert import __main__ as script
+from swinsmt_jax.convert import files, starting_point
+from swinsmt_jax.training import startup
+from swinsmt_jax.training.checkpoint import load_model
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +67,70 @@ def test_a_self_supervised_encoder_is_understood(make, other):
 def test_weights_of_which_nothing_fits_are_refused(make):
     with pytest.raises(UserError, match="none of the 1 weights fits.*like w,"):
         convert.load_what_fits(make(), {"w": np.zeros(3)})
+
+
+@pytest.fixture
+def experiment():
+    model = {"name": "swin_unetr", "in_channels": 1, "out_channels": 3}
+    small = {"feature_size": 12, "depths": (1, 1, 1, 1), "window_size": 4}
+    return from_config_dict(
+        {
+            "model": model | small,
+            "data": {"root": "x", "patch_shape": (32,) * 3, "batch_size": 1},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"num_steps": 1},
+        }
+    )
+
+
+def test_a_converted_workdir_says_what_it_holds(
+    make, tmp_path, experiment, capsys, caplog
+):
+    weights = tmp_path / "w.safetensors"
+    given = convert.to_torch(make(seed=3), buffers=True)
+    files.write(weights, given)
+    arguments = {"weights": str(weights), "workdir": str(tmp_path / "run")}
+    script.from_torch(experiment, **arguments, partial=False)
+    own = len(convert.to_torch(make()))
+    words = rf"^{own} parameters loaded, .*; {len(given) - own} buffers .* not needed"
+    assert re.search(words, capsys.readouterr().out)
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert start["weights"] == str(weights)
+    _, model, _ = load_model(tmp_path / "run")
+    for name, array in convert.to_torch(model).items():
+        np.testing.assert_array_equal(array, given[name])
+    with caplog.at_level("INFO", logger="absl"):
+        report = starting_point.start_from(tmp_path / "run")(make(seed=4))
+    assert len(report.loaded) == own and "weights of step 0 of" in caplog.text
+
+
+def test_weights_that_lack_something_point_to_partial(make, tmp_path, experiment):
+    given = convert.to_torch(make())
+    given.pop("out.conv.conv.bias")
+    files.write(tmp_path / "w.safetensors", given)
+    words = "(?s)1 names are missing.*--partial takes what fits"
+    with pytest.raises(UserError, match=words):
+        script.from_torch(
+            experiment,
+            weights=str(tmp_path / "w.safetensors"),
+            workdir=str(tmp_path / "run"),
+            partial=False,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config=none.py"], "none.py"),
+        (["--config=configs/demo.py", "--config.optimzer.b1=1"], "group 'optimzer'"),
+        (["--wokdir=x"], "Unknown command line flag 'wokdir'"),
+    ],
+)
+def test_what_the_command_line_cannot_mean_is_refused(monkeypatch, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["convert", "from_torch", *arguments])
+    values = flags.FlagValues()
+    script.define_flags(values)
+    with pytest.raises(UserError, match=words):
+        startup.parse(sys.argv, values)

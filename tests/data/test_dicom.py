@@ -1,6 +1,7 @@
 """Series that SimpleITK wrote slice by slice, read as volumes and predicted."""
 
 import locale
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -96,7 +97,8 @@ def test_a_series_is_found_and_segmented_as_a_scan(tmp_path, hu):
         class_names = {1: "spleen"}
 
     folder = write_series(tmp_path / "patient", hu)
-    scans, segmenter = prediction.find_scans([folder]), Half(None, None, 0)
+    config = SimpleNamespace(data=SimpleNamespace(hu_range=(-1000.0, 1000.0)))
+    scans, segmenter = prediction.find_scans([folder]), Half(config, None, 0)
     assert scans == {"patient": folder}
     wishes = prediction.Wishes()
     prediction.segment_scans(segmenter, scans, tmp_path / "out", wishes)

@@ -1,4 +1,6 @@
+import gzip
 import itertools
+import re
 from dataclasses import replace
 
 import nibabel as nib
@@ -159,6 +161,128 @@ def test_truncated_and_foreign_files_are_refused_by_name(tmp_path, rng, write):
         nifti.load_ct(path)
     with pytest.raises(checks.UserError, match="none.nii.gz does not exist"):
         nifti.load_ct(tmp_path / "none.nii.gz")
+
+
+def test_damage_that_only_the_checksum_shows_is_refused(tmp_path, rng, write):
+    path = tmp_path / "labels.nii.gz"
+    noise = rng.integers(0, 2, (20, 20, 20)).astype(np.uint8)
+    content = write(tmp_path / "plain.nii", noise).read_bytes()
+    whole = gzip.compress(content, 0)  # stored, so that a flipped bit is a wrong voxel
+    flipped, no_checksum = bytearray(whole), bytearray(whole)
+    flipped[-3000] ^= 1
+    no_checksum[-8:-4] = bytes(4)
+    for bad in (flipped, no_checksum, whole[:-8], whole[:-1]):
+        path.write_bytes(bad)
+        for load in (nifti.load_ct, nifti.load_labels, nifti.load_mask):
+            with pytest.raises(checks.UserError, match=r"labels\.nii\.gz is truncated"):
+                load(path)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(nifti.load_labels(path).array, noise)
+    path.write_bytes(gzip.compress(content + bytes(2**24), 1))
+    with pytest.raises(checks.UserError, match="bytes follow the voxels"):
+        nifti.load_labels(path)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        (42, np.array([3000, 3000, 400], "<i2"), "too few for the 7200000352 of the"),
+        (
+            42,
+            np.array([30000, 30000, 30000], "<i2"),
+            "27000000000000 voxels, but a scan",
+        ),
+        (42, np.array([-5, 6, 7], "<i2"), "bad.nii"),
+        (108, np.array([np.inf], "<f4"), "truncated or corrupt .*infinity"),
+        (108, np.array([-400], "<f4"), "bad.nii"),
+        (70, np.array([9999], "<i2"), "not a NIfTI file .*; copy or download it again"),
+    ],
+)
+def test_absurd_headers_are_refused_by_name(tmp_path, write, suffix, at, value, words):
+    path = write(tmp_path / "bad.nii", np.zeros(SHAPE, np.int16))
+    content = bytearray(path.read_bytes())
+    content[at : at + value.nbytes] = value.tobytes()
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix == ".nii.gz" else content)
+    with pytest.raises(checks.UserError, match=words) as told:
+        nifti.load_ct(path)
+    assert "\n" not in str(told.value)
+    assert "truncated or corrupt (" not in str(told.value) or at == 108
+
+
+def test_a_grid_is_compared_before_voxels_are_read(tmp_path, rng, write):
+    ct = nifti.load_ct(write(tmp_path / "ct.nii.gz", np.zeros(SHAPE, np.int16)))
+    noise = rng.integers(0, 2, (30, 6, 70), np.uint8)
+    path = write(tmp_path / "mask.nii.gz", noise)
+    path.write_bytes(path.read_bytes()[:-8])
+    for load in (nifti.load_mask, nifti.load_labels):
+        with pytest.raises(checks.UserError, match=r"has shape \(30, 6, 70\)"):
+            load(path, on=ct)
+
+
+def test_two_orientations_or_none_are_noted(tmp_path):
+    axis = np.ones(3) / np.sqrt(3)  # turns that leave two opposite corners in place
+    cross = np.cross(np.eye(3), axis)
+    turn = np.eye(4)
+    turn[:3, :3] = np.eye(3) + np.sin(0.5) * cross + (1 - np.cos(0.5)) * cross @ cross
+    image = nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4))
+    for qform, code, words in (
+        (turn, 1, r"disagree by up to \d\.\d mm"),
+        (np.eye(4), 1, None),
+        (np.eye(4), 0, None),
+    ):
+        image.set_qform(qform, code)
+        nib.save(image, tmp_path / "ct.nii")
+        notes = nifti.load_ct(tmp_path / "ct.nii").notes
+        assert len(notes) == (words is not None)
+        assert not notes or re.search(words, notes[0])
+    content = bytearray(image.to_bytes())
+    content[252:256] = bytes(4)  # qform_code and sform_code
+    (tmp_path / "ct.nii").write_bytes(content)
+    (note,) = nifti.load_ct(tmp_path / "ct.nii").notes
+    assert "code 0" in note and "orientation is unknown" in note
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 3, 2.5, 0.5])
+def test_resampled_labels_neither_move_nor_grow(rng, ratio):
+    """Of boxes at any place, also where borders halve new voxels."""
+    moved, grown = [], []
+    for _ in range(30):
+        label = np.zeros((60, 60, 60), np.uint8)
+        for number, x in ((1, 0), (2, 30)):
+            first = rng.integers(3, 8, 3) + (x, 0, 0)
+            end = first + rng.integers(14, 21, 3)
+            label[tuple(slice(a, b) for a, b in zip(first, end, strict=True))] = number
+        new, affine = nifti.resample(label, np.eye(4), spacing=ratio, order=0)
+        assert set(np.unique(new)) == {0, 1, 2}
+        for number in (1, 2):
+            before, after = (np.argwhere(a == number) for a in (label, new))
+            place = after.mean(0) @ affine[:3, :3].T + affine[:3, 3]
+            moved.append(place - before.mean(0))
+            grown.append(len(after) * ratio**3 / len(before))
+    assert np.abs(np.mean(moved, axis=0)).max() < 0.12 * max(1, ratio / 2)
+    assert abs(np.mean(grown) - 1) < 0.1  # corners are lost
+
+
+def test_labels_at_a_border_halfway_are_shared(tmp_path):
+    label = np.zeros((8, 8, 8), np.uint8)
+    label[3:] = 1
+    new, _ = nifti.resample(label, np.eye(4), spacing=2, order=0)
+    assert (new[0] == 0).all() and (new[2:] == 1).all()
+    assert new[1].sum() == 8  # of 16
+    label[:] = 0
+    label[7, 7, 7] = 5  # beyond the new grid of 2 voxels
+    new, _ = nifti.resample(label, np.eye(4), spacing=3.4, order=0)
+    assert new.shape == (2, 2, 2) and not new.any()
+
+
+def test_resampling_to_absurd_size_is_refused():
+    array = np.zeros((6, 6, 6), np.int16)
+    for order in (0, 1):
+        with pytest.raises(checks.UserError, match="900 mm would have .3600, 3600"):
+            affine = np.diag([900.0, 900, 900, 1])
+            nifti.resample(array, affine, spacing=1.5, order=order)
 
 
 @pytest.mark.parametrize(

@@ -192,3 +192,23 @@ def test_command_writes_a_dataset_in_worker_processes(tmp_path, capfd):
     assert "error: " in capfd.readouterr().err
     with pytest.raises(SystemExit):
         phantom.main([*command, "--seed=0", "--test=9"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--workers=0", "workers is 0"),
+        ("--seed=-1", "seed is -1"),
+        ("--variation=-1", "variation is -1.0, but must lie in [0, 5]"),
+        ("--root={file}/phantoms", "cannot be written"),
+    ],
+)
+def test_bad_arguments_of_the_command_are_one_line(tmp_path, capfd, argument, words):
+    file = tmp_path / "file"
+    file.write_text("")
+    command = [f"--root={tmp_path / 'new'}", "--cases=1", "--spacing=12", "--workers=1"]
+    with pytest.raises(SystemExit, match="1"):
+        phantom.main([*command, argument.format(file=file)])
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: ") and words in told
+    assert not (tmp_path / "new").exists()

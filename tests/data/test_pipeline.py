@@ -2,6 +2,7 @@ import ast
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from swinsmt_jax import checks
+from swinsmt_jax import checks, class_map
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import phantom, pipeline, totalsegmentator
+from swinsmt_jax.data import phantom, pipeline, store, totalsegmentator
+from swinsmt_jax.data.totalsegmentator import Sample
 
 PATCH = (16, 16, 24)
 
@@ -29,6 +32,33 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cases(config):
     return totalsegmentator.find_cases(config.root, split="train")
+
+
+def write_store(root, samples, names=("nose",)):
+    """Write a store of these scans, of these classes, for training."""
+    root.mkdir()
+    options = store.Options(0.0, class_map.make(names, {}, where="x"))
+    index = {"format": store.FORMAT, "options": options.to_json()}
+    store.write_json(root / store.INDEX, index)
+    for sample in samples:
+        store.write_case(root, sample, num_classes=len(names) + 1, facts={})
+    splits = {sample.name: "train" for sample in samples}
+    totalsegmentator.add_to_meta(root, splits)
+    return DataConfig(str(root), PATCH, batch_size=4, classes=names)
+
+
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory):
+    """The config of a store of 200 cases, all links to one of 40^3 voxels."""
+    root, rng = tmp_path_factory.mktemp("linked") / "store", np.random.default_rng(0)
+    image = rng.integers(-900, 900, (40, 40, 40), np.int16)
+    label = rng.integers(0, 41, image.shape, np.uint8) * (image > 0)
+    names = tuple(f"c{i}" for i in range(1, 41))
+    config = write_store(root, [Sample(image, label, np.eye(4), "s0")], names)
+    for i in range(1, 200):
+        shutil.copytree(root / "s0", root / f"s{i}", copy_function=os.link)
+    totalsegmentator.add_to_meta(root, {f"s{i}": "train" for i in range(1, 200)})
+    return config
 
 
 def take(count, config, cases, **keywords):
@@ -105,20 +135,26 @@ def test_starting_very_late_costs_nothing(config, cases):
     assert time.perf_counter() - begin < 5
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_each_batch_without_overlap(config, cases, count):
-    whole = take(4, config, cases, seed=5)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 12])
+def test_processes_share_each_batch_without_loss_or_overlap(linked, count):
+    config = replace(linked, batch_size=12)
+    cases = pipeline.find_cases(config, split="train")[:8]
+    steps = 4  # six epochs
+    whole = take(steps, config, cases, seed=5)
     parts = [
-        take(
-            4, config, cases, seed=5, process_index=i, process_count=count, start_step=0
-        )
+        take(steps, config, cases, seed=5, process_index=i, process_count=count)
         for i in range(count)
     ]
-    for step in range(4):
-        for key in whole[step]:
-            pieces = [part[step][key] for part in parts]
-            together = np.stack(pieces, axis=1).reshape(whole[step][key].shape)
-            np.testing.assert_array_equal(together, whole[step][key])
+    shared = [
+        {
+            key: np.stack([p[step][key] for p in parts], 1).reshape(value.shape)
+            for key, value in whole[step].items()
+        }
+        for step in range(steps)
+    ]
+    assert_same(shared, whole)
+    epochs = np.concatenate([batch["case"] for batch in shared]).reshape(6, 8)
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
 
 
 def test_resuming_with_other_processes_continues_the_stream(config, cases):
@@ -140,6 +176,151 @@ def test_image_and_label_of_a_crop_belong_together(config, cases):
         lung.append(hu[(batch["label"] >= 10) & (batch["label"] <= 14)])
     assert np.median(np.concatenate(bone)) > 100
     assert np.median(np.concatenate(lung)) < -600
+
+
+def test_memory_does_not_grow_with_the_cases_seen(linked):
+    """What crops need of 150 further cases, 0.4 MB each, is not kept."""
+    cases = pipeline.find_cases(linked, split="train")
+    config = replace(linked, patch_shape=(8, 8, 8), batch_size=10)
+    assert (cases[0].folder / store.VOXELS).stat().st_size > 4e5
+    batches = pipeline.training_batches(config, cases, seed=0)
+    with contextlib.closing(batches):
+        held = [next(batches) and resident() for _ in range(20)]
+    assert held[19] - held[4] < 20e6  # the first epoch's last and fifth batch
+
+
+def resident():
+    """Bytes of this process without page cache."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (found,) = [line.split()[1] for line in lines if line.startswith("RssAnon")]
+    return 1024 * int(found)
+
+
+def test_reading_threads_never_have_python_parse_anything(linked, monkeypatch):
+    """CPython 3.11 raised SystemError where two threads did so at once."""
+
+    def refuse(_):
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    cases = pipeline.find_cases(linked, split="train")
+    monkeypatch.setattr(ast, "literal_eval", refuse)
+    take(2, linked, cases, seed=0)
+
+
+def test_a_box_that_the_store_lacks_is_found_once(linked, tmp_path):
+    case = replace(pipeline.find_cases(linked, split="train")[0], folder=tmp_path / "x")
+    shutil.copytree(Path(linked.root) / "s0", case.folder)
+    above = np.argwhere(case.read().image > 850)
+    expected = [*zip(above.min(0), above.max(0) + 1, strict=True)]
+    assert [(s.start, s.stop) for s in case.foreground(850)] == expected
+    shutil.rmtree(case.folder / "image")
+    assert [(s.start, s.stop) for s in case.foreground(850)] == expected
+
+
+@pytest.mark.parametrize("size", [500, -500])
+def test_damaged_samples_of_voxels_are_named(linked, tmp_path, size):
+    case = replace(pipeline.find_cases(linked, split="train")[0], folder=tmp_path / "x")
+    shutil.copytree(Path(linked.root) / "s0", case.folder)
+    file = case.folder / store.VOXELS
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(checks.UserError, match=r"voxels.npz of the store cannot be"):
+        take(1, linked, (case,), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["foreground", "background", "class_1"])
+def test_centres_are_uniform_also_where_voxels_are_sampled(tmp_path, monkeypatch, kind):
+    """Of 40 cases alike, each with its own sample of the voxels, and within one."""
+    monkeypatch.setattr(store, "SAMPLES", 800 if kind == "class_1" else 40)
+    shape = (12, 12, 12)
+    image = np.arange(1728, dtype=np.int16).reshape(shape)  # tells the place
+    label = np.zeros(shape, np.uint8)
+    label[2:10, 2:10, 2:10] = np.repeat([1, 2], 4)[:, None, None]
+    image[(label == 0) & (image % 2 == 0)] = -1024  # air
+    wanted = {
+        "foreground": label > 0,
+        "background": (label == 0) & (image > -1024),
+        "class_1": label == 1,
+    }[kind]
+    samples = [Sample(image, label, np.eye(4), f"s{i}") for i in range(40)]
+    config = write_store(tmp_path / "store", samples, ("a", "b"))
+    cases = pipeline.find_cases(config, split="train")
+    assert {len(case.voxels[kind]) for case in cases} == {40}
+    rng = np.random.default_rng(0)
+
+    def drawn(case, count):
+        if kind == "class_1":
+            return image[tuple(case.voxels[kind].T)].tolist()
+        ratio = float(kind == "foreground")
+        options = {"shape": (1, 1, 1), "foreground_ratio": ratio, "air": -1024}
+        crops = [store.balanced_crop(case, rng, **options) for _ in range(count)]
+        return [crop.image.item() for crop in crops]
+
+    def deviation(found, possible, groups):
+        parts = np.array_split(np.sort(possible), groups)
+        counts = [np.isin(found, part).sum() for part in parts]
+        expected = np.array([len(part) for part in parts]) / len(possible)
+        assert sum(counts) == len(found)  # never another voxel
+        return stats.chisquare(counts, expected * len(found)).pvalue
+
+    places = [place for case in cases for place in drawn(case, 4)]
+    assert deviation(places, image[wanted], 8) > 1e-3
+    own = image[tuple(cases[0].voxels[kind].T)]
+    own = own[own > -1024]
+    assert deviation(drawn(cases[0], 400), own, len(own)) > 1e-3
+
+
+FIRST, STEP = -800, 40  # HU of the first voxel and of each further one
+CERTAIN = {
+    "nothing": {},
+    "zoom": {"zoom_probability": 1.0},
+    "rotation": {"rotate_probability": 1.0},
+    "shift": {"intensity_probability": 1.0, "intensity_shift": 1e-3},
+    "mirror": {"mirror_probability": 1.0},
+    "noise": {"noise_probability": 1.0, "noise_most": 1e-3},
+    "blur": {"blur_probability": 1.0},
+    "gamma": {"gamma_probability": 1.0, "gamma_range": (1.5, 1.5)},
+    "coarse": {"low_resolution_probability": 1.0, "low_resolution_range": (0.5, 0.5)},
+}
+CERTAIN["all"] = {key: value for one in CERTAIN.values() for key, value in one.items()}
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory):
+    """A store of three scans whose HU and labels tell the place on one axis each."""
+    places = np.indices((40, 40, 40))
+    samples = [
+        Sample(
+            (FIRST + STEP * place).astype(np.int16),
+            (place + 1).astype(np.uint8),
+            np.eye(4),
+            f"axis{axis}",
+        )
+        for axis, place in enumerate(places)
+    ]
+    root = tmp_path_factory.mktemp("ramps") / "store"
+    return write_store(root, samples, tuple(f"plane{i}" for i in range(40)))
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_labels_stay_on_the_image_under_each_augmentation(ramps, name):
+    """Places read off the image and off the labels differ by less than half a voxel.
+
+    An enlarged label is the nearest voxel's, up to half a voxel away on either side.
+    """
+    off = {f"{k}_probability": 0.0 for k in ("zoom", "rotate", "intensity")}
+    config = replace(
+        ramps, patch_shape=(24, 24, 24), batch_size=3, **off | CERTAIN[name]
+    )
+    cases = pipeline.find_cases(config, split="train")
+    rounding = 0.5 if "zoom_probability" in CERTAIN[name] else 0.0
+    power = 1 / 1.5 if "gamma_probability" in CERTAIN[name] else 1.0
+    for batch in take(4, config, cases, seed=0):
+        assert batch["label"].min() > 0
+        hu = batch["image"][..., 0].astype(float) ** power * 2048 - 1024
+        apart = (hu - FIRST) / STEP - (batch["label"] - 1.0)
+        assert np.abs(apart).max() < rounding + 0.45
+        # Enlarged by exactly 1.5, a third of the voxels lie between two: all go up.
+        assert np.abs(apart.mean(axis=(1, 2, 3))).max() < 0.25
 
 
 def test_volume_is_the_foreground_scaled_as_in_training(config):
@@ -231,6 +412,50 @@ def test_phantoms_and_readers_do_not_load_jax():
         "sys.exit('jax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_mirroring_of_classes_without_counterparts_is_refused(tmp_path):
+    sample = Sample(*np.zeros((2, 8, 8, 8), np.uint8), np.eye(4), "s1")
+    config = write_store(tmp_path / "store", [sample], ("kidney_left", "liver"))
+    cases = pipeline.find_cases(config, split="train")
+    pipeline.training_batches(config, cases, seed=0).close()
+    with pytest.raises(checks.UserError, match="other side of kidney_left is missing"):
+        pipeline.training_batches(
+            replace(config, mirror_probability=0.5), cases, seed=0
+        )
+
+
+SCRIPT = """
+import jax
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import pipeline, store
+
+class UsesJax(store.StoredCase):
+    def read(self, box=None):
+        assert jax.default_backend() == "cpu"
+        return super().read(box)
+
+if __name__ == "__main__":
+    config = DataConfig({root!r}, (8, 8, 8), 1, num_workers=1, classes={classes})
+    cases = [UsesJax(c.name, c.split, c.folder)
+             for c in pipeline.find_cases(config, split="train")[:2]]
+    batches = pipeline.training_batches(config, cases, seed=0)
+    next(batches)
+    batches.close()
+    assert jax.config.jax_platforms == "cuda"  # this process stays as it was
+"""
+
+
+def test_worker_processes_never_take_an_accelerator(linked, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=linked.root, classes=linked.classes))
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cuda",
+        "PYTHONPATH": str(Path(pipeline.__file__).parents[2]),
+    }
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -57,25 +57,10 @@ def write_all(source, root, *, spacing=0.0, **options):
 def here(monkeypatch):
     """Preprocess in this process, which starts faster."""
 
-    class Pool:
-        def __init__(self, *_):
-            pass
+    def run_each(job, cases, workers):
+        return ((case, job(case)) for case in cases)
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def shutdown(self, **_):
-            pass
-
-        def submit(self, function, *arguments):
-            future = preprocess.concurrent.futures.Future()
-            future.set_result(function(*arguments))
-            return future
-
-    monkeypatch.setattr(preprocess.concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(preprocess, "run_each", run_each)
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +383,7 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert "File too large" in str(told.value)
     assert [f.parent.name for f in root.glob("*/case.json")] == names[:1]
-    kept = {names[0], "meta.csv", "store.json"}
+    kept = {names[0], "meta.csv", "store.json", ".lock"}
     assert {entry.name for entry in root.iterdir()} == kept
     with pytest.raises(checks.UserError, match="not finished"):
         store.find_cases(root, split="train")

@@ -16,11 +16,12 @@ CLASSES = ["spleen", "liver", "rib_left_1"]
 def write(tmp_path):
     """Write an evaluation with Dice [cases, classes]; NaN is absent."""
 
-    def write(name, scores, groups=GROUPS, cases=None):
+    def write(name, scores, groups=GROUPS, cases=None, split="test"):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         names = cases or [f"s{i}" for i in range(len(scores))]
         content = {
+            "split": split,
             "groups": groups,
             "cases": {
                 case: {
@@ -51,8 +52,8 @@ def exact_p(change):
 
 def test_the_statistics_are_those_of_the_pairs(write, rng):
     first = rng.uniform(0.4, 0.8, (9, 3))
-    second = first + rng.normal(0.03, 0.05, (9, 3))
     first[0, :2] = np.nan  # a case without organs
+    second = first + rng.normal(0.03, 0.05, (9, 3))
     found = {d.group: d for d in compare(write("a", first), write("b", second))}
     assert list(found) == ["organs", "ribs", "overall"]
     change = second[:, 2] - first[:, 2]
@@ -94,3 +95,25 @@ def test_what_cannot_be_paired_is_refused(write, tmp_path):
         compare(a, write("c", np.ones((2, 3)), groups={"all": CLASSES}))
     with pytest.raises(UserError, match="nowhere.* holds no results of an evaluation"):
         compare(a, tmp_path / "nowhere")
+
+
+def test_other_classes_or_another_split_cannot_be_paired(write):
+    scores = np.full((7, 3), 0.5)
+    a = write("a", scores)
+    with pytest.raises(UserError, match="'test' and .* 'val'; compare .* same split"):
+        compare(a, write("b", scores, split="val"))
+    fewer = scores.copy()
+    fewer[2, 1] = np.nan
+    with pytest.raises(UserError, match="scored 1 classes of the case 's2': liver"):
+        compare(a, write("c", fewer))
+
+
+def test_the_folder_of_a_run_stands_for_its_evaluation(write, tmp_path):
+    scores = np.full((7, 3), 0.5)
+    write("run/eval_test", scores)
+    write("run/eval_val", scores + 0.2, split="val")
+    other = write("other", scores + 0.1)
+    assert compare(tmp_path / "run", other)[0].second == pytest.approx(0.6)
+    last = write("last", scores, split="val")
+    found = compare(tmp_path / "run", last, split="val")
+    assert found[0].first == pytest.approx(0.7)

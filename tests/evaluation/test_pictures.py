@@ -72,7 +72,8 @@ def test_best_median_and_worst_are_chosen():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_overview_is_a_picture_with_a_row_for_each_case(tmp_path, count):
-    cases = [pictures.views_of(body(f"s{e}", errors=e)) for e in range(count)]
+    names = [f"s{e}_$x^$ {{" for e in range(count)]  # $ begins formulas in matplotlib
+    cases = [pictures.views_of(body(name, errors=e)) for e, name in enumerate(names)]
     path = tmp_path / "overview.png"
     pictures.write_overview(path, cases, num_classes=5, hu_range=(-1024.0, 1024.0))
     pixels = imread(path)

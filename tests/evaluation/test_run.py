@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import run
+from swinsmt_jax.training.state import abstract_model
 
 CLASSES = 4
 
@@ -93,19 +95,35 @@ def test_segmented_cases_carry_what_pictures_need(cases):
         assert case.spacing == (2.0, 3.0, 4.0)
 
 
-def test_windows_of_a_batch_run_on_several_devices(cases):
-    sharding = run.batch_sharding(4)
-    assert sharding.num_devices == 4
-    result = run.validate(
-        reads_the_image, config(window_batch=4), cases, sharding=sharding
-    )
-    assert result["dice"] == 1.0
+@pytest.mark.parametrize("window_batch, batch", [(1, 8), (8, 8), (11, 16)])
+def test_every_device_has_windows_of_a_batch(cases, window_batch, batch):
+    seen = []
+
+    def watched(windows):
+        seen.append((len(windows), windows.sharding.num_devices))
+        return reads_the_image(windows)
+
+    sharding = run.batch_sharding()
+    own = config(window_batch=window_batch)
+    result = run.validate(watched, own, cases, sharding=sharding)
+    assert result["dice"] == 1.0 and set(seen) == {(batch, 8)}
+    assert run.windows_per_call(own, None) == window_batch
 
 
-@pytest.mark.parametrize("window_batch, devices", [(1, None), (7, 7), (11, None)])
-def test_devices_divide_the_batch(window_batch, devices):
-    sharding = run.batch_sharding(window_batch)
-    assert (sharding and sharding.num_devices) == devices
+def test_a_trained_network_computes_in_another_dtype(rng):
+    trained = config()
+    graphdef, shapes = abstract_model(trained.model)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype("f4"), shapes)
+    model = nnx.merge(graphdef, params)
+    changed, other = run.computing_in("bfloat16", trained, model)
+    assert changed.model.dtype == "bfloat16" and trained.model.dtype == "float32"
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(other))} == {np.dtype("f4")}
+    window = jnp.ones((1, 32, 32, 32, 1))
+    text = [str(jax.make_jaxpr(lambda x, m=m: m(x))(window)) for m in (model, other)]
+    assert ["bf16" in x for x in text] == [False, True]
+    assert run.computing_in(None, trained, model) == (trained, model)
+    with pytest.raises(UserError, match="dtype is 'float8'"):
+        run.computing_in("float8", trained, model)
 
 
 def test_a_model_is_an_argument_of_the_compiled_function():

@@ -1,5 +1,9 @@
+import itertools
+
 import numpy as np
 import pytest
+import surface_distance
+from surface_distance import lookup_tables
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.evaluation.surface import surface_dice
@@ -62,3 +66,50 @@ def test_bad_arguments_are_refused(change, words):
     options = {"prediction": box(2, 2, 2), "spacing": (1, 1, 1)} | change
     with pytest.raises(UserError, match=words):
         surface_dice(options.pop("prediction"), box(2, 2, 2), num_classes=2, **options)
+
+
+def surface_elements(mask, spacing):
+    """Places [n, 3] in mm and areas [n] of a mask's surface, corner by corner."""
+    areas = lookup_tables.create_table_neighbour_code_to_surface_area(spacing)
+    padded, found = np.pad(mask, 1), []
+    for corner in np.ndindex(*(n - 1 for n in padded.shape)):
+        cells = itertools.product((0, 1), repeat=3)
+        code = 0
+        for cell in cells:
+            code = 2 * code + int(padded[tuple(np.add(corner, cell))])
+        if code not in (0, 255):
+            found.append((*np.multiply(corner, spacing), areas[code]))
+    found = np.array(found)
+    return found[:, :3], found[:, 3]
+
+
+@pytest.mark.parametrize("spacing, tolerance", [((1, 1, 1), 1.0), ((2, 1, 3), 2.5)])
+def test_a_count_over_all_pairs_of_surface_elements_agrees(rng, spacing, tolerance):
+    truth, prediction = (rng.random((2, 6, 7, 5)) < 0.3).astype(np.uint8)
+    (a, area_a), (b, area_b) = (
+        surface_elements(x, spacing) for x in (truth, prediction)
+    )
+    far = np.linalg.norm(a[:, None] - b[None], axis=-1) > tolerance
+    missed = area_a[far.all(axis=1)].sum() + area_b[far.all(axis=0)].sum()
+    expected = 1 - missed / (area_a.sum() + area_b.sum())
+    options = dict(spacing=spacing, num_classes=2, tolerance=tolerance)
+    found = surface_dice(prediction, truth, **options)[1]
+    assert found == pytest.approx(expected, abs=1e-9) and 0 < found < 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_cropping_to_structures_changes_nothing(rng):
+    """DeepMind's package on whole volumes, class by class."""
+    truth = rng.integers(0, 5, (14, 12, 10)).astype(np.uint8)
+    prediction = np.where(rng.random(truth.shape) < 0.6, truth, 0).astype(np.uint8)
+    truth[:9][truth[:9] == 4] = 0
+    spacing = (1.5, 1.0, 2.0)
+    found = surface_dice(
+        prediction, truth, spacing=spacing, num_classes=5, tolerance=1.2
+    )
+    for k in range(1, 5):
+        distances = surface_distance.compute_surface_distances(
+            truth == k, prediction == k, spacing
+        )
+        expected = surface_distance.compute_surface_dice_at_tolerance(distances, 1.2)
+        assert found[k] == pytest.approx(expected, abs=1e-12)

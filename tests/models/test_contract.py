@@ -254,6 +254,8 @@ def test_refuses_what_it_cannot_take(network):
         model(jnp.zeros((1, x.shape[1], 1, 7, 1)))
     with pytest.raises(UserError, match="channels last"):
         model(jnp.zeros((1, 1, *x.shape[1:4])))
+    with pytest.raises(UserError, match="at least one sample"):
+        model(jnp.zeros((0, *x.shape[1:])))
     with pytest.raises(UserError, match="model.dtype is 'float16'"):
         dataclasses.replace(config, dtype="float16")
     with pytest.raises(UserError, match="entry of model.remat is 'head'"):

@@ -125,3 +125,29 @@ def test_memory_grows_linearly(monkeypatch):
 
     small, large = temporaries(4096), temporaries(16384)
     assert large < 5 * small and large < 16384**2
+
+
+def test_runs_inside_a_users_shard_map():
+    """Keys and values are divided, the queries the same on every device."""
+    mesh = jax.make_mesh(
+        (2, 2),
+        ("data", "other"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:4],
+    )
+    q, k, v, g, _ = operands(5, batch=4, queries=9, keys=20)
+    divided, whole = jax.P("data"), jax.P()
+
+    def each(q, k, v):
+        return attend(jnp.broadcast_to(q, (k.shape[0], *q.shape)), k, v)
+
+    mapped = jax.shard_map(
+        each, mesh=mesh, in_specs=(whole, divided, divided), out_specs=divided
+    )
+
+    def run(f):
+        out, pullback = jax.vjp(f, q[0], k, v)
+        return out, *pullback(g)
+
+    for ours, theirs in zip(run(jax.jit(mapped)), run(each), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)

@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,16 +32,29 @@ def test_its_arithmetic_differs_by_the_rounding_of_bfloat16(rng):
 
 
 @pytest.mark.parametrize(
-    "options, mask, words",
+    "options, mask, capability, words",
     [
-        ({"dtype": "float32"}, None, "values are float32"),
-        ({"channels": 12}, None, "12 channels"),
-        ({"channels": 136}, None, "136 channels"),
-        ({}, np.ones((2, 14), bool), "mask"),
-        ({}, None, None),
+        ({"dtype": "float32"}, None, "8.0", "values are float32"),
+        ({"channels": 12}, None, "8.0", "12 channels"),
+        ({"channels": 136}, None, "8.6", "not a multiple of 8 up to 128"),
+        ({"channels": 136}, None, "10.0", "136 channels"),
+        ({"channels": 264}, None, "9.0", "not a multiple of 8 up to 256"),
+        ({}, np.ones((2, 14), bool), "9.0", "mask"),
+        ({}, None, "7.5", "compute capability is 7.5, and it needs 8.0"),
+        ({}, None, "gfx90a", "capability is gfx90a"),
+        ({}, None, None, "capability is None"),
+        ({}, None, "8.0", None),
+        ({"channels": 192}, None, "9.0", None),
+        ({}, None, "12.0", None),
     ],
 )
-def test_knows_the_limits_of_cudnn(rng, monkeypatch, options, mask, words):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    found = cudnn_attention.refusal(*operands(rng, **options), key_mask=mask)
+def test_knows_the_limits_of_cudnn(rng, options, mask, capability, words):
+    device = cudnn_attention.Device("gpu", capability)
+    found = cudnn_attention.refusal(
+        *operands(rng, **options), key_mask=mask, device=device
+    )
     assert found is None if words is None else words in found
+
+
+def test_sees_the_device_that_jax_computes_on():
+    assert cudnn_attention.this_device() == ("cpu", None)

@@ -74,10 +74,11 @@ def test_streaming_equals_dense(rng, masked, monkeypatch):
         combined, soft_routing.combine(weights.combine, expected), atol=1e-5
     )
     ours = soft_routing.statistics(x, slots, token_mask=tokens, slot_mask=filled)
-    theirs = soft_routing.statistics_of(weights)
+    theirs = soft_routing.statistics_of(weights, token_mask=tokens)
     for name, a, b in zip(ours._fields, ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(ours.importance().sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(ours.importance(), theirs.importance(), atol=1e-6)
     np.testing.assert_allclose(ours.load(), theirs.load(), atol=1e-6)
 
 
@@ -88,3 +89,49 @@ def test_masked_slot_means_leave_tokens_out(rng):
     np.testing.assert_allclose(means[0, 0], (x[0, 0] + x[0, 2]) / 2, rtol=1e-6)
     assert not means[0, 1].any()
     assert soft_routing.slot_mask(mask, 3)[0].tolist() == [[True, False]] * 3
+
+
+def drawn(rng, *shapes, size=1.0):
+    return [jnp.asarray(size * rng.standard_normal(s), jnp.float32) for s in shapes]
+
+
+def test_statistics_are_those_of_the_tokens_that_the_mask_keeps(rng):
+    x, slots = drawn(rng, (1, 9, 6), (1, 3, 2, 6))
+    mask = jnp.arange(9)[None] < 5
+    ours = soft_routing.statistics(x, slots, token_mask=mask)
+    kept = soft_routing.statistics(x[:, :5], slots)
+    np.testing.assert_allclose(ours.importance(), kept.importance(), atol=1e-6)
+    np.testing.assert_allclose(ours.load(), kept.load(), atol=1e-6)
+    np.testing.assert_allclose(ours.dispatch_entropy, kept.dispatch_entropy, atol=1e-5)
+    for name in ("combine_entropy", "combine_max", "expert_share"):
+        by_token = getattr(ours, name)
+        np.testing.assert_allclose(by_token[:, :5], getattr(kept, name), atol=1e-5)
+        assert not by_token[:, 5:].any(), name
+
+
+def test_a_sample_masked_as_a_whole_has_zeros_for_statistics(rng):
+    x, slots = drawn(rng, (2, 6, 6), (2, 3, 2, 6))
+    mask = jnp.asarray([[True] * 6, [False] * 6])
+    filled = soft_routing.slot_mask(mask, 3)
+    found = soft_routing.statistics(x, slots, token_mask=mask, slot_mask=filled)
+    for name, of_samples in found._asdict().items():
+        assert bool(jnp.isfinite(of_samples).all()), name
+        assert of_samples[0].any() and not of_samples[1].any(), name
+    assert not found.importance()[1].any() and not found.load()[1].any()
+
+
+def test_no_gradient_flows_through_statistics(rng):
+    x, slots = drawn(rng, (1, 7, 4), (1, 2, 3, 4))
+
+    def total(x, slots):
+        return sum(a.sum() for a in soft_routing.statistics(x, slots))
+
+    gradients = jax.grad(total, (0, 1))(x, slots)
+    assert not any(g.any() for g in gradients)
+
+
+def test_entropies_of_large_logits_are_not_negative(rng):
+    x, slots = drawn(rng, (1, 64, 8), (1, 4, 16, 8), size=300.0)
+    found = soft_routing.statistics(x, slots)
+    assert float(found.dispatch_entropy.min()) >= 0
+    assert float(found.combine_entropy.min()) >= 0

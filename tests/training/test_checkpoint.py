@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import re
 import shutil
@@ -11,11 +12,23 @@ import pytest
 from swinsmt_jax import sharding
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import MeshConfig
+from swinsmt_jax.training import checkpoint
 from swinsmt_jax.training.checkpoint import Origin, load_model, open_checkpoints
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import blueprint, initialize
 
-pytestmark = pytest.mark.usefixtures("tiny")
+pytestmark = [
+    pytest.mark.usefixtures("tiny"),
+    # Orbax leaves its other reads to a closed event loop when the first one fails.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Let what Orbax leaves behind be found in the test that left it."""
+    yield
+    gc.collect()
 
 
 def states(config, *, data=1, expert=1):
@@ -37,7 +50,9 @@ def write(workdir, config, dice):
     with open_checkpoints(workdir) as checkpoints:
         for step, value in dice.items():
             state = at(state, step)
-            checkpoints.save(state, origin=Origin(config, data="abc"), dice=value)
+            checkpoints.save(state, origin=Origin(config, data="abc"))
+            if value is not None:
+                checkpoints.score(step, value)
     return state
 
 
@@ -150,8 +165,15 @@ def truncate(folder):
         part.write_bytes(part.read_bytes()[:9])
 
 
-# Orbax leaves its other reads to a closed event loop when the first one fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def biggest(folder):
+    return max((folder / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+
+
+def halve(folder):
+    path = biggest(folder)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -160,23 +182,85 @@ def truncate(folder):
         lambda folder: shutil.rmtree(folder / "meta"),
         lambda folder: (folder / "state" / "_METADATA").unlink(),
         lambda folder: (folder / "meta" / "metadata").write_text('{"config'),
+        lambda folder: (folder / "meta" / "metadata").write_text("[]"),
+        halve,
+        lambda folder: biggest(folder).unlink(),
+        lambda folder: (folder / "metrics" / "metrics").write_text('{"val'),
+        lambda folder: (folder / "metrics" / "metrics").write_text(""),
+        lambda folder: (folder / "metrics" / "metrics").write_text('{"x": 1}'),
     ],
-    ids=["truncated", "no state", "no meta", "no structure", "half a meta"],
+    ids=[
+        *("truncated", "no state", "no meta", "no structure", "half a meta"),
+        *("a list as meta", "biggest file halved", "one data file gone"),
+        *("metrics cut", "metrics empty", "metrics of another name"),
+    ],
 )
 def test_damage_falls_back_to_the_checkpoint_before(
     tmp_path, make_config, damage, caplog
 ):
     config = make_config()
-    write(tmp_path, config, {3: None, 4: None})
+    write(tmp_path, config, {3: 0.1, 4: 0.2})
     damage(tmp_path / "checkpoints" / "4")
-    words = "checkpoints/4 cannot be read; it is damaged.*Remove this folder"
+    words = "checkpoints/4 cannot be read; it is damaged"
     with pytest.raises(UserError, match=words):
-        load_model(tmp_path)
+        load_model(tmp_path, step=4)
+    for step in (None, "best", "latest"):
+        assert load_model(tmp_path, step=step)[2]["step"] == 3
+        assert re.search(words, caplog.text)
+        caplog.clear()
     assert int(restore(tmp_path, config, states(config)[1]).step) == 3
-    assert re.search(words, caplog.text)
+    assert re.search(f"{words}.*it was moved to {tmp_path}/damaged/4", caplog.text)
     assert folders(tmp_path) == [3] and (tmp_path / "damaged" / "4").is_dir()
     write(tmp_path, config, {4: None})  # its number is free again
     assert int(restore(tmp_path, config, states(config)[1]).step) == 4
+
+
+def test_what_the_system_refuses_to_read_now_stays_where_it_is(tmp_path, make_config):
+    config = make_config()
+    write(tmp_path, config, {3: 0.1, 4: 0.2})
+    for part in ("meta/metadata", "metrics/metrics"):
+        file = tmp_path / "checkpoints" / "4" / part
+        whole = file.read_text()
+        file.unlink()
+        file.symlink_to("/proc/self/mem")  # EIO for its first bytes
+        for read in (
+            lambda: restore(tmp_path, config, states(config)[1]),
+            lambda: load_model(tmp_path),
+        ):
+            with pytest.raises(UserError, match="cannot be read now .*Errno 5"):
+                read()
+        assert folders(tmp_path) == [3, 4] and not (tmp_path / "damaged").exists()
+        file.unlink()
+        file.write_text(whole)
+    assert int(restore(tmp_path, config, states(config)[1]).step) == 4
+
+
+def test_what_one_process_finds_damaged_all_leave(tmp_path, make_config, monkeypatch):
+    config = make_config()
+    write(tmp_path, config, {3: None, 4: None})
+    others = ["checkpoints/4 cannot be read by process 1"]
+
+    def gather(value):
+        damage_is_asked_for = value is None and others
+        return [value, others.pop()] if damage_is_asked_for else [value]
+
+    monkeypatch.setattr(checkpoint.processes, "gather", gather)
+    assert int(restore(tmp_path, config, states(config)[1]).step) == 3
+    assert folders(tmp_path) == [3] and (tmp_path / "damaged" / "4").is_dir()
+
+
+def test_a_device_out_of_memory_is_no_damage(tmp_path, make_config, monkeypatch):
+    config = make_config()
+    write(tmp_path, config, {3: None})
+
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", full)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            restore(tmp_path, config, states(config)[1])
+    assert folders(tmp_path) == [3]
 
 
 def test_no_readable_checkpoint_is_an_error(tmp_path, make_config):

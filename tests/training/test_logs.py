@@ -1,5 +1,9 @@
 import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 
@@ -27,6 +31,39 @@ def test_a_continued_log_has_each_step_once(tmp_path):
         (2, 20.0),
         (3, -1.0),
     ]
+
+
+def test_a_full_disk_is_told_by_metrics_and_never_waits_for_the_board(tmp_path):
+    script = f"""
+import pathlib, resource
+from swinsmt_jax.training import logs
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, -1))
+try:
+    with logs.open_log(pathlib.Path({str(tmp_path)!r}), start=0, stop=99) as log:
+        for step in range(99):
+            log.row(step, {{str(i): 1.0 for i in range(9)}})
+except OSError as error:
+    print(error.strerror, step)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(logs.__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"(File too large|No space left on device) \d+", done.stdout)
+    assert len(logs.read_rows(tmp_path / "metrics.jsonl")) >= 10
+
+
+def test_what_is_added_to_a_step_joins_its_row(tmp_path):
+    with logs.open_log(tmp_path, start=0, stop=3) as log:
+        log.row(1, {"loss": 1.5})
+        log.row(2, {"loss": 1.0})
+        log.row(2, {"val_dice": 0.5})
+    rows = [{"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0, "val_dice": 0.5}]
+    assert logs.read_rows(tmp_path / "metrics.jsonl") == rows
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

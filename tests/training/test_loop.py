@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -9,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from swinsmt_jax import losses
+from swinsmt_jax import losses, swin_config
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.data import preprocess
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import checkpoint, cost, interrupts, loop, steps
+from swinsmt_jax.training import checkpoint, cost, interrupts, loop, processes, steps
 from swinsmt_jax.training import workdir as workdir_module
 from swinsmt_jax.training.logs import read_rows
 
@@ -140,6 +142,22 @@ def test_losses_that_are_not_finite_stop_the_run(
     assert last_good <= info["step"] <= last_good + 3
 
 
+def test_the_last_good_state_is_saved_before_the_run_stops(
+    tmp_path, make_config, monkeypatch
+):
+    break_losses_below(monkeypatch, 1.9)
+    config = make_config(
+        training={"num_steps": 100, "checkpoint_every": 1000, "max_skipped": 3},
+        optimizer={"learning_rate": 0.05},
+    )
+    with pytest.raises(UserError, match="now saved as step") as error:
+        loop.train(config, workdir=tmp_path / "run")
+    step = int(re.search(r"now saved as step (\d+)", str(error.value))[1])
+    assert f"--start_from={tmp_path / 'run'}" in str(error.value)
+    _, model, info = checkpoint.load_model(tmp_path / "run")
+    assert info["step"] == step and np.isfinite(model.stem.kernel[...]).all()
+
+
 def test_a_single_bad_step_is_counted_and_passed(tmp_path, make_config, monkeypatch):
     def breaks(logits, labels):  # on one crop of one case, seen at some steps
         loss = losses._loss(logits, labels.astype("int32"))
@@ -178,6 +196,96 @@ def test_a_signal_saves_and_the_run_continues(
     assert by_step(tmp_path / "cut") == by_step(tmp_path / "whole")
     starts = record_file(tmp_path / "cut")
     assert [start["first_step"] for start in starts] == [1, 5]
+
+
+def curve(workdir):
+    """What is compared of the rows of two runs."""
+    names = ("step", "loss", "val_dice")
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [tuple(row.get(name) for name in names) for row in rows]
+
+
+@pytest.mark.parametrize("at", ["in validation", "before validation", "in the last"])
+def test_a_signal_does_not_wait_for_validation(tmp_path, make_config, monkeypatch, at):
+    rhythm = {"eval_every": 0 if at == "in the last" else 2, "checkpoint_every": 100}
+    config = make_config(training={"num_steps": 4, **rhythm})
+    whole = loop.train(config, workdir=tmp_path / "whole", validate=run.validate)
+    record, validated = steps._record, []
+
+    def signals_before(run, log, step, *rest, **options):
+        record(run, log, step, *rest, **options)
+        if step == 1 and at == "before validation":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def signals_within(predict, config, cases, **options):
+        validated.append(len(cases))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run.validate(predict, config, cases, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "_record", signals_before)
+        step = 4 if at == "in the last" else 2
+        with pytest.raises(interrupts.Interrupted, match=f"step {step} of 4, which is"):
+            loop.train(config, workdir=tmp_path / "cut", validate=signals_within)
+    assert len(validated) == (at != "before validation")
+    assert checkpoint.load_model(tmp_path / "cut")[2] == {"step": step, "metrics": {}}
+    again = loop.train(config, workdir=tmp_path / "cut", validate=run.validate)
+    assert_equal_states(whole, again)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    found = [checkpoint.load_model(tmp_path / name)[2] for name in ("whole", "cut")]
+    assert found[0] == found[1] and found[0]["metrics"]
+
+
+def test_a_step_is_saved_before_it_is_validated(tmp_path, make_config):
+    class KilledError(Exception):
+        pass
+
+    def killed(*_, **__):
+        raise KilledError
+
+    config = make_config(training={"num_steps": 2, "checkpoint_every": 100})
+    with pytest.raises(KilledError):
+        loop.train(config, workdir=tmp_path / "run", validate=killed)
+    assert checkpoint.load_model(tmp_path / "run")[2]["step"] == 2
+    loop.train(config, workdir=tmp_path / "run", validate=run.validate)
+    info = checkpoint.load_model(tmp_path / "run", step="best")[2]
+    assert curve(tmp_path / "run")[-1][2] == info["metrics"]["val_dice"]
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_heard(
+    tmp_path, make_config, monkeypatch
+):
+    wait, heard = checkpoint.Checkpoints.wait, []
+
+    def signals_and_waits(self):
+        if not heard:
+            heard.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        wait(self)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", signals_and_waits)
+    config = make_config(training={"num_steps": 2})
+    state = loop.train(config, workdir=tmp_path / "run")
+    assert heard and int(state.step) == 2
+    assert checkpoint.load_model(tmp_path / "run")[2]["step"] == 2
+
+
+def test_metrics_on_a_full_disk_end_the_run_with_its_checkpoint(
+    tmp_path, make_config, monkeypatch
+):
+    record = steps._record
+
+    def fills_after_4(run, log, step, *rest, **options):
+        if step == 5:
+            log._file = full
+        record(run, log, step, *rest, **options)
+
+    with monkeypatch.context() as patch, open("/dev/full", "ab", 0) as full:
+        patch.setattr(steps, "_record", fills_after_4)
+        words = "metrics.jsonl cannot be written: No space left.*that of step 4, and"
+        with pytest.raises(UserError, match=words):
+            loop.train(make_config(), workdir=tmp_path / "run")
+    assert int(loop.train(make_config(), workdir=tmp_path / "run").step) == 6
 
 
 def record_file(workdir):
@@ -220,9 +328,60 @@ def test_a_case_lost_on_the_way_is_named_and_nothing_else_is(
 def test_a_step_beyond_the_memory_is_refused_with_remedies(
     tmp_path, make_config, monkeypatch
 ):
-    monkeypatch.setattr(cost, "device_memory", lambda mesh: 10_000_000)
-    words = "needs .* GB on each device .*has 0.01 GB. What helps: .*accumulate.*remat"
+    monkeypatch.setattr(cost, "device_memory", lambda mesh: 100_000)
+    words = (
+        "needs .* GB on each device .*has 0.00 GB. What helps: "
+        "--config.training.accumulate=2, or --config.model.remat=.*new --workdir: .*"
+        "batch_size=1.*more devices"
+    )
+    config = make_config()
     with pytest.raises(UserError, match=words):
+        loop.train(config, workdir=tmp_path / "run")
+    in_force = make_config(
+        model={"remat": swin_config.REMAT_CHOICES, "dtype": "bfloat16"},
+        data={"batch_size": 1},
+    )
+    with pytest.raises(UserError, match="What helps: more devices") as error:
+        loop.train(in_force, workdir=tmp_path / "run")
+    assert "--config" not in str(error.value)
+
+
+def full(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory on GPU_0")
+
+
+@pytest.mark.parametrize(
+    "module, name, replacement",
+    [
+        (loop, "initialize", full),
+        (processes, "compiled", full),
+        (steps, "_compile", lambda *_: (full, None)),
+    ],
+    ids=["state", "compilation", "step"],
+)
+def test_a_device_that_runs_out_of_memory_is_told_with_remedies(
+    tmp_path, make_config, monkeypatch, module, name, replacement
+):
+    monkeypatch.setattr(module, name, replacement)
+    words = "run out of memory .*GPU_0.*What helps: --config.training.accumulate=2"
+    with pytest.raises(UserError, match=words):
+        loop.train(make_config(), workdir=tmp_path / "run")
+
+
+def test_a_start_that_failed_does_not_claim_the_workdir(
+    tmp_path, make_config, monkeypatch
+):
+    with pytest.raises(UserError, match="'\\^stm/', which matches no parameter"):
+        loop.train(
+            make_config(optimizer={"freeze": ("^stm/",)}), workdir=tmp_path / "run"
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "device_memory", lambda mesh: 10_000)
+        with pytest.raises(UserError, match="has 0.00 GB"):
+            loop.train(make_config(), workdir=tmp_path / "run")
+    smaller = make_config(data={"batch_size": 1}, training={"num_steps": 1})
+    assert int(loop.train(smaller, workdir=tmp_path / "run").step) == 1
+    with pytest.raises(UserError, match="another config.*batch_size: 1 -> 2"):
         loop.train(make_config(), workdir=tmp_path / "run")
 
 
@@ -241,6 +400,8 @@ def test_labels_beyond_the_network_are_refused(tmp_path, make_config):
         ({"mesh": {"data": 4}}, "batch_size is 2, but must be a multiple of the 4"),
         ({"model": {"in_channels": 2}}, "a CT has 1 channel"),
         ({"data": {"root": "nowhere"}}, "nowhere does not exist"),
+        ({"mesh": {"expert": 16}}, "16, but there are 8 .*take one of 1, 2, 4, 8"),
+        ({"training": {"accumulate": 3}}, "each of the 1 .*: take one of 1, 2"),
     ],
 )
 def test_impossible_runs_leave_nothing_behind(tmp_path, make_config, changes, words):
@@ -252,7 +413,8 @@ def test_impossible_runs_leave_nothing_behind(tmp_path, make_config, changes, wo
 def test_validation_needs_cases(tmp_path, make_config, dataset):
     meta = dataset / "meta.csv"
     meta.write_text(meta.read_text().replace(";val", ";test"))
-    with pytest.raises(UserError, match="no case of the split 'val'"):
+    words = "no case of the split 'val'.*give at least one case the split 'val' in meta"
+    with pytest.raises(UserError, match=words):
         loop.train(make_config(), workdir=tmp_path / "run", validate=run.validate)
 
 
@@ -267,18 +429,25 @@ def test_data_that_changed_is_refused(tmp_path, make_config, dataset):
 
 
 def test_a_new_run_starts_from_other_parameters(tmp_path, make_config, caplog):
-    def start_from(model):
+    def change(model):
         model.stem.kernel[...] = jax.numpy.full_like(model.stem.kernel[...], 3.0)
         return "1 parameter loaded"
+
+    def missing():
+        raise AssertionError("a run that continues needs no other weights")
 
     config = make_config(
         training={"num_steps": 2, "ema_decay": 0.5}, optimizer={"freeze": ("^stem/",)}
     )
     with caplog.at_level("INFO", logger="absl"):
-        state = loop.train(config, workdir=tmp_path / "run", start_from=start_from)
+        state = loop.train(config, workdir=tmp_path / "run", start_from=lambda: change)
     assert (state.params["stem"]["kernel"] == 3).all()
     assert (state.average["stem"]["kernel"] == 3).all()
     assert "1 parameter loaded" in caplog.text
+    longer = dataclasses.replace(config.training, num_steps=3)
+    longer = dataclasses.replace(config, training=longer)
+    loop.train(longer, workdir=tmp_path / "run", start_from=missing)
+    assert "--start_from is ignored" in caplog.text
 
 
 def test_a_run_of_eight_devices_continues_on_fewer(tmp_path, make_config):
@@ -308,3 +477,54 @@ def test_a_run_of_eight_devices_continues_on_fewer(tmp_path, make_config):
 def test_a_trace_is_written(tmp_path, make_config):
     loop.train(make_config(), workdir=tmp_path / "run", profile_steps=2)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_longer_than_the_run_is_warned_of(tmp_path, make_config, caplog):
+    loop.train(make_config(), workdir=tmp_path / "run", profile_steps=4)
+    assert "more steps than the 3 that are left after the first 3" in caplog.text
+
+
+def test_layer_decay_without_swin_stages_is_refused(tmp_path, make_config):
+    config = make_config(optimizer={"layer_decay": 0.8})
+    with pytest.raises(UserError, match="layer_decay is 0.8, but this network has no"):
+        loop.train(config, workdir=tmp_path / "run")
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, make_config):
+    (tmp_path / "file").write_text("")
+    words = "file/run cannot be made or written to: Not a dir.*another --workdir"
+    with pytest.raises(UserError, match=words):
+        loop.train(make_config(), workdir=tmp_path / "file" / "run")
+
+
+def test_a_case_that_a_store_lost_is_refused(tmp_path, make_config, dataset):
+    preprocess.preprocess(dataset, tmp_path / "store")
+    config = make_config(data={"root": str(tmp_path / "store")})
+    shutil.rmtree(tmp_path / "store" / "s1")
+    with pytest.raises(
+        UserError, match="lacks 1 cases .*such as s1.*Run preprocess.py"
+    ):
+        loop.train(config, workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_reader_is_killed_says_why(tmp_path, make_config, monkeypatch):
+    record = steps._record
+
+    def kills_after_2(run, log, step, *rest, **options):
+        record(run, log, step, *rest, **options)
+        if step == 2:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+
+    config = make_config(
+        data={"num_workers": 1},
+        training={"num_steps": 500, "checkpoint_every": 1000, "log_every": 1},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "_record", kills_after_2)
+        words = "has died .*exit code -9.*num_workers.*The state after step .* is saved"
+        with pytest.raises(UserError, match=words):
+            loop.train(config, workdir=tmp_path / "run")
+    assert checkpoint.load_model(tmp_path / "run")[2]["step"] >= 2

@@ -5,6 +5,7 @@ import pytest
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import OptimizerConfig, SwinSMTConfig
+from swinsmt_jax.network_config import NNFormerConfig, UNETRConfig, UXNetConfig
 from swinsmt_jax.sharding import path_name
 from swinsmt_jax.training.optimizer import (
     is_decayed,
@@ -30,17 +31,43 @@ def test_without_warm_up_the_first_step_has_the_full_rate():
     assert float(schedule(9)) == pytest.approx(0)  # and no rise again
 
 
-def test_kernels_alone_are_decayed():
-    config = SwinSMTConfig(1, 5, 12, num_experts=4, num_moe_stages=1, patch_norm=True)
+SMALL = dict(in_channels=1, out_channels=5)
+
+
+@pytest.mark.parametrize(
+    "config, kernels",
+    [
+        (
+            SwinSMTConfig(
+                **SMALL,
+                feature_size=12,
+                num_experts=4,
+                num_moe_stages=1,
+                patch_norm=True,
+            ),
+            {"kernel", "slot_kernel", "w1", "w2"},
+        ),
+        (
+            SwinSMTConfig(
+                **SMALL,
+                feature_size=12,
+                num_experts=4,
+                num_moe_stages=1,
+                slots="learned",
+                slots_per_expert=2,
+            ),
+            {"kernel", "w1", "w2"},
+        ),
+        (UNETRConfig(**SMALL, img_size=32), {"kernel"}),
+        (UXNetConfig(**SMALL), {"kernel"}),
+        (NNFormerConfig(**SMALL, crop_size=64), {"kernel"}),
+    ],
+)
+def test_kernels_alone_are_decayed(config, kernels):
     _, params = abstract_model(config)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    ends = {True: set(), False: set()}
-    for path, _ in leaves:
-        name = path_name(path)
-        ends[is_decayed(name)].add(name.split("/")[-1])
-    assert ends[True] == {"kernel", "slot_kernel", "w1", "w2"}
-    other = {"bias", "scale", "gamma", "slot_gamma", "b1", "b2"}
-    assert ends[False] == other | {"relative_position_bias_table"}
+    names = [path_name(path) for path, _ in leaves]
+    assert {n.split("/")[-1] for n in names if is_decayed(n)} == kernels
 
 
 def test_decay_is_decoupled_and_gradients_are_clipped():

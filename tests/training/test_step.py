@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,29 @@ def test_eight_devices_learn_as_one(rng):
         curves.append(curve)
     assert curves[1][-1] < curves[1][0] - 0.1
     np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["dense", "streaming"])
+def test_every_part_of_the_step_has_its_name(routing):
+    small = {"window_size": 4, "depths": (1, 1, 1, 1), "routing": routing}
+    model = SwinSMTConfig(1, 5, 12, num_experts=2, num_moe_stages=3, **small)
+    mesh = sharding.make_mesh(MeshConfig(1, 1))
+    step, like, *_ = prepare(model, OptimizerConfig(1e-2), mesh=mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, 32, 32, 32, 1), jnp.float32),
+        "label": jax.ShapeDtypeStruct((1, 32, 32, 32), jnp.uint8),
+    }
+    said = step.lower(like, batch).as_text(debug_info=True)
+    in_block = "stage{}.*block0.*soft_moe.*{}"
+    names = ["patch_embed", "stage1.*block0.*attention", "stage1.*block0.*mlp"]
+    names += [f"decoder{level}" for level in range(1, 6)]
+    names += ["head", "loss", "optimizer", *(f"stage{i}.*merge" for i in range(1, 5))]
+    for part in ("routing", "dispatch", "combine", "experts"):
+        names += [in_block.format(stage, part) for stage in (2, 3, 4)]
+    for direction in ("jvp", "transpose"):
+        names += [rf"{direction}\(.*stage4.*experts", rf"{direction}\(.*decoder1"]
+    for name in names:
+        assert re.search(name, said), name
 
 
 @pytest.mark.parametrize("data, expert", [(8, 1), (2, 4)])

@@ -15,6 +15,7 @@ def test_the_config_is_recorded_and_read_back(tmp_path, make_config):
 
 def test_another_config_is_refused_by_the_keys_that_differ(tmp_path, make_config):
     open_workdir(tmp_path, make_config())
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     other = make_config(
         model={"feature_size": 24}, optimizer={"b1": 0.8}, training={"num_steps": 9}
     )
@@ -27,8 +28,17 @@ def test_another_config_is_refused_by_the_keys_that_differ(tmp_path, make_config
         open_workdir(tmp_path, other)
 
 
+def test_without_checkpoints_any_config_takes_the_workdir(tmp_path, make_config):
+    open_workdir(tmp_path, make_config(optimizer={"freeze": ("^typo/",)}))
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    other = make_config(model={"feature_size": 24})
+    open_workdir(tmp_path, other)
+    assert recorded_config(tmp_path / "config.json") == other
+
+
 def test_length_rhythm_mesh_and_place_may_change(tmp_path, make_config):
     open_workdir(tmp_path, make_config())
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     other = make_config(
         training={"num_steps": 9, "eval_every": 3},
         mesh={"data": 2},

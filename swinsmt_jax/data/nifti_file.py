@@ -1,0 +1,116 @@
+"""What a NIfTI file's header claims, and its voxels, or why they cannot be read."""
+
+import contextlib
+import gzip
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.arrayproxy import ArrayProxy
+
+from swinsmt_jax import checks
+
+MAX_VOXELS = 2**32  # a whole body of 512 x 512 x 2,500 has 2^29.3
+MAX_SIDE = 2**15 - 1  # voxels; a store keeps places as int16
+DEFLATE = 1032  # bytes that a byte of gzip stands for at most
+MAX_TAIL = 2**24  # bytes read after the voxels, to the end of a gzip stream
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Turn whatever reading a damaged file raises into a `UserError`."""
+    try:
+        yield
+    except (checks.UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        kinds = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
+        if isinstance(error, kinds):
+            raise checks.UserError(
+                f"{path} is not a NIfTI file ({reason}); copy or download it again, or "
+                "convert it to NIfTI."
+            ) from error
+        raise checks.UserError(
+            f"{path} is truncated or corrupt ({reason}); copy or download it again."
+        ) from error
+
+
+def voxels(image: nib.Nifti1Pair) -> np.ndarray:
+    """Read the voxels; of a gzip file all of it, since its checksum stands at the end.
+
+    nibabel itself stops after the last voxel, and misses damage.
+    """
+    proxy, file = image.dataobj, image.file_map["image"].filename
+    if not file.lower().endswith(".gz"):
+        return np.asanyarray(proxy)
+    with gzip.open(file) as stream:
+        parts = proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter
+        array = np.asanyarray(ArrayProxy(stream, parts))
+        left = MAX_TAIL
+        while block := stream.read(min(left, 2**16)):
+            left -= len(block)
+        if not left:
+            raise ValueError(f"more than {MAX_TAIL} bytes follow the voxels")
+    return array
+
+
+def is_possible(shape: Sequence[int]) -> bool:
+    """Whether a volume of this shape can be a scan."""
+    return math.prod(shape) <= MAX_VOXELS and max(shape, default=0) <= MAX_SIDE
+
+
+def require_possible(path: Path, image: nib.Nifti1Pair) -> None:
+    """Refuse a header that asks for absurd memory, before any is taken."""
+    shape, proxy = image.shape, image.dataobj
+    checks.require(
+        min(shape, default=1) >= 0 and proxy.offset >= 0,
+        f"{path} claims a shape of {tuple(shape)} and voxels from byte {proxy.offset} "
+        "on; its header is damaged: export or download it again.",
+    )
+    checks.require(
+        is_possible(shape),
+        f"{path} claims a shape of {tuple(shape)}, {math.prod(shape)} voxels, but a "
+        f"scan has at most {MAX_VOXELS}, and {MAX_SIDE} along an axis; its header is "
+        "damaged: export or download it again.",
+    )
+    file = Path(image.file_map["image"].filename)
+    wanted = proxy.offset + math.prod(shape) * proxy.dtype.itemsize
+    size = file.stat().st_size
+    factors = {".nii": 1, ".img": 1, ".gz": DEFLATE}
+    checks.require(
+        wanted <= size * factors.get(file.suffix.lower(), math.inf),
+        f"{file} has {size} bytes, too few for the {wanted} of the shape "
+        f"{tuple(shape)} that its header claims: it is truncated or its header is "
+        "damaged; copy or download it again.",
+    )
+
+
+def notes(path: Path, image: nib.Nifti1Pair) -> tuple[str, ...]:
+    """Say if a file gives two different places for its voxels, or none."""
+    sform, qform = image.get_sform(coded=True)[0], image.get_qform(coded=True)[0]
+    if sform is None and qform is None:
+        return (
+            f"{path}: its sform and qform have code 0, so its orientation is unknown; "
+            "the axes are taken to run to left, front and head: check left and right.",
+        )
+    if sform is None or qform is None or len(image.shape) != 3:
+        return ()
+    miss = corner_distance(image.shape, sform, qform)
+    if miss < 0.1:
+        return ()
+    return (
+        f"{path}: its sform and qform disagree by up to {miss:.1f} mm; the sform is "
+        "taken, so check left and right.",
+    )
+
+
+def corner_distance(
+    shape: Sequence[int], affine: np.ndarray, other: np.ndarray
+) -> float:
+    """Return the largest distance on an axis between two places of a corner."""
+    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(shape) - 1)
+    corners = np.concatenate([corners, np.ones((8, 1))], axis=1)
+    return float(np.abs(corners @ (affine - other).T).max())

@@ -1,0 +1,270 @@
+"""Every benchmark's command line and what it reports."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+import benchmarks
+from benchmarks import (
+    collectives,
+    compare,
+    gpu_check,
+    inference,
+    loss,
+    model,
+    moe_scaling,
+    parity,
+    routing_maps,
+    scaling,
+    soft_moe,
+)
+from benchmarks.model_worker import Job
+from swinsmt_jax.checks import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = (
+    "collectives",
+    "compare",
+    "gpu_check",
+    "inference",
+    "input_pipeline",
+    "loss",
+    "model",
+    "moe_scaling",
+    "paper_step",
+    "parity",
+    "roofline",
+    "routing_maps",
+    "scaling",
+    "soft_moe",
+    "table",
+    "training_overhead",
+)
+
+
+def run(name, *arguments):
+    """Run a benchmark; return the finished process."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_documents_quick_and_json(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert "--quick" in module.__doc__ and "--json" in module.__doc__
+    text = Path(module.__file__).read_text()
+    assert '"quick"' in text and '"json"' in text
+
+
+def test_a_report_says_where_it_comes_from():
+    found = benchmarks.report({"a": 1.0}, rows=[])
+    assert set(found) == {"headline", "rows", "machine", "versions", "command"}
+    assert found["machine"]["processor"] not in ("", "x86_64")
+    assert found["machine"]["cores"] >= 1 and found["machine"]["devices"] >= 1
+    assert {"python", "jax", "jaxlib", "flax"} <= set(found["versions"])
+    json.dumps(found)
+
+
+def test_the_loss_reports_its_figures(tmp_path):
+    file = tmp_path / "loss.json"
+    done = run("loss", "--quick", "--classes=3", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert {"forward_ms", "gradient_mib"} <= set(found["headline"])
+    assert len(found["rows"]) == 3 and "processor" in found["machine"]
+    assert found["command"].startswith("python -m benchmarks.loss --quick")
+
+
+def test_parity_without_goldens_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="set --goldens to the folder"):
+        parity.all_figures(tmp_path, quick=True)
+
+
+def test_parity_reports_the_largest_deviation_of_each_kind():
+    figures = [
+        parity.Figure("a", "hidden state 0, absolute", 1e-5, 1e-4),
+        parity.Figure("a", "hidden state 1, absolute", 3e-5, 1e-4),
+        parity.Figure("sliding", "gaussian", 2.0, 1e-5),
+        parity.Figure("b", "logits, absolute", float("nan"), 1e-4),
+    ]
+    found = parity.headline(figures[:3])
+    assert found["hidden_state_absolute"] == 3e-5
+    assert found["sliding_gaussian"] == 2.0
+    assert found["figures"] == 3 and found["beyond"] == 1
+    assert parity.headline(figures)["beyond"] == 2
+
+
+def test_meshes_are_flat_in_the_headlines():
+    sent = {"all-reduce": {"count": 2, "bytes": 30}}
+    row = {"data": 4, "expert": 2, "collectives": sent}
+    held = {"expert_bytes_per_device": 5, "rest_bytes_per_device": 7}
+    found = collectives.headline([row | held])
+    assert found["all_reduce_bytes_4x2"] == 30 and found["all_gather_bytes_4x2"] == 0
+    assert found["expert_bytes_per_device_4x2"] == 5
+    found = scaling.headline([row | {"state_gb": 1.0, "temporaries_gb": 2.0}], [])
+    assert found == {"state_gb_4x2": 1.0, "temporaries_gb_4x2": 2.0}
+
+
+def moe_row(experts, **more):
+    row = {
+        "experts": experts,
+        "moe_stages": 3,
+        "side": 64,
+        "parameters": 10 * experts,
+        "forward_flops": 2e9,
+        "held_bytes": {1: 3e9},
+        "gradient_gb": 1.5,
+        "gradient_seconds": None,
+        "meshes": [],
+    }
+    return row | more
+
+
+def test_the_study_of_experts_reports_costs_and_the_largest(tmp_path):
+    mesh = {"data": 2, "expert": 1, "step_gb": 1.0, "step_seconds": 4.0}
+    groups = {"overall": 0.5, "ribs": 0.0}
+    rows = [moe_row(4, dice=groups), moe_row(8, meshes=[mesh], dice=groups)]
+    found = moe_scaling.headline(rows)
+    assert found["parameters_4_3"] == 40 and found["largest_parameters"] == 80
+    assert found["forward_gflop_8_3"] == 2 and found["gradient_gb_8_3"] == 1.5
+    assert found["step_s_8_3_2x1"] == 4.0 and "gradient_s_8_3" not in found
+    assert "2x1 1.00 GB 4.00 s" in moe_scaling.line(rows[1])
+    moe_scaling.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_a_quick_run_of_soft_moe_has_what_the_headline_needs():
+    plan = soft_moe.plan(quick=True, on_gpu=False)
+    rows = [
+        soft_moe.Row(tokens, form, what, 0.5, 2.0 if form == "dense" else 1.0)
+        for tokens, what, form, _ in plan
+    ]
+    found = soft_moe.headline(rows)
+    assert found["grad_temp_gb_32768"] == found["grad_temp_gb_110592"] == 0.5
+    assert found["forward_ratio_32768"] == 0.5
+    assert {form for *_, form, _ in soft_moe.plan(quick=True, on_gpu=True)} > {"cudnn"}
+
+
+def test_a_form_that_fails_is_a_row(monkeypatch):
+    sizes = {"channels": 8, "experts": 4, "limit_gb": 1.0, "run": True}
+    row = soft_moe.measure(64, "forward", "streaming", **sizes)
+    assert row.error is None and row.seconds > 0
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(soft_moe, "seconds_of", fails)
+    row = soft_moe.measure(64, "forward", "streaming", **sizes)
+    assert row.error == "no kernel" and row.temporaries_gb is not None
+    assert "no kernel" in soft_moe.line(row)
+
+
+JOB = Job("torch", "swin_smt_e4", 192, "forward")
+
+
+def test_what_is_known_not_to_fit_is_skipped(monkeypatch):
+    monkeypatch.setattr(model, "memory_limit_gb", lambda: 24.0)
+    assert "needs more than 147 GB" in model.start(JOB)["error"]
+    assert model.shortage(Job("torch", "swin_smt_e4", 128, "forward")) is None
+    assert model.shortage(Job("torch", "swin_unetr_b", 192, "forward")) is None
+
+
+def test_rates_follow_from_operations(monkeypatch):
+    monkeypatch.setattr(model, "operations", lambda job: 4e12)
+    monkeypatch.setattr(model, "peak", lambda: 8e12)
+    row = {"side": 64, "jax": {"seconds": 2.0}, "torch": {"error": "none"}}
+    model.add_rates(row, Job("jax", "swin_smt_e4", 64, "step", batch=3))
+    found = row["jax"]
+    assert found["patches_per_s"] == 1.5 and found["tflop_per_s"] == 2.0
+    assert found["utilisation"] == 0.25 and row["torch"] == {"error": "none"}
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 64])
+def test_the_largest_batch_is_found(monkeypatch, most):
+    def start(job):
+        if job.batch > most:
+            return {"error": "out of memory"}
+        return {"seconds": [1.0]}
+
+    monkeypatch.setattr(model, "start", start)
+    found = model.largest_batch(JOB)
+    assert found["batch"] == most and found["patches_per_s"] == most
+
+
+def test_parts_of_the_rows_are_chosen_and_added(tmp_path, monkeypatch):
+    class Options:
+        networks, sides, what = ["swin_smt_e4"], ["64"], []
+
+    rows = model.chosen(model.ROWS, Options)
+    assert {row[:2] for row in rows} == {("swin_smt_e4", 64)} and len(rows) == 3
+    Options.sides = ["63"]
+    with pytest.raises(UserError, match="no row has"):
+        model.chosen(model.ROWS, Options)
+    about = {"processor": "p", "device": "cpu", "threads": 2}
+    kept = {"network": "a", "side": 64, "what": "step", "dtype": "float32"}
+    again = kept | {"network": "swin_smt_e4"}
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps({"machine": about, "rows": [kept, again]}))
+    rows = [("swin_smt_e4", 64, "step")]
+    found = model.earlier(str(file), about, rows, dtype="float32")
+    assert found["rows"] == [kept]
+    with pytest.raises(UserError, match="write to another file"):
+        model.earlier(str(file), about | {"threads": 4}, [], dtype="float32")
+
+
+def test_a_quick_comparison_keeps_what_is_given():
+    values = flags.FlagValues()
+    compare.define_flags(values)
+    values(["compare", "--quick", "--budget=7"])
+    compare.set_quick(values)
+    assert values.budget == 7 and values.size == "tiny"
+    assert values.root == "data/compare_phantoms_quick"
+
+
+def test_experts_that_nothing_looks_at_are_counted():
+    shares = {"ribs": [0.5, 0.5, 0.0], "organs": [0.99, 0.0, 0.0]}
+    found = routing_maps.headline([{"block": "stage2/block0", "shares": shares}])
+    assert found == {"experts_without_share_stage2_block0": 1}
+
+
+def test_whole_scans_are_measured_as_they_are():
+    shape = (80, 80, 112)
+    options = {"side": 32, "classes": 16, "sums": "float32"}
+    labels, peak, _ = inference.measure(shape, **options)
+    nothing, early, _ = inference.measure(shape, until_peak=True, **options)
+    assert labels.shape == shape and nothing is None
+    assert early == pytest.approx(peak, rel=0.05)
+    grid = inference.other_grid(shape)
+    labels, _, _ = inference.measure(shape, positions=grid, **options)
+    assert labels.shape == (64, 64, 89)
+    assert inference.labels_identical(side=8, classes=4)
+    assert inference.differing_on_device(side=8, classes=4) < 1e-3
+
+
+def test_the_loss_forms_agree(rng):
+    logits = rng.normal(size=(1, 4, 4, 4, 5)).astype(np.float32)
+    labels = rng.integers(0, 5, (1, 4, 4, 4)).astype(np.uint8)
+    ours = float(loss.dice_cross_entropy(logits, labels))
+    for form in (loss.compared, loss.one_hot):
+        assert float(form(logits, labels)) == pytest.approx(ours, rel=1e-5)
+
+
+def test_the_limits_of_all_parts_are_under_eight_minutes():
+    assert sum(gpu_check.LIMITS.values()) < 8 * 60
+    assert set(gpu_check.LIMITS) == {"network", *gpu_check.COMMANDS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["collectives", "scaling", "roofline"])
+def test_quick_runs_end_with_a_report(name, tmp_path):
+    file = tmp_path / "report.json"
+    done = run(name, "--quick", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["headline"] and {"machine", "versions", "command"} <= set(found)

@@ -34,6 +34,7 @@ NAMES = (
     "gpu_check",
     "inference",
     "input_pipeline",
+    "killed_demo",
     "loss",
     "model",
     "moe_scaling",

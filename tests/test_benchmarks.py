@@ -93,6 +93,7 @@ def test_a_file_in_a_missing_folder_is_refused_before_anything_is_measured(tmp_p
     assert done.returncode != 0 and "folder that does not exist" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_input_pipeline_is_measured_with_and_without_a_peer():
     settings = {"scans": 1, "spacing": 12.0, "cases": 5, "sides": (96,), "few": 1}
     ((threads, workers),) = configurations = (input_pipeline.RECOMMENDED,)

@@ -193,7 +193,8 @@ def evaluate_files(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_predictions_in_files_are_evaluated(dataset, tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_predictions_in_files_are_evaluated(dataset, tmp_path, workers):
     folder, output = tmp_path / "out", tmp_path / "results"
     folder.mkdir()
     for name in ("s0001", "s0002"):  # the second one flipped in the file, not in space
@@ -207,7 +208,7 @@ def test_predictions_in_files_are_evaluated(dataset, tmp_path):
         f"--data_root={dataset}",
         f"--output={output}",
         "--surface_tolerance=0",
-        "--workers=2",
+        f"--workers={workers}",
     )
     assert done.returncode == 0, done.stderr
     assert "2 cases of the split 'test', predictions in" in done.stdout

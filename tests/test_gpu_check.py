@@ -68,6 +68,7 @@ def test_a_part_that_is_done_is_not_done_again(tmp_path):
     assert found["status"] == "failed with status 1"  # not taken for another device's
 
 
+@pytest.mark.slow
 def test_a_part_that_runs_over_is_ended_with_what_it_started(tmp_path):
     marker = tmp_path / "marker"
     late = f"import time; time.sleep(4); open({str(marker)!r}, 'w')"

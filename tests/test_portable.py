@@ -49,6 +49,7 @@ def config():
     )
 
 
+@pytest.mark.slow
 def test_an_exported_network_needs_jax_and_numpy_alone(config, tmp_path, rng):
     model = models.create(config.model, rngs=nnx.Rngs(0))
     export(model, config, tmp_path / "network.npz", step=7)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from swinsmt_jax.ops import soft_routing
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(tokens=st.integers(1, 20), experts=st.integers(1, 6))
 def test_slot_means_average_consecutive_tokens(tokens, experts):
     x = np.random.default_rng(tokens).standard_normal((2, tokens, 3)).astype("f4")

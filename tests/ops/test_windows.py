@@ -10,7 +10,7 @@ from swinsmt_jax.ops import windows
 sides = st.tuples(*[st.integers(1, 9)] * 3)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 @given(grid=sides, window=sides)
 def test_merge_inverts_partition(grid, window):
     padded = tuple(-(-g // w) * w for g, w in zip(grid, window, strict=True))
@@ -39,7 +39,7 @@ def test_pad_adds_zeros_at_the_end(rng):
     assert np.count_nonzero(padded) == x.size
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     counts=st.tuples(*[st.integers(2, 3)] * 3),
     window=st.tuples(*[st.integers(1, 3)] * 3),

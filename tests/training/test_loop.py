@@ -450,6 +450,7 @@ def test_a_new_run_starts_from_other_parameters(tmp_path, make_config, caplog):
     assert "--start_from is ignored" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_of_eight_devices_continues_on_fewer(tmp_path, make_config):
     """From 4 x 2 devices to 2, 1 and 1 x 8: the losses stay the same to 1e-4."""
 

@@ -192,7 +192,9 @@ def test_eight_devices_learn_as_one(rng):
     np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("routing", ["dense", "streaming"])
+@pytest.mark.parametrize(
+    "routing", [pytest.param("dense", marks=pytest.mark.slow), "streaming"]
+)
 def test_every_part_of_the_step_has_its_name(routing):
     small = {"window_size": 4, "depths": (1, 1, 1, 1), "routing": routing}
     model = SwinSMTConfig(1, 5, 12, num_experts=2, num_moe_stages=3, **small)
@@ -215,7 +217,9 @@ def test_every_part_of_the_step_has_its_name(routing):
         assert re.search(name, said), name
 
 
-@pytest.mark.parametrize("data, expert", [(8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    "data, expert", [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)]
+)
 def test_the_papers_step_lowers_for_gpu_and_tpu(data, expert):
     from configs import swin_smt_paper
 

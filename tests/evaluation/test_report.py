@@ -50,6 +50,7 @@ def config(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_phantom_is_evaluated_from_end_to_end(config, tmp_path, rng):
     output = tmp_path / "deep" / "results"
     options = dict(split="test", groups=labels.GROUPS, rule="over_pairs", step=7)

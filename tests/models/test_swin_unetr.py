@@ -94,6 +94,7 @@ def test_routing_weights_come_per_moe_block(small, patch):
     np.testing.assert_allclose(routing["stage4/block0"].dispatch.sum(1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient(patch):
     config = dataclasses.replace(TINY, patch_merging="octants", residual_conv=True)
     graphdef, params = build(config)
@@ -122,6 +123,7 @@ def test_each_part_is_rematerialised_by_name(patch, part):
     assert "remat" in jaxpr_of(dataclasses.replace(TINY, remat=(part,)))
 
 
+@pytest.mark.slow
 def test_rematerialisation_does_not_change_gradients(patch):
     params = build(TINY)[1]
 
@@ -143,6 +145,7 @@ def test_rematerialisation_does_not_change_gradients(patch):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_on_with_rngs_alone(patch):
     config = dataclasses.replace(
         TINY, dropout=0.1, attention_dropout=0.1, drop_path=0.3
@@ -161,6 +164,7 @@ def test_dropout_is_on_with_rngs_alone(patch):
     assert not np.allclose(first, still) and not np.allclose(first, second)
 
 
+@pytest.mark.slow
 def test_a_window_of_three_sides_is_taken(patch):
     config = dataclasses.replace(TINY, window_size=(2, 4, 3))
     graphdef, params = build(config)

@@ -172,6 +172,7 @@ def test_prediction_has_no_dropout(start, rng):
     np.testing.assert_array_equal(logits, predict(state.params, x))
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_as_one(rng):
     small = {"window_size": 4, "depths": (1, 1, 1, 1)}
     model = SwinSMTConfig(1, 5, 12, num_experts=4, num_moe_stages=3, **small)

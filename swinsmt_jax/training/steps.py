@@ -70,7 +70,7 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
         ) as profile,
     ):
         if start and _validates(run, start) and not run.checkpoints.is_scored(start):
-            _validate(run, log, listener, state)
+            _validate(run, log, listener, state, {})
         if start >= stop:
             return state
         batch, names = _next(run, batches, state)
@@ -90,15 +90,16 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
             signal, validates = listener.heard(step), _validates(run, step)
             if validates or signal or _due(run, step, "checkpoint_every"):
                 values = _fetch(run, log, state, *pending) | clock.tick()
-                _record(run, log, step, values, always=validates)
-                pending = None
+                pending, ends = None, signal and (validates or step < stop)
+                if ends or not validates:
+                    _record(run, log, step, values, always=validates)
                 run.checkpoints.save(state, origin=run.origin)
-                if signal and (validates or step < stop):
+                if ends:
                     run.checkpoints.wait()
                     processes.meet()  # the launcher may end all with the first one
                     raise interrupts.Interrupted(signal, step=step, stop=stop)
                 if validates:
-                    _validate(run, log, listener, state)
+                    _validate(run, log, listener, state, values)
                 clock.restart()
             run.checkpoints.check()
         run.checkpoints.wait()  # while signals are heard
@@ -145,18 +146,22 @@ def _compile(run, state, batch):
     return compiled, Clock(run.config.data.batch_size, found)
 
 
-def _validate(run, log: Log | None, listener, state):
-    """Score a state that is being saved, and record that."""
+def _validate(run, log: Log | None, listener, state, values):
+    """Score a state that is being saved, and record that with the step's values."""
     step = int(state.step)
+    if log is not None and values:
+        log.progress(values)
     poll = functools.partial(listener.poll, step, run.config.training.num_steps)
     try:
         result = run.score(state.evaluated_params, poll)
     except interrupts.Interrupted:
+        if log is not None and values:
+            _write_row(run, log, step, values)
         run.checkpoints.wait()
         raise
     if log is not None:
         log.say("step %d: validation Dice %.4f", step, result["dice"])
-        _write_row(run, log, step, _scores(result))
+        _write_row(run, log, step, values | _scores(result))
         log.pictures(step, result.get("pictures", {}))
     run.checkpoints.score(step, result["dice"])
 

@@ -41,6 +41,8 @@ def test_a_run_learns_validates_and_keeps_its_best(tmp_path, make_config):
     assert int(state.step) == 40
     rows = {row["step"]: row for row in read_rows(tmp_path / "run" / "metrics.jsonl")}
     assert list(rows) == [8, 16, 20, 24, 32, 40]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(rows) and all("loss" in line for line in lines)
     assert rows[40]["loss"] < rows[8]["loss"]
     assert rows[40]["patches_per_second"] > 0
     assert set(rows[20]) >= {"val_dice", "val_dice/organs", "learning_rate"}

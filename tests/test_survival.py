@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, undisturbed, tmp_path
     status, said = run(limited, tmp_path / "run", *more)
     assert status == 2, said
     assert "train.py: a checkpoint could not be written" in said
-    assert "The latest complete one is that of step 5, and it is intact" in said
+    assert "complete checkpoint is that of step 5, and it is intact" in said
     assert load_model(tmp_path / "run")[2]["step"] == 5
     assert run(command, tmp_path / "run", *more)[0] == 0
     assert load_model(tmp_path / "run", step="latest")[2]["step"] == 9

@@ -117,11 +117,11 @@ def test_logits_loss_and_gradients(name):
     assert ours.keys() == theirs.keys()
     largest = max(np.linalg.norm(g) for g in theirs.values())
     for key, gradient in theirs.items():
-        # A norm that is nothing but rounding, as behind an instance norm, has no
-        # relative accuracy: PyTorch's own differs by as much from double precision.
-        floor = 1e-6 * largest
-        deviation = abs(np.linalg.norm(ours[key]) - np.linalg.norm(gradient))
-        assert deviation < 2e-3 * np.linalg.norm(gradient) + floor, key
+        # A rounding that moves one activation across the kink of a leaky ReLU changes
+        # gradients by some 1e-6 of the largest, which is 1 % of the smallest ones.
+        norm = np.linalg.norm(gradient)
+        deviation = abs(np.linalg.norm(ours[key]) - norm)
+        assert deviation < 2e-3 * norm + 1e-5 * largest, (key, deviation, norm)
 
 
 def test_a_written_state_dict_loads_strictly_into_pytorch():

@@ -121,7 +121,7 @@ def test_logits_loss_and_gradients(name):
         # gradients by some 1e-6 of the largest, which is 1 % of the smallest ones.
         norm = np.linalg.norm(gradient)
         deviation = abs(np.linalg.norm(ours[key]) - norm)
-        assert deviation < 2e-3 * norm + 1e-5 * largest, (key, deviation, norm)
+        assert deviation < 3e-3 * norm + 1e-5 * largest, (key, deviation, norm)
 
 
 def test_a_written_state_dict_loads_strictly_into_pytorch():

@@ -120,8 +120,8 @@ def network_figures(
     relative to the norm plus 0.1 % of the largest norm; the plain one leaves out norms
     below `floor` of the largest, which are rounding: those of biases before a norm.
     """
-    state_dict = _part(golden, "param/")
-    graphdef, params = _loaded(config, state_dict)
+    state_dict = part(golden, "param/")
+    graphdef, params = loaded(config, state_dict)
     x = jnp.moveaxis(golden["x"], 1, -1)
     y = jnp.asarray(golden["y"][:, 0])
 
@@ -137,13 +137,13 @@ def network_figures(
     written = convert.to_torch(nnx.merge(graphdef, params))
     gradients = convert.to_torch(nnx.merge(graphdef, gradients))
     norms = {k: np.linalg.norm(g.astype(np.float64)) for k, g in gradients.items()}
-    wanted = {k: float(v) for k, v in _part(golden, "grad_norm/").items()}
+    wanted = {k: float(v) for k, v in part(golden, "grad_norm/").items()}
     deviation = {k: abs(norms[k] - v) for k, v in wanted.items()}
     guard = 1e-3 * max(wanted.values())
     guarded = {k: deviation[k] / (v + guard) for k, v in wanted.items()}
     least = floor * max(wanted.values())
     plain = {k: deviation[k] / v for k, v in wanted.items() if v >= least}
-    bf16_graph, bf16_params = _loaded(
+    bf16_graph, bf16_params = loaded(
         dataclasses.replace(config, dtype="bfloat16"), state_dict
     )
     bf16 = jax.jit(lambda p, x: nnx.merge(bf16_graph, p)(x))(bf16_params, x)
@@ -248,7 +248,7 @@ def loss_and_window_figures(golden: Mapping) -> list[Figure]:
 
 def _module(golden, name, module, torch_prefix, call: Callable) -> list[Figure]:
     graphdef, params = nnx.split(module)
-    params = _fill(params, _part(golden, f"{name}/param/"), torch_prefix)
+    params = _fill(params, part(golden, f"{name}/param/"), torch_prefix)
     x, cotangent = (jnp.asarray(golden[f"{name}/{k}"]) for k in ("in0", "cotangent"))
 
     @jax.jit
@@ -257,7 +257,7 @@ def _module(golden, name, module, torch_prefix, call: Callable) -> list[Figure]:
         return out, *pullback(cotangent)
 
     out, param_gradients, x_gradient = run(params, x)
-    wanted = _fill(params, _part(golden, f"{name}/grad/"), torch_prefix)
+    wanted = _fill(params, part(golden, f"{name}/grad/"), torch_prefix)
     worst = max(
         _relative(a, b)
         for a, b in zip(
@@ -293,7 +293,7 @@ def _call(module, x):
     return module(x)
 
 
-def _loaded(config, state_dict):
+def loaded(config, state_dict):
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0)))
     )
@@ -303,7 +303,7 @@ def _loaded(config, state_dict):
     return nnx.split(model)
 
 
-def _part(golden, prefix):
+def part(golden, prefix):
     return {k.removeprefix(prefix): golden[k] for k in golden if k.startswith(prefix)}
 
 

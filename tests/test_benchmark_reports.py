@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     "collectives",
     "compare",
+    "conditioning",
     "gpu_check",
     "inference",
     "input_pipeline",

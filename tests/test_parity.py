@@ -12,6 +12,7 @@ def check(figures):
     assert figures and not beyond
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", parity.NETWORKS)
 def test_network(shared, name):
     golden = dict(np.load(shared / "parity" / f"{name}.npz"))

@@ -11,9 +11,11 @@ can be asked of another program. --quick takes nnU-Net alone. Needs PyTorch, MON
 soft-moe-pytorch and dynamic-network-architectures.
 """
 
+import importlib.util
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path
 
@@ -24,8 +26,9 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import define_file, parity, report, write
-from swinsmt_jax import convert, losses
+from swinsmt_jax import checks, convert, losses
 from swinsmt_jax.network_config import PlainConvUNetConfig
+from swinsmt_jax.training import startup
 
 NNUNET = "zoo/nnunet_plain_small"
 NETWORKS = {NNUNET: parity.ZOO[NNUNET], **parity.NETWORKS}
@@ -49,7 +52,7 @@ def pytorch_norms(config, golden, *, double: bool, scale: float = 1.0) -> dict:
     y = torch.from_numpy(golden["y"]).long()
     DiceCELoss(to_onehot_y=True, softmax=True)(network(x), y).backward()
     used = {k: p.grad for k, p in network.named_parameters() if p.grad is not None}
-    return norms({names[k]: gradient.numpy() for k, gradient in used.items()})
+    return parity.norms({names[k]: gradient.numpy() for k, gradient in used.items()})
 
 
 def _pytorch_network(config):
@@ -91,14 +94,9 @@ def our_norms(config, golden):
 
     def run(scale):
         x = jnp.moveaxis(golden["x"] * np.float32(scale), 1, -1)
-        return norms(convert.to_torch(nnx.merge(graphdef, gradient(params, x))))
+        return parity.norms(convert.to_torch(nnx.merge(graphdef, gradient(params, x))))
 
     return run
-
-
-def norms(gradients: dict) -> dict[str, float]:
-    """Return the norm of each array, summed in double precision."""
-    return {k: float(np.linalg.norm(g.astype(float))) for k, g in gradients.items()}
 
 
 def compare(ours: dict, theirs: dict) -> dict:
@@ -107,16 +105,12 @@ def compare(ours: dict, theirs: dict) -> dict:
     Norms below a millionth of the largest are left out: in nnU-Net those of biases
     before a norm, which are rounding alone.
     """
-    largest = max(theirs.values())
-    names = [k for k in theirs if theirs[k] >= 1e-6 * largest]
-    plain = {k: abs(ours[k] - theirs[k]) / theirs[k] for k in names}
+    plain = parity.deviations(ours, theirs, floor=1e-6)
+    guarded = parity.deviations(ours, theirs, guard=parity.GUARD, floor=1e-6)
     worst = max(plain, key=plain.get)
-    guarded = (
-        abs(ours[k] - theirs[k]) / (theirs[k] + parity.GUARD * largest) for k in names
-    )
     return {
         "plain": plain[worst],
-        "guarded": max(guarded),
+        "guarded": max(guarded.values()),
         "beyond": sum(v > 1e-3 for v in plain.values()),
         "parameter": worst,
     }
@@ -145,8 +139,15 @@ def measure(config, golden) -> list[dict]:
     ]
 
 
+@startup.exit_on_user_error("benchmarks.conditioning")
 def main(_):
     options = flags.FLAGS
+    for name in ("torch", "monai", "soft_moe_pytorch", "dynamic_network_architectures"):
+        checks.require(
+            importlib.util.find_spec(name) is not None,
+            f"{name} is not installed, but norms are compared with PyTorch's; "
+            'pip install -e ".[reference]" dynamic-network-architectures',
+        )
     names = [NNUNET] if options.quick else list(NETWORKS)
     rows = []
     for name in names:

@@ -135,22 +135,15 @@ def network_figures(
 
     wanted = {k: float(v) for k, v in part(golden, "grad_norm/").items()}
 
-    def deviation(gradients, guard):
-        """Largest one, relative to the norm plus a share of the largest norm."""
-        gradients = convert.to_torch(nnx.merge(graphdef, gradients))
-        norms = {k: np.linalg.norm(gradients[k].astype(np.float64)) for k in wanted}
-        largest = max(wanted.values())
-        return max(
-            abs(norms[k] - v) / (v + guard * largest)
-            for k, v in wanted.items()
-            if guard or v >= floor * largest
-        )
+    def norms_of(gradients):
+        return norms(convert.to_torch(nnx.merge(graphdef, gradients)))
 
     (loss, logits), gradients = loss_and_logits(params, x, y)
-    guarded = [deviation(gradients, GUARD)]
+    found = [norms_of(gradients)]
     for scale in (1 - LAST_BIT, 1 + LAST_BIT):
-        moved = loss_and_logits(params, x * np.float32(scale), y)[1]
-        guarded.append(deviation(moved, GUARD))
+        found.append(norms_of(loss_and_logits(params, x * np.float32(scale), y)[1]))
+    plain = deviations(found[0], wanted, floor=floor)
+    guarded = [max(deviations(f, wanted, guard=GUARD).values()) for f in found]
     written = convert.to_torch(nnx.merge(graphdef, params))
     bf16_graph, bf16_params = loaded(
         dataclasses.replace(config, dtype="bfloat16"), state_dict
@@ -171,7 +164,7 @@ def network_figures(
     rows += [
         ("Dice + CE, absolute", abs(float(loss) - float(golden["dice_ce"])), 1e-6),
         ("gradient norms, guarded relative", min(guarded), 1e-3),
-        ("gradient norms, plain relative", deviation(gradients, 0), 5e-3),
+        ("gradient norms, plain relative", max(plain.values()), 5e-3),
         ("bfloat16 logits, relative L2", _relative_l2(bf16, logits), 2e-2),
     ]
     return [Figure(name, what, float(v), tol) for what, v, tol in rows]
@@ -293,6 +286,26 @@ def _fill(params, arrays, torch_prefix):
 
 def _call(module, x):
     return module(x)
+
+
+def norms(gradients: Mapping) -> dict[str, float]:
+    """Return the norm of each array, summed in double precision."""
+    return {k: float(np.linalg.norm(g.astype(float))) for k, g in gradients.items()}
+
+
+def deviations(
+    ours: Mapping, theirs: Mapping, *, guard: float = 0.0, floor: float = 0.0
+) -> dict[str, float]:
+    """Return differences relative to the norms `theirs` plus a share of the largest.
+
+    Norms below the share `floor` of the largest are left out.
+    """
+    largest = max(theirs.values())
+    return {
+        k: abs(ours[k] - v) / (v + guard * largest)
+        for k, v in theirs.items()
+        if v >= floor * largest
+    }
 
 
 def loaded(config, state_dict):

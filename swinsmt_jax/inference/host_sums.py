@@ -1,5 +1,6 @@
 """Average windows in the host's memory, in tiles that windows begin and end."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -28,7 +29,7 @@ def blocks(
         num_classes: K.
         dtype: of the sums.
     """
-    waiting, add = {}, _add if dtype == "float32" else _compiled_add(dtype)
+    waiting, add = {}, _adder(dtype)
     for start, (batch, index) in zip(windows.starts, predictions, strict=True):
         logits = windows.swept(np.asarray(batch)[index])
         for tile, ended in windows.tiles(start):
@@ -62,27 +63,30 @@ def _add(before, plane, weight):
     return product if before is None else before + product
 
 
-def _compiled_add(dtype):
-    """Return `_add` that ends in `dtype`, compiled for this host's CPU if it may be.
+def _adder(dtype):
+    """Return `_add` that may end in `dtype`, compiled for this host's CPU if need be.
 
     numpy converts to half precision one number at a time, which takes ten times as
     long. Compiled, multiplication and addition may round once: float32 sums, which are
     those of one accumulator bit for bit, are left to numpy.
     """
+    if dtype == "float32":
+        return _add
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
         return _add
 
-    @jax.jit
-    def compiled(before, plane, weight):
-        return _add(before, plane, weight).astype(dtype)
-
     def add(before, plane, weight):
         with jax.default_device(cpu):
-            return np.asarray(compiled(before, plane, weight))
+            return np.asarray(_compiled_add(before, plane, weight, dtype=dtype))
 
     return add
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _compiled_add(before, plane, weight, *, dtype):
+    return _add(before, plane, weight).astype(dtype)
 
 
 def labels(

@@ -53,7 +53,6 @@ def compile_step(model, mesh, *, batch_size, patch=PATCH):
         graphdef,
         optimizer,
         schedule=schedule,
-        loss_fn=losses.dice_cross_entropy,
         seed=0,
         like=like,
         mesh=mesh,

@@ -15,8 +15,7 @@ model: against the PyTorch network, if it is installed, eager and compiled: patc
     TFLOP/s, utilisation, memory (benchmarks/model.py --quick).
 inference: a whole body with the paper's network (benchmarks/inference.py --quick).
 soft_moe, input_pipeline: the benchmarks of these names, --quick.
-largest_batch: the most patches of a step, ours and PyTorch's (benchmarks/model.py
-    --largest_batch; skipped on a CPU).
+largest_batch: the most patches of a step, ours and PyTorch's (skipped on a CPU).
 
 A part that is done on this device, with this code, these packages and goldens, as
 --quick or not, is not done again: a run that was stopped goes on, and
@@ -46,7 +45,7 @@ from absl import app, flags
 
 from benchmarks import command_line, define_file, parity, report, versions, write
 from configs import swin_smt_paper
-from swinsmt_jax import losses, sharding
+from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.training import startup
 from swinsmt_jax.training import state as train_state
@@ -70,7 +69,7 @@ COMMANDS = {  # of the parts that are benchmarks; the host's sums are no GPU's f
     "inference": ("inference", "--quick", "--scans="),
     "soft_moe": ("soft_moe", "--quick"),
     "input_pipeline": ("input_pipeline", "--quick"),
-    "largest_batch": ("model", "--largest_batch"),
+    "largest_batch": ("largest_batch",),
 }
 SOURCES = ("swinsmt_jax", "benchmarks", "configs")
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
@@ -121,7 +120,6 @@ def _timed_step(config) -> dict:
         graphdef,
         optimizer,
         schedule=schedule,
-        loss_fn=losses.dice_cross_entropy,
         seed=0,
         like=like,
         mesh=mesh,

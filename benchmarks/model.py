@@ -3,7 +3,6 @@
     python -m benchmarks.model [--quick] [--json=FILE] [--plot=FILE] [--dtype=bfloat16]
     python -m benchmarks.model --networks=swin_smt_e4 --sides=64,96 --what=gradient \
         --json=FILE --add
-    python -m benchmarks.model --largest_batch
 
 Forward pass, loss gradient and training step of Swin SMT with 4 and 32 experts and of
 Swin UNETR B, 118 classes, batch 1, against the network of MONAI and soft-moe-pytorch
@@ -21,9 +20,6 @@ On a CPU in float32 on --threads cores, on a GPU in bfloat16, PyTorch with autoc
 channels_last_3d; --dtype changes that. --quick measures once what the headline needs,
 minutes on a CPU; --smallest a 64^3 patch. --networks, --sides and --what keep a part of
 the rows, and --add the rows that the file of --json has from earlier parts.
---largest_batch looks on a GPU for the most patches that a training step at 128^3 takes:
-it doubles until memory is out and then halves what is between; ours starts from what
-the compiler says.
 """
 
 import dataclasses
@@ -66,8 +62,8 @@ ROWS = (
     ("swin_smt_e4", 192, "forward"),
 )
 ON_GPU = (("swin_smt_e32", 96, "step"), ("swin_smt_e32", 128, "step"))
-MOST_PATCHES = 64
 LIMIT = 1800  # seconds of one process
+IDENTITY = ("network", "side", "what", "dtype", "remat")  # of a row
 PASSES = {"forward": 1, "gradient": 3, "step": 3}  # operations, in forward passes
 SMALLEST = (("swin_smt_e4", 64, "forward"), ("swin_smt_e4", 64, "gradient"))
 
@@ -128,8 +124,7 @@ def compare(job: Job, frameworks: tuple[str, ...], *, rounds: int) -> dict:
     for _ in range(rounds):
         for name in frameworks:
             found[name].append(start(dataclasses.replace(job, framework=name)))
-    row = {"network": job.network, "side": job.side, "what": job.what}
-    row["dtype"] = job.dtype
+    row = {name: getattr(job, name) for name in IDENTITY}
     for name, runs in found.items():
         errors = [run["error"] for run in runs if "error" in run]
         if errors:
@@ -191,9 +186,22 @@ def compile_seconds(job: Job) -> dict[str, float | None]:
     }
 
 
+def default_dtype() -> str:
+    """Return the dtype in which this device is measured if none is asked for."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def headline(rows: list[dict]) -> dict[str, float | None]:
-    """Return the figures by which the project measures itself."""
-    by_key = {(r["network"], r["side"], r["what"]): r for r in rows}
+    """Return the figures by which the project measures itself.
+
+    Of rows that differ in dtype or rematerialisation alone, those of the device's
+    default dtype and of the config's rematerialisation count.
+    """
+
+    def usual(row):
+        return row.get("dtype") == default_dtype(), row.get("remat", True)
+
+    by_key = {(r["network"], r["side"], r["what"]): r for r in sorted(rows, key=usual)}
     gradient = by_key.get(("swin_smt_e4", 96, "gradient"), {})
     forward = by_key.get(("swin_smt_e4", 128, "forward"), {})
     found = {
@@ -215,9 +223,15 @@ def headline(rows: list[dict]) -> dict[str, float | None]:
     return found
 
 
+def label(row: dict) -> str:
+    """Name what a row measures."""
+    remat = "" if row.get("remat", True) else " no remat"
+    return f"{row['network']} {row['side']}³ {row['what']} {row['dtype']}{remat}"
+
+
 def line(row: dict) -> str:
     """One line of the table."""
-    cells = [f"{row['network']:13} {row['side']:4}  {row['what']:9}"]
+    cells = [f"{label(row):44}"]
     for name in ("jax", "torch", "torch.compile"):
         if name in row:
             cells.append(_cell(row[name]))
@@ -240,7 +254,7 @@ def plot(rows: list[dict], path: str) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if "time_ratio" in row]
-    names = [f"{row['network']} {row['side']}³ {row['what']}" for row in rows]
+    names = [label(row) for row in rows]
     figure, panels = plt.subplots(
         1, 2, figsize=(11, 0.5 * len(rows) + 1.2), sharey=True
     )
@@ -260,44 +274,6 @@ def plot(rows: list[dict], path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def largest_batch(job: Job, *, save=lambda best: None) -> dict:
-    """Find the largest batch that a GPU takes; return its size and the best speed.
-
-    It is doubled until memory is out, and then what is between is halved.
-    Ours begins where the compiler says that it still fits. `save` gets what is known so
-    far, after each measurement.
-    """
-    best = {"batch": 0, "patches_per_s": 0.0}
-    batch, ended = fitting_batch(job) if job.framework == "jax" else 1, None
-    while batch <= MOST_PATCHES and (ended is None or best["batch"] < batch < ended):
-        found = start(dataclasses.replace(job, batch=batch))
-        if "error" in found:
-            best["ended_by"], ended = found["error"], batch
-            if batch == 1:
-                break
-            known = best["batch"]
-            batch = known + (ended - known) // 2 if known else ended // 2
-        else:
-            speed = batch / statistics.median(found["seconds"])
-            best["batch"] = batch
-            best["patches_per_s"] = max(speed, best["patches_per_s"])
-            batch = 2 * batch if ended is None else batch + (ended - batch) // 2
-        save(best)
-    return best
-
-
-def fitting_batch(job: Job) -> int:
-    """Return the batch that fits by what two compiled programs need."""
-    one, two = (
-        start(dataclasses.replace(job, batch=n, repeats=0)).get("compiled_gb")
-        for n in (1, 2)
-    )
-    if one is None or two is None or two <= one:
-        return 1
-    most = 1 + (memory_limit_gb() - one) / (two - one)
-    return max(1, min(int(most), MOST_PATCHES))
-
-
 def chosen(rows, options):
     """Keep the rows that the filters let through."""
     kept = {"networks": options.networks, "sides": options.sides, "what": options.what}
@@ -315,7 +291,7 @@ def chosen(rows, options):
     return found
 
 
-def earlier(path: str | None, about: dict, rows, *, dtype: str) -> dict:
+def earlier(path: str | None, about: dict, jobs: list[Job]) -> dict:
     """Return the report in a file without the rows that are measured again.
 
     Raises:
@@ -333,11 +309,11 @@ def earlier(path: str | None, about: dict, rows, *, dtype: str) -> dict:
             f"{path} was measured with {name} {found.get('machine', {}).get(name)!r}, "
             f"but this is {about[name]!r}; write to another file.",
         )
-    again = {(*row, dtype) for row in rows}
+    again = {tuple(getattr(job, name) for name in IDENTITY) for job in jobs}
     found["rows"] = [
         row
         for row in found["rows"]
-        if (row["network"], row["side"], row["what"], row.get("dtype")) not in again
+        if tuple(row.get(name) for name in IDENTITY) not in again
     ]
     return found
 
@@ -356,15 +332,11 @@ def main(_):
     rows_of = chosen(rows_of, options)
     once = options.quick or options.smallest
     rounds, repeats = (1, 1) if once else (options.rounds, options.repeats)
-    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     peers = options.peers
     if peers is None:
         peers = ["torch"] if on_cpu else ["torch", "torch.compile"]
     found = report({}, rows=[])
     found["machine"]["threads"] = options.threads if on_cpu else None
-    if options.add:
-        known = earlier(options.json, found["machine"], rows_of, dtype=dtype)
-        found |= {k: known[k] for k in ("rows", "compile") if k in known}
     print("  ".join(f"{k} {v}" for k, v in found["machine"].items()), flush=True)
     with tempfile.TemporaryDirectory() as cache:
         job = Job(
@@ -372,74 +344,51 @@ def main(_):
             network="swin_smt_e32",
             side=128,
             what="step",
-            dtype=dtype,
+            dtype=options.dtype or default_dtype(),
             remat=options.remat,
             repeats=repeats,
             threads=options.threads if on_cpu else 0,
             cache=cache,
         )
-        if options.largest_batch:
-            measure_largest(job, ("torch", "jax"), found, options.json)
-        else:
-            measure_rows(job, rows_of, peers, rounds, found, options)
+        jobs = [
+            dataclasses.replace(job, network=network, side=side, what=what)
+            for network, side, what in rows_of
+        ]
+        if options.add:
+            known = earlier(options.json, found["machine"], jobs)
+            found |= {k: known[k] for k in ("rows", "compile") if k in known}
+        if not options.smallest and "compile" not in found:
+            paper = dataclasses.replace(job, dtype="bfloat16", remat=True, repeats=0)
+            found["compile"] = compile_seconds(paper)
+            _write(found, options.json)
+        measure_rows(jobs, peers, rounds, found, options.json)
     print(json.dumps(found["headline"], indent=1))
     if options.plot:
         plot(found["rows"], options.plot)
 
 
-def measure_rows(job, rows_of, peers, rounds, found, options):
-    """Add compile times and rows to a report, and write it after each."""
-    if not options.smallest and "compile" not in found:
-        paper = dataclasses.replace(job, dtype="bfloat16", remat=True, repeats=0)
-        found["compile"] = compile_seconds(paper)
-        _write(found, options.json)
+def measure_rows(jobs, peers, rounds, found, path):
+    """Add rows to a report, and write it after each."""
     # What torch.compile needs long for comes last.
     eager = [name for name in peers if name != "torch.compile"]
-    jobs = [
-        dataclasses.replace(job, network=network, side=side, what=what)
-        for network, side, what in rows_of
-    ]
     measured = []
-    for this in jobs:
+    for job in jobs:
         # Compiled beforehand, so that the compiler's memory is not counted.
-        start(dataclasses.replace(this, repeats=0))
-        row = compare(this, ("jax", *eager), rounds=rounds)
+        start(dataclasses.replace(job, repeats=0))
+        row = compare(job, ("jax", *eager), rounds=rounds)
         row["command"] = found["command"]
-        add_rates(row, this)
+        add_rates(row, job)
         measured.append(row)
         found["rows"].append(row)
         print(line(row), flush=True)
-        _write(found, options.json)
-    for this, row in zip(jobs, measured, strict=True):
+        _write(found, path)
+    for job, row in zip(jobs, measured, strict=True):
         if "torch.compile" in peers:
-            more = compare(this, ("torch.compile",), rounds=rounds)
+            more = compare(job, ("torch.compile",), rounds=rounds)
             row["torch.compile"] = more["torch.compile"]
-            add_rates(row, this)
+            add_rates(row, job)
             print(line(row), flush=True)
-            _write(found, options.json)
-
-
-def measure_largest(job, frameworks, found, path):
-    """Add the largest batch of each framework to a report, and write it after each."""
-    checks.require(
-        jax.default_backend() != "cpu",
-        "--largest_batch looks for the end of a GPU's memory, but there is no GPU.",
-    )
-    found["largest_batch"] = {}
-
-    def save(name, best):
-        found["largest_batch"][name] = best
-        sizes = {n: b["batch"] for n, b in found["largest_batch"].items()}
-        flat = {f"largest_batch_{n}": size for n, size in sizes.items()}
-        if sizes.get("torch") and "jax" in sizes:
-            flat["largest_batch_ratio"] = sizes["jax"] / sizes["torch"]
-        found["headline"] = flat
-        write(path, found)
-
-    for name in frameworks:
-        this = dataclasses.replace(job, framework=name)
-        best = largest_batch(this, save=functools.partial(save, name))
-        print(f"{name}: {best}", flush=True)
+            _write(found, path)
 
 
 def _write(found, path):
@@ -450,7 +399,6 @@ def _write(found, path):
 if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "what the headline needs, once")
     flags.DEFINE_bool("smallest", False, "a 64^3 patch, once")
-    flags.DEFINE_bool("largest_batch", False, "the most patches of a GPU, and no rows")
     flags.DEFINE_list("networks", [], f"rows of these alone: {', '.join(CONFIGS)}")
     flags.DEFINE_list("sides", [], "rows of these sides alone")
     flags.DEFINE_list("what", [], f"rows of these alone: {', '.join(PASSES)}")

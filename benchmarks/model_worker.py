@@ -148,7 +148,7 @@ def _jax_step(job):
     import jax
     import jax.numpy as jnp
 
-    from swinsmt_jax import losses, sharding
+    from swinsmt_jax import sharding
     from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
     from swinsmt_jax.training.state import blueprint, initialize
     from swinsmt_jax.training.step import make_train_step
@@ -162,7 +162,6 @@ def _jax_step(job):
         graphdef,
         optimizer,
         schedule=schedule,
-        loss_fn=losses.dice_cross_entropy,
         seed=0,
         like=like,
         mesh=mesh,

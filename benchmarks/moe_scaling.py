@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import available_gb, collectives, define_file, report, write
 from configs import demo, swin_smt_paper
-from swinsmt_jax import losses, models, sharding
+from swinsmt_jax import models, sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
 from swinsmt_jax.data.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
@@ -41,6 +41,7 @@ from swinsmt_jax.training import loop
 from swinsmt_jax.training.checkpoint import load_model
 from swinsmt_jax.training.operations import forward_operations
 from swinsmt_jax.training.state import abstract_model
+from swinsmt_jax.training.step import loss_and_hits
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
 STAGES = (1, 2, 3, 4)
@@ -80,7 +81,7 @@ def gradient_cost(config, side, *, limit_gb):
     y = jax.ShapeDtypeStruct(x.shape[:-1], jnp.uint8)
 
     def loss(params, x, y):
-        return losses.dice_cross_entropy(nnx.merge(graphdef, params)(x), y)
+        return loss_and_hits(nnx.merge(graphdef, params), x, y)[0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params, x, y).compile()
     memory = compiled.memory_analysis()

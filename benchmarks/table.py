@@ -30,11 +30,12 @@ from flax import nnx
 
 from benchmarks import command_line, define_file
 from benchmarks.table_format import markdown, picture
-from swinsmt_jax import checks, losses, models
+from swinsmt_jax import checks, models
 from swinsmt_jax.config import ModelConfig, from_config_dict
 from swinsmt_jax.evaluation import reported
 from swinsmt_jax.training import operations, startup
 from swinsmt_jax.training.state import abstract_model
+from swinsmt_jax.training.step import loss_and_hits
 
 NETWORKS = {
     "unetr": "UNETR",
@@ -102,7 +103,7 @@ def lower(config, side, *, gradient=False):
         return nnx.merge(graphdef, params)(x)
 
     def loss(params, x, y):
-        return losses.dice_cross_entropy(forward(params, x), y)
+        return loss_and_hits(nnx.merge(graphdef, params), x, y)[0]
 
     if gradient:
         return jax.jit(jax.value_and_grad(loss)).lower(params, x, y)

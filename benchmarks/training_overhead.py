@@ -26,7 +26,7 @@ from absl import app, flags
 
 from benchmarks import define_file, report, write
 from configs import demo
-from swinsmt_jax import losses, sharding
+from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import phantom, pipeline, totalsegmentator
 from swinsmt_jax.training import loop, startup
@@ -64,7 +64,6 @@ def run_bare(config, stamps):
         graphdef,
         optimizer,
         schedule=schedule,
-        loss_fn=losses.dice_cross_entropy,
         seed=config.training.seed,
         like=like,
         mesh=mesh,

@@ -17,6 +17,7 @@ from benchmarks import (
     conditioning,
     gpu_check,
     inference,
+    largest_batch,
     loss,
     model,
     moe_scaling,
@@ -204,9 +205,24 @@ def test_the_largest_batch_is_found(monkeypatch, most):
             return {"error": "out of memory"}
         return {"seconds": [1.0]}
 
-    monkeypatch.setattr(model, "start", start)
-    found = model.largest_batch(JOB)
+    monkeypatch.setattr(largest_batch, "start", start)
+    found = largest_batch.largest_batch(JOB)
     assert found["batch"] == most and found["patches_per_s"] == most
+    assert largest_batch.headline({"torch": {"batch": 2}, "jax": found})["ratio"] == (
+        most / 2
+    )
+
+
+def test_the_headline_has_the_usual_form_of_a_network():
+    row = {"network": "swin_smt_e4", "side": 128, "what": "forward"}
+    usual, *others = [
+        row | {"dtype": dtype, "remat": remat, "time_ratio": ratio}
+        for ratio, (dtype, remat) in enumerate(
+            [("float32", True), ("bfloat16", True), ("float32", False)]
+        )
+    ]
+    for rows in ([usual, *others], [*others, usual]):
+        assert model.headline(rows)["fwd_128_time_ratio"] == 0
 
 
 def test_parts_of_the_rows_are_chosen_and_added(tmp_path, monkeypatch):
@@ -219,15 +235,17 @@ def test_parts_of_the_rows_are_chosen_and_added(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no row has"):
         model.chosen(model.ROWS, Options)
     about = {"processor": "p", "device": "cpu", "threads": 2}
-    kept = {"network": "a", "side": 64, "what": "step", "dtype": "float32"}
-    again = kept | {"network": "swin_smt_e4"}
+    again = {"network": "swin_smt_e4", "side": 64, "what": "step"}
+    again |= {"dtype": "float32", "remat": True}
+    others = {"network": "a", "dtype": "bfloat16", "remat": False}
+    kept = [again | {name: value} for name, value in others.items()]
     file = tmp_path / "model.json"
-    file.write_text(json.dumps({"machine": about, "rows": [kept, again]}))
-    rows = [("swin_smt_e4", 64, "step")]
-    found = model.earlier(str(file), about, rows, dtype="float32")
-    assert found["rows"] == [kept]
+    file.write_text(json.dumps({"machine": about, "rows": [*kept, again]}))
+    job = Job("jax", "swin_smt_e4", 64, "step", remat=True)
+    found = model.earlier(str(file), about, [job])
+    assert found["rows"] == kept
     with pytest.raises(UserError, match="write to another file"):
-        model.earlier(str(file), about | {"threads": 4}, [], dtype="float32")
+        model.earlier(str(file), about | {"threads": 4}, [])
 
 
 def test_a_quick_comparison_keeps_what_is_given():

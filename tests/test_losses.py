@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from swinsmt_jax import losses
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.losses import (
     dice_cross_entropy,
+    dice_cross_entropy_of_features,
     sums_by_comparison,
     sums_by_scatter,
 )
+from swinsmt_jax.ops.convolution import pointwise_conv
 
 value_and_grad = jax.jit(jax.value_and_grad(dice_cross_entropy))
 
@@ -152,3 +155,81 @@ def test_memory_is_one_array_of_probabilities():
     size = 4 * np.prod(shape)
     assert forward.memory_analysis().temp_size_in_bytes < 0.2 * size
     assert both.memory_analysis().temp_size_in_bytes < 1.2 * size
+
+
+def of_logits(features, kernel, bias, labels):
+    kernel, bias = (a.astype(features.dtype) for a in (kernel, bias))
+    return dice_cross_entropy(pointwise_conv(features, kernel, bias), labels)
+
+
+def gradients_of(loss):
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+
+def sample_of_features(rng, shape=(2, 6, 5, 4), channels=3, classes=7):
+    features = rng.normal(size=(*shape, channels)).astype(np.float32)
+    kernel = rng.normal(size=(channels, classes)).astype(np.float32)
+    bias = rng.normal(size=classes).astype(np.float32)
+    return features, kernel, bias, rng.integers(0, classes - 1, shape)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 4, 6])  # of 4, blocks have 3
+def test_the_loss_of_features_equals_that_of_logits(rng, monkeypatch, planes):
+    monkeypatch.setattr(losses, "BLOCK", planes * 5 * 4 * 7)
+    arguments = sample_of_features(rng)
+    value, found = gradients_of(dice_cross_entropy_of_features)(*arguments)
+    expected, gradients = gradients_of(of_logits)(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for ours, theirs in zip(found, gradients, strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * scale)
+
+
+def test_the_loss_of_bfloat16_features_equals_that_of_logits(rng, monkeypatch):
+    monkeypatch.setattr(losses, "BLOCK", 2 * 5 * 4 * 7)
+    features, *others = sample_of_features(rng)
+    arguments = jnp.asarray(features, jnp.bfloat16), *others
+    value, found = gradients_of(dice_cross_entropy_of_features)(*arguments)
+    expected, gradients = gradients_of(of_logits)(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
+    for ours, theirs in zip(found, gradients, strict=True):
+        assert ours.dtype == theirs.dtype
+        ours, theirs = (np.asarray(a, np.float32) for a in (ours, theirs))
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * scale)
+
+
+def test_the_loss_of_features_makes_no_logits(monkeypatch):
+    shape, channels, classes = (1, 16, 24, 24), 4, 118
+    monkeypatch.setattr(losses, "BLOCK", 24 * 24 * classes)
+    types = {"features": (*shape, channels), "kernel": (channels, classes)}
+    types = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in (*types.values(), (classes,))
+    ]
+    labels = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    compiled = gradients_of(dice_cross_entropy_of_features).lower(*types, labels)
+    logits = 4 * np.prod(shape) * classes
+    temporaries = compiled.compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 0.5 * logits
+
+
+def test_the_loss_of_sharded_features_gathers_nothing(rng):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    by_sample = NamedSharding(mesh, PartitionSpec("data"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    arguments = sample_of_features(rng, shape=(8, 3, 4, 5))
+    placed = jax.device_put(arguments, (by_sample, whole, whole, by_sample))
+    run = gradients_of(dice_cross_entropy_of_features)
+    text = run.lower(*placed).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+    value, found = run(*placed)
+    expected, gradients = run(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for ours, theirs in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_the_loss_of_features_refuses_labels_of_other_voxels(rng):
+    features, kernel, bias, labels = sample_of_features(rng)
+    with pytest.raises(UserError, match=r"features \(2, 6, 5, 4, 3\).*same voxels"):
+        dice_cross_entropy_of_features(features, kernel, bias, labels[:, 1:])

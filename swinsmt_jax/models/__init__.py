@@ -32,7 +32,9 @@ def create(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """Build the network of a config with freshly initialised float32 parameters.
 
     Every network maps [B, D, H, W, C_in] to float32 logits [B, D, H, W, K], has a
-    `config` and a `total_stride`, and holds nothing but `nnx.Param`.
+    `config` and a `total_stride`, and holds nothing but `nnx.Param`. If its last layer
+    is a 1 x 1 x 1 convolution, that is its `head`, and `features` maps the input to
+    what that is applied to, [B, D, H, W, F].
     """
     checks.require(
         type(config) in NETWORKS,

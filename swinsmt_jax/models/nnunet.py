@@ -214,7 +214,7 @@ class Decoder(nnx.Module):
         )
 
     def __call__(self, skips: list[jax.Array]) -> jax.Array:
-        """Return the logits of the finest stage."""
+        """Return the features of the finest stage."""
 
         def level(up, stage, x, skip):
             return stage(jnp.concatenate([up(x), skip], axis=-1))
@@ -224,8 +224,7 @@ class Decoder(nnx.Module):
         for i, skip in enumerate(skips[-2::-1]):
             with jax.named_scope(f"decoder{i}"):
                 x = run(self.transpconvs[i], self.stages[i], x, skip)
-        with jax.named_scope("head"):
-            return self.seg_layers[-1](x)
+        return x
 
 
 class NNUNet(nnx.Module):
@@ -260,7 +259,18 @@ class NNUNet(nnx.Module):
         Raises:
             UserError: for a wrong rank, number of channels or side.
         """
+        y = self.features(x, rngs=rngs)
+        with jax.named_scope("head"):
+            return self.head(y).astype(jnp.float32)
+
+    @property
+    def head(self) -> Conv:
+        """The last layer, from features to logits."""
+        return self.decoder.seg_layers[-1]
+
+    def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return what the head is applied to, [B, D, H, W, F]."""
         checks.image_batch(
             x.shape, channels=self.config.in_channels, stride=self.total_stride
         )
-        return self.decoder(self.encoder(x)).astype(jnp.float32)
+        return self.decoder(self.encoder(x))

@@ -146,6 +146,21 @@ class SwinUNETR(nnx.Module):
         Raises:
             UserError: for a wrong rank, number of channels or side.
         """
+        y, routing = self._features(x, rngs=rngs, return_routing=return_routing)
+        with jax.named_scope("head"):
+            logits = self.head(y).astype(jnp.float32)
+        return (logits, routing) if return_routing else logits
+
+    @property
+    def head(self) -> Conv:
+        """The last layer, from features to logits."""
+        return self.out
+
+    def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return what the head is applied to, [B, D, H, W, feature_size]."""
+        return self._features(x, rngs=rngs, return_routing=False)[0]
+
+    def _features(self, x, *, rngs, return_routing):
         self._check(x)
         hidden, routing = self.swinViT(x, key=_key(rngs), return_routing=return_routing)
         run = nnx.remat(_apply) if "encoder" in self.config.remat else _apply
@@ -162,9 +177,7 @@ class SwinUNETR(nnx.Module):
         for level in (5, 4, 3, 2, 1):
             with jax.named_scope(f"decoder{level}"):
                 y = run(getattr(self, f"decoder{level}"), y, skips[level - 1])
-        with jax.named_scope("head"):
-            logits = self.out(y).astype(jnp.float32)
-        return (logits, routing) if return_routing else logits
+        return y, routing
 
     def _check(self, x):
         checks.image_batch(

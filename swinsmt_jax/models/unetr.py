@@ -167,6 +167,17 @@ class UNETR(nnx.Module):
         Raises:
             UserError: for a wrong rank, number of channels or shape.
         """
+        y = self.features(x, rngs=rngs)
+        with jax.named_scope("head"):
+            return self.head(y).astype(jnp.float32)
+
+    @property
+    def head(self) -> Conv:
+        """The last layer, from features to logits."""
+        return self.out
+
+    def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return what the head is applied to, [B, D, H, W, F]."""
         checks.image_batch(
             x.shape,
             channels=self.config.in_channels,
@@ -190,5 +201,4 @@ class UNETR(nnx.Module):
         for level in (5, 4, 3, 2):
             with jax.named_scope(f"decoder{level}"):
                 y = run(getattr(self, f"decoder{level}"), y, skips[level - 2])
-        with jax.named_scope("head"):
-            return self.out(y).astype(jnp.float32)
+        return y

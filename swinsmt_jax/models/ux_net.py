@@ -186,6 +186,17 @@ class UXNet(nnx.Module):
         Raises:
             UserError: for a wrong rank, number of channels or side.
         """
+        y = self.features(x, rngs=rngs)
+        with jax.named_scope("head"):
+            return self.head(y).astype(jnp.float32)
+
+    @property
+    def head(self) -> Conv:
+        """The last layer, from features to logits."""
+        return self.out
+
+    def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return what the head is applied to, [B, D, H, W, F]."""
         checks.image_batch(
             x.shape, channels=self.config.in_channels, stride=self.total_stride
         )
@@ -203,5 +214,4 @@ class UXNet(nnx.Module):
                 y = run(getattr(self, f"decoder{level}"), y, skips[level - 2])
         with jax.named_scope("decoder1"):
             y = run(self.decoder1, y)
-        with jax.named_scope("head"):
-            return self.out(y).astype(jnp.float32)
+        return y

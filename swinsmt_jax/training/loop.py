@@ -14,7 +14,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from swinsmt_jax import checks, losses, sharding
+from swinsmt_jax import checks, sharding
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.totalsegmentator import Case
@@ -165,7 +165,6 @@ def _network(config, mesh):
         graphdef,
         optimizer,
         schedule=schedule,
-        loss_fn=losses.dice_cross_entropy,
         seed=training.seed,
         like=like,
         mesh=mesh,

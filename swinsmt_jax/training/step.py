@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from swinsmt_jax import sharding
+from swinsmt_jax import losses, sharding
 from swinsmt_jax.layers import recompute
 from swinsmt_jax.training.state import TrainState, shardings_of
 
@@ -22,7 +22,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     schedule: optax.Schedule,
-    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
     seed: int,
     like: TrainState,
     mesh: Mesh,
@@ -40,7 +39,6 @@ def make_train_step(
         graphdef: structure of the network, from `state.blueprint`.
         optimizer: what `like.opt_state` belongs to.
         schedule: learning rate of the step, for the metrics.
-        loss_fn: (logits [B, D, H, W, K], labels [B, D, H, W]) -> scalar.
         seed: of dropout and drop path.
         like: the state's shapes and shardings, from `state.blueprint`.
         mesh: over which batches are divided.
@@ -58,11 +56,8 @@ def make_train_step(
     """
 
     def loss_of(params, batch, key):
-        model = nnx.merge(graphdef, params)
-        logits = model(batch["image"], rngs=nnx.Rngs(dropout=key))
-        with jax.named_scope("loss"):
-            hits = _hits(logits, batch["label"])
-            return loss_fn(logits, batch["label"]), hits
+        model, rngs = nnx.merge(graphdef, params), nnx.Rngs(dropout=key)
+        return loss_and_hits(model, batch["image"], batch["label"], rngs=rngs)
 
     value_and_gradient = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -87,18 +82,35 @@ def make_train_step(
         decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
         return optax.incremental_update(params, state.average, 1 - decay)
 
+    update = jax.jit(optimizer.update)  # traced once
+
+    def updated(state, grads, finite):
+        """Return parameters, optimizer's state and average; the old ones if not finite.
+
+        The optimizer's state is updated after the parameters, by a second call, of
+        which the compiler keeps nothing that is not needed. XLA may take both from the
+        old state at any time otherwise, so it copies the state before overwriting it.
+        """
+
+        def choose(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        old = state.opt_state
+        updates, _ = update(grads, old, state.params)
+        params = choose(optax.apply_updates(state.params, updates), state.params)
+        params, old = jax.lax.optimization_barrier((params, old))
+        _, opt_state = update(grads, old, state.params)
+        average = averaged(state, params) if state.average else {}
+        return params, choose(opt_state, old), choose(average, state.average)
+
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         with sharding.within(mesh):
             (loss, hits), grads = gradient(state.params, batch, key)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            new = params, opt_state, averaged(state, params) if state.average else {}
-            old = state.params, state.opt_state, state.average
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+            params, opt_state, average = updated(state, grads, finite)
         total = state.skipped[0] + ~finite
         in_row = jnp.where(finite, 0, state.skipped[1] + 1)
         metrics = {
@@ -112,7 +124,8 @@ def make_train_step(
             "skipped_in_row": in_row,
         }
         skipped = jnp.stack([total, in_row])
-        return TrainState(state.step + 1, *new, skipped), metrics
+        new = TrainState(state.step + 1, params, opt_state, average, skipped)
+        return new, metrics
 
     places = shardings_of(like)
     return jax.jit(
@@ -124,13 +137,46 @@ def make_train_step(
     )
 
 
-def _hits(logits, labels):
-    """Count labelled voxels with the right label, and all of them, on a sparse grid.
+def loss_and_hits(
+    model: nnx.Module,
+    image: jax.Array,
+    label: jax.Array,
+    *,
+    rngs: nnx.Rngs | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return Dice plus cross-entropy of a network's prediction, and voxels it got.
 
-    Cheap, and says early whether anything is learnt: the loss moves first by learning
-    how rare each class is.
+    Of a network with `features` and `head` (see `models.create`) no logits are made.
+
+    Args:
+        model: a network.
+        image: [B, D, H, W, C].
+        label: [B, D, H, W].
+        rngs: of dropout and drop path; without it there is none.
+
+    Returns:
+        The loss, and [labelled voxels with the right label, all labelled ones] of every
+        `SPARSE`th plane, row and column: cheap, and says early whether anything is
+        learnt, as the loss moves first by learning how rare each class is.
     """
-    logits, labels = (a[:, ::SPARSE, ::SPARSE, ::SPARSE] for a in (logits, labels))
+    if not hasattr(model, "head"):
+        logits = model(image, rngs=rngs)
+        with jax.named_scope("loss"):
+            loss = losses.dice_cross_entropy(logits, label)
+            return loss, _hits(_sparse(logits), _sparse(label))
+    features, head = model.features(image, rngs=rngs), model.head
+    with jax.named_scope("loss"):
+        loss = losses.dice_cross_entropy_of_features(
+            features.astype(head.dtype), head.kernel[0, 0, 0], head.bias[...], label
+        )
+        return loss, _hits(head(_sparse(features)), _sparse(label))
+
+
+def _sparse(array):
+    return array[:, ::SPARSE, ::SPARSE, ::SPARSE]
+
+
+def _hits(logits, labels):
     labelled = labels > 0
     right = labelled & (logits.argmax(-1) == labels)
     return jnp.stack([right.sum(), labelled.sum()]).astype(jnp.float32)

@@ -192,6 +192,27 @@ def test_computes_in_bfloat16_and_returns_float32_logits(network):
             assert types == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_the_last_layer_is_the_head_of_the_features(network):
+    config, _, _, x, _ = network
+    equations, logits = program(config, x)
+    graphdef, shapes = nnx.split(abstract(config))
+    if isinstance(config, NNFormerConfig):  # its last layer is a transposed convolution
+        assert not hasattr(nnx.merge(graphdef, shapes), "head")
+        return
+
+    def run(params, x):
+        model = nnx.merge(graphdef, params)
+        features = model.features(x)
+        assert features.shape[:-1] == x.shape[:-1]
+        assert model.head.kernel.shape == (1, 1, 1, features.shape[-1], 3)
+        assert model.head.bias is not None
+        return model.head(features).astype(jnp.float32)
+
+    closed = jax.make_jaxpr(run)(shapes, x)
+    assert closed.out_avals[0] == logits
+    assert len(list(equations_in(closed.jaxpr))) == len(equations)
+
+
 def test_parts_are_rematerialised_by_name_and_random_with_rngs_alone(network):
     config, _, _, x, _ = network
     rates = {f.name for f in dataclasses.fields(config)} & set(RATES)

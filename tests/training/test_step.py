@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swinsmt_jax import losses, sharding
+from swinsmt_jax import sharding
 from swinsmt_jax.config import (
     MeshConfig,
     OptimizerConfig,
@@ -33,7 +33,6 @@ def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0, **options):
         graphdef,
         optimizer,
         schedule=schedule,
-        loss_fn=losses.dice_cross_entropy,
         seed=seed,
         like=like,
         mesh=mesh,
@@ -100,6 +99,23 @@ def test_the_state_is_donated_and_stays_where_it_was(start, rng):
     assert state.params["stem"]["kernel"].is_deleted()
     equal = jax.tree.map(lambda a, b: a.sharding == b.sharding, new, like)
     assert all(jax.tree.leaves(equal))
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_state_is_overwritten_without_a_copy(tiny, make_config, ema_decay):
+    model = make_config(model={"num_experts": 8, "feature_size": 192}).model
+    mesh = sharding.make_mesh(MeshConfig(1, 1))
+    step, like, *_ = prepare(
+        model, OptimizerConfig(1e-2), mesh=mesh, ema_decay=ema_decay
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, 2, 2, 2, 1), jnp.float32),
+        "label": jax.ShapeDtypeStruct((1, 2, 2, 2), jnp.uint8),
+    }
+    memory = step.lower(like, batch).compile().memory_analysis()
+    params = 4 * sum(leaf.size for leaf in jax.tree.leaves(like.params))
+    assert memory.alias_size_in_bytes > (3 + bool(ema_decay)) * params
+    assert memory.temp_size_in_bytes < 2.5 * params  # the gradient, in two layouts
 
 
 def test_dropout_depends_on_seed_and_step_alone(start, rng):

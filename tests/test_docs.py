@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from swinsmt_jax import checks, config, models
+from swinsmt_jax.training.step import loss_and_hits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,6 +43,12 @@ def test_a_network_of_ones_own_is_made_from_its_name(own_network, monkeypatch):
         lambda p: nnx.merge(graphdef, p)(jnp.zeros((2, 4, 6, 8, 1))), params
     )
     assert logits.shape == (2, 4, 6, 8, 5) and logits.dtype == jnp.float32
+    loss, _ = jax.eval_shape(
+        lambda p, y: loss_and_hits(nnx.merge(graphdef, p), jnp.zeros((*y.shape, 1)), y),
+        params,
+        jnp.zeros((2, 4, 6, 8), jnp.uint8),
+    )
+    assert loss.shape == ()
     with pytest.raises(checks.UserError, match="multiple of 2"):
         nnx.merge(graphdef, params)(jnp.zeros((2, 4, 5, 8, 1)))
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.layers import recompute
+from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.training.state import TrainState, shardings_of
 
 Batch = dict[str, jax.Array]
@@ -146,7 +147,8 @@ def loss_and_hits(
 ) -> tuple[jax.Array, jax.Array]:
     """Return Dice plus cross-entropy of a network's prediction, and voxels it got.
 
-    Of a network with `features` and `head` (see `models.create`) no logits are made.
+    Of a network with `features` and a `head` that is a 1 x 1 x 1 `layers.conv.Conv`
+    with a bias (see `models.create`) no logits are made; any other is called.
 
     Args:
         model: a network.
@@ -159,7 +161,7 @@ def loss_and_hits(
         `SPARSE`th plane, row and column: cheap, and says early whether anything is
         learnt, as the loss moves first by learning how rare each class is.
     """
-    if not hasattr(model, "head"):
+    if not _has_head(model):
         logits = model(image, rngs=rngs)
         with jax.named_scope("loss"):
             loss = losses.dice_cross_entropy(logits, label)
@@ -170,6 +172,16 @@ def loss_and_hits(
             features.astype(head.dtype), head.kernel[0, 0, 0], head.bias[...], label
         )
         return loss, _hits(head(_sparse(features)), _sparse(label))
+
+
+def _has_head(model):
+    head = getattr(model, "head", None)
+    return (
+        isinstance(head, Conv)
+        and head.kernel.shape[:3] == head.strides == (1, 1, 1)
+        and head.bias is not None
+        and callable(getattr(model, "features", None))
+    )
 
 
 def _sparse(array):

@@ -6,21 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from swinsmt_jax import sharding
+from swinsmt_jax import losses, sharding
 from swinsmt_jax.config import (
     MeshConfig,
     OptimizerConfig,
     SwinSMTConfig,
     from_config_dict,
 )
+from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import (
     blueprint,
     initialize,
     shardings_of,
 )
-from swinsmt_jax.training.step import make_predict, make_train_step
+from swinsmt_jax.training.step import loss_and_hits, make_predict, make_train_step
 
 
 def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0, **options):
@@ -81,12 +83,12 @@ def start(tiny, make_config):
 def test_steps_lower_the_loss_and_count(start, rng):
     step, state, *_ = start(learning_rate=0.05, warmup_steps=2)
     batch = random_batch(rng, batch=2, side=8, classes=4)
-    losses, rates = [], []
+    found, rates = [], []
     for _ in range(10):
         state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
+        found.append(float(metrics["loss"]))
         rates.append(float(metrics["learning_rate"]))
-    assert losses[-1] < 0.8 * losses[0] and int(state.step) == 10
+    assert found[-1] < 0.8 * found[0] and int(state.step) == 10
     assert rates[:2] == pytest.approx([0.025, 0.05]) and rates[-1] < 0.01
     assert float(metrics["grad_norm"]) > 0
     assert 0.3 < float(metrics["accuracy"]) <= 1
@@ -116,6 +118,49 @@ def test_the_state_is_overwritten_without_a_copy(tiny, make_config, ema_decay):
     params = 4 * sum(leaf.size for leaf in jax.tree.leaves(like.params))
     assert memory.alias_size_in_bytes > (3 + bool(ema_decay)) * params
     assert memory.temp_size_in_bytes < 2.5 * params  # the gradient, in two layouts
+
+
+class Headed(nnx.Module):
+    """A feature of each voxel, and a last layer by the name `head`."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def __call__(self, x, *, rngs=None):
+        return self.head(self.features(x))
+
+    def features(self, x, *, rngs=None):
+        return jnp.concatenate([x, x**2, jnp.sin(9 * x)], axis=-1)
+
+
+HEADS = {
+    "convolution": lambda rngs: Conv(3, 4, kernel_size=1, use_bias=True, rngs=rngs),
+    "without a bias": lambda rngs: Conv(3, 4, kernel_size=1, rngs=rngs),
+    "of 27 voxels": lambda rngs: Conv(3, 4, kernel_size=3, use_bias=True, rngs=rngs),
+    "linear": lambda rngs: nnx.Linear(3, 4, rngs=rngs),
+    "function": lambda rngs: lambda y: jnp.concatenate([y, y[..., :1] ** 3], axis=-1),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("has_features", [True, False])
+def test_any_last_layer_is_trained_on(rng, name, has_features):
+    kind = Headed
+    if not has_features:
+        kind = type("Bare", (Headed,), {"features": None, "__call__": call_without})
+    model = kind(HEADS[name](nnx.Rngs(0)))
+    batch = random_batch(rng, batch=2, side=8, classes=4)
+    loss, hits = loss_and_hits(model, batch["image"], batch["label"])
+    logits = np.asarray(model.head(Headed.features(model, batch["image"])))
+    expected = losses.dice_cross_entropy(logits, batch["label"])
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    guess, label = (a[:, ::4, ::4, ::4] for a in (logits.argmax(-1), batch["label"]))
+    right = ((guess == label) & (label > 0)).sum()
+    assert hits.tolist() == [right, (label > 0).sum()]
+
+
+def call_without(self, x, *, rngs=None):
+    return self.head(Headed.features(self, x))
 
 
 def test_dropout_depends_on_seed_and_step_alone(start, rng):

@@ -3,8 +3,9 @@
     python -m benchmarks.loss [--quick] [--side=64] [--classes=118] [--json=FILE]
 
 Milliseconds and XLA's temporary memory, forward and with the gradient, of the package's
-loss and of two ways to write it that leave the gradient to jax. --quick takes a side of
-32 and one run.
+loss of logits and of two ways to write it that leave the gradient to jax; then, of
+features with the head before the loss: in blocks, as training has it, and by way of the
+logits. --quick takes a side of 32 and one run.
 """
 
 import time
@@ -14,7 +15,13 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import define_file, report, write
-from swinsmt_jax.losses import SMOOTH, VOXELS, dice_cross_entropy
+from swinsmt_jax.losses import (
+    SMOOTH,
+    VOXELS,
+    dice_cross_entropy,
+    dice_cross_entropy_of_features,
+)
+from swinsmt_jax.ops.convolution import pointwise_conv
 
 WHATS = ("forward", "gradient")
 
@@ -35,6 +42,10 @@ def compared(logits, labels):
     return (1 - dice).mean() - jnp.where(truth, log_p, 0).sum(-1).mean()
 
 
+def head_and_loss(features, kernel, bias, labels):
+    return dice_cross_entropy(pointwise_conv(features, kernel, bias), labels)
+
+
 def measure(function, *arguments, repeats):
     """Return the fastest run's milliseconds, and MiB of temporaries."""
     compiled = jax.jit(function).lower(*arguments).compile()
@@ -49,14 +60,34 @@ def measure(function, *arguments, repeats):
     return {"ms": 1e3 * min(seconds), "mib": mib}
 
 
+def measured(form, *arguments, repeats):
+    """Measure a loss of arguments whose last are the labels, and print it."""
+    inexact = tuple(range(len(arguments) - 1))
+    functions = form, jax.value_and_grad(form, argnums=inexact)
+    row = {"form": form.__name__}
+    for what, function in zip(WHATS, functions, strict=True):
+        row[what] = measure(function, *arguments, repeats=repeats)
+    cells = (
+        f"{what} {row[what]['ms']:8.1f} ms {row[what]['mib'] or 0:8.0f} MiB"
+        for what in WHATS
+    )
+    print(f"{row['form']:30} " + "   ".join(cells), flush=True)
+    return row
+
+
 def headline(rows):
     """Return ours by flat names, and its time over those of the other forms."""
-    ours, *others = rows
+    ours, compared, one_hot, blocks, by_logits = rows
     found = {f"{what}_{k}": v for what in WHATS for k, v in ours[what].items()}
-    for row in others:
-        ratio = ours["gradient"]["ms"] / row["gradient"]["ms"]
-        found[f"gradient_ratio_to_{row['form']}"] = ratio
+    for row in (compared, one_hot):
+        found[f"gradient_ratio_to_{row['form']}"] = _ratio(ours, row)
+    found |= {f"features_{w}_{k}": v for w in WHATS for k, v in blocks[w].items()}
+    found["features_gradient_ratio_to_head_and_loss"] = _ratio(blocks, by_logits)
     return found
+
+
+def _ratio(ours, other):
+    return ours["gradient"]["ms"] / other["gradient"]["ms"]
 
 
 def main(_):
@@ -67,17 +98,17 @@ def main(_):
     logits = jax.random.normal(key, (*shape, options.classes))
     labels = jax.random.randint(key, shape, 0, options.classes).astype(jnp.uint8)
     print(f"{jax.devices()[0].device_kind}, logits {logits.shape} float32")
-    rows = []
-    for form in (dice_cross_entropy, compared, one_hot):
-        row = {"form": form.__name__}
-        for what, function in zip(WHATS, (form, jax.value_and_grad(form)), strict=True):
-            row[what] = measure(function, logits, labels, repeats=repeats)
-        rows.append(row)
-        cells = (
-            f"{what} {row[what]['ms']:8.1f} ms {row[what]['mib'] or 0:8.0f} MiB"
-            for what in WHATS
-        )
-        print(f"{row['form']:20} " + "   ".join(cells), flush=True)
+    rows = [
+        measured(form, logits, labels, repeats=repeats)
+        for form in (dice_cross_entropy, compared, one_hot)
+    ]
+    features = jax.random.normal(key, (*shape, options.channels))
+    kernel = 0.1 * jax.random.normal(key, (options.channels, options.classes))
+    print(f"features {features.shape} float32")
+    rows += [
+        measured(form, features, kernel, kernel[0], labels, repeats=repeats)
+        for form in (dice_cross_entropy_of_features, head_and_loss)
+    ]
     write(options.json, report(headline(rows), rows=rows, shape=logits.shape))
 
 
@@ -85,6 +116,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "a side of 32, one run")
     flags.DEFINE_integer("side", 64, "side of the cubic patch in voxels")
     flags.DEFINE_integer("classes", 118, "classes, background included")
+    flags.DEFINE_integer("channels", 48, "features of the head")
     flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts")
     define_file("json", "also write the figures to this file")
     app.run(main)

@@ -62,6 +62,7 @@ ROWS = (
     ("swin_smt_e4", 192, "forward"),
 )
 ON_GPU = (("swin_smt_e32", 96, "step"), ("swin_smt_e32", 128, "step"))
+LEGEND = {"torch": "PyTorch", "jax": "ours"}
 LIMIT = 1800  # seconds of one process
 IDENTITY = ("network", "side", "what", "dtype", "remat")  # of a row
 PASSES = {"forward": 1, "gradient": 3, "step": 3}  # operations, in forward passes
@@ -246,7 +247,7 @@ def _cell(found):
     return f"{found['seconds']:9.2f} s {found['peak_gb']:6.2f} GB"
 
 
-def plot(rows: list[dict], path: str) -> None:
+def plot(rows: list[dict], path: str | Path) -> None:
     """Draw times and memory side by side."""
     import matplotlib
 
@@ -260,12 +261,10 @@ def plot(rows: list[dict], path: str) -> None:
     )
     units = {"seconds": "seconds", "peak_gb": "peak memory, GB"}
     for panel, (value, unit) in zip(panels, units.items(), strict=True):
-        for shift, (name, label) in enumerate(
-            {"torch": "PyTorch", "jax": "ours"}.items()
-        ):
+        for shift, name in enumerate(("torch", "jax")):
             heights = [row[name][value] for row in rows]
             places = [i + 0.4 * shift - 0.2 for i in range(len(rows))]
-            panel.barh(places, heights, height=0.38, label=label)
+            panel.barh(places, heights, height=0.38, label=LEGEND[name])
         panel.set_xlabel(unit)
     panels[0].set_yticks(range(len(rows)), names)
     panels[0].invert_yaxis()

@@ -1,7 +1,8 @@
 """How Swin SMT grows with its experts and its Soft MoE stages.
 
     python -m benchmarks.moe_scaling [--quick] [--side=64] [--json=FILE] [--plot=FILE]
-    python -m benchmarks.moe_scaling --train --root=data/phantoms --steps=400
+    python -m benchmarks.moe_scaling --train --root=data/phantoms --steps=400 \
+        --experts=4,8,16
 
 For the paper's network, 118 classes, batch 1, float32: parameters; floating-point
 operations of the forward pass, counted in the dense form, whose products the streaming
@@ -14,9 +15,10 @@ of a step where it may run. On a CPU --devices=N makes N virtual ones, which sha
 cores: their times tell what dividing costs, not what it gains. --quick leaves out what
 must be compiled, for all but the first point.
 
---train trains a small network of every point for --steps on a dataset and adds its Dice
-by group on the test split. Small networks and short runs on phantoms: a study of the
-tendency, not of the paper's result.
+--train trains the demo's network with the experts and stages of every point for --steps
+on a dataset and adds its Dice by group on the test split. Small networks and short runs
+on phantoms: a study of the tendency, not of the paper's result. Its crops, --patch,
+have a 16th of a side in tokens in the last stage: more experts need larger ones.
 """
 
 import dataclasses
@@ -30,14 +32,15 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import available_gb, collectives, define_file, report, write
 from configs import demo, swin_smt_paper
 from swinsmt_jax import models, sharding
-from swinsmt_jax.config import MeshConfig, from_config_dict
+from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from swinsmt_jax.data.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import loop
+from swinsmt_jax.training import loop, startup
 from swinsmt_jax.training.checkpoint import load_model
 from swinsmt_jax.training.operations import forward_operations
 from swinsmt_jax.training.state import abstract_model
@@ -46,6 +49,7 @@ from swinsmt_jax.training.step import loss_and_hits
 EXPERTS = (4, 8, 16, 32, 64, 128)
 STAGES = (1, 2, 3, 4)
 EXPERT_AXES = (1, 2, 4, 8)
+IN_DECADES = ("forward, GFLOP", "gradient, seconds")  # panels of the plot
 COPIES = 3  # a parameter and Adam's two moments
 
 
@@ -155,13 +159,29 @@ def point(num_experts, num_moe_stages, *, side, compiled, limit_gb):
     return row
 
 
-def trained_dice(num_experts, num_moe_stages, *, root, steps):
-    """Train the demo's network with these experts; return Dice by group on test."""
+def training_config(
+    num_experts: int,
+    num_moe_stages: int,
+    *,
+    root: str,
+    steps: int,
+    patch: tuple[int, ...],
+) -> ExperimentConfig:
+    """Return the demo's experiment with these experts.
+
+    Raises:
+        UserError: if there are more experts than tokens.
+    """
     values = demo.get_config()
     values.model.update({"num_experts": num_experts, "num_moe_stages": num_moe_stages})
-    values.data.root = root
+    values.data.update({"root": root, "patch_shape": tuple(patch)})
     values.training.update({"num_steps": steps, "checkpoint_every": steps})
-    config = from_config_dict(values)
+    return from_config_dict(values)
+
+
+def trained_dice(config: ExperimentConfig) -> dict[str, float]:
+    """Train a network; return its Dice, overall and by group, on the test split."""
+    root = config.data.root
     with tempfile.TemporaryDirectory() as folder:
         loop.train(config, workdir=folder)
         config, model, _ = load_model(Path(folder))
@@ -255,7 +275,7 @@ def plot(rows, path):
             (line,) = axis.plot(
                 *(zip(*same, strict=True) if same else ([], [])),
                 "o-",
-                label=f"{stages} stages",
+                label=f"{stages} stage{'s' * (stages > 1)}",
             )
             for row in (r for r in found if r["side"] != side):
                 axis.plot(
@@ -264,7 +284,13 @@ def plot(rows, path):
         axis.set(xlabel="experts", title=name, xscale="log")
         axis.set_xticks(EXPERTS, labels=map(str, EXPERTS))
         axis.minorticks_off()
-        axis.set_ylim(bottom=0)
+        if name in IN_DECADES:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_ylim(bottom=0)
     figure.axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -273,28 +299,33 @@ def _dice_of(name):
     return lambda row: row.get("dice", {}).get(name)
 
 
+@startup.exit_on_user_error("benchmarks.moe_scaling")
 def main(_):
     options = flags.FLAGS
+    points = [(int(e), int(s)) for s in options.stages for e in options.experts]
+    to_train = {}
+    if options.train:  # all, so that none is found out hours later
+        patch = tuple(map(int, options.patch))
+        about = {"root": options.root, "steps": options.steps, "patch": patch}
+        to_train = {key: training_config(*key, **about) for key in points}
+        find_cases(options.root, split="test")
     limit = options.limit_gb
     if jax.default_backend() == "cpu":
         limit = min(limit, available_gb() - 1)
     rows = []
-    for stages in map(int, options.stages):
-        for experts in map(int, options.experts):
-            row = point(
-                experts,
-                stages,
-                side=options.side,
-                compiled=not (options.quick and rows),
-                limit_gb=limit,
-            )
-            if options.train:
-                row["dice"] = trained_dice(
-                    experts, stages, root=options.root, steps=options.steps
-                )
-            print(line(row), flush=True)
-            rows.append(row)
-            write(options.json, report(headline(rows), rows=rows))
+    for experts, stages in points:
+        row = point(
+            experts,
+            stages,
+            side=options.side,
+            compiled=not (options.quick and rows),
+            limit_gb=limit,
+        )
+        if options.train:
+            row["dice"] = trained_dice(to_train[experts, stages])
+        print(line(row), flush=True)
+        rows.append(row)
+        write(options.json, report(headline(rows), rows=rows))
     if options.plot:
         plot(rows, options.plot)
 
@@ -317,4 +348,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("train", False, "train every point and add its Dice")
     flags.DEFINE_string("root", "data/phantoms", "dataset of --train")
     flags.DEFINE_integer("steps", 400, "training steps of --train")
+    flags.DEFINE_list("patch", ["32", "32", "64"], "voxels of a crop of --train")
     app.run(_run)

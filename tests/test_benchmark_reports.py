@@ -82,7 +82,8 @@ def test_the_loss_reports_its_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     assert {"forward_ms", "gradient_mib"} <= set(found["headline"])
-    assert len(found["rows"]) == 3 and "processor" in found["machine"]
+    assert found["headline"]["features_gradient_ratio_to_head_and_loss"] > 0
+    assert len(found["rows"]) == 5 and "processor" in found["machine"]
     assert found["command"].startswith("python -m benchmarks.loss --quick")
 
 
@@ -150,6 +151,16 @@ def test_the_study_of_experts_reports_costs_and_the_largest(tmp_path):
     assert "2x1 1.00 GB 4.00 s" in moe_scaling.line(rows[1])
     moe_scaling.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_the_study_trains_no_more_experts_than_its_crops_have_tokens():
+    about = {"root": "phantoms", "steps": 70}
+    config = moe_scaling.training_config(16, 2, patch=(32, 32, 64), **about)
+    assert (config.model.num_experts, config.model.num_moe_stages) == (16, 2)
+    assert config.training.num_steps == 70 and config.data.root == "phantoms"
+    with pytest.raises(UserError, match="larger patch or fewer experts"):
+        moe_scaling.training_config(32, 2, patch=(32, 32, 64), **about)
+    moe_scaling.training_config(32, 2, patch=(32, 64, 64), **about)
 
 
 def test_a_quick_run_of_soft_moe_has_what_the_headline_needs():

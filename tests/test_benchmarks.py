@@ -19,7 +19,7 @@ def measured(seconds, gigabytes):
     return {"seconds": seconds, "peak_gb": gigabytes, **compiled}
 
 
-def test_frameworks_take_turns_and_ratios_are_of_medians(monkeypatch):
+def test_frameworks_take_turns_and_ratios_are_of_medians(monkeypatch, tmp_path):
     turns = {
         "jax": [measured([3.0, 1.0], 2.0), measured([2.0, 9.0], 2.0)],
         "torch": [measured([4.0], 8.0), measured([6.0], 8.0)],
@@ -39,6 +39,8 @@ def test_frameworks_take_turns_and_ratios_are_of_medians(monkeypatch):
     assert found["fwdbwd_96_memory_ratio"] == 0.25
     assert found["fwd_128_time_ratio"] is None
     assert "x 0.50" in model.line(row)
+    model.plot([row], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
 
 
 def test_without_pytorch_there_is_no_ratio(monkeypatch):

@@ -18,11 +18,11 @@ must be compiled, for all but the first point.
 --train trains the demo's network with the experts and stages of every point for --steps
 on a dataset and adds its Dice by group on the test split. Small networks and short runs
 on phantoms: a study of the tendency, not of the paper's result. Its crops, --patch,
-have a 16th of a side in tokens in the last stage: more experts need larger ones.
+have a 16th of a side in tokens in the last stage: more experts need larger ones. The
+runs are kept in --workdir, and the same command goes on where it was stopped.
 """
 
 import dataclasses
-import tempfile
 import time
 from pathlib import Path
 
@@ -179,15 +179,12 @@ def training_config(
     return from_config_dict(values)
 
 
-def trained_dice(config: ExperimentConfig) -> dict[str, float]:
-    """Train a network; return its Dice, overall and by group, on the test split."""
-    root = config.data.root
-    with tempfile.TemporaryDirectory() as folder:
-        loop.train(config, workdir=folder)
-        config, model, _ = load_model(Path(folder))
-        scores = run.validate(
-            run.predict_fn(model), config, find_cases(root, split="test")
-        )
+def trained_dice(config: ExperimentConfig, *, workdir: Path) -> dict[str, float]:
+    """Train a network, or go on; return its Dice by group on the test split."""
+    loop.train(config, workdir=workdir)
+    config, model, _ = load_model(workdir)
+    cases = find_cases(config.data.root, split="test")
+    scores = run.validate(run.predict_fn(model), config, cases)
     return {"overall": scores["dice"], **scores["groups"]}
 
 
@@ -322,7 +319,8 @@ def main(_):
             limit_gb=limit,
         )
         if options.train:
-            row["dice"] = trained_dice(to_train[experts, stages])
+            workdir = Path(options.workdir) / f"experts_{experts}_stages_{stages}"
+            row["dice"] = trained_dice(to_train[experts, stages], workdir=workdir)
         print(line(row), flush=True)
         rows.append(row)
         write(options.json, report(headline(rows), rows=rows))
@@ -346,6 +344,7 @@ if __name__ == "__main__":
     define_file("json", "also write the figures to this file")
     define_file("plot", "also draw the figures into this file")
     flags.DEFINE_bool("train", False, "train every point and add its Dice")
+    flags.DEFINE_string("workdir", "runs/moe_scaling", "runs of --train, one by point")
     flags.DEFINE_string("root", "data/phantoms", "dataset of --train")
     flags.DEFINE_integer("steps", 400, "training steps of --train")
     flags.DEFINE_list("patch", ["32", "32", "64"], "voxels of a crop of --train")

@@ -34,6 +34,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
+from matplotlib.figure import Figure
 
 from benchmarks import available_gb, define_file, report, write
 from benchmarks.model_worker import CONFIGS, Job, model_config
@@ -249,16 +250,10 @@ def _cell(found):
 
 def plot(rows: list[dict], path: str | Path) -> None:
     """Draw times and memory side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in rows if "time_ratio" in row]
     names = [label(row) for row in rows]
-    figure, panels = plt.subplots(
-        1, 2, figsize=(11, 0.5 * len(rows) + 1.2), sharey=True
-    )
+    figure = Figure(figsize=(11, 0.5 * len(rows) + 1.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     units = {"seconds": "seconds", "peak_gb": "peak memory, GB"}
     for panel, (value, unit) in zip(panels, units.items(), strict=True):
         for shift, name in enumerate(("torch", "jax")):
@@ -269,7 +264,6 @@ def plot(rows: list[dict], path: str | Path) -> None:
     panels[0].set_yticks(range(len(rows)), names)
     panels[0].invert_yaxis()
     panels[1].legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 

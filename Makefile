@@ -23,7 +23,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow -s
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=20
 
 # Needs PyTorch, MONAI and soft-moe-pytorch: pip install -e ".[reference]".
 test-reference: install

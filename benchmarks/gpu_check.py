@@ -19,11 +19,12 @@ largest_batch: the most patches of a step, ours and PyTorch's (skipped on a CPU)
 
 A part that is done on this device, with this code, these packages and goldens, as
 --quick or not, is not done again: a run that was stopped goes on, and
---parts=network,model takes some of them. On a CPU, and with
---quick, the network and crops of the first part are small, and with --quick those of
-the second; the JSON says "small" and shows no GPU as its setting. The limits are for a
-GPU; --limit sets another. Ends with status 1 if a figure is beyond its tolerance, a
-step fails but for memory, or a part fails or runs over its limit.
+--parts=network,model takes some of them. On a CPU, and with --quick, the network and
+crops of the first part are small, and with --quick those of the second, and no whole
+networks are compared with goldens; the JSON says "small" and shows no GPU as its
+setting. The limits are for a GPU; --limit sets another. Ends with status 1 if a figure
+is beyond its tolerance, a step fails but for memory, or a part fails or runs over its
+limit.
 """
 
 import hashlib
@@ -75,11 +76,11 @@ SOURCES = ("swinsmt_jax", "benchmarks", "configs")
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
-def parity_rows(goldens: Path) -> list[dict]:
+def parity_rows(goldens: Path, *, quick: bool) -> list[dict]:
     """Measure the figures of `benchmarks.parity` on the default device."""
     factor = 1 if jax.default_backend() == "cpu" else ON_ACCELERATOR
     with jax.default_matmul_precision("highest"):
-        figures = parity.all_figures(goldens)
+        figures = parity.all_figures(goldens, quick=quick)
     rows = []
     for figure in figures:
         tolerance = figure.tolerance * factor
@@ -220,7 +221,7 @@ def check_network(options) -> int:
         save()
     goldens = Path(options.goldens)
     if goldens.is_dir():
-        found["parity"] = parity_rows(goldens)
+        found["parity"] = parity_rows(goldens, quick=options.quick)
         names = parity.Figure._fields
         parity.print_table(
             [parity.Figure(**{n: row[n] for n in names}) for row in found["parity"]]
@@ -365,7 +366,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "a small network and small crops")
+    flags.DEFINE_bool("quick", False, "a small network and crops, few goldens")
     flags.DEFINE_bool("in_process", False, "the first part alone, in this process")
     flags.DEFINE_bool("redo", False, "do parts again that are done")
     flags.DEFINE_list("parts", list(LIMITS), "parts to do")

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, a compilation cache, and the optional shared data."""
+"""Eight virtual CPU devices, quick compilation, and the optional shared data."""
 
 import os
 import tempfile
@@ -10,6 +10,9 @@ import pytest
 from absl import flags
 from hypothesis import settings
 
+# The tests compile thousands of small programs, which they run once: a third of the
+# time goes without the optimisation of each. Processes that they start inherit it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 CACHE = os.environ.get(
@@ -32,6 +35,12 @@ def shared() -> Path:
     if not (SHARED / "parity").is_dir():  # any folder may be called shared
         pytest.skip(f"needs the golden tensors in {SHARED / 'parity'}")
     return SHARED
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """Processes that are started compile as they do for users."""
+    monkeypatch.delenv("XLA_FLAGS")
 
 
 @pytest.fixture

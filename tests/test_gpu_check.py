@@ -93,6 +93,7 @@ def test_a_part_that_fails_or_runs_over_keeps_what_it_found(tmp_path, more, said
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_the_command_runs_to_its_end(shared, tmp_path):
     report = tmp_path / "report.json"
     command = ["benchmarks/gpu_check.py", "--quick", "--parts=network"]

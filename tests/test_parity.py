@@ -1,29 +1,21 @@
 """Every figure of `python -m benchmarks.parity`, within its tolerance."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks import parity
+
+ROOT = Path(parity.__file__).parents[1]
 
 
 def check(figures):
     parity.print_table(figures)
     beyond = [f for f in figures if not f.value <= f.tolerance]
     assert figures and not beyond
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", parity.NETWORKS)
-def test_network(shared, name):
-    golden = dict(np.load(shared / "parity" / f"{name}.npz"))
-    check(parity.network_figures(golden, parity.NETWORKS[name], name=name))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", parity.ZOO)
-def test_compared_network(shared, name):
-    golden = dict(np.load(shared / "parity" / f"{name}.npz"))
-    check(parity.zoo_figures(golden, name=name))
 
 
 def test_modules(shared):
@@ -33,3 +25,16 @@ def test_modules(shared):
 def test_loss_and_sliding_window(shared):
     golden = dict(np.load(shared / "parity" / "modules.npz"))
     check(parity.loss_and_window_figures(golden))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_the_command_finds_all_figures_within_tolerance(shared):
+    """Modules and whole networks, compiled as they are for users."""
+    goldens = f"--goldens={shared / 'parity'}"
+    command = [sys.executable, "-m", "benchmarks.parity", goldens]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in (*parity.NETWORKS, *parity.ZOO):
+        assert name in done.stdout
+    print(done.stdout)

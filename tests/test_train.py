@@ -176,6 +176,7 @@ def test_the_demo_trains_continues_and_is_evaluated(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_a_real_scan_is_learnt_through_the_whole_chain(shared, tmp_path):
     """The README's commands for one scan of one's own, evaluated on its own voxels."""
     scan = shared / "data" / "totalsegmentator_example"

@@ -10,8 +10,8 @@ import pytest
 from absl import flags
 from hypothesis import settings
 
-# The tests compile thousands of small programs, which they run once: a third of the
-# time goes without the optimisation of each. Processes that they start inherit it.
+# The tests compile thousands of small programs and run them once: not optimising them
+# spares more than it costs. Processes that they start inherit it; see `optimised`.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

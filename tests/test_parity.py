@@ -37,4 +37,3 @@ def test_the_command_finds_all_figures_within_tolerance(shared):
     assert done.returncode == 0, done.stdout + done.stderr
     for name in (*parity.NETWORKS, *parity.ZOO):
         assert name in done.stdout
-    print(done.stdout)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from swinsmt_jax.ops.tracing import traced_once
+
 
 def uniform_fan_in(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
     """Draw a parameter from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
@@ -65,6 +67,7 @@ def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * np.float32(2.0**-23) - 1
 
 
+@traced_once
 def _mix(x):
     x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
     x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)

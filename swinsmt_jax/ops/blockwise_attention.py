@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from swinsmt_jax.ops.manual_axes import vary_alike
+from swinsmt_jax.ops.tracing import traced_once
 
 # Queries and keys of a block. A CPU wants it in its cache, an accelerator wants few
 # and large matrix products; benchmarks/soft_moe.py measures.
@@ -115,10 +116,15 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _on_each_platform(function, *arguments):
     """Call with the block of the platform that the program is lowered for."""
+    return _in_either_block(function, (CPU_BLOCK, ACCELERATOR_BLOCK), *arguments)
+
+
+@functools.partial(traced_once, static_argnums=(0, 1))
+def _in_either_block(function, blocks, *arguments):
     return lax.platform_dependent(
         *arguments,
-        cpu=functools.partial(function, CPU_BLOCK),
-        default=functools.partial(function, ACCELERATOR_BLOCK),
+        cpu=functools.partial(function, blocks[0]),
+        default=functools.partial(function, blocks[1]),
     )
 
 

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from swinsmt_jax.ops import convolution_on_cpu
+from swinsmt_jax.ops.tracing import traced_once
 
 Strides = tuple[int, int, int]
 
 
 @jax.custom_vjp
+@traced_once
 def conv3x3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolve with a 3 x 3 x 3 kernel, stride 1, zero padding 1.
 
@@ -35,6 +37,7 @@ def _forward(x, kernel):
     return conv3x3x3(x, kernel), (x, kernel)
 
 
+@traced_once
 def _backward(saved, cotangent):
     x, kernel = saved
     flipped = kernel[::-1, ::-1, ::-1].swapaxes(3, 4)
@@ -70,6 +73,7 @@ def _direct(x, kernel):
 
 
 @jax.custom_vjp
+@traced_once
 def pointwise_conv(
     x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None
 ) -> jax.Array:
@@ -95,6 +99,7 @@ def _pointwise_forward(x, kernel, bias):
     return pointwise_conv(x, kernel, bias), (x, kernel, bias)
 
 
+@traced_once
 def _pointwise_backward(saved, cotangent):
     x, kernel, bias = saved
     dx, dkernel, dbias = lax.platform_dependent(
@@ -142,6 +147,7 @@ def strided_conv(x: jax.Array, kernel: jax.Array, strides: Strides) -> jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(traced_once, static_argnums=0)
 def _strided(strides, x, kernel):
     return lax.platform_dependent(
         x,
@@ -155,6 +161,7 @@ def _strided_forward(strides, x, kernel):
     return _strided(strides, x, kernel), (x, kernel)
 
 
+@functools.partial(traced_once, static_argnums=0)
 def _strided_backward(strides, saved, cotangent):
     def pullback(convolve, x, kernel, cotangent):
         return jax.vjp(functools.partial(convolve, strides), x, kernel)[1](cotangent)
@@ -225,6 +232,7 @@ def _fold_kernel(kernel, strides):
 
 
 @jax.custom_vjp
+@traced_once
 def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolve every channel with its own odd cubic kernel, stride 1, zero padded.
 
@@ -248,6 +256,7 @@ def _depthwise_forward(x, kernel):
     return depthwise_conv(x, kernel), (x, kernel)
 
 
+@traced_once
 def _depthwise_backward(saved, cotangent):
     x, kernel = saved
     dx = depthwise_conv(cotangent, kernel[::-1, ::-1, ::-1])

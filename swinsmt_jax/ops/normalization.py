@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from swinsmt_jax.ops.tracing import traced_once
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def standardize(
@@ -18,6 +20,7 @@ def standardize(
     return _standardize(x, axes, epsilon)[0]
 
 
+@functools.partial(traced_once, static_argnums=(1, 2))
 def _standardize(x, axes, epsilon):
     mean = jnp.mean(x.astype(jnp.float32), axis=axes, keepdims=True)
     centred = x.astype(jnp.float32) - mean
@@ -26,6 +29,7 @@ def _standardize(x, axes, epsilon):
     return centred * scale, (x, mean, scale)
 
 
+@functools.partial(traced_once, static_argnums=(0, 1))
 def _standardize_backward(axes, epsilon, saved, cotangent):
     """With result y and cotangent g: scale (g - mean g - y mean(g y))."""
     x, mean, scale = saved

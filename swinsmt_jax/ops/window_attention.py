@@ -11,6 +11,7 @@ from jax import lax
 
 from swinsmt_jax.ops import windows
 from swinsmt_jax.ops.manual_axes import vary_alike
+from swinsmt_jax.ops.tracing import traced_once
 
 # Entries of the attention matrices of one sample that are made at a time. On a CPU 4 MB
 # of float32, which stay in its cache; on an accelerator 256 MB, of which forward and
@@ -111,10 +112,15 @@ def _on_each_platform(function, *arguments):
 
     Returns the results by window, and the sums over windows and batch of the others.
     """
+    return _in_either_block(function, (CPU_BLOCK, ACCELERATOR_BLOCK), *arguments)
+
+
+@functools.partial(traced_once, static_argnums=(0, 1))
+def _in_either_block(function, entries, *arguments):
     by_window, by_sample = lax.platform_dependent(
         *arguments,
-        cpu=functools.partial(_in_blocks, function, CPU_BLOCK),
-        default=functools.partial(_in_blocks, function, ACCELERATOR_BLOCK),
+        cpu=functools.partial(_in_blocks, function, entries[0]),
+        default=functools.partial(_in_blocks, function, entries[1]),
     )
     return by_window, jax.tree.map(lambda total: total.sum(0), by_sample)
 

@@ -1,6 +1,8 @@
 """AdamW with clipping by the global norm, linear warm-up and cosine decay."""
 
 import re
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,20 @@ from swinsmt_jax.config import OptimizerConfig
 from swinsmt_jax.sharding import path_name
 
 DECAYED = r"(kernel|w1|w2)$"
+
+
+class Optimizer(NamedTuple):
+    """An `optax.GradientTransformation` that says which parameters it treats alike.
+
+    Attributes:
+        init, update: as optax's.
+        kind: of a parameter's path. Parameters of one kind are updated each element by
+            itself, in the same way.
+    """
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    kind: Callable[[str], Hashable]
 
 
 def make_schedule(config: OptimizerConfig, *, num_steps: int) -> optax.Schedule:
@@ -40,9 +56,7 @@ def is_decayed(name: str) -> bool:
     return re.search(DECAYED, name) is not None
 
 
-def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> Optimizer:
     """Return AdamW with decoupled weight decay on the kernels (Loshchilov 2019).
 
     Frozen parameters take no part in the norm by which gradients are clipped.
@@ -77,9 +91,10 @@ def make_optimizer(
             mask=decayed,
         ),
     )
-    if not config.freeze and config.layer_decay == 1:
-        return adamw
-    return optax.chain(scaled_by(learning), adamw, scaled_by(rate))
+    whole = adamw
+    if config.freeze or config.layer_decay != 1:
+        whole = optax.chain(scaled_by(learning), adamw, scaled_by(rate))
+    return Optimizer(*whole, kind=lambda name: (is_decayed(name), rate(name)))
 
 
 def stages_from_decoder(name: str) -> int:

@@ -1,5 +1,6 @@
 """What training carries from step to step, as one pytree of arrays."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -72,6 +73,12 @@ def blueprint(
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict]:
     """Return structure and parameters' shapes and dtypes of a config's network."""
+    graphdef, params = _abstract_model(config)
+    return graphdef, jax.tree.map(lambda leaf: leaf, params)  # the caller's own
+
+
+@functools.cache
+def _abstract_model(config):
     return split(nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0))))
 
 

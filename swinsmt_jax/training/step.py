@@ -11,6 +11,9 @@ from jax.sharding import Mesh
 from swinsmt_jax import losses, sharding
 from swinsmt_jax.layers import recompute
 from swinsmt_jax.layers.conv import Conv
+from swinsmt_jax.ops.tracing import traced_once, without_collection
+from swinsmt_jax.training.optimizer import Optimizer
+from swinsmt_jax.training.packing import Packing
 from swinsmt_jax.training.state import TrainState, shardings_of
 
 Batch = dict[str, jax.Array]
@@ -20,7 +23,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]
 
 def make_train_step(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     schedule: optax.Schedule,
     seed: int,
@@ -83,7 +86,8 @@ def make_train_step(
         decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
         return optax.incremental_update(params, state.average, 1 - decay)
 
-    update = jax.jit(optimizer.update)  # traced once
+    packing = Packing(like.params, kind=optimizer.kind)
+    update = traced_once(optimizer.update)
 
     def updated(state, grads, finite):
         """Return parameters, optimizer's state and average; the old ones if not finite.
@@ -104,14 +108,17 @@ def make_train_step(
         average = averaged(state, params) if state.average else {}
         return params, choose(opt_state, old), choose(average, state.average)
 
+    @without_collection()
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         with sharding.within(mesh):
             (loss, hits), grads = gradient(state.params, batch, key)
         with jax.named_scope("optimizer"):
+            packed, grads = packing.pack((state, grads))
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            params, opt_state, average = updated(state, grads, finite)
+            updates = updated(packed, grads, finite)
+            params, opt_state, average = packing.unpack(updates)
         total = state.skipped[0] + ~finite
         in_row = jnp.where(finite, 0, state.skipped[1] + 1)
         metrics = {

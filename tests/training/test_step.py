@@ -16,6 +16,7 @@ from swinsmt_jax.config import (
     from_config_dict,
 )
 from swinsmt_jax.layers.conv import Conv
+from swinsmt_jax.training import packing
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import (
     blueprint,
@@ -78,6 +79,22 @@ def start(tiny, make_config):
         return step, state, like, graphdef, mesh
 
     return make
+
+
+def test_parameters_are_updated_alike_joined_and_each_by_itself(
+    start, rng, monkeypatch
+):
+    found = []
+    batches = [random_batch(rng, batch=1, side=32, classes=3) for _ in range(2)]
+    for small in (packing.SMALL, 0):
+        monkeypatch.setattr(packing, "SMALL", small)
+        step, state, *_ = start(
+            options={"ema_decay": 0.5}, layer_decay=0.5, freeze=("swinViT/patch_embed",)
+        )
+        for batch in batches:
+            state, metrics = step(state, batch)
+        found.append((state, metrics))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *found)
 
 
 def test_steps_lower_the_loss_and_count(start, rng):

@@ -170,7 +170,8 @@ def add_rates(row: dict, job: Job) -> None:
 
 def ratios(row: dict) -> dict:
     """Return ours / eager PyTorch's time and memory, where both are known."""
-    ours, theirs = row["jax"], row.get("torch", {"error": "not measured"})
+    unknown = {"error": "not measured"}
+    ours, theirs = row.get("jax", unknown), row.get("torch", unknown)
     if "error" in ours or "error" in theirs:
         return {}
     return {

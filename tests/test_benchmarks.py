@@ -1,5 +1,6 @@
 """What the benchmarks make of their measurements."""
 
+import json
 import subprocess
 import sys
 from multiprocessing import shared_memory
@@ -53,6 +54,26 @@ def test_without_pytorch_there_is_no_ratio(monkeypatch):
     row = model.compare(JOB, ("jax", "torch"), rounds=1)
     assert "time_ratio" not in row and "ModuleNotFound" in model.line(row)
     assert model.headline([row])["fwdbwd_96_time_ratio"] is None
+
+
+def test_the_compiled_network_is_measured_after_all_others(monkeypatch, tmp_path):
+    order = []
+
+    def start(job):
+        order.append(job.framework)
+        seconds = {"jax": 1.0, "torch": 4.0, "torch.compile": 3.0}[job.framework]
+        return measured([seconds], 2.0)
+
+    monkeypatch.setattr(model, "start", start)
+    job = Job("jax", "swin_smt_e32", 96, "step")
+    found = {"command": "", "rows": []}
+    path = tmp_path / "figures.json"
+    model.measure_rows([job], ["torch", "torch.compile"], 1, found, str(path))
+    assert order == ["jax", "jax", "torch", "torch.compile"]  # at first to compile
+    known = json.loads(path.read_text())
+    assert known["rows"][0]["torch.compile"]["seconds"] == 3
+    assert known["headline"]["step_96_swin_smt_e32_speedup"] == 4
+    assert known["headline"]["step_96_swin_smt_e32_speedup_over_compiled"] == 3
 
 
 def test_operations_and_bytes_are_of_the_stage_that_names_them():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from swinsmt_jax.sharding import path_name
 
@@ -82,9 +83,6 @@ def _join(arrays):
 def _split(array, shapes):
     if len(shapes) == 1:
         return [array]
-    parts, start = [], 0
-    for shape in shapes:
-        stop = start + math.prod(shape)
-        parts.append(array[start:stop].reshape(shape))
-        start = stop
-    return parts
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = jnp.split(array, ends[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -25,13 +25,13 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import define_file, parity, report, write
+from benchmarks import define_file, goldens, parity, report, write
 from swinsmt_jax import checks, convert, losses
 from swinsmt_jax.network_config import PlainConvUNetConfig
 from swinsmt_jax.training import startup
 
 NNUNET = "zoo/nnunet_plain_small"
-NETWORKS = {NNUNET: parity.ZOO[NNUNET], **parity.NETWORKS}
+NETWORKS = {NNUNET: goldens.ZOO[NNUNET], **goldens.NETWORKS}
 
 
 def pytorch_norms(config, golden, *, double: bool, scale: float = 1.0) -> dict:
@@ -41,7 +41,7 @@ def pytorch_norms(config, golden, *, double: bool, scale: float = 1.0) -> dict:
 
     dtype = torch.float64 if double else torch.float32
     network = _pytorch_network(config)
-    arrays = parity.part(golden, "param/")
+    arrays = goldens.part(golden, "param/")
     names = {k: k.replace("experts.experts", "experts") for k in network.state_dict()}
     network.load_state_dict(
         {k: torch.from_numpy(arrays[n]) for k, n in names.items() if n in arrays},
@@ -83,7 +83,7 @@ def _pytorch_network(config):
 
 def our_norms(config, golden):
     """Return a function from the factor of the input to our gradient norms."""
-    graphdef, params = parity.loaded(config, parity.part(golden, "param/"))
+    graphdef, params = goldens.loaded(config, goldens.part(golden, "param/"))
     y = jnp.asarray(golden["y"][:, 0])
 
     @jax.jit
@@ -125,7 +125,7 @@ def measure(config, golden) -> list[dict]:
     }
     run = our_norms(config, golden)
     exact = pytorch_norms(config, golden, double=True)
-    wanted = {k: float(v) for k, v in parity.part(golden, "grad_norm/").items()}
+    wanted = {k: float(v) for k, v in goldens.part(golden, "grad_norm/").items()}
     found = {}
     for what, scale in scales.items():
         found[f"PyTorch{what}"] = pytorch_norms(
@@ -151,7 +151,7 @@ def main(_):
     names = [NNUNET] if options.quick else list(NETWORKS)
     rows = []
     for name in names:
-        golden = parity.read(Path(options.goldens), name)
+        golden = goldens.read(Path(options.goldens), name)
         for row in measure(NETWORKS[name], golden):
             rows.append({"golden": name, **row})
             print(

@@ -34,9 +34,9 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
-from matplotlib.figure import Figure
 
 from benchmarks import available_gb, define_file, report, write
+from benchmarks.model_table import line, plot
 from benchmarks.model_worker import CONFIGS, Job, model_config
 from swinsmt_jax import checks
 from swinsmt_jax.config import SwinSMTConfig
@@ -63,7 +63,6 @@ ROWS = (
     ("swin_smt_e4", 192, "forward"),
 )
 ON_GPU = (("swin_smt_e32", 96, "step"), ("swin_smt_e32", 128, "step"))
-LEGEND = {"torch": "PyTorch", "jax": "ours"}
 LIMIT = 1800  # seconds of one process
 IDENTITY = ("network", "side", "what", "dtype", "remat")  # of a row
 PASSES = {"forward": 1, "gradient": 3, "step": 3}  # operations, in forward passes
@@ -224,48 +223,6 @@ def headline(rows: list[dict]) -> dict[str, float | None]:
             for key in ("patches_per_s", "tflop_per_s", "utilisation"):
                 found[f"{name}_{key}"] = ours[key]
     return found
-
-
-def label(row: dict) -> str:
-    """Name what a row measures."""
-    remat = "" if row.get("remat", True) else " no remat"
-    return f"{row['network']} {row['side']}³ {row['what']} {row['dtype']}{remat}"
-
-
-def line(row: dict) -> str:
-    """One line of the table."""
-    cells = [f"{label(row):44}"]
-    for name in ("jax", "torch", "torch.compile"):
-        if name in row:
-            cells.append(_cell(row[name]))
-    if "time_ratio" in row:
-        cells.append(f"x{row['time_ratio']:5.2f}  x{row['memory_ratio']:5.2f}")
-    return "  ".join(cells)
-
-
-def _cell(found):
-    if "error" in found:
-        return f"{found['error'][:20]:>20}"
-    return f"{found['seconds']:9.2f} s {found['peak_gb']:6.2f} GB"
-
-
-def plot(rows: list[dict], path: str | Path) -> None:
-    """Draw times and memory side by side."""
-    rows = [row for row in rows if "time_ratio" in row]
-    names = [label(row) for row in rows]
-    figure = Figure(figsize=(11, 0.5 * len(rows) + 1.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    units = {"seconds": "seconds", "peak_gb": "peak memory, GB"}
-    for panel, (value, unit) in zip(panels, units.items(), strict=True):
-        for shift, name in enumerate(("torch", "jax")):
-            heights = [row[name][value] for row in rows]
-            places = [i + 0.4 * shift - 0.2 for i in range(len(rows))]
-            panel.barh(places, heights, height=0.38, label=LEGEND[name])
-        panel.set_xlabel(unit)
-    panels[0].set_yticks(range(len(rows)), names)
-    panels[0].invert_yaxis()
-    panels[1].legend()
-    figure.savefig(path, dpi=110)
 
 
 def chosen(rows, options):

@@ -24,75 +24,14 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import define_file, report, write
-from swinsmt_jax import checks, convert, inference, losses, models
-from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
+from benchmarks.goldens import NETWORKS, ZOO, loaded, part, read
+from swinsmt_jax import convert, inference, losses
 from swinsmt_jax.convert import swin_names
 from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.patch import PatchMerging
 from swinsmt_jax.layers.soft_moe import SoftMoE
 from swinsmt_jax.layers.swin import SwinBlock
-from swinsmt_jax.network_config import (
-    NNFormerConfig,
-    PlainConvUNetConfig,
-    ResidualEncoderUNetConfig,
-    UNETRConfig,
-    UXNetConfig,
-)
 from swinsmt_jax.training import startup
-
-NETWORKS = {
-    "swin_smt_f12_e4": SwinSMTConfig(
-        in_channels=1,
-        out_channels=5,
-        feature_size=12,
-        num_experts=4,
-        num_moe_stages=3,
-        patch_merging="legacy",
-    ),
-    "swin_unetr_v2_f12_octants": SwinUNETRConfig(
-        in_channels=1,
-        out_channels=5,
-        feature_size=12,
-        residual_conv=True,
-        patch_merging="octants",
-    ),
-}
-# The networks that Swin SMT is compared with.
-ZOO = {
-    "zoo/nnunet_plain_small": PlainConvUNetConfig(
-        in_channels=1,
-        out_channels=5,
-        features_per_stage=(8, 16, 24, 32),
-        strides=(1, 2, 2, 2),
-    ),
-    "zoo/nnunet_resenc_small": ResidualEncoderUNetConfig(
-        in_channels=1,
-        out_channels=5,
-        features_per_stage=(8, 16, 24, 32),
-        strides=(1, 2, 2, 2),
-        n_blocks_per_stage=(1, 3, 4, 6),
-    ),
-    "zoo/unetr_small": UNETRConfig(
-        in_channels=1,
-        out_channels=5,
-        img_size=(48, 32, 64),
-        feature_size=4,
-        hidden_size=48,
-        mlp_dim=96,
-        num_heads=4,
-    ),
-    "zoo/ux_net_small": UXNetConfig(
-        in_channels=1, out_channels=5, feat_size=(48, 16, 24, 32), hidden_size=48
-    ),
-    "zoo/nnformer_small": NNFormerConfig(
-        in_channels=1,
-        out_channels=5,
-        crop_size=64,
-        embedding_dim=24,
-        num_heads=(3, 6, 12, 24),
-    ),
-}
-
 
 LAST_BIT = 1e-7
 GUARD = 1e-3
@@ -308,20 +247,6 @@ def deviations(
     }
 
 
-def loaded(config, state_dict):
-    graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0)))
-    )
-    params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
-    model = nnx.merge(graphdef, params)
-    convert.load_torch(model, state_dict)
-    return nnx.split(model)
-
-
-def part(golden, prefix):
-    return {k.removeprefix(prefix): golden[k] for k in golden if k.startswith(prefix)}
-
-
 def _absolute(ours, theirs):
     """Largest deviation; theirs is [B, C, D, H, W]."""
     return float(np.abs(np.moveaxis(np.asarray(ours), -1, 1) - theirs).max())
@@ -335,23 +260,6 @@ def _relative(ours, theirs):
 def _relative_l2(ours, theirs):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
-def read(goldens: Path, name: str) -> dict:
-    """Return the arrays of a golden.
-
-    Raises:
-        UserError: if it is not there.
-    """
-    file = goldens / f"{name}.npz"
-    checks.require(
-        file.is_file(),
-        f"there is no {file}, but figures are measured on golden tensors; set "
-        "--goldens to the folder that holds modules.npz and the networks' files (they "
-        "are not part of the repository). Without them, `make test-reference` compares "
-        "with PyTorch itself.",
-    )
-    return dict(np.load(file))
 
 
 def all_figures(goldens: Path, *, quick: bool = False) -> list[Figure]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import parity
+from benchmarks import goldens, parity
 
 ROOT = Path(parity.__file__).parents[1]
 
@@ -31,9 +31,9 @@ def test_loss_and_sliding_window(shared):
 @pytest.mark.usefixtures("optimised")
 def test_the_command_finds_all_figures_within_tolerance(shared):
     """Modules and whole networks, compiled as they are for users."""
-    goldens = f"--goldens={shared / 'parity'}"
-    command = [sys.executable, "-m", "benchmarks.parity", goldens]
+    folder = f"--goldens={shared / 'parity'}"
+    command = [sys.executable, "-m", "benchmarks.parity", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in (*parity.NETWORKS, *parity.ZOO):
+    for name in (*goldens.NETWORKS, *goldens.ZOO):
         assert name in done.stdout

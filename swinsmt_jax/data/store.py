@@ -2,8 +2,8 @@
 
 <store>/store.json            format and options; made first
 <store>/meta.csv              as in the source
-<store>/s0001/image           int16 HU   } Zarr v3, one file each: a shard of chunks of
-<store>/s0001/label           uint8 ids  } CHUNK^3 voxels, blosc lz4, read by byte range
+<store>/s0001/image           int16 HU   } as in volume_file.py
+<store>/s0001/label           uint8 ids  }
 <store>/s0001/voxels.npz      samples of voxels, from which centres of crops are drawn
 <store>/s0001/case.json       affine, shapes, boxes of the foreground, counts; made last
 
@@ -23,18 +23,16 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
-import tensorstore
 from absl import logging
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import totalsegmentator, transforms
+from swinsmt_jax.data import totalsegmentator, transforms, volume_file
 from swinsmt_jax.data.totalsegmentator import Sample
 
 FORMAT = 1
 INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
 PARTIAL, LOCK = ".partial-", ".lock"
-CHUNK = 32  # measured: as fast as larger ones; see docs/data.md
 SAMPLES = 20_000  # voxels of a kind kept at most
 AIRS = (-1024, -1000, -500, -300, -200)  # HU below which boxes are found beforehand
 
@@ -109,7 +107,8 @@ class StoredCase:
         box = tuple(box or (slice(None),) * 3)
         with _readable(self.folder):
             parts = [
-                _open(str(self.folder / p))[box].read() for p in ("image", "label")
+                volume_file.opened(self.folder / p)[box].read()
+                for p in ("image", "label")
             ]
             image, label = (part.result() for part in parts)
         step = np.eye(4)
@@ -132,7 +131,7 @@ class StoredCase:
                 air,
             )
             with _readable(self.folder):
-                image = _open(str(self.folder / "image")).read().result()
+                image = volume_file.opened(self.folder / "image").read().result()
             found = self._boxes[air] = _box(image > air)
         return tuple(slice(*ends) for ends in found)
 
@@ -304,7 +303,7 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
     partial.mkdir()
     try:
         for name, array in (("image", sample.image), ("label", sample.label)):
-            _create(str(partial / name), array).write(array).result()
+            volume_file.write(partial / name, array)
         np.savez(partial / VOXELS, **_voxels(sample))
         counts = np.bincount(sample.label.reshape(-1), minlength=num_classes)
         content = {
@@ -375,38 +374,6 @@ def _box(mask):
             return [[0, n] for n in mask.shape]
         box.append([int(hit[0]), int(hit[-1]) + 1])
     return box
-
-
-def _create(path, array):
-    shard = [-(-n // CHUNK) * CHUNK for n in array.shape]
-    plain = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    lz4 = {"cname": "lz4", "clevel": 5, "shuffle": "shuffle"}
-    sharding = {
-        "chunk_shape": [CHUNK] * 3,
-        "codecs": [*plain, {"name": "blosc", "configuration": lz4}],
-        "index_codecs": [*plain, {"name": "crc32c"}],
-    }
-    metadata = {
-        "shape": list(array.shape),
-        "data_type": str(array.dtype),
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-    spec = {**_spec(path), "metadata": metadata, "create": True}
-    return tensorstore.open(spec).result()
-
-
-@functools.lru_cache(maxsize=256)  # 10 kB each; opening takes 0.3 ms
-def _open(path):
-    return tensorstore.open(_spec(path), read=True).result()
-
-
-def _spec(path):
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": path},
-        "context": {"cache_pool": {"total_bytes_limit": 0}},  # the page cache serves
-    }
 
 
 def read_json(file: Path):

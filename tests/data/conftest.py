@@ -6,7 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from swinsmt_jax import labels
+from swinsmt_jax import class_map, labels
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import preprocess, store, totalsegmentator
 
 SHAPE = (12, 10, 8)
 AFFINE = np.array([[2.0, 0, 0, -5], [0, 2, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
@@ -53,3 +55,31 @@ def root(tmp_path, pristine):
 def write():
     """The function that writes a NIfTI file."""
     return write_nifti
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Preprocess in this process, which starts faster."""
+
+    def run_each(job, cases, workers):
+        return ((case, job(case)) for case in cases)
+
+    monkeypatch.setattr(preprocess, "run_each", run_each)
+
+
+@pytest.fixture(scope="session")
+def write_store():
+    """The function that writes a store of scans for training."""
+
+    def write(root, samples, names=("nose",)):
+        root.mkdir()
+        options = store.Options(0.0, class_map.make(names, {}, where="x"))
+        index = {"format": store.FORMAT, "options": options.to_json()}
+        store.write_json(root / store.INDEX, index)
+        for sample in samples:
+            store.write_case(root, sample, num_classes=len(names) + 1, facts={})
+        splits = {sample.name: "train" for sample in samples}
+        totalsegmentator.add_to_meta(root, splits)
+        return DataConfig(str(root), (16, 16, 24), batch_size=4, classes=names)
+
+    return write

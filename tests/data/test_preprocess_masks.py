@@ -1,0 +1,104 @@
+"""Cases of one mask per structure: what is merged, and what is refused alone."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from swinsmt_jax import labels
+from swinsmt_jax.data import preprocess, store, totalsegmentator
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def save(path, array, affine=None):
+    image = nib.Nifti1Image(array, np.eye(4) if affine is None else affine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+
+
+def write_masks(root, name, *, empty=False):
+    """Add a case of 6^3 voxels with 117 masks, of which the liver's has voxels."""
+    save(root / name / "ct.nii.gz", np.zeros((6, 6, 6), np.int16))
+    for structure in labels.CLASS_NAMES[1:]:
+        mask = np.zeros((6, 6, 6), np.uint8)
+        mask[2:4] = structure == "liver" and not empty
+        save(root / name / f"segmentations/{structure}.nii.gz", mask)
+    totalsegmentator.add_to_meta(root, {name: "train"})
+    return root / name
+
+
+def test_overlapping_masks_are_counted(tmp_path):
+    folder = write_masks(tmp_path / "source", "s1") / "segmentations"
+    for name, planes in (("spleen", slice(3)), ("liver", slice(2, 4))):
+        mask = np.zeros((6, 6, 6), np.uint8)
+        mask[planes] = 1
+        save(folder / f"{name}.nii.gz", mask)
+    assert (
+        preprocess.preprocess(tmp_path / "source", tmp_path / "store", spacing=0.0)
+        == {}
+    )
+    (case,) = store.find_cases(tmp_path / "store", split="train")
+    assert case.facts["overlapping_voxels"] == 36
+    assert (case.read().label[2:4] == labels.CLASS_IDS["liver"]).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        ("missing mask", ["lacks 1 of 117 masks: liver"]),
+        ("mask on another grid", ["liver.nii.gz", "has shape (5, 6, 6)"]),
+        ("mask beside the ct", ["liver.nii.gz", "0.50 voxels away"]),
+        ("unknown mask", ["livver.nii.gz", "Did you mean 'liver'"]),
+        ("truncated ct", ["ct.nii.gz", "truncated or corrupt"]),
+        ("affine without inverse", ["ct.nii.gz", "cannot be inverted"]),
+        ("all masks empty", None),
+    ],
+)
+def test_a_case_is_refused_alone(tmp_path, spoil, words):
+    for name in ("bad", "good"):
+        write_masks(tmp_path / "source", name, empty=spoil == "all masks empty")
+    folder = tmp_path / "source" / "bad" / "segmentations"
+    liver = folder / "liver.nii.gz"
+    if spoil == "missing mask":
+        liver.unlink()
+    elif spoil == "mask on another grid":
+        save(liver, np.zeros((5, 6, 6), np.uint8))
+    elif spoil == "mask beside the ct":
+        moved = np.eye(4)
+        moved[0, 3] = 0.5
+        save(liver, np.zeros((6, 6, 6), np.uint8), moved)
+    elif spoil == "unknown mask":
+        liver.rename(folder / "livver.nii.gz")
+    elif spoil == "truncated ct":
+        ct = folder.parent / "ct.nii.gz"
+        save(ct, np.random.default_rng(0).integers(0, 999, (32, 32, 32), np.int16))
+        ct.write_bytes(ct.read_bytes()[:20_000])
+    elif spoil == "affine without inverse":
+        image = nib.Nifti1Image(np.zeros((6, 6, 6), np.int16), None)
+        image.header["sform_code"] = 1  # its rows are zero
+        (folder.parent / "ct.nii.gz").write_bytes(gzip.compress(image.to_bytes()))
+    failed = preprocess.preprocess(tmp_path / "source", tmp_path / "store", spacing=0.0)
+    assert list(failed) == ["bad"] * (words is not None)
+    for word in words or ():
+        assert word in failed["bad"]
+    found = store.find_cases(tmp_path / "store", split="train")
+    assert [case.name for case in found] == ["bad", "good"][words is not None :]
+
+
+def test_bad_lines_of_meta_are_refused_alone(tmp_path):
+    for name in ("s1", "s2", "s3", "s4"):
+        write_masks(tmp_path / "source", name)
+    meta = tmp_path / "source" / "meta.csv"
+    lines = ["s1;train", "s2;trian", "../s3;train", "s3;train", "s4;val", "s4;train"]
+    meta.write_text("\n".join(["image_id;split", *lines]))
+    failed = preprocess.preprocess(
+        tmp_path / "source", tmp_path / "store", spacing=0.0, exclude=["s2"]
+    )
+    assert list(failed) == [f"line 4 of {meta}", "s4"]
+    assert "'../s3', but must be the plain name" in failed[f"line 4 of {meta}"]
+    assert "line 7" in failed["s4"] and "repeats the image_id 's4'" in failed["s4"]
+    found = store.find_cases(tmp_path / "store", split="train")
+    assert [case.name for case in found] == ["s1", "s3"]
+    assert not (tmp_path / "store" / "s4").exists()

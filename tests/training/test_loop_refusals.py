@@ -1,0 +1,152 @@
+"""What `loop.train` refuses, and what it leaves behind then."""
+
+import shutil
+
+import jax
+import pytest
+
+from swinsmt_jax import swin_config
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.data import preprocess
+from swinsmt_jax.evaluation import run
+from swinsmt_jax.training import cost, loop, processes, steps
+from swinsmt_jax.training import workdir as workdir_module
+
+pytestmark = pytest.mark.usefixtures("tiny", "dataset")
+
+
+def test_a_workdir_in_use_is_refused(tmp_path, make_config):
+    config = make_config(training={"num_steps": 1})
+    with (
+        workdir_module.locked(tmp_path / "run"),
+        pytest.raises(UserError, match=r"in use by a live run .process \d+ on"),
+    ):
+        loop.train(config, workdir=tmp_path / "run")
+    loop.train(config, workdir=tmp_path / "run")
+
+
+def test_a_step_beyond_the_memory_is_refused_with_remedies(
+    tmp_path, make_config, monkeypatch
+):
+    monkeypatch.setattr(cost, "device_memory", lambda mesh: 100_000)
+    words = (
+        "needs .* GB on each device .*has 0.00 GB. What helps: "
+        "--config.training.accumulate=2, or --config.model.remat=.*new --workdir: .*"
+        "batch_size=1.*more devices"
+    )
+    config = make_config()
+    with pytest.raises(UserError, match=words):
+        loop.train(config, workdir=tmp_path / "run")
+    in_force = make_config(
+        model={"remat": swin_config.REMAT_CHOICES, "dtype": "bfloat16"},
+        data={"batch_size": 1},
+    )
+    with pytest.raises(UserError, match="What helps: more devices") as error:
+        loop.train(in_force, workdir=tmp_path / "run")
+    assert "--config" not in str(error.value)
+
+
+def full(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory on GPU_0")
+
+
+@pytest.mark.parametrize(
+    "module, name, replacement",
+    [
+        (loop, "initialize", full),
+        (processes, "compiled", full),
+        (steps, "_compile", lambda *_: (full, None)),
+    ],
+    ids=["state", "compilation", "step"],
+)
+def test_a_device_that_runs_out_of_memory_is_told_with_remedies(
+    tmp_path, make_config, monkeypatch, module, name, replacement
+):
+    monkeypatch.setattr(module, name, replacement)
+    words = "run out of memory .*GPU_0.*What helps: --config.training.accumulate=2"
+    with pytest.raises(UserError, match=words):
+        loop.train(make_config(), workdir=tmp_path / "run")
+
+
+def test_a_start_that_failed_does_not_claim_the_workdir(
+    tmp_path, make_config, monkeypatch
+):
+    with pytest.raises(UserError, match="'\\^stm/', which matches no parameter"):
+        loop.train(
+            make_config(optimizer={"freeze": ("^stm/",)}), workdir=tmp_path / "run"
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "device_memory", lambda mesh: 10_000)
+        with pytest.raises(UserError, match="has 0.00 GB"):
+            loop.train(make_config(), workdir=tmp_path / "run")
+    smaller = make_config(data={"batch_size": 1}, training={"num_steps": 1})
+    assert int(loop.train(smaller, workdir=tmp_path / "run").step) == 1
+    with pytest.raises(UserError, match="another config.*batch_size: 1 -> 2"):
+        loop.train(make_config(), workdir=tmp_path / "run")
+
+
+def test_labels_beyond_the_network_are_refused(tmp_path, make_config):
+    config = make_config(model={"out_channels": 3})
+    with pytest.raises(
+        UserError, match=r"case 's\d' holds label 3, .*out_channels is 3"
+    ):
+        loop.train(config, workdir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"mesh": {"data": 16}}, "16 devices, but there are 8"),
+        ({"mesh": {"data": 4}}, "batch_size is 2, but must be a multiple of the 4"),
+        ({"model": {"in_channels": 2}}, "a CT has 1 channel"),
+        ({"data": {"root": "nowhere"}}, "nowhere does not exist"),
+        ({"mesh": {"expert": 16}}, "16, but there are 8 .*take one of 1, 2, 4, 8"),
+        ({"training": {"accumulate": 3}}, "each of the 1 .*: take one of 1, 2"),
+    ],
+)
+def test_impossible_runs_leave_nothing_behind(tmp_path, make_config, changes, words):
+    with pytest.raises(UserError, match=words):
+        loop.train(make_config(**changes), workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_needs_cases(tmp_path, make_config, dataset):
+    meta = dataset / "meta.csv"
+    meta.write_text(meta.read_text().replace(";val", ";test"))
+    words = "no case of the split 'val'.*give at least one case the split 'val' in meta"
+    with pytest.raises(UserError, match=words):
+        loop.train(make_config(), workdir=tmp_path / "run", validate=run.validate)
+
+
+def test_data_that_changed_is_refused(tmp_path, make_config, dataset):
+    config = make_config(training={"num_steps": 2})
+    loop.train(config, workdir=tmp_path / "run")
+    meta = dataset / "meta.csv"
+    meta.write_text(meta.read_text().replace("s2;train", "s2;test"))
+    longer = make_config(training={"num_steps": 4})
+    with pytest.raises(UserError, match="cannot be continued: its data is"):
+        loop.train(longer, workdir=tmp_path / "run")
+
+
+def test_layer_decay_without_swin_stages_is_refused(tmp_path, make_config):
+    config = make_config(optimizer={"layer_decay": 0.8})
+    with pytest.raises(UserError, match="layer_decay is 0.8, but this network has no"):
+        loop.train(config, workdir=tmp_path / "run")
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, make_config):
+    (tmp_path / "file").write_text("")
+    words = "file/run cannot be made or written to: Not a dir.*another --workdir"
+    with pytest.raises(UserError, match=words):
+        loop.train(make_config(), workdir=tmp_path / "file" / "run")
+
+
+def test_a_case_that_a_store_lost_is_refused(tmp_path, make_config, dataset):
+    preprocess.preprocess(dataset, tmp_path / "store")
+    config = make_config(data={"root": str(tmp_path / "store")})
+    shutil.rmtree(tmp_path / "store" / "s1")
+    with pytest.raises(
+        UserError, match="lacks 1 cases .*such as s1.*Run preprocess.py"
+    ):
+        loop.train(config, workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

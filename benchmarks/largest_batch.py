@@ -1,10 +1,11 @@
 """The most patches that a training step of the paper's network takes on a GPU.
 
-    python -m benchmarks.largest_batch [--dtype=float32] [--json=FILE]
+    python -m benchmarks.largest_batch [--quick] [--dtype=float32] [--json=FILE]
 
 At 128^3, ours and PyTorch's (extra `reference`), bfloat16 unless said: the batch is
-doubled until memory is out, and then what is between is halved. Ours starts from what
-the compiler says. Every try is a process of its own, as in `benchmarks.model`.
+doubled until memory is out, and then what is between is halved; --quick ends before
+that. Ours starts from what the compiler says. Every try is a process of its own, as in
+`benchmarks.model`.
 """
 
 import dataclasses
@@ -27,10 +28,13 @@ from swinsmt_jax.training import startup
 MOST_PATCHES = 64
 
 
-def largest_batch(job: Job, *, save: Callable[[dict], None] = lambda best: None):
+def largest_batch(
+    job: Job, *, quick: bool = False, save: Callable[[dict], None] = lambda best: None
+):
     """Find the largest batch that a GPU takes; return its size and the best speed.
 
-    `save` gets what is known so far, after each measurement.
+    `save` gets what is known so far, after each measurement. `quick` takes the first
+    batch that fits where the next one tried does not.
     """
     best = {"batch": 0, "patches_per_s": 0.0}
     batch, ended = fitting_batch(job) if job.framework == "jax" else 1, None
@@ -48,6 +52,8 @@ def largest_batch(job: Job, *, save: Callable[[dict], None] = lambda best: None)
             best["patches_per_s"] = max(speed, best["patches_per_s"])
             batch = 2 * batch if ended is None else batch + (ended - batch) // 2
         save(best)
+        if quick and ended and best["batch"]:
+            break
     return best
 
 
@@ -98,12 +104,15 @@ def main(_):
                 remat=True,
                 cache=cache,
             )
-            best = largest_batch(job, save=functools.partial(save, name))
+            best = largest_batch(
+                job, quick=options.quick, save=functools.partial(save, name)
+            )
             print(f"{name}: {best}", flush=True)
     print(json.dumps(headline(found), indent=1))
 
 
 if __name__ == "__main__":
+    flags.DEFINE_bool("quick", False, "nothing between a batch and the next tried")
     flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16"), "of the network")
     define_file("json", "also write the figures to this file")
     app.run(main)

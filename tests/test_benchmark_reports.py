@@ -30,26 +30,10 @@ from benchmarks.model_worker import Job
 from swinsmt_jax.checks import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = (
-    "collectives",
-    "compare",
-    "conditioning",
-    "gpu_check",
-    "inference",
-    "input_pipeline",
-    "killed_demo",
-    "loss",
-    "metrics",
-    "model",
-    "moe_scaling",
-    "paper_step",
-    "parity",
-    "roofline",
-    "routing_maps",
-    "scaling",
-    "soft_moe",
-    "table",
-    "training_overhead",
+NAMES = sorted(
+    file.stem
+    for file in (ROOT / "benchmarks").glob("*.py")
+    if "app.run(" in file.read_text()
 )
 
 
@@ -222,6 +206,8 @@ def test_the_largest_batch_is_found(monkeypatch, most):
     assert largest_batch.headline({"torch": {"batch": 2}, "jax": found})["ratio"] == (
         most / 2
     )
+    quick = largest_batch.largest_batch(JOB, quick=True)["batch"]
+    assert quick == 1 << most.bit_length() - 1
 
 
 def test_the_headline_has_the_usual_form_of_a_network():

@@ -32,7 +32,10 @@ def _cell(found):
 
 def plot(rows: list[dict], path: str | Path) -> None:
     """Draw times and memory side by side."""
-    rows = [row for row in rows if "time_ratio" in row]
+    rows = sorted(
+        (row for row in rows if "time_ratio" in row),
+        key=lambda row: [row[name] for name in ("network", "what", "side")],
+    )
     names = [label(row) for row in rows]
     figure = Figure(figsize=(11, 0.5 * len(rows) + 1.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -44,6 +47,6 @@ def plot(rows: list[dict], path: str | Path) -> None:
             panel.barh(places, heights, height=0.38, label=LEGEND[name])
         panel.set_xlabel(unit)
     panels[0].set_yticks(range(len(rows)), names)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
     panels[1].legend()
     figure.savefig(path, dpi=110)

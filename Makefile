@@ -33,7 +33,7 @@ parity: install
 	$(BIN)/python -m benchmarks.parity --goldens=$(SHARED)/parity
 
 demo: install
-	$(BIN)/python -m swinsmt_jax.data.phantom --root=$(PHANTOMS) --cases=40 --val=3 \
+	$(BIN)/python -m swinsmt_jax.phantoms --root=$(PHANTOMS) --cases=40 --val=3 \
 		--test=5 --spacing=12 --variation=0.5 --seed=0 --workers=2
 	$(BIN)/python train.py --config=configs/demo.py --workdir=$(RUN)
 	$(BIN)/python evaluate.py --workdir=$(RUN) --split=test

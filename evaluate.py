@@ -28,14 +28,14 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation import compare
+from swinsmt_jax.evaluation.metrics import AVERAGES
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.report import evaluate_split
 from swinsmt_jax.evaluation.run import SurfaceRule, computing_in
-from swinsmt_jax.inference import ACCUMULATE
-from swinsmt_jax.metrics import AVERAGES
+from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.network_config import DTYPES
 from swinsmt_jax.ops.patches import BLENDS
-from swinsmt_jax.training import distributed, processes, startup
+from swinsmt_jax.runtime import distributed, processes, startup
 from swinsmt_jax.training.checkpoint import load_model
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from absl import app, flags
 
-from swinsmt_jax import checks, prediction
-from swinsmt_jax.inference import ACCUMULATE
+from swinsmt_jax import checks
+from swinsmt_jax.inference import segmenter as prediction
+from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
+from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.network_config import DTYPES
 from swinsmt_jax.ops.patches import BLENDS
-from swinsmt_jax.prediction import Wishes, find_scans, segment_scans
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

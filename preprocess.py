@@ -19,7 +19,7 @@ from absl import app, flags
 
 from swinsmt_jax.data import report
 from swinsmt_jax.data.preprocess import preprocess
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

@@ -19,7 +19,8 @@ from absl import app, flags
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.convert import starting_point
 from swinsmt_jax.evaluation import pictures, run
-from swinsmt_jax.training import distributed, loop, startup
+from swinsmt_jax.runtime import distributed, startup
+from swinsmt_jax.training import loop
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

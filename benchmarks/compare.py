@@ -30,12 +30,13 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from benchmarks import define_file, report, small_networks, write
-from swinsmt_jax import checks, labels, metrics, models
+from swinsmt_jax import checks, labels, models
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
-from swinsmt_jax.data.phantom import write_dataset
 from swinsmt_jax.data.totalsegmentator import find_cases
-from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import loop, operations, startup
+from swinsmt_jax.evaluation import metrics, run
+from swinsmt_jax.phantoms.dataset import write_dataset
+from swinsmt_jax.runtime import operations, startup
+from swinsmt_jax.training import loop
 from swinsmt_jax.training.checkpoint import load_model
 
 REPLICATES = 2000

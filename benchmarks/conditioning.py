@@ -26,9 +26,10 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks import define_file, goldens, parity, report, write
-from swinsmt_jax import checks, convert, losses
+from swinsmt_jax import checks, convert
 from swinsmt_jax.network_config import PlainConvUNetConfig
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
+from swinsmt_jax.training import losses
 
 NNUNET = "zoo/nnunet_plain_small"
 NETWORKS = {NNUNET: goldens.ZOO[NNUNET], **goldens.NETWORKS}

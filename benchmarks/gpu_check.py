@@ -48,7 +48,7 @@ from benchmarks import command_line, define_file, parity, report, versions, writ
 from configs import swin_smt_paper
 from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
 from swinsmt_jax.training import state as train_state
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.step import make_train_step

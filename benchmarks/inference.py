@@ -34,10 +34,10 @@ from flax import nnx
 from benchmarks import define_file, report, write
 from configs import swin_smt_e4, swin_smt_paper
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.inference import predict_labels
+from swinsmt_jax.inference.sliding_window import predict_labels
 from swinsmt_jax.inference.sweep import Windows
+from swinsmt_jax.models import abstract_model
 from swinsmt_jax.ops import patches
-from swinsmt_jax.training.state import abstract_model
 
 SCANS = {"300": (300, 300, 300), "400x400x700": (400, 400, 700)}
 SIDE, CLASSES = 128, 118

@@ -31,7 +31,8 @@ from absl import app, flags
 
 from benchmarks import command_line, define_file
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import phantom, pipeline, preprocess, totalsegmentator
+from swinsmt_jax.data import pipeline, preprocess, totalsegmentator
+from swinsmt_jax.phantoms import dataset as phantom
 
 RECOMMENDED = (2, 0)  # threads, worker processes
 MB = 1e6

@@ -23,8 +23,8 @@ from flax import nnx
 
 from benchmarks import define_file, report, write
 from configs import demo
-from swinsmt_jax.data import phantom
-from swinsmt_jax.training import startup
+from swinsmt_jax.phantoms import dataset as phantom
+from swinsmt_jax.runtime import startup
 from swinsmt_jax.training.checkpoint import load_model
 from swinsmt_jax.training.logs import FILE, read_rows
 

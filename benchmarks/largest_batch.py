@@ -23,7 +23,7 @@ from benchmarks import define_file, report, write
 from benchmarks.model import memory_limit_gb, start
 from benchmarks.model_worker import Job
 from swinsmt_jax import checks
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
 
 MOST_PATCHES = 64
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import define_file, report, write
-from swinsmt_jax.losses import (
+from swinsmt_jax.ops.convolution import pointwise_conv
+from swinsmt_jax.training.losses import (
     SMOOTH,
     VOXELS,
     dice_cross_entropy,
     dice_cross_entropy_of_features,
 )
-from swinsmt_jax.ops.convolution import pointwise_conv
 
 WHATS = ("forward", "gradient")
 

@@ -15,10 +15,11 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import define_file, report, write
-from swinsmt_jax import metrics
 from swinsmt_jax.class_map import V2
-from swinsmt_jax.data import phantom, totalsegmentator
+from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.evaluation import metrics
 from swinsmt_jax.evaluation.surface import surface_dice
+from swinsmt_jax.phantoms import dataset as phantom
 
 
 def seconds(function, repeats):

@@ -12,7 +12,7 @@ process of its own, so that memory is its own; ours and theirs take turns, --rou
 times, and the table has the medians. Memory is the peak of the process on a CPU, of the
 allocator on a GPU. The JSON has patches/s, TFLOP/s and, where the device's peak is
 known, model FLOP utilisation of each: operations are counted in the plainest form
-(training/operations.py), three times the forward pass' with a gradient. Networks are
+(runtime/operations.py), three times the forward pass' with a gradient. Networks are
 built with the rematerialisation of their configs: --noremat keeps all activations. What
 is known to need more memory than there is is not run, and the row says so.
 
@@ -40,9 +40,9 @@ from benchmarks.model_table import line, plot
 from benchmarks.model_worker import CONFIGS, Job, model_config
 from swinsmt_jax import checks
 from swinsmt_jax.config import SwinSMTConfig
-from swinsmt_jax.training import startup
-from swinsmt_jax.training.cost import PEAK
-from swinsmt_jax.training.operations import forward_operations
+from swinsmt_jax.runtime import startup
+from swinsmt_jax.runtime.cost import PEAK
+from swinsmt_jax.runtime.operations import forward_operations
 
 ROOT = Path(__file__).resolve().parents[1]
 # (network, side, what); the headline's first.

@@ -119,7 +119,7 @@ def network_program(job: Job):
 
     from swinsmt_jax import models
     from swinsmt_jax.layers import recompute
-    from swinsmt_jax.training.state import abstract_model, split
+    from swinsmt_jax.models import abstract_model, split
 
     config = _config(job).model
     graphdef, params = abstract_model(config)

@@ -40,10 +40,11 @@ from swinsmt_jax import models, sharding
 from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from swinsmt_jax.data.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import loop, startup
+from swinsmt_jax.models import abstract_model
+from swinsmt_jax.runtime import startup
+from swinsmt_jax.runtime.operations import forward_operations
+from swinsmt_jax.training import loop
 from swinsmt_jax.training.checkpoint import load_model
-from swinsmt_jax.training.operations import forward_operations
-from swinsmt_jax.training.state import abstract_model
 from swinsmt_jax.training.step import loss_and_hits
 
 EXPERTS = (4, 8, 16, 32, 64, 128)

@@ -19,7 +19,7 @@ from benchmarks import define_file, report, write
 from configs import swin_smt_paper
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.layers import recompute
-from swinsmt_jax.training.state import abstract_model
+from swinsmt_jax.models import abstract_model
 from swinsmt_jax.training.step import loss_and_hits
 
 QUICK_SIDE = 64  # the least for 32 experts in the last stage

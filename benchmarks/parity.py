@@ -25,13 +25,15 @@ from flax import nnx
 
 from benchmarks import define_file, report, write
 from benchmarks.goldens import NETWORKS, ZOO, loaded, part, read
-from swinsmt_jax import convert, inference, losses
+from swinsmt_jax import convert
 from swinsmt_jax.convert import swin_names
+from swinsmt_jax.inference.sliding_window import sliding_window
 from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.patch import PatchMerging
 from swinsmt_jax.layers.soft_moe import SoftMoE
 from swinsmt_jax.layers.swin import SwinBlock
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
+from swinsmt_jax.training import losses
 
 LAST_BIT = 1e-7
 GUARD = 1e-3
@@ -167,7 +169,7 @@ def loss_and_window_figures(golden: Mapping) -> list[Figure]:
         return jnp.tanh(y) * p.mean(axis=(1, 2, 3, 4), keepdims=True)
 
     for blend in ("constant", "gaussian"):
-        result = inference.sliding_window(
+        result = sliding_window(
             predict,
             np.moveaxis(golden["sliding/volume"], 1, -1)[0],
             window=(32, 32, 32),

@@ -3,7 +3,7 @@
     python -m benchmarks.roofline [--side=96] [--quick] [--json=FILE]
 
 Of Swin SMT with 4 experts, 118 classes, batch 1, float32. Operations and bytes are
-counted from the program before the compiler (training/operations.py): two operations
+counted from the program before the compiler (runtime/operations.py): two operations
 for a multiplication with its addition; the least bytes are those of operands and result
 of every product, each read or written once, as if everything between two products were
 fused into them and nothing of a product were kept on the chip for the next. The floor
@@ -28,7 +28,7 @@ from absl import app, flags
 
 from benchmarks import define_file, report, write
 from benchmarks.model_worker import Job, network_program
-from swinsmt_jax.training import operations
+from swinsmt_jax.runtime import operations
 
 STAGES = ("patch_embed", "stage1", "stage2", "stage3", "stage4", "encoder")
 STAGES += ("decoder5", "decoder4", "decoder3", "decoder2", "decoder1", "head")

@@ -27,7 +27,7 @@ from swinsmt_jax.config import SwinSMTConfig
 from swinsmt_jax.data import nifti, pipeline
 from swinsmt_jax.data.totalsegmentator import SPLITS, find_cases
 from swinsmt_jax.evaluation import routing
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
 from swinsmt_jax.training.checkpoint import load_model
 
 UNUSED = 1e-3  # an expert's share in every group, at most, if nothing looks at it

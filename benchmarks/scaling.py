@@ -30,8 +30,8 @@ from benchmarks import collectives, define_file, report, write
 from configs import swin_smt_paper
 from swinsmt_jax import sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
-from swinsmt_jax.training.cost import PEAK
-from swinsmt_jax.training.operations import forward_operations
+from swinsmt_jax.runtime.cost import PEAK
+from swinsmt_jax.runtime.operations import forward_operations
 
 DEVICES = (1, 2, 4, 8)
 FULL_SIDE = 128

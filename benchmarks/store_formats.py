@@ -22,7 +22,8 @@ import tensorstore
 from absl import app, flags
 
 from benchmarks import command_line, define_file
-from swinsmt_jax.data import phantom, totalsegmentator
+from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.phantoms import dataset as phantom
 
 NPY = "memory-mapped .npy"
 

@@ -33,8 +33,8 @@ from benchmarks.table_format import markdown, picture
 from swinsmt_jax import checks, models
 from swinsmt_jax.config import ModelConfig, from_config_dict
 from swinsmt_jax.evaluation import reported
-from swinsmt_jax.training import operations, startup
-from swinsmt_jax.training.state import abstract_model
+from swinsmt_jax.models import abstract_model
+from swinsmt_jax.runtime import operations, startup
 from swinsmt_jax.training.step import loss_and_hits
 
 NETWORKS = {

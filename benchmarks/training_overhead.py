@@ -28,8 +28,10 @@ from benchmarks import define_file, report, write
 from configs import demo
 from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.data import phantom, pipeline, totalsegmentator
-from swinsmt_jax.training import loop, startup
+from swinsmt_jax.data import pipeline, totalsegmentator
+from swinsmt_jax.phantoms import dataset as phantom
+from swinsmt_jax.runtime import startup
+from swinsmt_jax.training import loop
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import blueprint, initialize
 from swinsmt_jax.training.step import make_train_step

@@ -1,6 +1,6 @@
 """A small Swin SMT on phantom scans: minutes on two CPU cores.
 
-    python -m swinsmt_jax.data.phantom --root=data/phantoms --cases=40 --val=3 \
+    python -m swinsmt_jax.phantoms --root=data/phantoms --cases=40 --val=3 \
         --test=5 --spacing=12 --variation=0.5 --seed=0
     python train.py --config=configs/demo.py --workdir=runs/demo
     python evaluate.py --workdir=runs/demo --split=test

@@ -10,12 +10,12 @@ import sys
 import nibabel as nib
 import numpy as np
 
-from swinsmt_jax import prediction
+from swinsmt_jax import load
 
 
 def main(workdir: str, scan: str) -> None:
     """Print millilitres of every structure found, the largest first."""
-    segmenter = prediction.load(workdir)
+    segmenter = load(workdir)
     labels = segmenter.segment(scan)  # uint8, in the axes of the file
     millilitres = abs(np.linalg.det(nib.load(scan).affine[:3, :3])) / 1000
     voxels = np.bincount(labels.reshape(-1), minlength=256)

@@ -19,7 +19,8 @@ from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation import report, run
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.run import SurfaceRule
-from swinsmt_jax.prediction import Segmenter, Wishes, find_scans, segment_scans
+from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
+from swinsmt_jax.inference.segmenter import Segmenter
 
 ROOT = Path(evaluate.__file__).parent
 FILES = ["overview.png", "per_case.csv", "per_class.csv", "report.html", "results.json"]

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import ndimage
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.inference import predict_labels, sliding_window
+from swinsmt_jax.inference.sliding_window import predict_labels, sliding_window
 from swinsmt_jax.ops import patches
 
 WINDOW = (8, 6, 4)

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from swinsmt_jax import losses
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.losses import (
+from swinsmt_jax.ops.convolution import pointwise_conv
+from swinsmt_jax.training import losses
+from swinsmt_jax.training.losses import (
     dice_cross_entropy,
     dice_cross_entropy_of_features,
     sums_by_comparison,
     sums_by_scatter,
 )
-from swinsmt_jax.ops.convolution import pointwise_conv
 
 value_and_grad = jax.jit(jax.value_and_grad(dice_cross_entropy))
 

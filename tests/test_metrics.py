@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from swinsmt_jax import metrics
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.metrics import Counts
+from swinsmt_jax.evaluation import metrics
+from swinsmt_jax.evaluation.metrics import Counts
 
 NAN = np.nan
 

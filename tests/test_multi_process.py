@@ -93,7 +93,7 @@ def in_two(*arguments):
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("phantoms")
     command = [
-        *(sys.executable, "-m", "swinsmt_jax.data.phantom", f"--root={root}"),
+        *(sys.executable, "-m", "swinsmt_jax.phantoms", f"--root={root}"),
         *"--cases=6 --val=3 --test=0 --spacing=12 --seed=0".split(),
     ]
     subprocess.run(command, check=True, cwd=ROOT)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import models, portable
+from swinsmt_jax import models
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation.run import predict_fn
-from swinsmt_jax.inference import predict_labels
-from swinsmt_jax.prediction.export import export
+from swinsmt_jax.inference import portable
+from swinsmt_jax.inference.export import export
+from swinsmt_jax.inference.sliding_window import predict_labels
 
 ROOT = Path(portable.__file__).parents[1]
 # What the loader must do without.
@@ -21,7 +22,7 @@ import sys
 for name in ("flax", "orbax", "nibabel", "grain", "optax"):
     sys.modules[name] = None
 import numpy as np
-from swinsmt_jax import portable
+from swinsmt_jax.inference import portable
 network = portable.load(sys.argv[1])
 np.save(sys.argv[3], network.segment(np.load(sys.argv[2])))
 print(network.about["class_names"]["1"], network.about["step"])

@@ -10,11 +10,12 @@ import pytest
 from nibabel import orientations
 
 import predict as script
-from swinsmt_jax import prediction
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import label_table
-from swinsmt_jax.prediction import Segmenter, Wishes, find_scans, segment_scans
+from swinsmt_jax.inference import segmenter as prediction
+from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
+from swinsmt_jax.inference.segmenter import Segmenter
 
 CLASSES = 4
 

@@ -10,7 +10,7 @@ from absl import flags
 import evaluate
 import train
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.data.phantom import write_dataset
+from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.training import loop
 
 ROOT = Path(train.__file__).parent

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import train
-from swinsmt_jax.data import phantom
+from swinsmt_jax.phantoms import dataset as phantom
 from swinsmt_jax.training.checkpoint import load_model
 from swinsmt_jax.training.logs import read_rows
 

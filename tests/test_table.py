@@ -10,7 +10,7 @@ import pytest
 from benchmarks import table, table_format
 from swinsmt_jax.evaluation import reported
 from swinsmt_jax.ops import convolution
-from swinsmt_jax.training import operations
+from swinsmt_jax.runtime import operations
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "benchmarks" / "results" / "networks_cpu.json"

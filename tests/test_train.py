@@ -10,7 +10,7 @@ from absl import flags
 import train
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.training import memory
+from swinsmt_jax.runtime import memory
 
 ROOT = Path(train.__file__).parent
 # of ml_collections, when it loads a config file
@@ -145,7 +145,7 @@ def test_the_demo_trains_continues_and_is_evaluated(tmp_path):
     """The real network through both scripts, on phantoms, in few steps."""
     subprocess.run(
         [
-            *(sys.executable, "-m", "swinsmt_jax.data.phantom"),
+            *(sys.executable, "-m", "swinsmt_jax.phantoms"),
             f"--root={tmp_path / 'data'}",
             *"--cases=4 --val=1 --test=1 --spacing=12 --seed=0".split(),
         ],

@@ -20,7 +20,8 @@ from flax import nnx
 from swinsmt_jax import checks, convert, models, sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
 from swinsmt_jax.convert import files, starting_point
-from swinsmt_jax.training import checkpoint, record, startup, state
+from swinsmt_jax.runtime import record, startup
+from swinsmt_jax.training import checkpoint, state
 from swinsmt_jax.training.checkpoint import Origin
 from swinsmt_jax.training.workdir import locked, open_workdir
 
@@ -33,7 +34,7 @@ def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
     mesh = sharding.make_mesh(MeshConfig(data=1, expert=1))
     _, like = state.blueprint(config.model, optax.identity(), mesh=mesh)
     fresh = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), like)
-    _, params = state.split(model)
+    _, params = models.split(model)
     average = params if config.training.ema_decay else {}
     first = state.TrainState(
         fresh.step, params, fresh.opt_state, average, fresh.skipped

@@ -95,7 +95,7 @@ def read_meta(root: Path, *, refused: dict[str, str] | None = None) -> dict[str,
     checks.require(
         root.is_dir(),
         f"data folder {root} does not exist; download TotalSegmentator-V2 from "
-        f"{labels.RECORD}, or make phantoms: python -m swinsmt_jax.data.phantom "
+        f"{labels.RECORD}, or make phantoms: python -m swinsmt_jax.phantoms "
         f"--root={root}",
     )
     checks.require(

@@ -12,10 +12,11 @@ import numpy as np
 from matplotlib import colors
 from matplotlib.figure import Figure
 
-from swinsmt_jax import metrics
 from swinsmt_jax.data.nifti import Volume
+from swinsmt_jax.evaluation import metrics
 from swinsmt_jax.evaluation.run import Segmented
-from swinsmt_jax.evaluation.tables import class_name, replacing
+from swinsmt_jax.evaluation.tables import class_name
+from swinsmt_jax.runtime.files import replacing
 
 HU_WINDOW = (-160.0, 240.0)  # soft tissue
 OPACITY = 0.55

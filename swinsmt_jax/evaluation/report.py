@@ -11,9 +11,9 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import pictures, run, tables, web_page
-from swinsmt_jax.training import processes
-from swinsmt_jax.training.operations import forward_operations
-from swinsmt_jax.training.state import abstract_model
+from swinsmt_jax.models import abstract_model
+from swinsmt_jax.runtime import processes
+from swinsmt_jax.runtime.operations import forward_operations
 
 
 def evaluate_split(

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from swinsmt_jax import checks, inference
+from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig
+from swinsmt_jax.inference.sliding_window import sliding_window
 from swinsmt_jax.swin_config import STAGES
 
 
@@ -60,7 +61,7 @@ def expert_shares(
             share = jnp.repeat(share, stride, axis=axis)
         return share
 
-    return inference.sliding_window(
+    return sliding_window(
         lambda x: shares(params, x),
         volume,
         window=window,

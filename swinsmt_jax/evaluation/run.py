@@ -17,15 +17,15 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from swinsmt_jax import checks, metrics
+from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.evaluation import surface
-from swinsmt_jax.inference import Predict, predict_labels
-from swinsmt_jax.metrics import Counts
-from swinsmt_jax.training import processes
-from swinsmt_jax.training.state import abstract_model, split
+from swinsmt_jax.evaluation import metrics, surface
+from swinsmt_jax.evaluation.metrics import Counts
+from swinsmt_jax.inference.sliding_window import Predict, predict_labels
+from swinsmt_jax.models import abstract_model, split
+from swinsmt_jax.runtime import processes
 
 PICTURES = 3  # cases drawn in a validation
 

@@ -1,18 +1,17 @@
 """The Dice table, and the CSV and JSON files behind it."""
 
-import contextlib
 import csv
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from swinsmt_jax import labels, metrics
-from swinsmt_jax.evaluation import reported, run
+from swinsmt_jax import labels
+from swinsmt_jax.evaluation import metrics, reported, run
 from swinsmt_jax.evaluation.run import CaseResult
+from swinsmt_jax.runtime.files import replacing
 
 Groups = Mapping[str, Sequence[int]]
 RULES = {
@@ -207,17 +206,6 @@ def write_json(
     with replacing(path) as partial:
         text = json.dumps(_plain(content), indent=1, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name; on success rename it to `path`, else remove it."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def class_name(number: int, names: Sequence[str] = labels.CLASS_NAMES) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from swinsmt_jax import metrics
-from swinsmt_jax.evaluation import pictures, run, tables
+from swinsmt_jax.evaluation import metrics, pictures, run, tables
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.run import CaseResult
+from swinsmt_jax.runtime import files
 
 WORST = 5  # cases drawn
 STYLE = """body { font: 14px sans-serif; margin: 2em auto; max-width: 75em }
@@ -69,7 +69,7 @@ best, median and worst case: <a href="overview.png">overview.png</a>.</p>
 <h2>Classes</h2>{_classes(results, groups, names)}
 <h2>What was evaluated</h2><table>{facts}</table></html>
 """
-    with tables.replacing(path) as partial:
+    with files.replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
 
 

@@ -1,5 +1,8 @@
 """The networks: one file each, and a function that makes one from its config."""
 
+import functools
+
+import jax
 from flax import nnx
 
 from swinsmt_jax import checks
@@ -48,3 +51,24 @@ def count_parameters(config: ModelConfig) -> int:
     """Count the parameters of a config's network without making them."""
     shapes = nnx.state(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))
     return sum(leaf.size for _, leaf in nnx.to_flat_state(shapes))
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+    """Split a network into its structure and plain dictionaries of its parameters.
+
+    `nnx.merge(graphdef, params)` is the inverse. Plain dictionaries keep flax's types
+    out of checkpoints.
+    """
+    graphdef, params = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict]:
+    """Return structure and parameters' shapes and dtypes of a config's network."""
+    graphdef, params = _abstract_model(config)
+    return graphdef, jax.tree.map(lambda leaf: leaf, params)  # the caller's own
+
+
+@functools.cache
+def _abstract_model(config):
+    return split(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))

@@ -23,7 +23,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
-from swinsmt_jax.training import processes
+from swinsmt_jax.models import abstract_model
+from swinsmt_jax.runtime import processes
 from swinsmt_jax.training.checkpoint_folder import (
     DAMAGED,
     METRIC,
@@ -37,7 +38,7 @@ from swinsmt_jax.training.checkpoint_folder import (
     require_same_parameters,
     steps_of,
 )
-from swinsmt_jax.training.state import TrainState, abstract_model
+from swinsmt_jax.training.state import TrainState
 from swinsmt_jax.training.workdir import CHECKPOINTS
 
 LATEST_KEPT = 2

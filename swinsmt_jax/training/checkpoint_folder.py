@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from swinsmt_jax import checks
+from swinsmt_jax.runtime import processes
 from swinsmt_jax.sharding import path_name
-from swinsmt_jax.training import processes
 
 DAMAGED = "damaged"
 METRICS, METRIC = "metrics", "val_dice"

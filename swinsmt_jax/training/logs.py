@@ -15,9 +15,9 @@ from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from swinsmt_jax.training import processes
-from swinsmt_jax.training.cost import Cost
-from swinsmt_jax.training.workdir import write_atomically
+from swinsmt_jax.runtime import processes
+from swinsmt_jax.runtime.cost import Cost
+from swinsmt_jax.runtime.files import write_text
 
 FILE = "metrics.jsonl"
 TIMED_STEPS = 20
@@ -121,7 +121,7 @@ def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log | None]:
         return
     path = workdir / FILE
     rows = [row for row in read_rows(path) if row["step"] <= start]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     with (
         path.open("ab", buffering=0) as file,
         _open_board(workdir / "tensorboard", purge_step=start + 1) as board,

@@ -18,7 +18,8 @@ from swinsmt_jax import checks, sharding
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.totalsegmentator import Case
-from swinsmt_jax.training import memory, processes, record
+from swinsmt_jax.models import split
+from swinsmt_jax.runtime import memory, processes, record
 from swinsmt_jax.training.checkpoint import Origin, open_checkpoints
 from swinsmt_jax.training.optimizer import (
     make_optimizer,
@@ -26,13 +27,7 @@ from swinsmt_jax.training.optimizer import (
     require_frozen,
     stages_from_decoder,
 )
-from swinsmt_jax.training.state import (
-    TrainState,
-    blueprint,
-    initialize,
-    shardings_of,
-    split,
-)
+from swinsmt_jax.training.state import TrainState, blueprint, initialize, shardings_of
 from swinsmt_jax.training.step import make_predict, make_train_step
 from swinsmt_jax.training.steps import Run, take_steps
 from swinsmt_jax.training.workdir import locked, open_workdir

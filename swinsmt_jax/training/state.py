@@ -1,6 +1,5 @@
 """What training carries from step to step, as one pytree of arrays."""
 
-import functools
 from dataclasses import dataclass
 
 import jax
@@ -39,16 +38,6 @@ class TrainState:
         return self.average or self.params
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
-    """Split a network into its structure and plain dictionaries of its parameters.
-
-    `nnx.merge(graphdef, params)` is the inverse. Plain dictionaries keep flax's types
-    out of checkpoints.
-    """
-    graphdef, params = nnx.split(model)
-    return graphdef, nnx.to_pure_dict(params)
-
-
 def blueprint(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -62,24 +51,13 @@ def blueprint(
     what a state is made by, restored onto and compiled for. `averaged` adds the
     running average of the parameters.
     """
-    graphdef, params = abstract_model(config)
+    graphdef, params = models.abstract_model(config)
     state = jax.eval_shape(lambda p: _start(p, optimizer, averaged), params)
     rules = sharding.parameter_rules(config)
     shardings = sharding.tree_shardings(state, mesh=mesh, rules=rules)
     return graphdef, jax.tree.map(
         lambda leaf, place: leaf.update(sharding=place), state, shardings
     )
-
-
-def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, dict]:
-    """Return structure and parameters' shapes and dtypes of a config's network."""
-    graphdef, params = _abstract_model(config)
-    return graphdef, jax.tree.map(lambda leaf: leaf, params)  # the caller's own
-
-
-@functools.cache
-def _abstract_model(config):
-    return split(nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0))))
 
 
 def initialize(
@@ -92,7 +70,7 @@ def initialize(
     """Make the state before the first update, born where `like` has its leaves."""
 
     def make(key):
-        _, params = split(models.create(config, rngs=nnx.Rngs(key)))
+        _, params = models.split(models.create(config, rngs=nnx.Rngs(key)))
         return _start(params, optimizer, bool(like.average))
 
     make = jax.jit(make, out_shardings=shardings_of(like))

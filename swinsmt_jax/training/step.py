@@ -8,10 +8,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from swinsmt_jax import losses, sharding
+from swinsmt_jax import sharding
 from swinsmt_jax.layers import recompute
 from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.ops.tracing import traced_once, without_collection
+from swinsmt_jax.training import losses
 from swinsmt_jax.training.optimizer import Optimizer
 from swinsmt_jax.training.packing import Packing
 from swinsmt_jax.training.state import TrainState, shardings_of

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from swinsmt_jax import checks, sharding
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.training import cost, interrupts, logs, memory, processes
+from swinsmt_jax.runtime import cost, interrupts, memory, processes
+from swinsmt_jax.runtime.profile import Profile
+from swinsmt_jax.training import logs
 from swinsmt_jax.training.checkpoint import Checkpoints, Origin
 from swinsmt_jax.training.checkpoint_folder import METRIC
 from swinsmt_jax.training.logs import Clock, Log, open_log
-from swinsmt_jax.training.profile import Profile
 from swinsmt_jax.training.state import TrainState
 from swinsmt_jax.training.step import TrainStep
 

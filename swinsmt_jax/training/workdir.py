@@ -20,7 +20,8 @@ from pathlib import Path
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
-from swinsmt_jax.training import processes
+from swinsmt_jax.runtime import processes
+from swinsmt_jax.runtime.files import write_text
 from swinsmt_jax.training.checkpoint_folder import steps_of
 
 CONFIG = "config.json"
@@ -140,7 +141,7 @@ def _claim(workdir, config):
         recorded = recorded_config(file)
         if steps_of(workdir / CHECKPOINTS):
             _require_same(workdir, recorded, config)
-    write_atomically(file, json.dumps(to_dict(config), indent=2) + "\n")
+    write_text(file, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def recorded_config(file: Path) -> ExperimentConfig:
@@ -151,19 +152,6 @@ def recorded_config(file: Path) -> ExperimentConfig:
         raise checks.UserError(
             f"{file} is not the config of a run ({error}); repair it, or choose "
             "another --workdir."
-        ) from error
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a text file as a whole: a reader sees the old or the new one."""
-    partial = file.with_name(file.name + ".partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, file)
-    except OSError as error:
-        raise checks.UserError(
-            f"{file} cannot be written: {error.strerror}; make room or mend the "
-            "folder's permissions, or choose another --workdir."
         ) from error
 
 

@@ -12,7 +12,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import SwinUNETRConfig, from_config_dict
 from swinsmt_jax.convert import __main__ as script
 from swinsmt_jax.convert import files, starting_point
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
 from swinsmt_jax.training.checkpoint import load_model
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from swinsmt_jax.data.anatomy import solids
-from swinsmt_jax.data.anatomy.canvas import Canvas
+from swinsmt_jax.phantoms import solids
+from swinsmt_jax.phantoms.canvas import Canvas
 
 SIDE = 48
 

@@ -7,9 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from swinsmt_jax import prediction
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.data import dicom, nifti
+from swinsmt_jax.inference import scans as batches
+from swinsmt_jax.inference import segmenter as prediction
 
 sitk = pytest.importorskip("SimpleITK")
 SPACING = (0.8, 0.9)
@@ -98,10 +99,10 @@ def test_a_series_is_found_and_segmented_as_a_scan(tmp_path, hu):
 
     folder = write_series(tmp_path / "patient", hu)
     config = SimpleNamespace(data=SimpleNamespace(hu_range=(-1000.0, 1000.0)))
-    scans, segmenter = prediction.find_scans([folder]), Half(config, None, 0)
+    scans, segmenter = batches.find_scans([folder]), Half(config, None, 0)
     assert scans == {"patient": folder}
-    wishes = prediction.Wishes()
-    prediction.segment_scans(segmenter, scans, tmp_path / "out", wishes)
+    wishes = batches.Wishes()
+    batches.segment_scans(segmenter, scans, tmp_path / "out", wishes)
     image = nib.load(tmp_path / "out" / "patient.nii.gz")
     np.testing.assert_array_equal(np.asarray(image.dataobj), hu > 0)
     prediction.save(tmp_path / "own.nii", segmenter.segment(folder), like=folder)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.data import phantom, totalsegmentator
+from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.phantoms import dataset as phantom
 
 ID = labels.CLASS_IDS
 

@@ -17,14 +17,8 @@ import pytest
 import preprocess as script
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import (
-    phantom,
-    pipeline,
-    preprocess,
-    report,
-    store,
-    totalsegmentator,
-)
+from swinsmt_jax.data import pipeline, preprocess, report, store, totalsegmentator
+from swinsmt_jax.phantoms import dataset as phantom
 
 ROOT = Path(script.__file__).parent
 

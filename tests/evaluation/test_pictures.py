@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from swinsmt_jax import metrics
-from swinsmt_jax.evaluation import pictures
+from swinsmt_jax.evaluation import metrics, pictures
 from swinsmt_jax.evaluation.run import CaseResult, Segmented
 
 RIGHT, LEFT, HEAD, FRONT = 1, 2, 3, 4

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import labels, metrics, models
+from swinsmt_jax import labels, models
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.data import phantom
-from swinsmt_jax.evaluation import reported, run
+from swinsmt_jax.evaluation import metrics, reported, run
 from swinsmt_jax.evaluation.report import evaluate_split
+from swinsmt_jax.phantoms import dataset as phantom
 
 
 def network(config, rng):

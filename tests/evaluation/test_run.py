@@ -11,7 +11,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training.state import abstract_model
+from swinsmt_jax.models import abstract_model
 
 CLASSES = 4
 

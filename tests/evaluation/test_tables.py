@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from swinsmt_jax import labels, metrics
-from swinsmt_jax.evaluation import tables
+from swinsmt_jax import labels
+from swinsmt_jax.evaluation import metrics, tables
 from swinsmt_jax.evaluation.run import CaseResult
+from swinsmt_jax.runtime import files
 
 GROUPS = {"organs": (1, 2), "ribs": (3,)}
 
@@ -128,7 +129,7 @@ def test_json_has_every_score_and_no_nan(results, tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), tables.replacing(path) as partial:
+    with pytest.raises(RuntimeError), files.replacing(path) as partial:
         partial.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"

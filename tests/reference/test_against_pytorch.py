@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import convert, inference, losses, models
+from swinsmt_jax import convert, models
 from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
+from swinsmt_jax.inference.sliding_window import sliding_window
+from swinsmt_jax.training import losses
 
 pytestmark = [
     pytest.mark.reference,
@@ -145,7 +147,7 @@ def test_sliding_window(overlap):
     def torch_predict(p):
         return torch.cat([p, p * p.mean((1, 2, 3, 4), keepdim=True)], 1)
 
-    ours = inference.sliding_window(
+    ours = sliding_window(
         jax.jit(predict),
         volume,
         window=(16, 32, 16),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from swinsmt_jax import metrics
+from swinsmt_jax.evaluation import metrics
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch")

@@ -4,7 +4,7 @@ import pytest
 from absl import flags
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.training import distributed, processes
+from swinsmt_jax.runtime import distributed, processes
 
 EXPLICIT = (
     "--coordinator_address=node1:1234",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
+from swinsmt_jax.runtime.cost import Cost
 from swinsmt_jax.training import logs
-from swinsmt_jax.training.cost import Cost
 
 
 def test_rows_are_json_and_a_nan_is_null(tmp_path):

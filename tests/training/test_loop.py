@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from swinsmt_jax import losses
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import checkpoint, interrupts, loop, steps
+from swinsmt_jax.runtime import interrupts
+from swinsmt_jax.training import checkpoint, loop, losses, steps
 from swinsmt_jax.training.logs import read_rows
 
 pytestmark = pytest.mark.usefixtures("tiny", "dataset")

@@ -9,7 +9,8 @@ from swinsmt_jax import swin_config
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.data import preprocess
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.training import cost, loop, processes, steps
+from swinsmt_jax.runtime import cost, processes
+from swinsmt_jax.training import loop, steps
 from swinsmt_jax.training import workdir as workdir_module
 
 pytestmark = pytest.mark.usefixtures("tiny", "dataset")

@@ -5,6 +5,7 @@ import pytest
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import OptimizerConfig, SwinSMTConfig
+from swinsmt_jax.models import abstract_model
 from swinsmt_jax.network_config import NNFormerConfig, UNETRConfig, UXNetConfig
 from swinsmt_jax.sharding import path_name
 from swinsmt_jax.training.optimizer import (
@@ -13,7 +14,6 @@ from swinsmt_jax.training.optimizer import (
     make_schedule,
     require_frozen,
 )
-from swinsmt_jax.training.state import abstract_model
 
 
 def test_the_rate_rises_linearly_and_falls_along_a_cosine():

@@ -1,7 +1,7 @@
 import pytest
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.training import processes
+from swinsmt_jax.runtime import processes
 
 
 def test_one_process_has_all_of_the_work():

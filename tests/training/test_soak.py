@@ -6,7 +6,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import phantom, pipeline, preprocess
+from swinsmt_jax.data import pipeline, preprocess
+from swinsmt_jax.phantoms import dataset as phantom
 
 STEPS, EVERY = 300, 3
 

@@ -5,7 +5,7 @@ import pytest
 from absl import logging as absl_logging
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.training import startup
+from swinsmt_jax.runtime import startup
 
 
 def test_a_user_error_is_one_line_and_status_2(capsys):

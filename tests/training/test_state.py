@@ -7,8 +7,9 @@ from jax.sharding import PartitionSpec
 
 from swinsmt_jax import models, sharding
 from swinsmt_jax.config import MeshConfig
+from swinsmt_jax.models import split
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.state import blueprint, initialize, shardings_of, split
+from swinsmt_jax.training.state import blueprint, initialize, shardings_of
 
 
 @pytest.fixture

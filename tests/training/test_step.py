@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import losses, sharding
+from swinsmt_jax import sharding
 from swinsmt_jax.config import (
     MeshConfig,
     OptimizerConfig,
@@ -16,13 +16,9 @@ from swinsmt_jax.config import (
     from_config_dict,
 )
 from swinsmt_jax.layers.conv import Conv
-from swinsmt_jax.training import packing
+from swinsmt_jax.training import losses, packing
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.state import (
-    blueprint,
-    initialize,
-    shardings_of,
-)
+from swinsmt_jax.training.state import blueprint, initialize, shardings_of
 from swinsmt_jax.training.step import loss_and_hits, make_predict, make_train_step
 
 

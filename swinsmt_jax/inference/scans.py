@@ -19,9 +19,9 @@ from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import dicom, label_table, nifti
 from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.predictions import SUFFIXES, load_prediction
-from swinsmt_jax.evaluation.tables import replacing
-from swinsmt_jax.prediction import outputs
-from swinsmt_jax.prediction.segmenter import Segmenter, load_scan
+from swinsmt_jax.inference import outputs
+from swinsmt_jax.inference.segmenter import Segmenter, load_scan
+from swinsmt_jax.runtime.files import replacing
 
 SUMMARY = "summary.json"
 TRUTH = "segmentations"  # stem of the labels beside a ct.nii.gz of TotalSegmentator's

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from swinsmt_jax.data.anatomy import solids
-from swinsmt_jax.data.anatomy.frame import (
+from swinsmt_jax.phantoms import solids
+from swinsmt_jax.phantoms.frame import (
     RIB_FALL,
     RIB_FRONT,
     RIB_WIDTH,
@@ -11,7 +11,7 @@ from swinsmt_jax.data.anatomy.frame import (
     Painter,
     spine_y,
 )
-from swinsmt_jax.data.anatomy.solids import Solid
+from swinsmt_jax.phantoms.solids import Solid
 
 # Height, and centre y, half width and half depth of the trunk's skin.
 _TRUNK = [

@@ -15,8 +15,8 @@ from pathlib import Path
 import jax
 
 from swinsmt_jax import checks
-from swinsmt_jax.training import processes
-from swinsmt_jax.training.workdir import write_atomically
+from swinsmt_jax.runtime import processes
+from swinsmt_jax.runtime.files import write_text
 
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -47,7 +47,7 @@ def add_start(workdir: Path, facts: dict) -> None:
         **facts,
     }
     content = json.dumps({"starts": [*starts, entry]}, indent=2)
-    write_atomically(file, content + "\n")
+    write_text(file, content + "\n")
 
 
 def read(file: Path) -> list[dict]:

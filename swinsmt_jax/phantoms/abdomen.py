@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from swinsmt_jax.data.anatomy import solids
-from swinsmt_jax.data.anatomy.frame import Painter
-from swinsmt_jax.data.anatomy.solids import Solid
-from swinsmt_jax.data.anatomy.trunk import rib_cage
+from swinsmt_jax.phantoms import solids
+from swinsmt_jax.phantoms.frame import Painter
+from swinsmt_jax.phantoms.solids import Solid
+from swinsmt_jax.phantoms.trunk import rib_cage
 
 
 def draw_abdomen(p: Painter, domes: tuple[Solid, Solid]) -> None:

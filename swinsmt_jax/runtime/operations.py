@@ -17,7 +17,7 @@ from flax import nnx
 from jax.extend.core import JaxprEqn
 
 from swinsmt_jax.config import ModelConfig
-from swinsmt_jax.training.state import abstract_model
+from swinsmt_jax.models import abstract_model
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 

@@ -6,7 +6,7 @@ import jax
 from absl import flags, logging
 
 from swinsmt_jax import checks
-from swinsmt_jax.training import processes
+from swinsmt_jax.runtime import processes
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from swinsmt_jax.data.anatomy.solids import Solid
+from swinsmt_jax.phantoms.solids import Solid
 
 
 class Canvas:

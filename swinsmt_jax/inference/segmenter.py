@@ -1,4 +1,11 @@
-"""A trained network with which scans are segmented; see the package's docstring."""
+"""Segment scans with a trained network: files or arrays in, labels on their grid out.
+
+from swinsmt_jax import load, save
+segmenter = load("runs/x")
+labels = segmenter.segment("scan.nii.gz")         # uint8, in the axes of the file
+labels = segmenter.segment_array(hu, affine)      # hu [X, Y, Z], in any axes
+save("labels.nii.gz", labels, like="scan.nii.gz")
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +27,7 @@ from swinsmt_jax.evaluation.run import (
     windows_per_call,
 )
 from swinsmt_jax.evaluation.tables import class_name
-from swinsmt_jax.inference import Predict, predict_labels
+from swinsmt_jax.inference.sliding_window import Predict, predict_labels
 from swinsmt_jax.training.checkpoint import load_model
 
 Progress = Callable[[int, int], None]

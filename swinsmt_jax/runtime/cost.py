@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.training.memory import gigabytes, what_helps
-from swinsmt_jax.training.operations import forward_operations
+from swinsmt_jax.runtime.memory import gigabytes, what_helps
+from swinsmt_jax.runtime.operations import forward_operations
 
 # Dense bfloat16 operations per second by the start of `device_kind`, of the vendors'
 # data sheets.

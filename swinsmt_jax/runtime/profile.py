@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from swinsmt_jax.training import processes
+from swinsmt_jax.runtime import processes
 
 FOLDER = "profile"
 LEFT_OUT = 3  # steps before the trace: the first ones wait for data and warm up

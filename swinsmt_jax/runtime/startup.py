@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from swinsmt_jax.checks import UserError, did_you_mean, require
 from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.training import interrupts, processes
+from swinsmt_jax.runtime import interrupts, processes
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 

@@ -1,7 +1,7 @@
 """Heart, airways, gullet, thyroid and vessels."""
 
-from swinsmt_jax.data.anatomy import solids
-from swinsmt_jax.data.anatomy.frame import Painter, spine_y
+from swinsmt_jax.phantoms import solids
+from swinsmt_jax.phantoms.frame import Painter, spine_y
 
 
 def draw_chest(p: Painter) -> None:

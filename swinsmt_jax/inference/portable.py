@@ -1,10 +1,10 @@
 """A trained network as one file that runs with jax and numpy.
 
-from swinsmt_jax import portable
+from swinsmt_jax.inference import portable
 network = portable.load("network.npz")
 labels = network.segment(hu)           # uint8; hu [X, Y, Z] on the network's grid
 
-`python -m swinsmt_jax.prediction.export` writes such files. This module and those it
+`python -m swinsmt_jax.inference.export` writes such files. This module and those it
 imports need jax, numpy, and flatbuffers, with which jax.export reads. The file holds
 the program that `jax.export` made of a batch of windows, for CPU, CUDA and TPU, and the
 parameters. Programs stay readable for the time that jax.export promises (half a year at
@@ -23,7 +23,7 @@ import jax.export
 import numpy as np
 
 from swinsmt_jax import checks
-from swinsmt_jax.inference import predict_labels
+from swinsmt_jax.inference.sliding_window import predict_labels
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -107,6 +107,6 @@ def load(path: str | Path) -> Portable:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise checks.UserError(
             f"{path} is no exported network ({error}); make one with "
-            "python -m swinsmt_jax.prediction.export."
+            "python -m swinsmt_jax.inference.export."
         ) from error
     return Portable(about, exported, arrays)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from swinsmt_jax import labels
-from swinsmt_jax.data.anatomy import solids
-from swinsmt_jax.data.anatomy.canvas import Canvas
-from swinsmt_jax.data.anatomy.solids import Solid
+from swinsmt_jax.phantoms import solids
+from swinsmt_jax.phantoms.canvas import Canvas
+from swinsmt_jax.phantoms.solids import Solid
 
 # Heights of the vertebral bodies' centres, from L5 up to C1.
 VERTEBRAE = {

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from swinsmt_jax.data.anatomy import solids
-from swinsmt_jax.data.anatomy.frame import (
+from swinsmt_jax.phantoms import solids
+from swinsmt_jax.phantoms.frame import (
     RIB_END,
     RIB_FALL,
     RIB_FRONT,
@@ -12,7 +12,7 @@ from swinsmt_jax.data.anatomy.frame import (
     Painter,
     spine_y,
 )
-from swinsmt_jax.data.anatomy.solids import Solid
+from swinsmt_jax.phantoms.solids import Solid
 
 
 def draw_muscles(p: Painter) -> None:

@@ -1,6 +1,6 @@
 """Synthetic whole-body CTs with all 117 structures, in the real dataset's layout.
 
-    python -m swinsmt_jax.data.phantom --root=data/phantoms --cases=24 --spacing=6 \
+    python -m swinsmt_jax.phantoms --root=data/phantoms --cases=24 --spacing=6 \
         --seed=0 [--val=3 --test=5]
 
 writes 24 cases, of which 3 are for validation and 5 for testing. Left and right, and
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.data import nifti, totalsegmentator
-from swinsmt_jax.data.anatomy.body import SPACING, VERSION, make_phantom
+from swinsmt_jax.phantoms.body import SPACING, VERSION, make_phantom
 
 MARKER = "phantoms.json"
 MOST_VARIATION, MOST_SEED = 5, 10**9
@@ -191,7 +191,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"error: {a.root} cannot be written: {error}; mend its permissions, make "
             "room, or choose another --root.\n",
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 """Write a trained network as one file that needs jax, numpy and flatbuffers.
 
-    python -m swinsmt_jax.prediction.export --workdir=runs/x --output=network.npz
+    python -m swinsmt_jax.inference.export --workdir=runs/x --output=network.npz
 
-`swinsmt_jax.portable` reads it. The program takes windows of the training patch's
-shape, `inference.window_batch` at a time, on CPU, CUDA and TPU.
+`swinsmt_jax.inference.portable` reads it. The program takes
+`inference.window_batch` windows of the training patch at a time, on CPU, CUDA and TPU.
 """
 
 from pathlib import Path
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
-from swinsmt_jax import portable
 from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.evaluation.tables import replacing
-from swinsmt_jax.prediction.segmenter import names_of
-from swinsmt_jax.training import startup
+from swinsmt_jax.inference import portable
+from swinsmt_jax.inference.segmenter import names_of
+from swinsmt_jax.runtime import startup
+from swinsmt_jax.runtime.files import replacing
 from swinsmt_jax.training.checkpoint import load_model
 
 
@@ -58,7 +58,7 @@ def export(model: nnx.Module, config: ExperimentConfig, path: Path, *, step=0) -
         portable.save(partial, exported, leaves, about)
 
 
-@startup.exit_on_user_error("swinsmt_jax.prediction.export")
+@startup.exit_on_user_error("swinsmt_jax.inference.export")
 def main(arguments: list[str]) -> None:
     """Export as the flags say."""
     options = flags.FLAGS

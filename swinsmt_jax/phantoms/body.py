@@ -4,10 +4,10 @@ import numpy as np
 from scipy import ndimage
 
 from swinsmt_jax import checks
-from swinsmt_jax.data.anatomy import abdomen, skeleton, trunk, vessels
-from swinsmt_jax.data.anatomy.canvas import Canvas
-from swinsmt_jax.data.anatomy.frame import Painter
-from swinsmt_jax.data.anatomy.solids import rotation
+from swinsmt_jax.phantoms import abdomen, skeleton, trunk, vessels
+from swinsmt_jax.phantoms.canvas import Canvas
+from swinsmt_jax.phantoms.frame import Painter
+from swinsmt_jax.phantoms.solids import rotation
 
 VERSION = 1  # raise when the drawing changes: old folders are then refused
 SPACING = (0.5, 12.0)  # mm; up to 8 a whole body keeps all 117 structures

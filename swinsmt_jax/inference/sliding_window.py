@@ -1,0 +1,210 @@
+"""Sliding-window inference over a whole scan, given a function that predicts windows.
+
+The window's shape is part of the model: a Soft MoE mixes all tokens of its input, so
+another window gives other results than the patch that the network was trained with.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+
+from swinsmt_jax import checks
+from swinsmt_jax.inference import device_sums, grid, host_sums
+from swinsmt_jax.inference.sweep import Windows
+
+Predict = Callable[[jax.Array], jax.Array]
+ACCUMULATE = ("auto", "host", "device")
+SHARE_OF_SUMS = 0.4  # of an accelerator's free memory; the rest is the network's
+
+
+def sliding_window(
+    predict: Predict,
+    volume: np.ndarray,
+    *,
+    window: Sequence[int],
+    num_classes: int,
+    overlap: float = 0.5,
+    blend: str = "gaussian",
+    window_batch: int = 1,
+    sharding: jax.sharding.Sharding | None = None,
+) -> np.ndarray:
+    """Average of the windows' logits over a whole volume, float32 `[D, H, W, K]`.
+
+    Equals MONAI's `sliding_window_inference`: a volume smaller than the window is
+    padded with 0 (air, after HU are scaled to [0, 1]) and the result cropped back.
+
+    Args:
+        predict: a jitted function `[b, *window, C] -> [b, *window, K]`. It is always
+            called with b = window_batch: the last batch is filled up with zeros.
+        volume: `[D, H, W, C]`, float32.
+        window: sides (D, H, W) of the window in voxels; the training patch.
+        num_classes: K.
+        overlap: share of a window that neighbours have in common, in [0, 1).
+        blend: "gaussian" or "constant" weights of a window's voxels.
+        window_batch: windows per call.
+        sharding: of the batches; its devices must divide `window_batch`.
+
+    Raises:
+        UserError: for a volume of another rank, or options out of range.
+    """
+    windows = Windows(volume, window, overlap, blend)
+    windows.spare_memory(whole_layers=False)
+    logits = np.empty((*volume.shape[:3], num_classes), np.float32)
+    found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
+    for box, block in host_sums.blocks(windows, found, num_classes):
+        windows.swept(logits)[box] = block
+    return logits
+
+
+def predict_labels(
+    predict: Predict,
+    volume: np.ndarray,
+    *,
+    window: Sequence[int],
+    num_classes: int,
+    overlap: float = 0.5,
+    blend: str = "gaussian",
+    window_batch: int = 1,
+    sharding: jax.sharding.Sharding | None = None,
+    positions: Sequence[np.ndarray] | None = None,
+    sums: str = "float32",
+    accumulate: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Class of the largest averaged logit of each voxel, uint8 `[D, H, W]`.
+
+    Arguments as in `sliding_window`. Windows come in layers along the axis with the
+    smallest cross-section. Logits are kept only where a further window can touch them:
+    between two layers of overlap 0.5 half a window deep, and they become labels behind.
+
+    Args:
+        positions: where the planes, rows and columns of another grid lie on the
+            volume's, in voxels and rising. Given, probabilities are interpolated
+            linearly to that grid, layer by layer, and the labels are its.
+        sums: "float16" halves the memory of the logits kept, at their precision.
+        accumulate: where they are kept: "host"; "device", of which only labels come
+            back; "auto" takes an accelerator if it has room. Equal up to rounding.
+        progress: called with the windows done and their number, after each of them.
+    """
+    checks.in_range("num_classes", num_classes, 1, 256)
+    checks.one_of("sums", sums, ("float32", "float16"))
+    checks.one_of("accumulate", accumulate, ACCUMULATE)
+    windows = Windows(volume, window, overlap, blend)
+    if accumulate == "auto":
+        fits = _fits_on_device(windows, num_classes, sums)
+        accumulate = "device" if fits else "host"
+    if accumulate == "host":
+        windows.spare_memory(whole_layers=positions is not None)
+    place = device_sums if accumulate == "device" else host_sums
+    found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
+    if progress is not None:
+        found = _counted(found, len(windows.starts), progress)
+    if positions is None:
+        labels = np.empty(volume.shape[:3], np.uint8)
+        for box, block in place.labels(windows, found, num_classes, sums):
+            windows.swept(labels)[box] = block
+        return labels
+    labels = np.empty(tuple(len(axis) for axis in positions), np.uint8)
+    depth, *sides = (
+        grid.neighbours(positions[axis], size)
+        for axis, size in zip(windows.order, windows.shape, strict=True)
+    )
+    planes = place.planes(windows, found, num_classes, sums, sides)
+    for z, plane in grid.between(planes, depth):
+        windows.swept(labels)[z] = np.asarray(plane.argmax(axis=-1))
+    return labels
+
+
+def _fits_on_device(windows, num_classes, dtype):
+    """Whether an accelerator has room for the sums beside the network."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return False
+    known = device.memory_stats() or {}
+    free = known.get("bytes_limit", 0) - known.get("bytes_in_use", 0)
+    needed = device_sums.needed_bytes(windows, num_classes, dtype)
+    if needed <= SHARE_OF_SUMS * free:
+        return True
+    logging.log_first_n(
+        logging.INFO,
+        "logits are summed up in the host's memory, since %.1f GB of sums would take "
+        "more than %.0f %% of the device's free %.1f GB.",
+        1,
+        needed / 1e9,
+        100 * SHARE_OF_SUMS,
+        free / 1e9,
+    )
+    return False
+
+
+def _predict_windows(predict, windows, num_classes, window_batch, sharding):
+    """Yield (logits of a batch, index in it) of each window, on one device.
+
+    A batch is computed while the last one is used. Windows of nothing but zeros (air
+    outside a scanner's field of view) have logits in common, which are computed once.
+    """
+    checks.positive("window_batch", window_batch)
+    devices = 1 if sharding is None else sharding.num_devices
+    checks.require(
+        window_batch % devices == 0,
+        f"window_batch is {window_batch}, but must be a multiple of {devices}, the "
+        "number of devices.",
+    )
+    size = windows.cut(windows.starts[0]).shape
+    home = jax.local_devices()[0]
+
+    def launch(group):
+        batch = np.zeros((window_batch, *size), np.float32)
+        for i, start in enumerate(group):
+            batch[i] = windows.cut(start)
+        logits = predict(jax.device_put(batch, sharding))
+        wanted = (*size[:3], num_classes)
+        checks.require(
+            logits.shape[1:] == wanted,
+            f"predict returned {logits.shape[1:]} for a window, but {wanted} is "
+            f"needed: num_classes is {num_classes}.",
+        )
+        return logits, len(group)
+
+    def one_by_one(logits, count):
+        jax.block_until_ready(logits)
+        shards = {
+            shard.index[0].start or 0: shard.data for shard in logits.addressable_shards
+        }
+        for first, part in sorted(shards.items()):
+            part = jax.device_put(part, home)
+            yield from ((part, i) for i in range(min(len(part), count - first)))
+
+    def in_batches(starts):
+        waiting = None
+        for first in range(0, len(starts), window_batch):
+            launched = launch(starts[first : first + window_batch])
+            if waiting is not None:
+                yield from one_by_one(*waiting)
+            waiting = launched
+        if waiting is not None:
+            yield from one_by_one(*waiting)
+
+    empty = [not windows.cut(start).any() for start in windows.starts]
+    if sum(empty) < 2:
+        return in_batches(windows.starts)
+
+    rest = in_batches(
+        [start for start, none in zip(windows.starts, empty, strict=True) if not none]
+    )
+
+    def with_the_empty():
+        logits, _ = next(one_by_one(launch([])[0], 1))
+        of_air = logits[:1], 0
+        for none in empty:
+            yield of_air if none else next(rest)
+
+    return with_the_empty()
+
+
+def _counted(items, number, progress):
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(done, number)

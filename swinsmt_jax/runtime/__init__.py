@@ -1,0 +1,1 @@
+"""What a process needs to run: start-up, signals, other processes, memory, files."""

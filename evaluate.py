@@ -31,7 +31,8 @@ from swinsmt_jax.evaluation import compare
 from swinsmt_jax.evaluation.metrics import AVERAGES
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.report import evaluate_split
-from swinsmt_jax.evaluation.run import SurfaceRule, computing_in
+from swinsmt_jax.evaluation.run import SurfaceRule
+from swinsmt_jax.inference.predict import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.network_config import DTYPES
 from swinsmt_jax.ops.patches import BLENDS
@@ -108,12 +109,13 @@ def evaluate(options: flags.FlagValues) -> str:
     step = int(step) if step is not None and step.isdecimal() else step
     workdir = Path(options.workdir)
     config, model, info = load_model(workdir, step=step)
-    config, model = computing_in(options.dtype, config, model)
+    network, model = computing_in(options.dtype, config.model, model)
     inference = ("overlap", "blend", "window_batch", "accumulate")
     given = {name: getattr(options, name) for name in inference}
     given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(
         config,
+        model=network,
         inference=dataclasses.replace(config.inference, **given),
         data=dataclasses.replace(
             config.data, root=options.data_root or config.data.root

@@ -34,6 +34,7 @@ from swinsmt_jax import checks, labels, models
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
 from swinsmt_jax.data.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import metrics, run
+from swinsmt_jax.inference.predict import predict_fn
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.runtime import operations, startup
 from swinsmt_jax.training import loop
@@ -80,7 +81,7 @@ def train_and_score(config: ExperimentConfig) -> dict:
         loop.train(config, workdir=folder)
         seconds = time.perf_counter() - start
         _, model, _ = load_model(Path(folder))
-        found = run.segment_cases(run.predict_fn(model), config, cases)
+        found = run.segment_cases(predict_fn(model), config, cases)
         results = [case.result for case in found]
     later = [result.seconds for result in results[1:] or results]  # after compilation
     return {

@@ -40,6 +40,7 @@ from swinsmt_jax import models, sharding
 from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from swinsmt_jax.data.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
+from swinsmt_jax.inference.predict import predict_fn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.operations import forward_operations
@@ -185,7 +186,7 @@ def trained_dice(config: ExperimentConfig, *, workdir: Path) -> dict[str, float]
     loop.train(config, workdir=workdir)
     config, model, _ = load_model(workdir)
     cases = find_cases(config.data.root, split="test")
-    scores = run.validate(run.predict_fn(model), config, cases)
+    scores = run.validate(predict_fn(model), config, cases)
     return {"overall": scores["dice"], **scores["groups"]}
 
 

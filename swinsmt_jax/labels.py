@@ -54,6 +54,11 @@ GROUPS: dict[str, tuple[int, ...]] = {
 }
 
 
+def class_name(number: int, names: Sequence[str] = CLASS_NAMES) -> str:
+    """Name of a class id; a network may have more classes than the class map."""
+    return names[number] if number < len(names) else f"class_{number}"
+
+
 def load_groups(
     path: str | Path, *, names: Sequence[str] = CLASS_NAMES
 ) -> dict[str, tuple[int, ...]]:

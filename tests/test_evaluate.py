@@ -16,9 +16,10 @@ import evaluate
 from swinsmt_jax import labels
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.evaluation import report, run
+from swinsmt_jax.evaluation import report
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.run import SurfaceRule
+from swinsmt_jax.inference.predict import predict_fn
 from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
 from swinsmt_jax.inference.segmenter import Segmenter
 
@@ -357,7 +358,7 @@ def test_files_are_evaluated_as_the_network_that_made_them(trained, dataset, tmp
     options["limit"] = 1
     report.evaluate_split(model, config, **options, **rules)
     expected = json.loads((tmp_path / "direct" / "results.json").read_text())
-    segmenter = Segmenter(config, run.predict_fn(model), 1)
+    segmenter = Segmenter(config, predict_fn(model), 1)
     scans = find_scans([dataset / "s0001"])
     segment_scans(segmenter, scans, tmp_path / "out", Wishes())
     output = tmp_path / "files"

@@ -59,3 +59,8 @@ def test_bad_groups_are_refused(tmp_path, text, words):
 def test_missing_groups_file_is_refused(tmp_path):
     with pytest.raises(checks.UserError, match="does not exist"):
         labels.load_groups(tmp_path / "none.json")
+
+
+def test_names_of_classes_beyond_the_class_map():
+    assert labels.class_name(1) == "spleen"
+    assert labels.class_name(200) == "class_200"

@@ -14,14 +14,12 @@ LAYERS = [  # a file belongs to the longest of these names that its own begins w
     ["ops", "data"],
     ["layers", "phantoms"],
     ["models"],
-    ["sharding", "inference.sweep", "inference.grid"],
-    ["inference.host_sums", "inference.device_sums"],
-    ["inference.sliding_window"],
-    ["runtime", "inference.portable"],
+    ["sharding"],
+    ["runtime"],
     ["training"],
     ["convert"],
-    ["evaluation"],
     ["inference"],
+    ["evaluation"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FLAX = {"layers", "models", "sharding", "training", "convert", "evaluation"}

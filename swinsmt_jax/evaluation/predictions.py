@@ -10,20 +10,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import nifti, totalsegmentator
 from swinsmt_jax.data.dataset import open_dataset
+from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
 from swinsmt_jax.data.totalsegmentator import Case
 from swinsmt_jax.evaluation import pictures, report
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.run import CaseResult, Segmented, SurfaceRule, score
 
 HU_RANGE = (-1024.0, 1024.0)  # of the picture
-SUFFIXES = (".nii.gz", ".nii")
 MOST_WORKERS = 8  # unless told otherwise: each holds a whole case in memory
 
 
@@ -94,59 +92,6 @@ def evaluate_predictions(
         num_classes=classes.num_classes,
         hu_range=HU_RANGE,
     )
-
-
-def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.ndarray:
-    """Read label ids, uint8 `[X, Y, Z]`, on the grid of a scan.
-
-    Args:
-        path: a file of label ids, or a folder with <class>.nii.gz or <class>.nii for
-            each class, as TotalSegmentator and `predict.py --masks` write it. Of masks
-            that overlap the later class wins; a class without a mask is nowhere.
-        classes: the names of the ids.
-        like: the scan.
-
-    Raises:
-        UserError: for files that cannot be read, lie on another grid, or hold other ids
-            or classes.
-    """
-    if not path.is_dir():
-        volume = nifti.load_labels(path, classes=classes)
-        nifti.require_same_grid(volume, like)
-        return volume.array
-    masks, wanted = masks_in(path), classes.names[1:]
-    for name, file in masks.items():
-        checks.require(
-            name in wanted,
-            f"{file} is a mask of none of the {len(wanted)} classes."
-            f"{checks.did_you_mean(name, wanted)}",
-        )
-    checks.require(bool(masks), f"{path} holds no masks, such as {wanted[0]}.nii.gz.")
-    missing = [name for name in wanted if name not in masks]
-    if missing:
-        logging.warning(
-            "%s has no mask of %d classes, which count as predicted nowhere: %s%s",
-            path,
-            len(missing),
-            ", ".join(missing[:5]),
-            ", ..." if len(missing) > 5 else "",
-        )
-    labels = None
-    for number, name in enumerate(classes.names):
-        if name in masks:
-            mask = nifti.load_mask(masks[name])
-            nifti.require_same_grid(mask, like)
-            labels, _ = nifti.merge(labels, mask.array, number)
-    return np.ascontiguousarray(labels)
-
-
-def masks_in(folder: Path) -> dict[str, Path]:
-    """Return {class: file} of a folder of masks; hidden files are none."""
-    return {
-        file.name.removesuffix(suffix): file
-        for suffix in SUFFIXES
-        for file in sorted(folder.glob(f"[!.]*{suffix}"))
-    }
 
 
 def _each(

@@ -11,6 +11,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import pictures, run, tables, web_page
+from swinsmt_jax.inference.predict import batch_sharding, left_right_swap, predict_fn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.operations import forward_operations
@@ -53,8 +54,9 @@ def evaluate_split(
     """
     checks.in_range("limit", limit, 0, 10**9)
     groups = run.known_groups(groups, config.model.out_channels)
-    exchanged = run.exchanged_of(config) if mirror else None
-    predict = run.predict_fn(model, exchanged=exchanged)
+    names, num_classes = pipeline.class_names(config.data), config.model.out_channels
+    exchanged = left_right_swap(names, num_classes=num_classes) if mirror else None
+    predict = predict_fn(model, exchanged=exchanged)
     cases = processes.together(lambda: _cases(config, split, limit, output))
     processes.require_same({"cases": [case.name for case in cases]})
     found = processes.together(
@@ -90,8 +92,8 @@ def evaluate_split(
         about=about,
         title=title,
         note=note,
-        names=pipeline.class_names(config.data),
-        num_classes=config.model.out_channels,
+        names=names,
+        num_classes=num_classes,
         hu_range=config.data.hu_range,
     )
 
@@ -190,7 +192,7 @@ def _segment(predict, config, cases, split, surface_rule):
         predict,
         config,
         bar,
-        sharding=run.batch_sharding(),
+        sharding=batch_sharding(),
         surface_rule=surface_rule,
     )
     return [(case.result, pictures.views_of(case)) for case in segmented]

@@ -6,25 +6,20 @@ resources/evaluate.py, for Dice and surface Dice alike. What is predicted though
 is counted apart. Labels are compared on the scan's own grid.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import logging
-from flax import nnx
 
 from swinsmt_jax import checks
-from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import metrics, surface
 from swinsmt_jax.evaluation.metrics import Counts
+from swinsmt_jax.inference.predict import windows_per_call
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
-from swinsmt_jax.models import abstract_model, split
 from swinsmt_jax.runtime import processes
 
 PICTURES = 3  # cases drawn in a validation
@@ -80,64 +75,6 @@ class Segmented:
     spacing: tuple[float, ...]
 
 
-@jax.jit
-def _apply(model, windows):
-    return model(windows)
-
-
-@jax.jit
-def _apply_mirrored(model, windows, exchanged):
-    mirrored = jnp.flip(model(jnp.flip(windows, 1)), 1)
-    return (model(windows) + mirrored[..., exchanged]) / 2
-
-
-def predict_fn(model: Callable, *, exchanged: np.ndarray | None = None) -> Predict:
-    """Return the jitted function from windows to logits of a model, a pytree.
-
-    With `exchanged`, the id of each class' counterpart on the other side of the body
-    `[K]`, logits are the mean over a window and its mirror image.
-    """
-    if exchanged is None:
-        return lambda windows: _apply(model, windows)
-    return lambda windows: _apply_mirrored(model, windows, exchanged)
-
-
-def computing_in(
-    dtype: str | None, config: ExperimentConfig, model: nnx.Module
-) -> tuple[ExperimentConfig, nnx.Module]:
-    """Return config and network for matrix products and convolutions in another dtype.
-
-    Parameters stay as they are. None changes nothing.
-
-    Raises:
-        UserError: for a dtype that networks do not have.
-    """
-    if dtype is None:
-        return config, model
-    network = dataclasses.replace(config.model, dtype=dtype)
-    model = nnx.merge(abstract_model(network)[0], split(model)[1])
-    return dataclasses.replace(config, model=network), model
-
-
-def exchanged_of(config: ExperimentConfig) -> np.ndarray:
-    """Return the id of each class' counterpart on the other side, `[K]`.
-
-    Raises:
-        UserError: for a network whose classes leave out counterparts.
-    """
-    count = config.model.out_channels
-    exchanged = np.arange(count)
-    known = ClassMap(pipeline.class_names(config.data)).exchanged()[:count]
-    exchanged[: len(known)] = known
-    checks.require(
-        bool(exchanged.max() < count),
-        f"the network gives {count} classes, and some have their left or right "
-        f"counterpart beyond: {np.flatnonzero(exchanged >= count).tolist()}; predict "
-        "without mirroring.",
-    )
-    return exchanged
-
-
 def segment_cases(
     predict: Predict,
     config: ExperimentConfig,
@@ -184,7 +121,7 @@ def segment_cases(
             num_classes=num_classes,
             overlap=config.inference.overlap,
             blend=config.inference.blend,
-            window_batch=windows_per_call(config, sharding),
+            window_batch=windows_per_call(config.inference.window_batch, sharding),
             sharding=sharding,
             positions=volume["positions"],
             accumulate=config.inference.accumulate,
@@ -300,36 +237,3 @@ def known_groups(
     """Keep the class ids that a network with fewer classes has, and their groups."""
     known = {n: tuple(i for i in ids if i < num_classes) for n, ids in groups.items()}
     return {name: ids for name, ids in known.items() if ids}
-
-
-def batch_sharding() -> jax.sharding.Sharding | None:
-    """Divide batches of windows over all of this process's devices; None if it is one.
-
-    Batches are then of `windows_per_call`.
-    """
-    devices = jax.local_devices()
-    if len(devices) == 1:
-        return None
-    axis = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=axis, devices=devices)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-
-
-def windows_per_call(
-    config: ExperimentConfig, sharding: jax.sharding.Sharding | None
-) -> int:
-    """Round inference.window_batch up, so that every device of `sharding` works."""
-    wanted, devices = config.inference.window_batch, 1
-    if sharding is not None:
-        devices = sharding.num_devices
-    batch = -(-wanted // devices) * devices
-    if batch != wanted:
-        logging.log_first_n(
-            logging.INFO,
-            "inference.window_batch is raised from %d to %d for %d devices.",
-            1,
-            wanted,
-            batch,
-            devices,
-        )
-    return batch

@@ -110,7 +110,7 @@ def write_per_class(
         rows.append(
             [
                 k,
-                class_name(k, names),
+                labels.class_name(k, names),
                 " ".join(name for name, ids in groups.items() if k in ids),
                 *map(_number, (metrics.class_means(scores)[k], *extremes)),
                 present.sum(),
@@ -173,7 +173,7 @@ def write_json(
     """
 
     def name_of(number):
-        return class_name(number, names)
+        return labels.class_name(number, names)
 
     scores, wrong = run.dice_scores(results), run.false_positives(results)
     surfaces = run.surface_scores(results)
@@ -206,11 +206,6 @@ def write_json(
     with replacing(path) as partial:
         text = json.dumps(_plain(content), indent=1, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
-
-
-def class_name(number: int, names: Sequence[str] = labels.CLASS_NAMES) -> str:
-    """Name of a class id; a network may have more classes than the class map."""
-    return names[number] if number < len(names) else f"class_{number}"
 
 
 def _surface_of(result, name_of):

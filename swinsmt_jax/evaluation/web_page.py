@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from swinsmt_jax import labels
 from swinsmt_jax.evaluation import metrics, pictures, run, tables
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.run import CaseResult
@@ -108,7 +109,7 @@ def _classes(results, groups, names):
         for k in ids:
             width = 0 if math.isnan(means[k]) else 100 * means[k]
             bar = f'<td class="bar"><div style="width:{width:.1f}%"></div></td>'
-            cells = [tables.class_name(k, names), _percent(means[k])]
+            cells = [labels.class_name(k, names), _percent(means[k])]
             more = [_percent(surfaces[k]), present[k]]
             rows.append(f"<tr>{_cells(cells)}{bar}{_cells(more)}</tr>\n")
         parts.append(f"<h3>{html.escape(group)}</h3><table>{''.join(rows)}</table>")

@@ -9,7 +9,7 @@ import nibabel as nib
 
 from swinsmt_jax import checks
 from swinsmt_jax.data import label_table
-from swinsmt_jax.evaluation.predictions import SUFFIXES, masks_in
+from swinsmt_jax.data.label_files import SUFFIXES, masks_in
 
 
 def require_free(

@@ -17,9 +17,8 @@ from tqdm import tqdm
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import dicom, label_table, nifti
-from swinsmt_jax.evaluation import pictures
-from swinsmt_jax.evaluation.predictions import SUFFIXES, load_prediction
-from swinsmt_jax.inference import outputs
+from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
+from swinsmt_jax.inference import outputs, pictures
 from swinsmt_jax.inference.segmenter import Segmenter, load_scan
 from swinsmt_jax.runtime.files import replacing
 

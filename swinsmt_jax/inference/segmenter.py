@@ -19,15 +19,15 @@ from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import dicom, label_table, nifti, pipeline
 from swinsmt_jax.data.nifti import Volume
 from swinsmt_jax.data.totalsegmentator import Sample
-from swinsmt_jax.evaluation.run import (
+from swinsmt_jax.inference.predict import (
     batch_sharding,
     computing_in,
-    exchanged_of,
+    left_right_swap,
     predict_fn,
     windows_per_call,
 )
-from swinsmt_jax.evaluation.tables import class_name
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
+from swinsmt_jax.labels import class_name
 from swinsmt_jax.training.checkpoint import load_model
 
 Progress = Callable[[int, int], None]
@@ -100,7 +100,7 @@ class Segmenter:
             num_classes=config.model.out_channels,
             overlap=config.inference.overlap,
             blend=config.inference.blend,
-            window_batch=windows_per_call(config, sharding),
+            window_batch=windows_per_call(config.inference.window_batch, sharding),
             sharding=sharding,
             positions=view["positions"],
             sums=self.sums,
@@ -150,13 +150,17 @@ def load(
         UserError: as `checkpoint.load_model`, and for fields out of range.
     """
     config, model, info = load_model(workdir, step=step)
-    config, model = computing_in(dtype, config, model)
+    network, model = computing_in(dtype, config.model, model)
     known = {field.name for field in dataclasses.fields(config.inference)}
     for name in inference:
         checks.one_of("an option of the inference", name, known)
     windows = dataclasses.replace(config.inference, **inference)
-    config = dataclasses.replace(config, inference=windows)
-    predict = predict_fn(model, exchanged=exchanged_of(config) if mirror else None)
+    config = dataclasses.replace(config, model=network, inference=windows)
+    exchanged = None
+    if mirror:
+        names = pipeline.class_names(config.data)
+        exchanged = left_right_swap(names, num_classes=network.out_channels)
+    predict = predict_fn(model, exchanged=exchanged)
     return Segmenter(config, predict, info["step"], sums)
 
 

@@ -4,6 +4,7 @@ from matplotlib.image import imread
 
 from swinsmt_jax.evaluation import metrics, pictures
 from swinsmt_jax.evaluation.run import CaseResult, Segmented
+from swinsmt_jax.inference.pictures import colors_of
 
 RIGHT, LEFT, HEAD, FRONT = 1, 2, 3, 4
 
@@ -82,7 +83,7 @@ def test_the_overview_is_a_picture_with_a_row_for_each_case(tmp_path, count):
 
 
 def test_neighbouring_classes_have_different_colours():
-    palette = pictures.colors_of(118)
+    palette = colors_of(118)
     assert palette.shape == (118, 3) and (palette[0] == 0).all()
     assert palette.min() >= 0 and palette.max() <= 1
     distance = np.linalg.norm(palette[1:] - palette[:-1], axis=1)
@@ -92,6 +93,6 @@ def test_neighbouring_classes_have_different_colours():
 
 
 def test_arteries_are_red_and_veins_blue():
-    palette = pictures.colors_of(118)
+    palette = colors_of(118)
     aorta, cava = palette[52], palette[63]
     assert aorta.argmax() == 0 and cava.argmax() == 2

@@ -1,17 +1,15 @@
-import dataclasses
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.models import abstract_model
+from swinsmt_jax.inference.predict import batch_sharding, windows_per_call
 
 CLASSES = 4
 
@@ -103,35 +101,11 @@ def test_every_device_has_windows_of_a_batch(cases, window_batch, batch):
         seen.append((len(windows), windows.sharding.num_devices))
         return reads_the_image(windows)
 
-    sharding = run.batch_sharding()
+    sharding = batch_sharding()
     own = config(window_batch=window_batch)
     result = run.validate(watched, own, cases, sharding=sharding)
     assert result["dice"] == 1.0 and set(seen) == {(batch, 8)}
-    assert run.windows_per_call(own, None) == window_batch
-
-
-def test_a_trained_network_computes_in_another_dtype(rng):
-    trained = config()
-    graphdef, shapes = abstract_model(trained.model)
-    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype("f4"), shapes)
-    model = nnx.merge(graphdef, params)
-    changed, other = run.computing_in("bfloat16", trained, model)
-    assert changed.model.dtype == "bfloat16" and trained.model.dtype == "float32"
-    assert {x.dtype for x in jax.tree.leaves(nnx.state(other))} == {np.dtype("f4")}
-    window = jnp.ones((1, 32, 32, 32, 1))
-    text = [str(jax.make_jaxpr(lambda x, m=m: m(x))(window)) for m in (model, other)]
-    assert ["bf16" in x for x in text] == [False, True]
-    assert run.computing_in(None, trained, model) == (trained, model)
-    with pytest.raises(UserError, match="dtype is 'float8'"):
-        run.computing_in("float8", trained, model)
-
-
-def test_a_model_is_an_argument_of_the_compiled_function():
-    model = jax.tree_util.Partial(lambda weight, x: x * weight, jnp.float32(2))
-    twice = run.predict_fn(model)(jnp.ones((1, 2)))
-    other = jax.tree_util.Partial(model.func, jnp.float32(3))
-    thrice = run.predict_fn(other)(jnp.ones((1, 2)))
-    assert twice.tolist() == [[2, 2]] and thrice.tolist() == [[3, 3]]
+    assert windows_per_call(window_batch, None) == window_batch
 
 
 def test_refuses_labels_that_the_network_lacks(cases):
@@ -164,29 +138,3 @@ def test_outside_the_foreground_is_background(cases, monkeypatch):
     expected = np.zeros_like(case.truth)
     expected[2:30, :, 3:] = case.truth[2:30, :, 3:]
     np.testing.assert_array_equal(case.prediction, expected)
-
-
-def test_a_window_and_its_mirror_image_are_averaged(rng):
-    """Of a network that sees class 1 on the right and 2 on the left, twice as well."""
-    side = jnp.linspace(-1, 1, 6)[None, :, None, None, None]
-
-    def network(windows):
-        right = jnp.maximum(side, 0) * windows
-        left = jnp.maximum(-side, 0) * windows
-        return jnp.concatenate([0 * windows, right, 2 * left], axis=-1)
-
-    predict = run.predict_fn(
-        jax.tree_util.Partial(network), exchanged=np.array([0, 2, 1])
-    )
-    windows = rng.random((2, 6, 5, 4, 1)).astype(np.float32)
-    right, left = np.maximum(side, 0), np.maximum(-side, 0)
-    expected = 1.5 * np.concatenate([0 * windows, right * windows, left * windows], -1)
-    np.testing.assert_allclose(predict(windows), expected, rtol=1e-6)
-
-
-def test_counterparts_that_the_network_lacks_are_refused():
-    four = config()
-    three = dataclasses.replace(four.model, out_channels=3)
-    assert run.exchanged_of(four).tolist() == [0, 1, 3, 2]  # the kidneys
-    with pytest.raises(UserError, match=r"counterpart beyond: \[2\]"):
-        run.exchanged_of(dataclasses.replace(four, model=three))

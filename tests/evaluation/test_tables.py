@@ -134,8 +134,3 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_names_of_classes_beyond_the_class_map():
-    assert tables.class_name(1) == "spleen"
-    assert tables.class_name(200) == "class_200"

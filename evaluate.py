@@ -28,9 +28,9 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.totalsegmentator import SPLITS
 from swinsmt_jax.evaluation import compare
+from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.metrics import AVERAGES
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
-from swinsmt_jax.evaluation.report import evaluate_split
 from swinsmt_jax.evaluation.run import SurfaceRule
 from swinsmt_jax.inference.predict import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE

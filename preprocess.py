@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from swinsmt_jax.data import report
+from swinsmt_jax.data import store_report
 from swinsmt_jax.data.preprocess import preprocess
 from swinsmt_jax.runtime import startup
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         exclude=options.exclude,
         progress=True,
     )
-    print(report.write(root))
+    print(store_report.write(root))
     if failed:
         print(f"{len(failed)} cases are left out; {root / 'report.html'} says why")
         sys.exit(1)

@@ -32,7 +32,7 @@ from benchmarks import command_line, define_file
 from benchmarks.table_format import markdown, picture
 from swinsmt_jax import checks, models
 from swinsmt_jax.config import ModelConfig, from_config_dict
-from swinsmt_jax.evaluation import reported
+from swinsmt_jax.evaluation import published_results
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import operations, startup
 from swinsmt_jax.training.step import loss_and_hits
@@ -195,7 +195,7 @@ def read(flag):
 def save(found):
     """Write what was measured, and what the authors report, to the file of --json."""
     if flags.FLAGS.json:
-        content = found | {"reported": reported.ROWS}
+        content = found | {"reported": published_results.ROWS}
         Path(flags.FLAGS.json).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from swinsmt_jax.evaluation import reported
+from swinsmt_jax.evaluation import published_results
 
 # The networks that are the same here, by what the authors call them. Their nnU-Net has
 # several times the parameters of ours and is another network.
@@ -54,17 +54,18 @@ def ours(rows, titles, *, device):
 
 def theirs():
     """Return the table that the authors report."""
-    header = ("network", "parameters, millions", "seconds", *reported.GROUPS)
+    header = ("network", "parameters, millions", "seconds", *published_results.GROUPS)
     lines = [
         (
             row["network"],
             f"{row['parameters_m']:.2f}",
             str(row["seconds"]),
-            *(f"{row['dice'][group]:.2f}" for group in reported.GROUPS),
+            *(f"{row['dice'][group]:.2f}" for group in published_results.GROUPS),
         )
-        for row in reported.ROWS
+        for row in published_results.ROWS
     ]
-    about = f"Reported by {reported.SOURCE}, on TotalSegmentator-V2: Dice in per cent."
+    source = f"{published_results.SOURCE}, on TotalSegmentator-V2"
+    about = f"Reported by {source}: Dice in per cent."
     return f"{about}\n\n{_table(header, lines)}"
 
 
@@ -82,7 +83,9 @@ def picture(rows, titles, *, trained=()):
     figure = Figure(figsize=(11, 4 * height), layout="constrained")
     axes = figure.subplots(height, 2, squeeze=False)
     named = {row["name"]: titles.get(row["name"], row["name"]) for row in rows}
-    own_names = [SAME.get(row["network"], row["network"]) for row in reported.ROWS]
+    own_names = [
+        SAME.get(row["network"], row["network"]) for row in published_results.ROWS
+    ]
     order = list(dict.fromkeys([*titles, *named, *own_names]))
 
     def point(axis, x, y, *, name, title):
@@ -108,7 +111,7 @@ def picture(rows, titles, *, trained=()):
         ("parameters, millions", "seconds"),
         strict=True,
     ):
-        for row, name in zip(reported.ROWS, own_names, strict=True):
+        for row, name in zip(published_results.ROWS, own_names, strict=True):
             y = row["dice"]["overall"]
             point(axis, row[key], y, name=name, title=row["network"])
         title = "TotalSegmentator-V2, reported by the authors"

@@ -16,7 +16,7 @@ import evaluate
 from swinsmt_jax import labels
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.evaluation import report
+from swinsmt_jax.evaluation import evaluate_split
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.run import SurfaceRule
 from swinsmt_jax.inference.predict import predict_fn
@@ -356,7 +356,7 @@ def test_files_are_evaluated_as_the_network_that_made_them(trained, dataset, tmp
     rules = {"rule": "over_pairs", "surface_rule": SurfaceRule()}
     options = {"split": "test", "groups": labels.GROUPS, "output": tmp_path / "direct"}
     options["limit"] = 1
-    report.evaluate_split(model, config, **options, **rules)
+    evaluate_split.evaluate_split(model, config, **options, **rules)
     expected = json.loads((tmp_path / "direct" / "results.json").read_text())
     segmenter = Segmenter(config, predict_fn(model), 1)
     scans = find_scans([dataset / "s0001"])

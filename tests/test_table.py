@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import table, table_format
-from swinsmt_jax.evaluation import reported
+from swinsmt_jax.evaluation import published_results
 from swinsmt_jax.ops import convolution
 from swinsmt_jax.runtime import operations
 
@@ -101,7 +101,7 @@ def test_what_the_paper_reports_stands_apart():
 
 def test_sizes_are_those_of_the_authors():
     ours = json.loads(MEASURED.read_text())["headline"]
-    theirs = {row["network"]: row["parameters_m"] for row in reported.ROWS}
+    theirs = {row["network"]: row["parameters_m"] for row in published_results.ROWS}
     for network, name in table_format.SAME.items():
         allowed = 1.0 if name == "nnformer" else 0.02  # millions
         assert theirs[network] == pytest.approx(ours[name] / 1e6, abs=allowed)

@@ -17,7 +17,7 @@ from swinsmt_jax.data import nifti, totalsegmentator
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
 from swinsmt_jax.data.totalsegmentator import Case
-from swinsmt_jax.evaluation import pictures, report
+from swinsmt_jax.evaluation import evaluate_split, pictures
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.run import CaseResult, Segmented, SurfaceRule, score
 
@@ -46,13 +46,13 @@ def evaluate_predictions(
         root: of the dataset with the truth.
         groups: JSON file as in `labels.load_groups`; None takes the dataset's.
         description: of the dataset, as in `dataset.open_dataset`.
-        split, rule, output, limit, surface_rule: as in `report.evaluate_split`.
+        split, rule, output, limit, surface_rule: as in `evaluate_split.evaluate_split`.
         workers: processes that share the cases; 0 takes one for each CPU core, up to
             `MOST_WORKERS`. Cores that are left measure surfaces.
 
     Raises:
         UserError: for a prediction that is missing, lies on another grid or holds other
-            ids, and as `report.evaluate_split`.
+            ids, and as `evaluate_split.evaluate_split`.
     """
     checks.in_range("limit", limit, 0, 10**9)
     checks.in_range("workers", workers, 0, 1024)
@@ -66,7 +66,7 @@ def evaluate_predictions(
     if groups:
         groups = labels.load_groups(groups, names=classes.names)
     files = [_file(folder, case) for case in cases]
-    report.make_folder(output)
+    evaluate_split.make_folder(output)
     cores = len(os.sched_getaffinity(0))
     workers = min(len(cases), workers or min(cores, MOST_WORKERS))
     evaluate = partial(
@@ -79,8 +79,8 @@ def evaluate_predictions(
     found = list(tqdm(found, "evaluating", total=len(cases), unit="case"))
     results, views = zip(*found, strict=True)
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
-    about |= report.about_surfaces(surface_rule)
-    return report.write_results(
+    about |= evaluate_split.about_surfaces(surface_rule)
+    return evaluate_split.write_results(
         output,
         results,
         views,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from swinsmt_jax import labels
-from swinsmt_jax.evaluation import metrics, reported, run
+from swinsmt_jax.evaluation import metrics, published_results, run
 from swinsmt_jax.evaluation.run import CaseResult
 from swinsmt_jax.runtime.files import replacing
 
@@ -20,9 +20,10 @@ RULES = {
     "over_pairs": "mean over all (case, class) pairs",
 }
 REPORTED = (
-    f"Reported: by {reported.SOURCE}, on TotalSegmentator-V2.\n"
+    f"Reported: by {published_results.SOURCE}, on TotalSegmentator-V2.\n"
     "The paper does not say how it averages: its overall "
-    f"{reported.ROWS[-1]['dice']['overall']:.2f} is not the mean of its groups.\n"
+    f"{published_results.ROWS[-1]['dice']['overall']:.2f} "
+    "is not the mean of its groups.\n"
     "Which classes are in a group is not published either."
 )
 
@@ -70,7 +71,7 @@ def dice_table(
     theirs = dict(groups) == labels.GROUPS
     if theirs:
         rows.append(["Reported, by the authors", *("" for _ in means)])
-        for row in reported.ROWS:
+        for row in published_results.ROWS:
             cells = (f"{row['dice'][name]:.2f}" for name in means)
             rows.append([f"  {row['network']}", *cells])
     notes = [f"{'>' if r == rule else ' '} {r}: {RULES[r]}" for r in rules]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import preprocess, report, store, totalsegmentator
+from swinsmt_jax.data import preprocess, store, store_report, totalsegmentator
 from swinsmt_jax.data.dataset import open_dataset
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -141,7 +141,7 @@ def test_bad_ids_of_nnunet_are_refused_alone(tmp_path):
     assert "neither image nor labels" in failed["nowhere"]
     (case,) = store.find_cases(tmp_path / "store", split="val")
     assert case.name == "c1"
-    assert "8 train, 1 val, 1 test" in report.write(tmp_path / "store")
+    assert "8 train, 1 val, 1 test" in store_report.write(tmp_path / "store")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import preprocess, report
+from swinsmt_jax.data import preprocess, store_report
 
 SHAPE = (6, 5, 4)
 ODD = "<i>s1 & co"
@@ -51,7 +51,7 @@ def store(source, tmp_path):
 
 
 def test_a_report_tells_what_to_check(store):
-    summary = report.write(store)
+    summary = store_report.write(store)
     assert "2 cases (1 train, 1 val, 0 test)" in summary
     assert re.search(r"\d\.\d\d MB a case.*1 failed, 1 excluded; 2 written", summary)
     assert re.search(r"[1-9]\d*\.\d cases/minute", summary)
@@ -73,7 +73,7 @@ def test_a_store_without_cases_has_a_report(source, tmp_path):
         file.unlink()
     failed = preprocess.preprocess(source, tmp_path / "store")
     assert len(failed) == 4
-    assert "0 cases (0 train, 0 val, 0 test)" in report.write(tmp_path / "store")
+    assert "0 cases (0 train, 0 val, 0 test)" in store_report.write(tmp_path / "store")
     page = (tmp_path / "store" / "report.html").read_text()
     assert all(name.replace("<", "&lt;").split("&")[0] in page for name in failed)
     found = json.loads((tmp_path / "store" / "report.json").read_text())
@@ -81,13 +81,13 @@ def test_a_store_without_cases_has_a_report(source, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_report(store):
-    report.write(store)
+    store_report.write(store)
     before = {file: file.read_bytes() for file in store.iterdir() if file.is_file()}
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, most))  # no larger file
     try:
         with pytest.raises(checks.UserError, match="the report in .* make room"):
-            report.write(store)
+            store_report.write(store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     after = {file: file.read_bytes() for file in store.iterdir() if file.is_file()}

@@ -17,7 +17,7 @@ import pytest
 import preprocess as script
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import pipeline, preprocess, report, store, totalsegmentator
+from swinsmt_jax.data import pipeline, preprocess, store, store_report, totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 
 ROOT = Path(script.__file__).parent
@@ -217,7 +217,7 @@ def test_bad_cases_are_named_and_the_others_go_on(mine, tmp_path, here):
         assert words in failed[name] and name in failed[name]
     assert (tmp_path / "store" / names[4] / "case.json").exists()
     assert not list((tmp_path / "store").glob(".partial*"))
-    summary = report.write(tmp_path / "store")
+    summary = store_report.write(tmp_path / "store")
     assert "1 cases (0 train, 0 val, 1 test)" in summary and "4 failed" in summary
     page = (tmp_path / "store" / "report.html").read_text()
     assert "NaN or infinite" in page and "data:image/png" in page

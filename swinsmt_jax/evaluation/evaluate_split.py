@@ -10,7 +10,7 @@ from tqdm import tqdm
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.evaluation import pictures, run, tables, web_page
+from swinsmt_jax.evaluation import html_report, pictures, run, tables
 from swinsmt_jax.inference.predict import batch_sharding, left_right_swap, predict_fn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import processes
@@ -134,7 +134,7 @@ def write_results(
             output / "overview.png", views, num_classes=num_classes, hu_range=hu_range
         )
 
-        web_page.write(
+        html_report.write(
             output / "report.html",
             results,
             views,

@@ -10,8 +10,8 @@ from flax import nnx
 
 from swinsmt_jax import labels, models
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.evaluation import metrics, reported, run
-from swinsmt_jax.evaluation.report import evaluate_split
+from swinsmt_jax.evaluation import metrics, published_results, run
+from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.phantoms import dataset as phantom
 
 
@@ -72,4 +72,4 @@ def test_a_phantom_is_evaluated_from_end_to_end(config, tmp_path, rng):
     assert set(content["surface_dice"]) == {*labels.GROUPS, "overall"}
     page = (output / "report.html").read_text()
     assert all(page.count(name) >= 2 for name in content["cases"])
-    assert all(row["network"] in page for row in reported.ROWS)
+    assert all(row["network"] in page for row in published_results.ROWS)

@@ -31,8 +31,8 @@ def window_starts(
 ) -> list[tuple[int, ...]]:
     """First voxels of the windows that cover a volume, the last axis fastest.
 
-    Neighbours are `int(side * (1 - overlap))` voxels apart, at least 1; the last window
-    of an axis is moved back to end with the volume.
+    Neighbours are side * (1 - overlap) voxels apart, rounded down, at least 1; the last
+    window of an axis is moved back to end with the volume.
 
     Args:
         shape: sides of the volume, each at least the window's.
@@ -49,10 +49,15 @@ def window_starts(
         "pad the volume first.",
     )
     by_axis = [
-        _axis_starts(n, w, max(int(w * (1 - overlap)), 1))
+        _axis_starts(n, w, _interval(w, overlap))
         for n, w in zip(shape, window, strict=True)
     ]
     return list(itertools.product(*by_axis))
+
+
+def _interval(side: int, overlap: float) -> int:
+    # In binary, 20 * (1 - 0.9) is just below 2: rounding down alone would give 1.
+    return max(math.floor(side * (1 - overlap) + 1e-6), 1)
 
 
 def _axis_starts(length: int, side: int, interval: int) -> list[int]:

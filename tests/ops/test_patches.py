@@ -24,6 +24,15 @@ def test_starts_of_one_axis(length, window, overlap, expected):
     assert [s for (s,) in starts] == expected
 
 
+@pytest.mark.parametrize(
+    "length, window, overlap, number",
+    [(60, 20, 0.9, 21), (320, 160, 0.9, 11), (160, 40, 0.8, 16), (96, 32, 0.5, 5)],
+)
+def test_a_decimal_overlap_gives_no_extra_windows(length, window, overlap, number):
+    starts = patches.window_starts((length,), (window,), overlap=overlap)
+    assert len(starts) == number
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     window=st.tuples(*[st.integers(1, 6)] * 3),

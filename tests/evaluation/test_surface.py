@@ -68,6 +68,16 @@ def test_bad_arguments_are_refused(change, words):
         surface_dice(options.pop("prediction"), box(2, 2, 2), num_classes=2, **options)
 
 
+@pytest.mark.parametrize("side, apart", [(0.6, 5), (0.3, 10), (0.75, 4)])
+def test_a_spacing_rounded_in_a_header_is_within_the_tolerance(side, apart):
+    truth, prediction = np.zeros((2, 30, 12, 12), np.uint8)
+    truth[2:10, 2:10, 2:10] = prediction[2 + apart : 10 + apart, 2:10, 2:10] = 1
+    spacing = (float(np.float32(side)),) * 3
+    options = {"num_classes": 2, "spacing": spacing}
+    assert surface_dice(prediction, truth, **options, tolerance=3.0)[1] == 1
+    assert surface_dice(prediction, truth, **options, tolerance=2.999)[1] < 1
+
+
 def surface_elements(mask, spacing):
     """Places [n, 3] in mm and areas [n] of a mask's surface, corner by corner."""
     areas = lookup_tables.create_table_neighbour_code_to_surface_area(spacing)

@@ -26,7 +26,7 @@ from absl import app, flags
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.data.totalsegmentator import SPLITS
+from swinsmt_jax.data.meta import SPLITS
 from swinsmt_jax.evaluation import compare
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.metrics import AVERAGES

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from benchmarks import define_file, report, small_networks, write
 from swinsmt_jax import checks, labels, models
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
-from swinsmt_jax.data.totalsegmentator import find_cases
+from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import metrics, run
 from swinsmt_jax.inference.predict import predict_fn
 from swinsmt_jax.phantoms.dataset import write_dataset

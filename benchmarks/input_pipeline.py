@@ -31,7 +31,8 @@ from absl import app, flags
 
 from benchmarks import command_line, define_file
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import pipeline, preprocess, totalsegmentator
+from swinsmt_jax.data import meta, pipeline, preprocess
+from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 
 RECOMMENDED = (2, 0)  # threads, worker processes
@@ -158,12 +159,12 @@ def _send(writer, function, arguments):
 
 def link_cases(root, count):
     """Add links to a store's cases under other names, until it has `count`."""
-    names = list(totalsegmentator.read_meta(Path(root)))
+    names = list(meta.read(Path(root)))
     added = {f"link{i}": "train" for i in range(count - len(names))}
     for i, name in enumerate(added):
         source = Path(root, names[i % len(names)])
         shutil.copytree(source, Path(root, name), copy_function=os.link)
-    totalsegmentator.add_to_meta(Path(root), added)
+    meta.add(Path(root), added)
 
 
 def measure(scans, spacing, cases, sides, configurations, count, few):

@@ -16,7 +16,8 @@ from absl import app, flags
 
 from benchmarks import define_file, report, write
 from swinsmt_jax.class_map import V2
-from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.data.case import load_case
+from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.evaluation import metrics
 from swinsmt_jax.evaluation.surface import surface_dice
 from swinsmt_jax.phantoms import dataset as phantom
@@ -39,7 +40,7 @@ def main(_):
         root = Path(folder) / "phantoms"
         phantom.write_dataset(root, train=1, val=0, test=0, spacing=spacing, seed=0)
         (case,) = totalsegmentator.find_cases(root, split="train")
-        truth = totalsegmentator.load_case(case).label
+        truth = load_case(case).label
     prediction = np.roll(truth, (1, 1, 1), axis=(0, 1, 2))
     classes = len(V2.names)
 

@@ -38,7 +38,7 @@ from benchmarks import available_gb, collectives, define_file, report, write
 from configs import demo, swin_smt_paper
 from swinsmt_jax import models, sharding
 from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
-from swinsmt_jax.data.totalsegmentator import find_cases
+from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
 from swinsmt_jax.inference.predict import predict_fn
 from swinsmt_jax.models import abstract_model

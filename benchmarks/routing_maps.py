@@ -25,7 +25,8 @@ from benchmarks import define_file, report, write
 from swinsmt_jax import checks, labels
 from swinsmt_jax.config import SwinSMTConfig
 from swinsmt_jax.data import nifti, pipeline
-from swinsmt_jax.data.totalsegmentator import SPLITS, find_cases
+from swinsmt_jax.data.layouts.totalsegmentator import find_cases
+from swinsmt_jax.data.meta import SPLITS
 from swinsmt_jax.evaluation import routing
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.training.checkpoint import load_model

@@ -22,7 +22,8 @@ import tensorstore
 from absl import app, flags
 
 from benchmarks import command_line, define_file
-from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.data.case import load_case
+from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 
 NPY = "memory-mapped .npy"
@@ -116,7 +117,7 @@ def measure(spacing, side, count, rounds):
         raw = Path(folder, "raw")
         phantom.write_dataset(raw, train=1, val=0, test=0, spacing=spacing, seed=0)
         (case,) = totalsegmentator.find_cases(raw, split="train")
-        sample = totalsegmentator.load_case(case)
+        sample = load_case(case)
         rows, readers = [], []
         for i, (name, form) in enumerate(FORMATS.items()):
             own = Path(folder, str(i))

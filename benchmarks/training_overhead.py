@@ -28,7 +28,8 @@ from benchmarks import define_file, report, write
 from configs import demo
 from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.data import pipeline, totalsegmentator
+from swinsmt_jax.data import pipeline
+from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.training import loop

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from swinsmt_jax.class_map import V2
 from swinsmt_jax.data import transforms
-from swinsmt_jax.data.totalsegmentator import Sample
+from swinsmt_jax.data.case import Sample
 
 MIRRORED = V2.exchanged()
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import nifti, totalsegmentator
+from swinsmt_jax.data import meta, nifti
 
 
 def import_scan(
@@ -36,17 +36,17 @@ def import_scan(
     root = Path(root)
     checks.require(len(splits) > 0, "--split names no split; take train, val or test.")
     for split in splits:
-        checks.one_of("split", split, totalsegmentator.SPLITS)
-    totalsegmentator.require_id("case", case)
+        checks.one_of("split", split, meta.SPLITS)
+    meta.require_id("case", case)
     image, label = nifti.load_ct(ct), nifti.load_labels(labels)
     nifti.require_same_grid(label, image)
     if (root / "meta.csv").exists():
-        totalsegmentator.read_meta(root)  # refuse before anything is written
+        meta.read(root)  # refuse before anything is written
     names = [case] if len(splits) == 1 else [f"{case}_{split}" for split in splits]
     for name in names:
         nifti.save(root / name / "ct.nii.gz", image.array, like=image)
         nifti.save_labels(root / name / "segmentations.nii.gz", label.array, like=image)
-    totalsegmentator.add_to_meta(root, dict(zip(names, splits, strict=True)))
+    meta.add(root, dict(zip(names, splits, strict=True)))
     return tuple(names)
 
 

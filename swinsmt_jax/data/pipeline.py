@@ -20,16 +20,11 @@ from absl import flags
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import (
-    augmentation,
-    nifti,
-    store,
-    totalsegmentator,
-    transforms,
-)
-from swinsmt_jax.data.dataset import DESCRIPTION
+from swinsmt_jax.data import augmentation, nifti, store, transforms
+from swinsmt_jax.data.case import Case, Sample, resampled
+from swinsmt_jax.data.dataset import require_totalsegmentator
+from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.data.store import StoredCase
-from swinsmt_jax.data.totalsegmentator import Case, Sample
 
 WORKER_BUFFER = 2  # crops that each worker process holds ready
 
@@ -135,12 +130,7 @@ def find_cases(
         f"for {_few(config.classes or V2.names[1:])}; give data with its classes.",
     )
     if not store.is_store(config.root):
-        described = Path(config.root) / DESCRIPTION
-        checks.require(
-            not described.is_file(),
-            f"{config.root} is a dataset described by {described.name}; make a store "
-            "of it with preprocess.py, and give that as data.root.",
-        )
+        require_totalsegmentator(config.root)
         return totalsegmentator.find_cases(config.root, split=split)
     cases = store.find_cases(config.root, split=split)
     spacing = store.read_options(Path(config.root)).spacing
@@ -193,9 +183,7 @@ def _few(names: Sequence[str]) -> str:
 
 def load_case(case: Case | StoredCase) -> Sample:
     """Read a whole scan with its labels."""
-    if isinstance(case, StoredCase):
-        return case.read()
-    return totalsegmentator.load_case(case)
+    return case.read()
 
 
 def load_volume(config: DataConfig, case: Case | StoredCase) -> dict:
@@ -214,7 +202,7 @@ def network_view(config: DataConfig, scan: Sample) -> dict:
         `positions` says where their planes, rows and columns lie on the grid of
         `image`, in voxels; None where both grids are one.
     """
-    whole = _resampled(config, scan)
+    whole = resampled(scan, config.spacing)
     sample = transforms.crop_foreground(whole, air=config.hu_range[0])
     positions = nifti.positions(scan.image.shape, scan.affine, on=sample.affine)
     box = tuple(
@@ -242,26 +230,12 @@ def fingerprint(cases: Sequence[Case]) -> str:
     """Return a hash of the cases' ids, splits, order and what their files say."""
     digest = hashlib.sha256()
     for case in cases:
-        stored = isinstance(case, StoredCase)
-        content = case.facts if stored else totalsegmentator.file_sizes(case)
-        digest.update(f"{case.name};{case.split};{content}\n".encode())
+        digest.update(f"{case.name};{case.split};{case.facts}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _read(config: DataConfig, case: Case) -> Sample:
-    return _resampled(config, load_case(case))
-
-
-def _resampled(config: DataConfig, sample: Sample) -> Sample:
-    if config.spacing == 0:
-        return sample
-    image, affine = nifti.resample(
-        sample.image, sample.affine, spacing=config.spacing, order=1
-    )
-    label, _ = nifti.resample(
-        sample.label, sample.affine, spacing=config.spacing, order=0
-    )
-    return replace(sample, image=image, label=label, affine=affine)
+    return resampled(case.read(), config.spacing)
 
 
 def _augmented(

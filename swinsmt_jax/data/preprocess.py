@@ -14,17 +14,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import nifti, store, totalsegmentator
+from swinsmt_jax.data import meta, store
+from swinsmt_jax.data.case import Case, load_case, resampled
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.store import Options
-from swinsmt_jax.data.totalsegmentator import Case
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
 DIED = (
@@ -199,16 +198,14 @@ def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked
-            sample = totalsegmentator.load_case(
-                case, classes=classes, kept=options.classes
-            )
+            sample = load_case(case, classes=classes, kept=options.classes)
         facts = {
             "name": case.name,
             "source_shape": sample.source_shape,
             "source_affine": sample.source_affine.tolist(),
             "overlapping_voxels": sample.overlapping,
             "notes": sample.notes,
-            "source": totalsegmentator.file_sizes(case),
+            "source": case.facts,
         }
         sample = resampled(sample, options.spacing)
     except Exception as error:
@@ -233,22 +230,11 @@ def _reason(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
 
 
-def resampled(sample: totalsegmentator.Sample, spacing: float):
-    """Return a sample of cubic voxels; see `nifti.resample`."""
-    if spacing == 0:
-        return sample
-    image, affine = nifti.resample(
-        sample.image, sample.affine, spacing=spacing, order=1
-    )
-    label, _ = nifti.resample(sample.label, sample.affine, spacing=spacing, order=0)
-    return replace(sample, image=image, label=label, affine=affine)
-
-
 def _list_cases(root, rows):
     """Make the store's meta.csv; remove what it no longer lists."""
-    file = root / totalsegmentator.META
+    file = root / meta.META
     if file.exists():
-        for name in totalsegmentator.read_meta(root).keys() - rows.keys():
+        for name in meta.read(root).keys() - rows.keys():
             shutil.rmtree(root / name, ignore_errors=True)
         file.unlink()
-    totalsegmentator.add_to_meta(root, rows)
+    meta.add(root, rows)

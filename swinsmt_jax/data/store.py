@@ -27,8 +27,8 @@ from absl import logging
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import totalsegmentator, transforms, volume_file
-from swinsmt_jax.data.totalsegmentator import Sample
+from swinsmt_jax.data import meta, transforms, volume_file
+from swinsmt_jax.data.case import Sample
 
 FORMAT = 1
 INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
@@ -227,10 +227,10 @@ def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
     Raises:
         UserError: for a store that is not finished, or lost a case, and an empty split.
     """
-    checks.one_of("split", split, totalsegmentator.SPLITS)
+    checks.one_of("split", split, meta.SPLITS)
     root = Path(root)
     read_options(root)
-    rows = totalsegmentator.read_meta(root)
+    rows = meta.read(root)
     failed = read_json(root / INDEX).get("failed", {})
     names = [n for n, s in rows.items() if s == split and n not in failed]
     lost = [name for name in names if not (root / name / CASE).is_file()]

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import label_table, nifti, store, totalsegmentator
+from swinsmt_jax.data import label_table, meta, nifti, store
 from swinsmt_jax.data.store import StoredCase
 
 SHOWN = 4  # cases drawn
@@ -24,7 +24,7 @@ def write(root: Path) -> str:
     Raises:
         UserError: for a store that cannot be read, or written.
     """
-    rows = totalsegmentator.read_meta(root)
+    rows = meta.read(root)
     cases = [
         StoredCase(name, split, root / name)
         for name, split in rows.items()
@@ -68,7 +68,7 @@ def _collect(root, cases, index):
     splits = [case.split for case in cases]
     per_case = {case.name: f for case, f in zip(cases, facts, strict=True)}
     return {
-        "cases": {s: splits.count(s) for s in totalsegmentator.SPLITS},
+        "cases": {s: splits.count(s) for s in meta.SPLITS},
         "failed": index.get("failed", {}),
         "excluded": index.get("excluded", []),
         "run": index.get("run", {"cases": 0, "seconds": 0.0}),

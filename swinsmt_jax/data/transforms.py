@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from swinsmt_jax.data.totalsegmentator import Sample
+from swinsmt_jax.data.case import Sample
 
 DRAWS = 256  # voxels tried at random before all voxels are searched
 

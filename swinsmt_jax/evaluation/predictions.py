@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.data import nifti, totalsegmentator
+from swinsmt_jax.data import nifti
+from swinsmt_jax.data.case import Case, load_case
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
-from swinsmt_jax.data.totalsegmentator import Case
 from swinsmt_jax.evaluation import evaluate_split, pictures
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.run import CaseResult, Segmented, SurfaceRule, score
@@ -114,7 +114,7 @@ def _each(
 
 def _evaluate(case, file, *, classes, surface_rule, threads):
     """Return result and views of a case."""
-    truth = totalsegmentator.load_case(case, classes=classes)
+    truth = load_case(case, classes=classes)
     scan = nifti.Volume(
         truth.image, truth.affine, truth.source_affine, truth.source_shape, case.ct
     )

@@ -17,8 +17,8 @@ from nibabel import orientations
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import dicom, label_table, nifti, pipeline
+from swinsmt_jax.data.case import Sample
 from swinsmt_jax.data.nifti import Volume
-from swinsmt_jax.data.totalsegmentator import Sample
 from swinsmt_jax.inference.predict import (
     batch_sharding,
     computing_in,

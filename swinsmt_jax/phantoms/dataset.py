@@ -24,7 +24,7 @@ from absl import logging
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.data import nifti, totalsegmentator
+from swinsmt_jax.data import meta, nifti
 from swinsmt_jax.phantoms.body import SPACING, VERSION, make_phantom
 
 MARKER = "phantoms.json"
@@ -97,7 +97,7 @@ def write_dataset(
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             list(bar(pool.map(write, jobs)))
     names = [_name(i) for i in range(len(splits))]
-    totalsegmentator.add_to_meta(root, dict(zip(names, splits, strict=True)))
+    meta.add(root, dict(zip(names, splits, strict=True)))
 
 
 def _claim(root: Path, arguments: dict) -> bool:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from swinsmt_jax import checks, sharding
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.data.totalsegmentator import Case
+from swinsmt_jax.data.case import Case
 from swinsmt_jax.models import split
 from swinsmt_jax.runtime import memory, processes, record
 from swinsmt_jax.training.checkpoint import Origin, open_checkpoints

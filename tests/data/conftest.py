@@ -8,7 +8,7 @@ import pytest
 
 from swinsmt_jax import class_map, labels
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import preprocess, store, totalsegmentator
+from swinsmt_jax.data import meta, preprocess, store
 
 SHAPE = (12, 10, 8)
 AFFINE = np.array([[2.0, 0, 0, -5], [0, 2, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
@@ -79,7 +79,7 @@ def write_store():
         for sample in samples:
             store.write_case(root, sample, num_classes=len(names) + 1, facts={})
         splits = {sample.name: "train" for sample in samples}
-        totalsegmentator.add_to_meta(root, splits)
+        meta.add(root, splits)
         return DataConfig(str(root), (16, 16, 24), batch_size=4, classes=names)
 
     return write

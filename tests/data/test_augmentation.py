@@ -4,7 +4,7 @@ import pytest
 from swinsmt_jax import checks, labels
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import augmentation
-from swinsmt_jax.data.totalsegmentator import Sample
+from swinsmt_jax.data.case import Sample
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from swinsmt_jax import checks
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.data.totalsegmentator import Sample
+from swinsmt_jax.data.case import Sample
 
 FIRST, STEP = -800, 40  # HU of the first voxel and of each further one
 CERTAIN = {

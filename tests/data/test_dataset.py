@@ -6,7 +6,7 @@ import pytest
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import pipeline, preprocess, store, totalsegmentator
+from swinsmt_jax.data import meta, pipeline, preprocess, store
 from swinsmt_jax.data.dataset import open_dataset
 
 SHAPE = (6, 5, 4)
@@ -101,7 +101,7 @@ def test_a_subset_of_masks_needs_no_other_masks(tmp_path):
     root = tmp_path / "raw"
     write_image(root / "s1/ct.nii.gz")
     save(root / "s1/segmentations/liver.nii.gz", label_of(0, 1))
-    totalsegmentator.add_to_meta(root, {"s1": "train"})
+    meta.add(root, {"s1": "train"})
     (case,) = read_back(root, tmp_path / "store", classes=["liver"])
     np.testing.assert_array_equal(case.read().label, label_of(0, 1))
 
@@ -110,7 +110,7 @@ def test_the_first_release_is_read_by_its_own_classes(tmp_path):
     root = tmp_path / "raw"
     write_image(root / "s1/ct.nii.gz")
     save(root / "s1/segmentations.nii.gz", label_of(93, 104))
-    totalsegmentator.add_to_meta(root, {"s1": "train"})
+    meta.add(root, {"s1": "train"})
     read_back(root, tmp_path / "store", description="v1")
     found = store.read_options(tmp_path / "store").classes
     assert found == class_map.VERSIONS["v1"]
@@ -176,7 +176,7 @@ def test_bad_cases_of_a_description_are_refused_alone(tmp_path):
     assert set(failed) == {"b", "'../b' of the split 'train'", "none"}
     assert "more than once" in failed["b"]
     assert "plain name" in failed["'../b' of the split 'train'"]
-    assert "none.nii, do not exist" in failed["none"]
+    assert "none.nii, does not exist" in failed["none"]
     (case,) = store.find_cases(tmp_path / "store", split="train")
     assert case.name == "a"
 
@@ -205,3 +205,8 @@ def test_a_network_is_trained_and_used_with_one_set_of_classes(tmp_path):
         bad = DataConfig(**{**vars(bad), "classes": ("bone",)})
         with pytest.raises(checks.UserError, match="but the network is for bone"):
             pipeline.find_cases(bad, split="train")
+
+
+def test_a_folder_of_no_known_layout_is_told_of_descriptions(tmp_path):
+    with pytest.raises(checks.UserError, match=r"meta\.csv does not.*dataset\.json"):
+        open_dataset(tmp_path)

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import import_scan, totalsegmentator
+from swinsmt_jax.data import import_scan
+from swinsmt_jax.data.case import load_case
+from swinsmt_jax.data.layouts import totalsegmentator
 
 
 def test_imported_scan_is_found_and_equal(tmp_path, root, volumes):
@@ -20,7 +22,7 @@ def test_imported_scan_is_found_and_equal(tmp_path, root, volumes):
     for split in ("train", "test"):
         (case,) = totalsegmentator.find_cases(mine, split=split)
         assert case.name == f"s0007_{split}"
-        sample = totalsegmentator.load_case(case)
+        sample = load_case(case)
         np.testing.assert_array_equal(sample.image, volumes[0])
         np.testing.assert_array_equal(sample.label, volumes[1])
     with pytest.raises(SystemExit, match="0"):
@@ -71,7 +73,7 @@ def test_real_scan_enters_the_layout(tmp_path, shared):
         splits=["train"],
     )
     (case,) = totalsegmentator.find_cases(tmp_path, split="train")
-    sample = totalsegmentator.load_case(case)
+    sample = load_case(case)
     assert sample.image.shape == sample.label.shape == (122, 101, 112)
     liver = sample.image[sample.label == 5]
     assert 20 < liver.mean() < 80

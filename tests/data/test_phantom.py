@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.data.case import load_case
+from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 
 ID = labels.CLASS_IDS
@@ -141,7 +142,7 @@ def test_dataset_has_the_layout_of_the_download(tmp_path):
         for a, b in zip(*pairs, strict=True):
             assert a.segmentation.is_file()
             assert len(list(b.segmentation.parent.iterdir())) == 117
-            x, y = totalsegmentator.load_case(a), totalsegmentator.load_case(b)
+            x, y = load_case(a), load_case(b)
             np.testing.assert_array_equal(x.image, y.image)
             np.testing.assert_array_equal(x.label, y.label)
             assert nib.aff2axcodes(x.affine) == ("R", "A", "S")

@@ -16,8 +16,9 @@ from scipy import stats
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import pipeline, store, totalsegmentator
-from swinsmt_jax.data.totalsegmentator import Sample
+from swinsmt_jax.data import meta, pipeline, store
+from swinsmt_jax.data.case import Sample, load_case
+from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 
 PATCH = (16, 16, 24)
@@ -45,7 +46,7 @@ def linked(tmp_path_factory, write_store):
     config = write_store(root, [Sample(image, label, np.eye(4), "s0")], names)
     for i in range(1, 200):
         shutil.copytree(root / "s0", root / f"s{i}", copy_function=os.link)
-    totalsegmentator.add_to_meta(root, {f"s{i}": "train" for i in range(1, 200)})
+    meta.add(root, {f"s{i}": "train" for i in range(1, 200)})
     return config
 
 
@@ -261,7 +262,7 @@ def test_centres_are_uniform_also_where_voxels_are_sampled(
 
 def test_volume_is_the_foreground_scaled_as_in_training(config):
     (case,) = totalsegmentator.find_cases(config.root, split="test")
-    sample = totalsegmentator.load_case(case)
+    sample = load_case(case)
     above = np.argwhere(sample.image > config.hu_range[0])
     box = tuple(
         slice(a, b + 1) for a, b in zip(above.min(0), above.max(0), strict=True)
@@ -282,7 +283,7 @@ def test_volume_is_the_foreground_scaled_as_in_training(config):
 
 def test_volume_is_resampled_to_the_spacing_asked(config):
     (case,) = totalsegmentator.find_cases(config.root, split="test")
-    scan = totalsegmentator.load_case(case)
+    scan = load_case(case)
     volume = pipeline.load_volume(replace(config, spacing=24.0), case)
     np.testing.assert_allclose(volume["spacing"], 24)
     assert set(np.unique(volume["label"])) <= set(range(118))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import labels
-from swinsmt_jax.data import preprocess, store, totalsegmentator
+from swinsmt_jax.data import meta, preprocess, store
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -25,7 +25,7 @@ def write_masks(root, name, *, empty=False):
         mask = np.zeros((6, 6, 6), np.uint8)
         mask[2:4] = structure == "liver" and not empty
         save(root / name / f"segmentations/{structure}.nii.gz", mask)
-    totalsegmentator.add_to_meta(root, {name: "train"})
+    meta.add(root, {name: "train"})
     return root / name
 
 
@@ -96,7 +96,10 @@ def test_bad_lines_of_meta_are_refused_alone(tmp_path):
     )
     assert list(failed) == [f"line 4 of {meta}", "s4"]
     assert "'../s3', but must be the plain name" in failed[f"line 4 of {meta}"]
-    assert "line 7" in failed["s4"] and "repeats the image_id 's4'" in failed["s4"]
+    assert (
+        "line 7" in failed["s4"]
+        and "lists the case 's4' more than once" in failed["s4"]
+    )
     found = store.find_cases(tmp_path / "store", split="train")
     assert [case.name for case in found] == ["s1", "s3"]
     assert not (tmp_path / "store" / "s4").exists()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import preprocess, store, totalsegmentator
+from swinsmt_jax.data import meta, preprocess, store
 
 DIE = "__import__('os')._exit(1)"
 
@@ -69,7 +69,7 @@ def test_a_second_run_on_a_store_is_refused(tmp_path):
         file = source / "s1" / f"{name}.nii.gz"
         file.parent.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), file)
-    totalsegmentator.add_to_meta(source, {"s1": "train"})
+    meta.add(source, {"s1": "train"})
     with store.opened(root, store.Options(0.0)):
         with pytest.raises(checks.UserError, match=f"another run .* {root}; wait"):
             preprocess.preprocess(source, root)

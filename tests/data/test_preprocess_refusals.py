@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import preprocess, store, store_report, totalsegmentator
+from swinsmt_jax.data import meta, preprocess, store, store_report
 from swinsmt_jax.data.dataset import open_dataset
+from swinsmt_jax.data.layouts import totalsegmentator
 
 pytestmark = pytest.mark.usefixtures("here")
 SHAPE = (6, 5, 4)
@@ -30,7 +31,7 @@ def label_of(*numbers):
 def add_case(root, name, *, split="train", affine=None):
     save(root / name / "ct.nii.gz", np.zeros(SHAPE, np.int16), affine)
     save(root / name / "segmentations.nii.gz", label_of(0, 1, 2), affine)
-    totalsegmentator.add_to_meta(root, {name: split})
+    meta.add(root, {name: split})
 
 
 def test_whatever_happens_to_a_case_is_its_reason(tmp_path, monkeypatch):
@@ -42,14 +43,14 @@ def test_whatever_happens_to_a_case_is_its_reason(tmp_path, monkeypatch):
     content = bytearray(gzip.decompress(ct.read_bytes()))
     content[108:112] = np.array(np.inf, "<f4").tobytes()
     ct.write_bytes(gzip.compress(content))
-    load = totalsegmentator.load_case
+    load = preprocess.load_case
 
     def load_case(case, **options):
         if case.name == "memory":
             raise MemoryError("no room\nfor it")
         return load(case, **options)
 
-    monkeypatch.setattr(totalsegmentator, "load_case", load_case)
+    monkeypatch.setattr(preprocess, "load_case", load_case)
     failed = preprocess.preprocess(source, tmp_path / "store", spacing=1.5)
     assert list(failed) == ["memory", "vast", "offset"]
     assert failed["memory"] == "MemoryError: no room for it"
@@ -87,7 +88,7 @@ def test_ids_that_a_store_cannot_hold_are_refused_alone(tmp_path):
     found = store.find_cases(tmp_path / "store", split="train")
     assert [case.name for case in found] == ["good", "s" * 200]
     with pytest.raises(checks.UserError, match="at most 200 bytes, no leading dot"):
-        totalsegmentator.require_id("case", ".x")
+        meta.require_id("case", ".x")
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
@@ -97,7 +98,7 @@ def test_a_table_in_another_encoding_is_refused(tmp_path, encoding):
     (tmp_path / "meta.csv").write_bytes(text.encode(encoding))
     for use in (
         lambda: totalsegmentator.find_cases(tmp_path, split="train"),
-        lambda: totalsegmentator.add_to_meta(tmp_path, {"s2": "val"}),
+        lambda: meta.add(tmp_path, {"s2": "val"}),
     ):
         with pytest.raises(
             checks.UserError, match=r"meta\.csv .*save it as CSV in UTF"

@@ -17,7 +17,9 @@ import pytest
 import preprocess as script
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import pipeline, preprocess, store, store_report, totalsegmentator
+from swinsmt_jax.data import meta, pipeline, preprocess, store, store_report
+from swinsmt_jax.data.case import load_case
+from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 
 ROOT = Path(script.__file__).parent
@@ -61,7 +63,7 @@ def test_a_case_comes_back_bit_by_bit(source, root):
         raw = totalsegmentator.find_cases(source, split=split)
         assert [case.name for case in stored] == [case.name for case in raw]
         for one, other in zip(stored, raw, strict=True):
-            sample, expected = one.read(), totalsegmentator.load_case(other)
+            sample, expected = one.read(), load_case(other)
             np.testing.assert_array_equal(sample.image, expected.image)
             np.testing.assert_array_equal(sample.label, expected.label)
             np.testing.assert_allclose(sample.affine, expected.affine)
@@ -197,7 +199,7 @@ def test_another_spacing_is_resampled_once(source, tmp_path, here):
 
 
 def test_bad_cases_are_named_and_the_others_go_on(mine, tmp_path, here):
-    names = list(totalsegmentator.read_meta(mine))
+    names = list(meta.read(mine))
     nan = nib.load(mine / names[0] / "ct.nii.gz")
     array = nan.get_fdata().astype(np.float32)
     array[0, 0, 0] = np.nan
@@ -239,7 +241,7 @@ def replace_bytes(path, content):
 def test_a_run_continues_and_what_is_there_stays(source, tmp_path, here):
     root = tmp_path / "store"
     write_all(source, root)
-    names = list(totalsegmentator.read_meta(root))
+    names = list(meta.read(root))
     kept = root / names[0] / "case.json"
     before = kept.stat().st_mtime_ns
     (root / names[1] / "case.json").unlink()
@@ -267,7 +269,7 @@ def test_what_cannot_be_a_store_is_refused(source, root, tmp_path):
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
     source, tmp_path, here
 ):
-    root, names = tmp_path / "store", list(totalsegmentator.read_meta(source))
+    root, names = tmp_path / "store", list(meta.read(source))
     write_all(source, root)
     for name in names[1:]:
         shutil.rmtree(root / name)

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.data import totalsegmentator
+from swinsmt_jax.data import meta
+from swinsmt_jax.data.case import load_case
+from swinsmt_jax.data.layouts import totalsegmentator
 
 
 def only_case(root, split="train"):
@@ -14,7 +16,7 @@ def only_case(root, split="train"):
 def test_masks_and_label_file_give_the_same_sample(root, volumes):
     ct, label = volumes
     for split in ("train", "test"):
-        sample = totalsegmentator.load_case(only_case(root, split))
+        sample = load_case(only_case(root, split))
         np.testing.assert_array_equal(sample.image, ct)
         np.testing.assert_array_equal(sample.label, label)
         assert (sample.image.dtype, sample.label.dtype) == (np.int16, np.uint8)
@@ -25,7 +27,7 @@ def test_where_masks_overlap_the_later_class_wins(root, volumes, write):
     ones = np.ones(volumes[0].shape, np.uint8)
     for name in ("costal_cartilages", "liver", "aorta"):
         write(root / f"s0001/segmentations/{name}.nii.gz", ones)
-    sample = totalsegmentator.load_case(only_case(root))
+    sample = load_case(only_case(root))
     assert np.all(sample.label == labels.CLASS_IDS["costal_cartilages"])
 
 
@@ -34,7 +36,7 @@ def test_masks_in_another_orientation_than_the_ct_are_brought_to_it(root, volume
     image = nib.load(path)
     flipped = image.as_reoriented(np.array([[1, -1], [0, -1], [2, 1]]))
     nib.save(nib.Nifti1Image(np.asarray(flipped.dataobj), flipped.affine), path)
-    sample = totalsegmentator.load_case(only_case(root))
+    sample = load_case(only_case(root))
     np.testing.assert_array_equal(sample.image, volumes[0])
     np.testing.assert_array_equal(sample.label, volumes[1])
 
@@ -42,13 +44,13 @@ def test_masks_in_another_orientation_than_the_ct_are_brought_to_it(root, volume
 def test_missing_mask_is_named(root):
     (root / "s0001/segmentations/rib_left_3.nii.gz").unlink()
     with pytest.raises(checks.UserError, match="lacks 1 of 117 masks: rib_left_3"):
-        totalsegmentator.load_case(only_case(root))
+        load_case(only_case(root))
 
 
 def test_unknown_class_is_named_with_its_neighbour(root, write):
     write(root / "s0001/segmentations/livr.nii.gz", np.zeros((2, 2, 2), np.uint8))
     with pytest.raises(checks.UserError, match=r"livr\.nii\.gz.*Did you mean 'liver'"):
-        totalsegmentator.load_case(only_case(root))
+        load_case(only_case(root))
 
 
 @pytest.mark.parametrize(
@@ -62,20 +64,20 @@ def test_segmentation_off_the_grid_of_the_ct_is_refused(root, split, file, write
     case = only_case(root, split)
     write(path, array[:, :-1], affine)
     with pytest.raises(checks.UserError, match=r"shape \(12, 9, 8\).*\(12, 10, 8\)"):
-        totalsegmentator.load_case(case)
+        load_case(case)
     moved = affine.copy()
     moved[0, 3] += 1.0  # half a voxel
     write(path, array, moved)
     with pytest.raises(checks.UserError, match=r"affine of .* 0\.50 voxels away"):
-        totalsegmentator.load_case(case)
+        load_case(case)
     stretched = affine @ np.diag([1, 1.02, 1, 1])  # 0.18 voxels at the far corner
     write(path, array, stretched)
     with pytest.raises(checks.UserError, match=r"0\.18 voxels away"):
-        totalsegmentator.load_case(case)
+        load_case(case)
     rounded = affine.copy()
     rounded[1, 3] += 1e-3
     write(path, array, rounded)
-    totalsegmentator.load_case(case)
+    load_case(case)
 
 
 def test_labels_of_other_class_maps_are_refused(root, volumes, write):
@@ -83,7 +85,7 @@ def test_labels_of_other_class_maps_are_refused(root, volumes, write):
     label[0, 0, 0] = 130
     write(root / "s0002/segmentations.nii.gz", label)
     with pytest.raises(checks.UserError, match=r"0 to 130.*class map v2.*0 to 117"):
-        totalsegmentator.load_case(only_case(root, "test"))
+        load_case(only_case(root, "test"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,10 @@ def test_labels_of_other_class_maps_are_refused(root, volumes, write):
         ("image_id;split\n../x;train\n", "line 2 .*'../x'.*plain name"),
         ("image_id;split\n..;train\n", "plain name"),
         ("image_id;split\n;train\n", "plain name"),
-        ("image_id;split\ns0001;train\ns0001;test\n", "line 3 .*repeats.*'s0001'"),
+        (
+            "image_id;split\ns0001;train\ns0001;test\n",
+            "line 3 .*more than once",
+        ),
         ("image_id;split\ns0001;trian\n", "'trian'.*Did you mean 'train'"),
         ("image_id;split\ns0009;train\n", "s0009.*finish the download"),
         ("", "needs 'image_id'"),
@@ -123,7 +128,7 @@ def test_missing_parts_of_the_layout_are_named(root):
 
 
 def test_adding_to_meta_keeps_the_other_columns_and_rows(root):
-    totalsegmentator.add_to_meta(root, {"s0003": "val", "s0002": "train"})
+    meta.add(root, {"s0003": "val", "s0002": "train"})
     text = (root / "meta.csv").read_text(encoding="utf-8-sig")
     rows = ["image_id;age;split", "s0001;50;train", "s0003;;val", "s0002;;train"]
     assert text.split() == rows

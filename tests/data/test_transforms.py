@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swinsmt_jax.data import transforms
-from swinsmt_jax.data.totalsegmentator import Sample
+from swinsmt_jax.data.case import Sample
 
 SHAPE = (14, 12, 10)
 

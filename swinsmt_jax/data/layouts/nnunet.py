@@ -8,31 +8,27 @@ training case that lacks its image or its labels is refused.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from swinsmt_jax import checks, class_map
-from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data.totalsegmentator import Case, require_files, require_id
+from swinsmt_jax.data import meta
+from swinsmt_jax.data.case import Case, Dataset, require_files
 
-NUMBER = "_0000"  # of the only channel
+TITLE = "nnU-Net's, with imagesTr and labelsTr"
+CHANNEL = "_0000"  # of the only one
 FOLDERS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
 SPLITS_FILE = "splits_final.json"
-FIFTH = 5
+HOLD_OUT_EVERY = 5  # training cases, one of which is for validation
 ENDINGS = (".nii.gz", ".nii")
 
 
-def describes(content: dict) -> bool:
+def fits(root: Path, content: dict) -> bool:
     """Whether a JSON object is nnU-Net's description of a dataset."""
     return "labels" in content and bool({"channel_names", "modality"} & content.keys())
 
 
-def read(
-    root: Path, content: dict, *, where: str, refused: dict[str, str]
-) -> tuple[ClassMap, dict[str, str], Callable[[str, str], Case]]:
-    """Return classes, {case: split} and the function from (case, split) to files.
-
-    {case or file: reason} of what cannot be used enters `refused`.
+def read(root: Path, content: dict, *, where: str) -> Dataset:
+    """List the cases.
 
     Raises:
         UserError: for several channels, regions, ids with gaps, files that are not
@@ -49,13 +45,14 @@ def read(
 
     def find(name, split):
         images, segmentations = FOLDERS["test" if split == "test" else "train"]
-        new = root / images / f"{name}{NUMBER}{ending}"
+        new = root / images / f"{name}{CHANNEL}{ending}"
         old = root / images / f"{name}{ending}"
         image = old if old.is_file() and not new.is_file() else new
         label = root / segmentations / f"{name}{ending}"
         return require_files(Case(name, image, split, label))
 
-    return classes, _splits(root, ending, refused), find
+    refused: dict[str, str] = {}
+    return Dataset(root, classes, _splits(root, ending, refused), find, refused)
 
 
 def _classes(found, where):
@@ -86,13 +83,14 @@ def _classes(found, where):
 
 def _splits(root, ending, refused):
     """Return {case: split} of the training cases, and the test cases with labels."""
-    parts = {split: _names(root, split, ending, refused) for split in FOLDERS}
+    parts = {split: _names(root, split, ending) for split in FOLDERS}
     checks.require(
         any((root / FOLDERS["train"][1]).glob(f"*{ending}")),
         f"{root / FOLDERS['train'][1]} holds no *{ending}, but nnU-Net's layout has "
         "the labels of the training cases there.",
     )
-    file, held_out = root / SPLITS_FILE, parts["train"][FIFTH - 1 :: FIFTH]
+    file = root / SPLITS_FILE
+    held_out = parts["train"][HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
     if file.is_file():
         try:
             held_out = [str(name) for name in json.loads(file.read_text())[0]["val"]]
@@ -112,25 +110,20 @@ def _splits(root, ending, refused):
         )
     splits = {n: "val" if n in held_out else "train" for n in parts["train"]}
     splits |= dict.fromkeys(parts["test"], "test")
-    return {name: split for name, split in splits.items() if name not in refused}
+    entries = ((name, name, split) for name, split in splits.items())
+    return meta.collect(entries, refused=refused)
 
 
-def _names(root, split, ending, refused):
+def _names(root, split, ending):
     """Return the cases of a split in the order of their names."""
     images, labels = (
-        [
-            f.name.removesuffix(ending)
-            for f in sorted((root / folder).glob(f"*{ending}"))
-        ]
+        {
+            file.name.removesuffix(ending)
+            for file in (root / folder).glob(f"[!.]*{ending}")
+        }
         for folder in FOLDERS[split]
     )
-    names = {name for name in labels if name[0] != "."}
-    if split == "train":  # one without labels shall not vanish
-        images = [name for name in images if name[0] != "." and name not in names]
-        names |= {name.removesuffix(NUMBER) for name in images}
-    for name in sorted(names):
-        try:
-            require_id(f"a case of {root}", name)
-        except checks.UserError as error:
-            refused[name] = str(error)
-    return sorted(names)
+    if split == "test":
+        return sorted(labels)
+    # A training case without labels shall not vanish.
+    return sorted(labels | {name.removesuffix(CHANNEL) for name in images - labels})

@@ -1,0 +1,188 @@
+"""Cases of a dataset: their files, and their CT and merged labels in memory."""
+
+import glob
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from swinsmt_jax import checks, labels
+from swinsmt_jax.class_map import V2, ClassMap
+from swinsmt_jax.data import nifti
+
+CLASS = "{class}"  # stands for the name of a class in the path of masks
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan on disk; `segmentation` is one label file, or has `CLASS` in it."""
+
+    name: str
+    ct: Path
+    split: str
+    segmentation: Path
+
+    def read(self) -> "Sample":
+        """Read a scan of TotalSegmentator v2's classes; see `load_case`."""
+        return load_case(self)
+
+    @property
+    def facts(self) -> list[int]:
+        """Bytes of the files: they tell one case from another."""
+        found = self.segmentation
+        files = _files(found) if CLASS in str(found) else [found]
+        return [file.stat().st_size for file in (self.ct, *files)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scan in memory, in RAS orientation.
+
+    Attributes:
+        image: [X, Y, Z], int16 HU; float32 once scaled.
+        label: [X, Y, Z], uint8 label ids.
+        affine: [4, 4], voxel indices to world millimetres.
+        name: the case's id.
+        overlapping: claims of masks to voxels that another mask has too.
+        source_shape: shape of the file's array, in its own axes.
+        source_affine: [4, 4] of the file.
+        notes: what a user should know about the CT's file.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    affine: np.ndarray
+    name: str
+    overlapping: int = 0
+    source_shape: tuple[int, ...] = ()
+    source_affine: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset on disk.
+
+    Attributes:
+        root: its folder.
+        classes: of its label ids.
+        splits: {case: split}.
+        find: (case, split) to its files; a `UserError` if they are not there.
+        refused: {case or line: reason} of entries that cannot be used.
+    """
+
+    root: Path
+    classes: ClassMap
+    splits: Mapping[str, str]
+    find: Callable[[str, str], Case]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def require_files(case: Case) -> Case:
+    """Return a case whose image and labels are there, or else raise `UserError`."""
+    masks = CLASS in str(case.segmentation)
+    for what, does, file in (
+        ("image", "does", case.ct),
+        ("labels", "do", case.segmentation),
+    ):
+        checks.require(
+            file.is_file() or (what == "labels" and masks),
+            f"the {what} of the case {case.name!r}, {file}, {does} not exist; finish "
+            "the download or remove the case from the splits.",
+        )
+    return case
+
+
+def load_case(
+    case: Case, *, classes: ClassMap = V2, kept: ClassMap | None = None
+) -> Sample:
+    """Read the CT and the labels of a case, reoriented to RAS.
+
+    Masks are merged in the order of the class map; where they overlap, the later class
+    wins, as in TotalSegmentator's own converter. Masks of classes that are not kept
+    take part as background, if they are there.
+
+    Args:
+        case: its files.
+        classes: that the files hold.
+        kept: a subset of these, if others are to become background.
+
+    Raises:
+        UserError: as `nifti.load_ct`; for a missing mask, a mask of no known class, and
+            labels that do not lie on the CT's voxel grid.
+    """
+    ct, overlapping = nifti.load_ct(case.ct), 0
+    kept = kept or classes
+    if CLASS in str(case.segmentation):
+        label, overlapping = _merge_masks(case.segmentation, ct, classes, kept)
+    else:
+        label = nifti.load_labels(case.segmentation, classes=classes, on=ct).array
+        if kept != classes:
+            ids = {name: i for i, name in enumerate(kept.names)}
+            table = [ids.get(name, 0) for name in classes.names]
+            label = np.array(table, np.uint8)[label]
+    return Sample(
+        ct.array,
+        label,
+        ct.affine,
+        case.name,
+        overlapping,
+        ct.source_shape,
+        ct.source_affine,
+        ct.notes,
+    )
+
+
+def _merge_masks(
+    masks: Path, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
+) -> tuple[np.ndarray, int]:
+    """Return the labels, and how often a mask claims a voxel that is labelled."""
+    wanted, first, last = classes.names[1:], *str(masks).split(CLASS)
+    names = [str(p).removeprefix(first).removesuffix(last) for p in _files(masks)]
+    for name in names:
+        checks.require(
+            name in wanted,
+            f"{first}{name}{last} belongs to none of the {len(wanted)} classes of "
+            f"{_title(classes)}.{checks.did_you_mean(name, wanted)}",
+        )
+    missing = [name for name in kept.names[1:] if name not in names]
+    checks.require(
+        not missing,
+        f"{masks.parent} lacks {len(missing)} of {len(kept.names) - 1} masks: "
+        f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; an absent "
+        "structure needs an empty mask, so download the case again.",
+    )
+    ids = {name: i for i, name in enumerate(kept.names)}
+    label, claimed = None, 0
+    start = wanted.index(kept.names[1])  # background on background changes nothing
+    for name in (name for name in wanted[start:] if name in names):
+        mask = nifti.load_mask(f"{first}{name}{last}", on=ct).array
+        label, again = nifti.merge(label, mask, ids.get(name, 0))
+        claimed += again
+    return np.ascontiguousarray(label), claimed
+
+
+def _title(classes):
+    if classes == V2:
+        return f"TotalSegmentator {labels.VERSION} ({labels.RECORD})"
+    return "the dataset"
+
+
+def _files(masks: Path) -> list[Path]:
+    """Return the files of all masks of a case, sorted."""
+    first, last = str(masks).split(CLASS)
+    return sorted(
+        Path(file) for file in glob.glob(f"{glob.escape(first)}*{glob.escape(last)}")
+    )
+
+
+def resampled(sample: Sample, spacing: float) -> Sample:
+    """Return a sample of cubic voxels of this side in mm; 0 keeps its own."""
+    if spacing == 0:
+        return sample
+    image, affine = nifti.resample(
+        sample.image, sample.affine, spacing=spacing, order=1
+    )
+    label, _ = nifti.resample(sample.label, sample.affine, spacing=spacing, order=0)
+    return replace(sample, image=image, label=label, affine=affine)

@@ -1,0 +1,93 @@
+"""A layout that a JSON file describes, dataset.json in the folder or elsewhere.
+
+{"classes": ["liver", "spleen"],             label ids 1, 2, ...; or "v1", "v2"
+ "groups": {"organs": ["liver", "spleen"]},  columns of the results; may be absent
+ "image": "{case}/ct.nii.gz",
+ "labels": "{case}/labels.nii.gz",           one file of label ids, or
+ "masks": "{case}/{class}.nii.gz",           one file for each class
+ "splits": {"train": ["a", "b"], "val": ["c"], "test": []}}   or "meta.csv"
+
+Paths are relative to the folder of the dataset.
+"""
+
+from pathlib import Path
+
+from swinsmt_jax import checks, class_map
+from swinsmt_jax.data import meta
+from swinsmt_jax.data.case import CLASS, Case, Dataset, require_files
+
+TITLE = "described by a JSON file of its own"
+KEYS = ("classes", "groups", "image", "labels", "masks", "splits")
+
+
+def fits(root: Path, content: dict) -> bool:
+    """Take every description that is not another layout's."""
+    return bool(content)
+
+
+def read(root: Path, content: dict, *, where: str) -> Dataset:
+    """List the cases; a `UserError` names the key that cannot be used."""
+    patterns = _patterns(content, where)
+    classes = content["classes"]
+    if isinstance(classes, str):
+        classes = class_map.from_json(classes, where=where)
+    else:
+        classes = class_map.make(classes, content.get("groups", {}), where=where)
+
+    def path(key, name):
+        return root / patterns[key].replace("{case}", name)
+
+    def find(name, split):
+        segmentation = path("labels" if patterns["labels"] else "masks", name)
+        return require_files(Case(name, path("image", name), split, segmentation))
+
+    refused: dict[str, str] = {}
+    splits = _splits(root, content["splits"], refused, where=where)
+    return Dataset(root, classes, splits, find, refused)
+
+
+def _patterns(content, where):
+    for key in content:
+        checks.one_of(f"a key of {where}", key, KEYS)
+    for key in ("classes", "image", "splits"):
+        checks.require(key in content, f"{where} lacks the key {key!r}.")
+    patterns = {key: content.get(key) for key in ("image", "labels", "masks")}
+    checks.require(
+        (patterns["labels"] is None) != (patterns["masks"] is None),
+        f"{where} must have one of the keys 'labels' (a file of label ids) and 'masks' "
+        "(a file for each class).",
+    )
+    for key, pattern in patterns.items():
+        wanted = ("{case}", CLASS) if key == "masks" else ("{case}",)
+        checks.require(
+            pattern is None
+            or (isinstance(pattern, str) and all(x in pattern for x in wanted))
+            and pattern.count(CLASS) == (key == "masks"),
+            f"{where}: {key} is {pattern!r}, but must be a path with "
+            f"{' and '.join(wanted)} in it.",
+        )
+    return patterns
+
+
+def _splits(root, splits, refused, *, where):
+    """Return {case: split}, from meta.csv or from lists of cases."""
+    checks.require(root.is_dir(), f"data folder {root} does not exist.")
+    if splits == meta.META:
+        checks.require(
+            (root / meta.META).is_file(),
+            f"{where}: splits is {splits!r}, but {root} has no such file.",
+        )
+        return meta.read(root, refused=refused)
+    checks.require(
+        isinstance(splits, dict) and all(isinstance(x, list) for x in splits.values()),
+        f"{where}: splits is {splits!r}, but must be {meta.META!r} or "
+        '{"train": [cases], "val": [cases], "test": [cases]}.',
+    )
+    for split in splits:
+        checks.one_of(f"{where}: a split", split, meta.SPLITS)
+    entries = (
+        (f"{name!r} of the split {split!r}", name, split)
+        for split, names in splits.items()
+        for name in names
+    )
+    return meta.collect(entries, refused=refused)

@@ -1,0 +1,118 @@
+"""Tables of cases and their splits; meta.csv as TotalSegmentator-V2 has it."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from swinsmt_jax import checks
+from swinsmt_jax.runtime import files
+
+SPLITS = ("train", "val", "test")
+META = "meta.csv"  # separated by semicolons; image_id, split
+RESERVED = (META, "store.json", "report.json", "report.html")  # files of a store
+MAX_ID_BYTES = 200  # file systems take 255 with what is added to an id
+
+
+def collect(
+    entries: Iterable[tuple[str, object, str]],
+    *,
+    refused: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Return {case id: split} of a table's entries (place in the table, id, split).
+
+    Where `refused` is given, entries that cannot be used do not raise: {case or place:
+    reason} enters it, and the others are taken. Of a repeated id no entry is taken,
+    since its split is unknown.
+
+    Raises:
+        UserError: for an id that is repeated or not a plain folder name, and an unknown
+            split.
+    """
+    splits = {}
+    for place, name, split in entries:
+        used = place
+        try:
+            require_id(f"{place}: the id of the case", name)
+            used = name
+            checks.require(
+                name not in splits,
+                f"{place} lists the case {name!r} more than once; remove one of them.",
+            )
+            checks.one_of(f"the split of {name!r} on {place}", split, SPLITS)
+            splits[name] = split
+        except checks.UserError as error:
+            if refused is None:
+                raise
+            refused[used] = str(error)
+    return {n: split for n, split in splits.items() if n not in (refused or {})}
+
+
+def require_id(what: str, name: object) -> None:
+    """Raise `UserError` unless `name` can be the name of a case's folder in a store."""
+    checks.require(
+        isinstance(name, str)
+        and name.strip() == name != ""
+        and name.isprintable()
+        and name[0] != "."
+        and not set(name) & set("/\\:;")
+        and name.lower() not in RESERVED
+        and len(name.encode()) <= MAX_ID_BYTES,
+        f"{what} is {name!r}, but must be the plain name of a folder, such as 's0001': "
+        f"at most {MAX_ID_BYTES} bytes, no leading dot, none of / \\ : ; and none of "
+        f"{', '.join(RESERVED)}. Rename the case.",
+    )
+
+
+def read(root: Path, *, refused: dict[str, str] | None = None) -> dict[str, str]:
+    """Read meta.csv as {case id: split}, in file order; see `collect`.
+
+    Raises:
+        UserError: for a file that is no such table, and as `collect`.
+    """
+    path = root / META
+    columns, rows = _table(path)
+    needed = ("image_id", "split")
+    for column in needed:
+        checks.require(
+            column in columns,
+            f"{path} has the columns {columns}, but needs {column!r}; columns are "
+            "separated by semicolons.",
+        )
+    entries = (
+        (
+            f"line {n} of {path}",
+            *((row[c] or "").strip() for c in ("image_id", "split")),
+        )
+        for n, row in enumerate(rows, start=2)
+    )
+    return collect(entries, refused=refused)
+
+
+def add(root: Path, splits: dict[str, str]) -> None:
+    """Add cases {id: split} to meta.csv, made if absent; other rows stay as they are.
+
+    The file is written as the real one, with a byte-order mark, and appears complete.
+    """
+    path = root / META
+    columns, rows = ["image_id", "split"], []
+    if path.is_file():
+        columns, found = _table(path)
+        rows = [row for row in found if row["image_id"] not in splits]
+    rows += [{"image_id": name, "split": split} for name, split in splits.items()]
+    with files.replacing(path) as partial:
+        with partial.open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, columns, delimiter=";")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _table(path):
+    """Return columns and rows of meta.csv."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=";")
+            return list(reader.fieldnames or ()), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise checks.UserError(
+            f"{path} cannot be read: {error}; save it as CSV in UTF-8."
+        ) from error

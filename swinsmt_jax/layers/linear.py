@@ -1,5 +1,7 @@
 """Linear layer, norms and random dropping: the small parts of the transformer."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -51,9 +53,22 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
+@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, written as PyTorch does, so that the two round alike."""
+    """Exact GELU, written as PyTorch does, so that the two round alike.
+
+    Its derivative is written out because that of `erf` raises inside `jax.shard_map`
+    in jax 0.12.
+    """
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    cumulative = 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+    density = jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+    return x * cumulative, (cumulative + x * density) * dx
 
 
 def dropout(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:

@@ -52,6 +52,9 @@ def test_gelu_is_exact(rng):
     x = jnp.asarray(rng.standard_normal(100), jnp.float32)
     expected = jax.nn.gelu(x, approximate=False)
     np.testing.assert_allclose(linear.gelu(x), expected, atol=1e-6)
+    slope = jax.vmap(jax.grad(linear.gelu))(x)
+    expected = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
+    np.testing.assert_allclose(slope, expected, atol=1e-6)
 
 
 def test_dropout_keeps_the_mean_and_drop_path_whole_samples():

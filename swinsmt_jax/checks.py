@@ -41,6 +41,16 @@ def pattern(name: str, value: str) -> None:
         ) from error
 
 
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, in ascending order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def listed(values: Iterable) -> str:
+    """Return values as a list for a message: 1, 2, 4."""
+    return ", ".join(map(str, values))
+
+
 def did_you_mean(value: object, choices: Iterable) -> str:
     """Return ' Did you mean ...?' for the nearest of `choices`, or ''."""
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)

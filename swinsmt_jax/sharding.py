@@ -34,12 +34,12 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     count, data = len(devices), config.data
+    checks.require(
+        config.expert <= count and (data != -1 or count % config.expert == 0),
+        f"mesh.expert is {config.expert}, but must divide the number of devices, "
+        f"{count}: take one of {checks.listed(checks.divisors(count))}.",
+    )
     if data == -1:
-        checks.require(
-            count % config.expert == 0,
-            f"mesh.expert is {config.expert}, but must divide the number of devices, "
-            f"{count}: take one of {_listing(_divisors(count))}.",
-        )
         data = count // config.expert
     size = data * config.expert
     checks.require(
@@ -75,11 +75,12 @@ def require_divisible(config: ExperimentConfig, mesh: Mesh) -> None:
         f"valid size is {-(-batch // size) * size}. Fewer devices are taken with "
         "mesh.data.",
     )
-    parts = size * config.training.accumulate
+    share, accumulate = batch // size, config.training.accumulate
     checks.require(
-        batch % parts == 0,
-        f"training.accumulate is {config.training.accumulate}, but must divide the "
-        f"{batch // size} samples that each device has of data.batch_size = {batch}.",
+        share % accumulate == 0,
+        f"training.accumulate is {accumulate}, but must divide the {share} samples "
+        f"that each of the {size} devices has of data.batch_size = {batch}: take one "
+        f"of {checks.listed(checks.divisors(share))}.",
     )
     if isinstance(config.model, SwinSMTConfig):
         experts, axis = config.model.num_experts, mesh.shape[EXPERT]
@@ -87,7 +88,7 @@ def require_divisible(config: ExperimentConfig, mesh: Mesh) -> None:
             experts % axis == 0,
             f"model.num_experts is {experts}, but must be a multiple of mesh.expert = "
             f"{axis}; with {experts} experts, mesh.expert may be one of "
-            f"{_listing(_divisors(experts))}.",
+            f"{checks.listed(checks.divisors(experts))}.",
         )
 
 
@@ -193,11 +194,3 @@ def _require_fit(name, shape, spec, mesh):
             f"parameter {name} has shape {shape}, but its side {side} must be a "
             f"multiple of {parts}, the size of the mesh axis {axis!r}.",
         )
-
-
-def _divisors(number):
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _listing(numbers):
-    return ", ".join(str(n) for n in numbers)

@@ -13,6 +13,10 @@ RESERVED = (META, "store.json", "report.json", "report.html")  # files of a stor
 MAX_ID_BYTES = 200  # file systems take 255 with what is added to an id
 
 
+class EmptySplitError(checks.UserError):
+    """A dataset or a store has no case of the split asked for."""
+
+
 def collect(
     entries: Iterable[tuple[str, object, str]],
     *,

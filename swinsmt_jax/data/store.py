@@ -240,9 +240,10 @@ def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
         f"{', '.join(lost[:3])}: it is not finished, or lost them. Run preprocess.py "
         "again with the same flags; what is there is kept.",
     )
-    checks.require(
-        bool(names), f"the store {root} holds no case of the split {split!r}."
-    )
+    if not names:
+        raise meta.EmptySplitError(
+            f"the store {root} holds no case of the split {split!r}."
+        )
     return tuple(StoredCase(name, split, root / name) for name in names)
 
 

@@ -36,7 +36,7 @@ def what_helps(config: ExperimentConfig, *, devices: int) -> str:
     parts = REMAT_CHOICES if isinstance(model, SwinUNETRConfig) else REMAT_PARTS
     same = []
     share = data.batch_size // devices
-    more = [n for n in _divisors(share) if n > config.training.accumulate]
+    more = [n for n in checks.divisors(share) if n > config.training.accumulate]
     if more:
         same.append(f"--config.training.accumulate={more[0]}")
     if set(model.remat) < set(parts):
@@ -44,13 +44,13 @@ def what_helps(config: ExperimentConfig, *, devices: int) -> str:
     other = []
     if model.dtype != "bfloat16":
         other.append("--config.model.dtype=bfloat16")
-    fewer = [n for n in _divisors(share) if n < share]
+    fewer = [n for n in checks.divisors(share) if n < share]
     if fewer:
         other.append(f"--config.data.batch_size={fewer[-1] * devices}")
     if smaller := _smaller_patch(config):
         other.append(f'--config.data.patch_shape="{smaller}"')
     experts = getattr(model, "num_experts", 0)
-    spread = [n for n in _divisors(devices) if n > config.mesh.expert]
+    spread = [n for n in checks.divisors(devices) if n > config.mesh.expert]
     spread = [n for n in spread if experts and experts % n == 0]
     if spread:
         same.append(f"--config.mesh.data=-1 --config.mesh.expert={spread[0]}")
@@ -82,7 +82,3 @@ def _smaller_patch(config):
     except checks.UserError:
         return None
     return tuple(sides)
-
-
-def _divisors(number):
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -99,46 +99,42 @@ class Log:
         for name, picture in pictures.items():
             self._board.add_image(name, picture, step, dataformats="HWC")
 
-    def say(self, message: str, *values) -> None:
+    def say(self, message: str, *values, level: int = logging.INFO) -> None:
         """Log a line above the bar."""
-        with tqdm.external_write_mode():
-            logging.info(message, *values)
-
-    def warn(self, message: str, *values) -> None:
-        """Log a warning above the bar."""
-        with tqdm.external_write_mode():
-            logging.warning(message, *values)
+        if processes.is_first():
+            with tqdm.external_write_mode():
+                logging.log(level, message, *values)
 
 
 @contextlib.contextmanager
-def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log | None]:
+def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log]:
     """Continue the log of a run after step `start`; rows beyond it are dropped.
 
-    Yields None in all processes but the first.
+    In all processes but the first, what is logged goes nowhere.
     """
-    if not processes.is_first():
-        yield None
-        return
-    path = workdir / FILE
-    rows = [row for row in read_rows(path) if row["step"] <= start]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    first, path = processes.is_first(), Path(os.devnull)
+    if first:
+        path = workdir / FILE
+        rows = [row for row in read_rows(path) if row["step"] <= start]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    bar = {"desc": "training", "unit": "step", "dynamic_ncols": True}
     with (
         path.open("ab", buffering=0) as file,
-        _open_board(workdir / "tensorboard", purge_step=start + 1) as board,
-        tqdm(
-            total=stop, initial=start, desc="training", unit="step", dynamic_ncols=True
-        ) as bar,
+        _open_board(workdir / "tensorboard", start + 1, write_to_disk=first) as board,
+        tqdm(total=stop, initial=start, disable=not first, **bar) as bar,
     ):
         yield Log(file, board, bar)
 
 
 @contextlib.contextmanager
-def _open_board(folder, *, purge_step):
+def _open_board(folder, step, *, write_to_disk):
     """Open TensorBoard's files, which on a full disk lose what they cannot write.
 
     Its thread then dies, so its queue must not fill.
     """
-    board = SummaryWriter(str(folder), purge_step=purge_step, max_queue=0)
+    board = SummaryWriter(
+        str(folder), purge_step=step, max_queue=0, write_to_disk=write_to_disk
+    )
     try:
         yield board
     finally:

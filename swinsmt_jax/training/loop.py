@@ -4,32 +4,37 @@ A run is a pure function of its config: started again, it continues from its lat
 checkpoint with the data and the keys that it would have had.
 """
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh
 
-from swinsmt_jax import checks, sharding
-from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax import checks, models, sharding
+from swinsmt_jax.config import DataConfig, ExperimentConfig, TrainingConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.case import Case
-from swinsmt_jax.models import split
-from swinsmt_jax.runtime import memory, processes, record
-from swinsmt_jax.training.checkpoint import Origin, open_checkpoints
+from swinsmt_jax.data.meta import EmptySplitError
+from swinsmt_jax.runtime import cost, interrupts, memory, processes, record
+from swinsmt_jax.runtime.profile import Profile
+from swinsmt_jax.training import logs
+from swinsmt_jax.training.checkpoint import Checkpoints, Origin, open_checkpoints
+from swinsmt_jax.training.checkpoint_folder import METRIC
+from swinsmt_jax.training.logs import Clock, open_log
 from swinsmt_jax.training.optimizer import (
     make_optimizer,
     make_schedule,
     require_frozen,
-    stages_from_decoder,
+    require_stages,
 )
 from swinsmt_jax.training.state import TrainState, blueprint, initialize, shardings_of
 from swinsmt_jax.training.step import make_predict, make_train_step
-from swinsmt_jax.training.steps import Run, take_steps
 from swinsmt_jax.training.workdir import locked, open_workdir
 
 Validate = Callable[..., dict]
@@ -63,102 +68,294 @@ def train(
             that cannot be written, and losses that are not finite.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
-    mesh = _mesh(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.require_divisible(config, mesh)
     checks.require(
         config.model.in_channels == 1,
         f"model.in_channels is {config.model.in_channels}, but a CT has 1 channel.",
     )
-    config = processes.together(lambda: _with_classes(config))
-    cases, data = processes.together(lambda: _training_cases(config))
+    data = processes.together(
+        lambda: pipeline.with_classes(
+            config.data, num_classes=config.model.out_channels
+        )
+    )
+    config = dataclasses.replace(config, data=data)
+    cases, fingerprint = processes.together(lambda: _training_cases(data))
     held_out = ()
     if validate:
-        held_out = processes.together(lambda: _validation_cases(config))
-    processes.require_same({"the fingerprint of the training cases": data})
-    origin = Origin(config, data=data)
+        held_out = processes.together(lambda: _validation_cases(data))
+    processes.require_same({"the fingerprint of the training cases": fingerprint})
+    origin = Origin(config, data=fingerprint)
     with locked(workdir):
         workdir = open_workdir(workdir, config)
-        like, start, train_step, predict = _network(config, mesh)
+        like, start, train_step, predict = _network(
+            config.model, config.optimizer, config.training, mesh=mesh
+        )
         with (
             open_checkpoints(workdir) as checkpoints,
             memory.remedies(config, devices=mesh.size),
         ):
             state = checkpoints.restore_latest(like, origin=origin)
-            _announce(config, workdir, mesh, like, cases=len(cases), state=state)
             done = 0 if state is None else int(state.step)
+            _announce(workdir, mesh, like, cases=len(cases))
+            _announce_steps(done, config.training.num_steps)
+            if _is_done(config.training, checkpoints, done, validated=bool(validate)):
+                return state
+            change = _read_start(start_from, resumed=state is not None)
+            facts = {"mesh": dict(mesh.shape), "data": fingerprint}
+            facts["first_step"] = done + 1
+            processes.together(lambda: record.add_start(workdir, facts))
+            if state is None:
+                state = start(change)
             score = None
             if validate:
-                score = _scorer(config, mesh, predict, validate, held_out)
-            if _is_done(config, checkpoints, done, validated=validate is not None):
-                return state
-            change = None
-            if start_from is not None:
-                change = _read_start(start_from, resumed=state is not None)
-            facts = {"mesh": dict(mesh.shape), "data": data, "first_step": done + 1}
-            processes.together(lambda: record.add_start(workdir, facts))
-            run = Run(
-                config=config,
+                held_out = held_out[: config.training.eval_cases or None]
+                score = _scorer(
+                    functools.partial(validate, config=config, cases=held_out),
+                    predict,
+                    mesh=sharding.local_mesh(mesh),
+                )
+            run = _Run(
+                training=config.training,
                 workdir=workdir,
-                mesh=mesh,
-                cases=tuple(cases),
-                origin=origin,
-                train_step=train_step,
-                score=score,
                 checkpoints=checkpoints,
+                origin=origin,
+                score=score,
+                compile=functools.partial(_compile, config, mesh, train_step),
+                batches=functools.partial(
+                    _batches,
+                    data,
+                    cases,
+                    num_classes=config.model.out_channels,
+                    seed=config.training.seed,
+                    mesh=mesh,
+                ),
                 profile_steps=profile_steps,
             )
-            return take_steps(run, start(change) if state is None else state)
+            return _take_steps(run, state)
 
 
-def _mesh(config):
-    """Make the mesh, and refuse one that the experiment does not fit."""
-    expert, count = config.mesh.expert, len(jax.devices())
-    checks.require(
-        expert <= count,
-        f"mesh.expert is {expert}, but there are {count} devices; take one of "
-        f"{_listing(_divisors(count))}.",
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from step to step.
+
+    Attributes:
+        training: length and rhythm.
+        workdir: folder of the run.
+        checkpoints: of the run.
+        origin: of the checkpoints.
+        batches: the first step to its stream of (batch, names of its cases).
+        compile: (state, batch) to the compiled step and the clock of its rates.
+        score: (parameters, poll) to what `train`'s `validate` returns; what `poll`
+            raises ends it early. None validates nothing.
+        profile_steps: steps to trace.
+    """
+
+    training: TrainingConfig
+    workdir: Path
+    checkpoints: Checkpoints
+    origin: Origin
+    batches: Callable
+    compile: Callable
+    score: Callable[[dict, Callable[[], None]], dict] | None
+    profile_steps: int
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something happens after this step; it always does after the last."""
+        return step == self.training.num_steps or (every > 0 and step % every == 0)
+
+    def validates(self, step: int) -> bool:
+        """Whether the state after this step is validated."""
+        return self.score is not None and self.due(step, self.training.eval_every)
+
+    def save(self, state: TrainState) -> None:
+        """Write the state in the background."""
+        self.checkpoints.save(state, origin=self.origin)
+
+
+def _take_steps(run, state):
+    """Take the steps that are left and return the last state.
+
+    A step is saved before it is validated. Where that validation was cut short, it is
+    made up for first.
+    """
+    start, stop = int(state.step), run.training.num_steps
+    with (
+        interrupts.listening() as listener,
+        contextlib.closing(run.batches(start)) as batches,
+        open_log(run.workdir, start=start, stop=stop) as log,
+        Profile(
+            run.workdir, steps=run.profile_steps, first=start + 1, stop=stop
+        ) as profile,
+    ):
+        if start and run.validates(start) and not run.checkpoints.is_scored(start):
+            _validate(run, log, listener, state, {})
+        if start == stop:
+            return state
+        batch, names = _next(run, batches, state)
+        train_step, clock = run.compile(state, batch)
+        running = None  # the step whose metrics have not been fetched
+        for step in range(start + 1, stop + 1):
+            # Step.
+            with profile.step(step):
+                state, metrics = train_step(state, batch)
+            profile.ended(step, metrics)
+
+            # Record the step before, while this one runs.
+            if running:
+                _record(run, log, running[0], _fetch(run, log, clock, state, *running))
+            running = step, metrics, names
+
+            # Save.
+            signal, validates = listener.heard(step), run.validates(step)
+            if signal or validates or run.due(step, run.training.checkpoint_every):
+                values, running = _fetch(run, log, clock, state, *running), None
+                if signal or not validates:  # else with the validation's scores
+                    _record(run, log, step, values)
+                run.save(state)
+
+            # Validate.
+            if validates and not signal:
+                _validate(run, log, listener, state, values)
+
+            # Stop.
+            if signal and (validates or step < stop):
+                run.checkpoints.wait()
+                processes.meet()  # the launcher may end all with the first one
+                raise interrupts.Interrupted(signal, step=step, stop=stop)
+            run.checkpoints.check()
+
+            # Next.
+            if running is None:
+                clock.restart()
+            if step < stop:
+                with clock.waiting():
+                    batch, names = _next(run, batches, state)
+        run.checkpoints.wait()  # while signals are heard
+    return state
+
+
+def _next(run, batches, state):
+    """Return the next batch and the names of its cases; save the state if it is bad."""
+    try:
+        return next(batches)
+    except checks.UserError as error:
+        if jax.process_count() == 1 and int(state.step):  # else others had to help
+            _save_now(run, state)
+            error.args = (f"{error} The state after step {state.step} is saved.",)
+        raise
+
+
+def _save_now(run, state):
+    if int(state.step) not in run.checkpoints.steps():
+        run.save(state)
+    run.checkpoints.wait()
+
+
+def _fetch(run, log, clock, state, step, metrics, names):
+    """Bring a step's metrics to the host; tell of a step that was left out."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if values["skipped_in_row"]:
+        _tell_skipped(run, log, state, step, values, names)
+    values |= clock.tick()
+    log.progress(values)
+    return values
+
+
+def _record(run, log, step, values):
+    """Write a row of metrics, if one is due after this step."""
+    if values and (run.due(step, run.training.log_every) or run.validates(step)):
+        try:
+            log.row(step, values)
+        except OSError as error:
+            with contextlib.suppress(checks.UserError):
+                run.checkpoints.wait()  # the one being written may still find room
+            raise checks.UserError(
+                f"{run.workdir / logs.FILE} cannot be written: {error.strerror}. "
+                f"{run.checkpoints.intact()} Make room, and give the same command "
+                "again."
+            ) from error
+
+
+def _tell_skipped(run, log, state, step, values, names):
+    """Warn of a step without an update; save, and end the run, after many in a row."""
+    names = [name for part in processes.gather(names) for name in part]
+    what = (
+        f"step {step}, on crops of {', '.join(names)}: the loss is {values['loss']:g} "
+        f"and the norm of its gradient {values['grad_norm']:g}"
     )
-    mesh = sharding.make_mesh(config.mesh)
-    share, rest = divmod(config.data.batch_size, mesh.size)
-    checks.require(
-        rest > 0 or share % config.training.accumulate == 0,
-        f"training.accumulate is {config.training.accumulate}, but must divide the "
-        f"{share} samples that each of the {mesh.size} devices has of data.batch_size "
-        f"= {config.data.batch_size}: take one of {_listing(_divisors(share))}.",
+    total, in_row = int(values["skipped"]), int(values["skipped_in_row"])
+    if in_row < run.training.max_skipped:
+        log.say(
+            "%s; left out (%d so far, %d in a row)",
+            *(what, total, in_row),
+            level=logging.WARNING,
+        )
+        return
+    saved = [number for number in run.checkpoints.steps() if number <= step - in_row]
+    latest = f"the checkpoint of step {saved[-1]} is" if saved else "no checkpoint is"
+    _save_now(run, state)
+    raise processes.SharedError(
+        f"{what}, and {in_row} steps in a row were left out (training.max_skipped). "
+        f"The parameters are those after step {step - in_row}, now saved as step "
+        f"{int(state.step)}; {latest} from before. Start again in a new --workdir, "
+        f"from them with --start_from={run.workdir}, with a lower "
+        "optimizer.learning_rate or more optimizer.warmup_steps, or look at these "
+        "cases."
     )
-    sharding.require_divisible(config, mesh)
-    return mesh
 
 
-def _is_done(config, checkpoints, step, *, validated):
-    """Whether nothing is left to do after a step."""
-    last = config.training.num_steps
-    if step == last and validated:
-        return checkpoints.is_scored(step)
-    return step >= last
+def _validate(run, log, listener, state, values):
+    """Score a state that is being saved, and record that with the step's values."""
+    step = int(state.step)
+    poll = functools.partial(listener.poll, step, run.training.num_steps)
+    try:
+        result = run.score(state.evaluated_params, poll)
+    except interrupts.Interrupted:
+        _record(run, log, step, values)
+        run.checkpoints.wait()
+        raise
+    groups = {f"{METRIC}/{name}": v for name, v in result.get("groups", {}).items()}
+    log.say("step %d: validation Dice %.4f", step, result["dice"])
+    _record(run, log, step, values | {METRIC: result["dice"]} | groups)
+    log.pictures(step, result.get("pictures", {}))
+    run.checkpoints.score(step, result["dice"])
 
 
-def _read_start(start_from, *, resumed):
-    """Read what a new run starts from; one that continues has its own."""
-    if resumed:
-        if processes.is_first():
-            logging.warning("--start_from is ignored, since the run continues")
-        return None
-    return processes.together(start_from)
+# What `train` prepares.
 
 
-def _network(config, mesh):
-    """Return (blueprint of the state, its initialisation, update, prediction)."""
-    training = config.training
-    schedule = make_schedule(config.optimizer, num_steps=training.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
+def _training_cases(config: DataConfig) -> tuple[Sequence[Case], str]:
+    cases = pipeline.find_cases(config, split="train")
+    return cases, pipeline.fingerprint(cases)
+
+
+def _validation_cases(config: DataConfig) -> Sequence[Case]:
+    try:
+        return pipeline.find_cases(config, split="val")
+    except EmptySplitError as error:
+        raise EmptySplitError(
+            f"{error} Training picks its best checkpoint by them: give at least one "
+            "case the split 'val' in meta.csv (and run preprocess.py again for a "
+            "store)."
+        ) from error
+
+
+def _network(model, optimizer, training, *, mesh):
+    """Return (shapes of the state, its initialisation, update, prediction).
+
+    The first three arguments are the configs of these names.
+    """
+    schedule = make_schedule(optimizer, num_steps=training.num_steps)
+    transformation = make_optimizer(optimizer, schedule)
     graphdef, like = blueprint(
-        config.model, optimizer, mesh=mesh, averaged=training.ema_decay > 0
+        model, transformation, mesh=mesh, averaged=training.ema_decay > 0
     )
-    require_frozen(config.optimizer, like.params)
-    _require_stages(config, like.params)
+    require_frozen(optimizer, like.params)
+    require_stages(optimizer, like.params)
     train_step = make_train_step(
         graphdef,
-        optimizer,
+        transformation,
         schedule=schedule,
         seed=training.seed,
         like=like,
@@ -168,102 +365,109 @@ def _network(config, mesh):
     )
 
     def start(change):
-        state = initialize(config.model, optimizer, seed=training.seed, like=like)
-        if change is None:
-            return state
-        model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.params))
-        for line in str(processes.together(lambda: change(model))).splitlines():
-            logging.info("%s", line)
-        params = jax.device_put(split(model)[1], shardings_of(like.params))
-        average = jax.tree.map(jnp.copy, params) if state.average else {}
-        return dataclasses.replace(state, params=params, average=average)
+        state = initialize(model, transformation, seed=training.seed, like=like)
+        return state if change is None else _changed(state, change, graphdef)
 
     predict = make_predict(graphdef, like=like, mesh=sharding.local_mesh(mesh))
     return like, start, train_step, predict
 
 
-def _scorer(config, mesh, predict, validate, cases):
-    """Return the function from parameters to their validation."""
-    here = sharding.local_mesh(mesh)
+def _changed(state, change, graphdef):
+    """Return the state with the parameters that `change` makes of its network."""
+    model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.params))
+    for line in str(processes.together(lambda: change(model))).splitlines():
+        logging.info("%s", line)
+    params = jax.device_put(models.split(model)[1], shardings_of(state.params))
+    average = jax.tree.map(jnp.copy, params) if state.average else {}
+    return dataclasses.replace(state, params=params, average=average)
+
+
+def _scorer(validate, predict, *, mesh):
+    """Return the function from parameters to their validation on a local mesh."""
 
     def score(params, poll):
-        params = sharding.copy_to_local(params, mesh=here)
+        params = sharding.copy_to_local(params, mesh=mesh)
 
         def predict_or_stop(windows):
             poll()
             return predict(params, windows)
 
-        return validate(
-            predict_or_stop,
-            _filling_devices(config, here),
-            cases,
-            sharding=sharding.batch_sharding(here),
-        )
+        return validate(predict_or_stop, sharding=sharding.batch_sharding(mesh))
 
     return score
 
 
-def _with_classes(config: ExperimentConfig) -> ExperimentConfig:
-    found = pipeline.with_classes(config.data, num_classes=config.model.out_channels)
-    return dataclasses.replace(config, data=found)
+def _read_start(start_from, *, resumed):
+    """Read what a new run starts from; one that continues has its own."""
+    if start_from is None:
+        return None
+    if resumed:
+        if processes.is_first():
+            logging.warning("--start_from is ignored, since the run continues")
+        return None
+    return processes.together(start_from)
 
 
-def _training_cases(config: ExperimentConfig) -> tuple[Sequence[Case], str]:
-    cases = pipeline.find_cases(config.data, split="train")
-    return cases, pipeline.fingerprint(cases)
+def _is_done(training, checkpoints, step, *, validated):
+    """Whether nothing is left to do after a step."""
+    if step == training.num_steps and validated:
+        return checkpoints.is_scored(step)
+    return step >= training.num_steps
 
 
-def _validation_cases(config: ExperimentConfig) -> Sequence[Case]:
-    try:
-        cases = pipeline.find_cases(config.data, split="val")
-    except checks.UserError as error:
-        if "no case of the split" not in str(error):
-            raise
-        raise checks.UserError(
-            f"{error} Training picks its best checkpoint by them: give at least one "
-            "case the split 'val' in meta.csv (and run preprocess.py again for a "
-            "store)."
-        ) from error
-    return cases[: config.training.eval_cases or None]
-
-
-def _require_stages(config, params):
-    """Raise `UserError` for a `layer_decay` that no parameter would feel."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    stages = [stages_from_decoder(sharding.path_name(path)) for path, _ in leaves]
-    decay = config.optimizer.layer_decay
-    checks.require(
-        decay == 1 or any(stages),
-        f"optimizer.layer_decay is {decay}, but this network has no stages of a Swin "
-        "encoder (swinViT/layers1 to 4), on which alone it acts; leave it at 1.",
+def _batches(data, cases, start, *, num_classes, seed, mesh):
+    """Yield each batch after step `start`, on the mesh, and the names of its cases."""
+    batches = pipeline.training_batches(
+        data,
+        cases,
+        seed=seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
+    with contextlib.closing(batches):
+        for batch in batches:
+            names = [cases[i].name for i in batch["case"]]
+            _require_known_labels(batch["label"], names, num_classes)
+            yield sharding.place_batch(batch, mesh), names
 
 
-def _divisors(number):
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _require_known_labels(labels, names, num_classes):
+    for name, top in zip(names, labels.max(axis=(1, 2, 3)), strict=True):
+        checks.require(
+            top < num_classes,
+            f"case {name!r} holds label {top}, but model.out_channels is "
+            f"{num_classes}, background included, so labels end at {num_classes - 1}.",
+        )
 
 
-def _listing(numbers):
-    return ", ".join(map(str, numbers))
+def _compile(config, mesh, train_step, state, batch):
+    """Compile the step, and refuse one that does not fit into memory."""
+    compiled = processes.compiled(train_step, state, batch)
+    found = cost.measure(config, compiled, mesh=mesh)
+    logging.info(
+        "a step takes %.4g TFLOP, and on each device %s for state and batch and %s to "
+        "compute with",
+        found.operations / 1e12,
+        memory.gigabytes(found.arguments),
+        memory.gigabytes(found.temporaries),
+    )
+    cost.require_fit(found, config, devices=mesh.size)
+    return compiled, Clock(config.data.batch_size, found)
 
 
-def _filling_devices(config: ExperimentConfig, mesh: Mesh) -> ExperimentConfig:
-    """Enlarge the batch of windows to a multiple of the devices."""
-    batch = -(-config.inference.window_batch // mesh.size) * mesh.size
-    inference = dataclasses.replace(config.inference, window_batch=batch)
-    return dataclasses.replace(config, inference=inference)
-
-
-def _announce(config, workdir, mesh, like, *, cases, state):
+def _announce(workdir, mesh, like, *, cases):
     parameters = sum(leaf.size for leaf in jax.tree.leaves(like.params))
     device = mesh.devices.flat[0]
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    done, stop = 0 if state is None else int(state.step), config.training.num_steps
     logging.info("workdir %s", workdir)
     logging.info(
         "network of %s parameters, %d training cases", f"{parameters:,}", cases
     )
     logging.info("%d devices (%s), mesh %s", mesh.size, device.device_kind, axes)
+
+
+def _announce_steps(done, stop):
     if done >= stop:
         logging.info(
             "all %d steps are done; a larger training.num_steps continues", stop

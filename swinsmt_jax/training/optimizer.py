@@ -106,6 +106,18 @@ def stages_from_decoder(name: str) -> int:
     return 0 if found is None else 5 - int(found[1] or 0)
 
 
+def require_stages(config: OptimizerConfig, params: dict) -> None:
+    """Raise `UserError` for a `layer_decay` that no parameter would feel."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    stages = [stages_from_decoder(path_name(path)) for path, _ in leaves]
+    checks.require(
+        config.layer_decay == 1 or any(stages),
+        f"optimizer.layer_decay is {config.layer_decay}, but this network has no "
+        "stages of a Swin encoder (swinViT/layers1 to 4), on which alone it acts; "
+        "leave it at 1.",
+    )
+
+
 def require_frozen(config: OptimizerConfig, params: dict) -> None:
     """Raise `UserError` for a pattern of `freeze` that no parameter's path matches."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]

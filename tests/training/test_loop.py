@@ -13,7 +13,7 @@ import pytest
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.evaluation import run
 from swinsmt_jax.runtime import interrupts
-from swinsmt_jax.training import checkpoint, loop, losses, steps
+from swinsmt_jax.training import checkpoint, logs, loop, losses
 from swinsmt_jax.training.logs import read_rows
 
 pytestmark = pytest.mark.usefixtures("tiny", "dataset")
@@ -60,15 +60,15 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(
     class KilledError(Exception):
         pass
 
-    record = steps._record
+    row = logs.Log.row
 
-    def dies_after_5(run, log, step, *rest, **options):
-        record(run, log, step, *rest, **options)
+    def dies_after_5(log, step, values):
+        row(log, step, values)
         if step == 5:
             raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "_record", dies_after_5)
+        patch.setattr(logs.Log, "row", dies_after_5)
         with pytest.raises(KilledError):
             loop.train(config, workdir=tmp_path / "cut")
     assert list(by_step(tmp_path / "cut")) == [1, 2, 3, 4, 5]  # checkpoint: step 4
@@ -178,15 +178,15 @@ def test_a_signal_saves_and_the_run_continues(
 ):
     config = make_config(training={"num_steps": 7, "checkpoint_every": 100})
     whole = loop.train(config, workdir=tmp_path / "whole")
-    record = steps._record
+    row = logs.Log.row
 
-    def signals_after_3(run, log, step, *rest, **options):
-        record(run, log, step, *rest, **options)
+    def signals_after_3(log, step, values):
+        row(log, step, values)
         if step == 3:
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "_record", signals_after_3)
+        patch.setattr(logs.Log, "row", signals_after_3)
         words = f"{number.name} received: stopped after step 4 of 7, which is saved"
         with pytest.raises(interrupts.Interrupted, match=words) as error:
             loop.train(config, workdir=tmp_path / "cut")
@@ -210,10 +210,10 @@ def test_a_signal_does_not_wait_for_validation(tmp_path, make_config, monkeypatc
     rhythm = {"eval_every": 0 if at == "in the last" else 2, "checkpoint_every": 100}
     config = make_config(training={"num_steps": 4, **rhythm})
     whole = loop.train(config, workdir=tmp_path / "whole", validate=run.validate)
-    record, validated = steps._record, []
+    row, validated = logs.Log.row, []
 
-    def signals_before(run, log, step, *rest, **options):
-        record(run, log, step, *rest, **options)
+    def signals_before(log, step, values):
+        row(log, step, values)
         if step == 1 and at == "before validation":
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -223,7 +223,7 @@ def test_a_signal_does_not_wait_for_validation(tmp_path, make_config, monkeypatc
         return run.validate(predict, config, cases, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "_record", signals_before)
+        patch.setattr(logs.Log, "row", signals_before)
         step = 4 if at == "in the last" else 2
         with pytest.raises(interrupts.Interrupted, match=f"step {step} of 4, which is"):
             loop.train(config, workdir=tmp_path / "cut", validate=signals_within)
@@ -273,15 +273,15 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_heard(
 def test_metrics_on_a_full_disk_end_the_run_with_its_checkpoint(
     tmp_path, make_config, monkeypatch
 ):
-    record = steps._record
+    row = logs.Log.row
 
-    def fills_after_4(run, log, step, *rest, **options):
+    def fills_after_4(log, step, values):
         if step == 5:
             log._file = full
-        record(run, log, step, *rest, **options)
+        row(log, step, values)
 
     with monkeypatch.context() as patch, open("/dev/full", "ab", 0) as full:
-        patch.setattr(steps, "_record", fills_after_4)
+        patch.setattr(logs.Log, "row", fills_after_4)
         words = "metrics.jsonl cannot be written: No space left.*that of step 4, and"
         with pytest.raises(UserError, match=words):
             loop.train(make_config(), workdir=tmp_path / "run")
@@ -298,16 +298,16 @@ def test_a_case_lost_on_the_way_is_named_and_nothing_else_is(
     config = make_config(
         training={"num_steps": 30, "checkpoint_every": 100}, data={"cache": False}
     )
-    record = steps._record
+    row = logs.Log.row
     hidden = dataset / "s1" / "hidden"
 
-    def loses_a_case_after_3(run, log, step, *rest, **options):
-        record(run, log, step, *rest, **options)
+    def loses_a_case_after_3(log, step, values):
+        row(log, step, values)
         if step == 3:
             (dataset / "s1" / "ct.nii.gz").rename(hidden)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "_record", loses_a_case_after_3)
+        patch.setattr(logs.Log, "row", loses_a_case_after_3)
         with pytest.raises(UserError, match=r"s1/ct.nii.gz.*The state after step \d+"):
             loop.train(config, workdir=tmp_path / "run")
     hidden.rename(dataset / "s1" / "ct.nii.gz")
@@ -374,10 +374,10 @@ def test_a_trace_longer_than_the_run_is_warned_of(tmp_path, make_config, caplog)
 
 @pytest.mark.slow
 def test_a_run_whose_reader_is_killed_says_why(tmp_path, make_config, monkeypatch):
-    record = steps._record
+    row = logs.Log.row
 
-    def kills_after_2(run, log, step, *rest, **options):
-        record(run, log, step, *rest, **options)
+    def kills_after_2(log, step, values):
+        row(log, step, values)
         if step == 2:
             (worker,) = multiprocessing.active_children()
             os.kill(worker.pid, signal.SIGKILL)
@@ -387,7 +387,7 @@ def test_a_run_whose_reader_is_killed_says_why(tmp_path, make_config, monkeypatc
         training={"num_steps": 500, "checkpoint_every": 1000, "log_every": 1},
     )
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "_record", kills_after_2)
+        patch.setattr(logs.Log, "row", kills_after_2)
         words = "has died .*exit code -9.*num_workers.*The state after step .* is saved"
         with pytest.raises(UserError, match=words):
             loop.train(config, workdir=tmp_path / "run")

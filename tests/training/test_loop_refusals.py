@@ -1,6 +1,7 @@
 """What `loop.train` refuses, and what it leaves behind then."""
 
 import shutil
+from unittest import mock
 
 import jax
 import pytest
@@ -10,7 +11,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.data import preprocess
 from swinsmt_jax.evaluation import run
 from swinsmt_jax.runtime import cost, processes
-from swinsmt_jax.training import loop, steps
+from swinsmt_jax.training import loop
 from swinsmt_jax.training import workdir as workdir_module
 
 pytestmark = pytest.mark.usefixtures("tiny", "dataset")
@@ -51,12 +52,21 @@ def full(*_, **__):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory on GPU_0")
 
 
+class FullWhenCalled:
+    """A compiled step for whose arguments there is room, but not for its work."""
+
+    __call__ = full
+
+    def memory_analysis(self):
+        return mock.Mock(argument_size_in_bytes=1, temp_size_in_bytes=1)
+
+
 @pytest.mark.parametrize(
     "module, name, replacement",
     [
         (loop, "initialize", full),
         (processes, "compiled", full),
-        (steps, "_compile", lambda *_: (full, None)),
+        (processes, "compiled", lambda *_: FullWhenCalled()),
     ],
     ids=["state", "compilation", "step"],
 )
@@ -101,7 +111,7 @@ def test_labels_beyond_the_network_are_refused(tmp_path, make_config):
         ({"mesh": {"data": 4}}, "batch_size is 2, but must be a multiple of the 4"),
         ({"model": {"in_channels": 2}}, "a CT has 1 channel"),
         ({"data": {"root": "nowhere"}}, "nowhere does not exist"),
-        ({"mesh": {"expert": 16}}, "16, but there are 8 .*take one of 1, 2, 4, 8"),
+        ({"mesh": {"expert": 16}}, "16, but must divide.*8: take one of 1, 2, 4, 8"),
         ({"training": {"accumulate": 3}}, "each of the 1 .*: take one of 1, 2"),
     ],
 )

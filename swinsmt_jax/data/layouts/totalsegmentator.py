@@ -45,12 +45,11 @@ def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
     rows = meta.read(root)
     names = [name for name, row_split in rows.items() if row_split == split]
     counts = {s: list(rows.values()).count(s) for s in meta.SPLITS}
-    checks.require(
-        bool(names),
-        f"{root / meta.META} lists no case of the split {split!r}; it has "
-        + ", ".join(f"{n} of {s!r}" for s, n in counts.items())
-        + ".",
-    )
+    if not names:
+        found = ", ".join(f"{n} of {s!r}" for s, n in counts.items())
+        raise meta.EmptySplitError(
+            f"{root / meta.META} lists no case of the split {split!r}; it has {found}."
+        )
     return tuple(case_of(root, name, split) for name in names)
 
 

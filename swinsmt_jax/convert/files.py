@@ -7,7 +7,6 @@ refuses everything else, so no code of a file is ever run.
 
 import collections
 import io
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from swinsmt_jax import checks
+from swinsmt_jax.runtime.files import replacing
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 STORAGES = {
@@ -81,14 +81,12 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
         f"weights are written as .safetensors, but the output is {path}; PyTorch reads "
         "such a file with safetensors.torch.load_file.",
     )
-    partial = path.with_name(path.name + ".partial")
     arrays = {name: np.ascontiguousarray(a) for name, a in state_dict.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(arrays, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            safetensors.numpy.save_file(arrays, partial)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise checks.UserError(
             f"{path} cannot be written: {error}; choose another file or make room."
         ) from error

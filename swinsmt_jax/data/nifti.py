@@ -1,7 +1,5 @@
 """NIfTI volumes in RAS orientation: load, resample, save. Owns the affine."""
 
-import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.data import nifti_file
 from swinsmt_jax.data.label_resampling import fill_most
+from swinsmt_jax.runtime.files import replacing
 
 GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
 
@@ -296,10 +295,8 @@ def write(
     if description:
         extension = nib.nifti1.Nifti1Extension(0, description.encode())
         image.header.extensions.append(extension)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        partial = Path(folder) / path.name  # gzip stores the name: keep it
+    with replacing(path) as partial:
         nib.save(image, partial)
-        os.replace(partial, path)
 
 
 def _ras_affine(volume: Volume) -> np.ndarray:

@@ -24,6 +24,7 @@ from swinsmt_jax.data import meta, store
 from swinsmt_jax.data.case import Case, load_case, resampled
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.store import Options
+from swinsmt_jax.runtime import files
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
 DIED = (
@@ -78,27 +79,19 @@ def preprocess(
     refused = {name: why for name, why in found.refused.items() if name not in exclude}
     kept = found.classes.subset(classes) if classes else found.classes
     options = Options(spacing, kept)
-    try:
-        with store.opened(root, options):
-            _list_cases(root, rows)
-            waiting = [
-                name for name in rows if not (root / name / store.CASE).is_file()
-            ]
-            job = functools.partial(write, root, options=options, classes=found.classes)
-            start = time.monotonic()
-            failed = _run(job, found, waiting, rows, workers, progress)
-            written = len(waiting) - len(failed)
-            index = {
-                **{"format": store.FORMAT, "options": options.to_json()},
-                **{"failed": refused | failed, "excluded": list(exclude)},
-                "run": {"cases": written, "seconds": time.monotonic() - start},
-            }
-            store.write_json(root / store.INDEX, index)
-    except OSError as error:
-        raise checks.UserError(
-            f"the store {root} cannot be written: {error}; make room or mend its "
-            "permissions, and give the same command again."
-        ) from error
+    with files.writable(root), store.opened(root, options):
+        _list_cases(root, rows)
+        waiting = [name for name in rows if not (root / name / store.CASE).is_file()]
+        job = functools.partial(write, root, options=options, classes=found.classes)
+        start = time.monotonic()
+        failed = _run(job, found, waiting, rows, workers, progress)
+        written = len(waiting) - len(failed)
+        index = {
+            **{"format": store.FORMAT, "options": options.to_json()},
+            **{"failed": refused | failed, "excluded": list(exclude)},
+            "run": {"cases": written, "seconds": time.monotonic() - start},
+        }
+        files.write_json(root / store.INDEX, index)
     return index["failed"]
 
 

@@ -11,12 +11,9 @@ A case's folder appears under its name when it is complete.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +26,11 @@ from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import meta, transforms, volume_file
 from swinsmt_jax.data.case import Sample
+from swinsmt_jax.runtime import files
 
 FORMAT = 1
 INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
-PARTIAL, LOCK = ".partial-", ".lock"
+LOCK = ".lock"
 SAMPLES = 20_000  # voxels of a kind kept at most
 AIRS = (-1024, -1000, -500, -300, -200)  # HU below which boxes are found beforehand
 
@@ -162,16 +160,8 @@ def opened(root: Path, options: Options) -> Iterator[None]:
         f"the folder {root} holds other files; choose an empty or new --store.",
     )
     root.mkdir(parents=True, exist_ok=True)
-    with (root / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise checks.UserError(
-                f"another run is writing to the store {root}; wait for its end, or "
-                "choose another --store."
-            ) from error
-        except OSError:  # a file system without locks
-            logging.warning("%s cannot be locked; start one run at a time.", root)
+    remedy = "choose another --store"
+    with files.locked(root / LOCK, what=f"the store {root}", remedy=remedy):
         _open_index(root, options)
         yield
 
@@ -191,12 +181,8 @@ def _open_index(root, options):
             f"{_title(options.classes)} are wanted; choose another --store.",
         )
     else:
-        write_json(file, {"format": FORMAT, "options": options.to_json()})
-    for left in root.glob(f"{PARTIAL}*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)  # its run may be about to end
-        else:
-            left.unlink()
+        files.write_json(file, {"format": FORMAT, "options": options.to_json()})
+    files.remove_partial(root)
 
 
 def read_options(root: Path) -> Options:
@@ -300,9 +286,8 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
     Returns:
         The content of case.json.
     """
-    partial = root / f"{PARTIAL}{os.getpid()}-{sample.name}"
-    partial.mkdir()
-    try:
+    with files.replacing(root / sample.name) as partial:
+        partial.mkdir()
         for name, array in (("image", sample.image), ("label", sample.label)):
             volume_file.write(partial / name, array)
         np.savez(partial / VOXELS, **_voxels(sample))
@@ -314,27 +299,8 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
             "counts": counts.tolist(),
             "boxes": {f"{air:g}": _box(sample.image > air) for air in AIRS},
         }
-        write_json(partial / CASE, content)
-        shutil.rmtree(root / sample.name, ignore_errors=True)  # an incomplete one
-        os.replace(partial, root / sample.name)
-        return content
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_json(file: Path, content) -> None:
-    """Replace a JSON file as a whole."""
-    write_text(file, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    partial = file.with_name(f"{PARTIAL}{file.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+        (partial / CASE).write_text(json.dumps(content, indent=1) + "\n")
+    return content
 
 
 def _voxels(sample):

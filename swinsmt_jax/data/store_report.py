@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from swinsmt_jax import checks
 from swinsmt_jax.data import label_table, meta, nifti, store
 from swinsmt_jax.data.store import StoredCase
+from swinsmt_jax.runtime import files
 
 SHOWN = 4  # cases drawn
 STYLE = """body { font: 14px sans-serif; margin: 2em; max-width: 70em }
@@ -31,14 +31,8 @@ def write(root: Path) -> str:
         if (root / name / store.CASE).is_file()
     ]
     report = _collect(root, cases, store.read_json(root / store.INDEX))
-    try:
-        store.write_json(root / "report.json", report)
-        store.write_text(root / "report.html", _page(report, cases))
-    except OSError as error:
-        raise checks.UserError(
-            f"the report in {root} cannot be written: {error}; make room or mend its "
-            "permissions, and give the same command again: finished cases stay."
-        ) from error
+    files.write_json(root / "report.json", report)
+    files.write_text(root / "report.html", _page(report, cases))
     return f"{_summary(report)}\n{root / 'report.html'}"
 
 

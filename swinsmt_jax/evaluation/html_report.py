@@ -70,8 +70,7 @@ best, median and worst case: <a href="overview.png">overview.png</a>.</p>
 <h2>Classes</h2>{_classes(results, groups, names)}
 <h2>What was evaluated</h2><table>{facts}</table></html>
 """
-    with files.replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    files.write_text(path, page)
 
 
 def _cases(results):

@@ -1,7 +1,6 @@
 """The Dice table, and the CSV and JSON files behind it."""
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from swinsmt_jax import labels
 from swinsmt_jax.evaluation import metrics, published_results, run
 from swinsmt_jax.evaluation.run import CaseResult
-from swinsmt_jax.runtime.files import replacing
+from swinsmt_jax.runtime import files
 
 Groups = Mapping[str, Sequence[int]]
 RULES = {
@@ -204,9 +203,7 @@ def write_json(
             for result, row, extra in zip(results, scores, wrong, strict=True)
         },
     }
-    with replacing(path) as partial:
-        text = json.dumps(_plain(content), indent=1, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
+    files.write_json(path, _plain(content))
 
 
 def _surface_of(result, name_of):
@@ -224,7 +221,7 @@ def mean_surface(result: CaseResult) -> float:
 
 
 def _write_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    with replacing(path) as partial, partial.open("w", newline="") as file:
+    with files.replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([header, *rows])
 

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from swinsmt_jax.data import dicom, label_table, nifti
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
 from swinsmt_jax.inference import outputs, pictures
 from swinsmt_jax.inference.segmenter import Segmenter, load_scan
-from swinsmt_jax.runtime.files import replacing
+from swinsmt_jax.runtime.files import replacing, write_json, write_text
 
 SUMMARY = "summary.json"
 TRUTH = "segmentations"  # stem of the labels beside a ct.nii.gz of TotalSegmentator's
@@ -136,8 +135,7 @@ def segment_scans(
         summary[name] = found
         before = record.get(name, {}) if "seconds" not in found else {}
         record[name] = {k: v for k, v in before.items() if k != "error"} | found
-        with replacing(output / SUMMARY) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(output / SUMMARY, record)
     return summary
 
 
@@ -195,14 +193,11 @@ def _read_summary(file):
 
 def _write_masks(target, labels, names, *, like):
     """Write a file for each class; the folder appears when all are there."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
-        partial = Path(folder) / target.name
+    with replacing(target) as partial:
+        partial.mkdir()
         for number, name in names.items():
             mask = (labels == number).astype(np.uint8)
             nifti.save(partial / f"{name}{SUFFIXES[0]}", mask, like=like)
-        if target.exists():
-            target.rename(Path(folder) / "before")
-        partial.rename(target)
 
 
 def _write_statistics(path, volume, labels, names):
@@ -219,8 +214,7 @@ def _write_statistics(path, volume, labels, names):
         count = int(counts[number])
         mean = f"{sums[number] / count:.1f}" if count else ""
         writer.writerow([name, count, f"{count * millilitres:.3f}", mean])
-    with replacing(path) as partial:
-        partial.write_text(text.getvalue())
+    write_text(path, text.getvalue())
 
 
 @contextlib.contextmanager

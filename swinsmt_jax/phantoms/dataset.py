@@ -11,7 +11,6 @@ serves them all.
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from swinsmt_jax import checks, labels
 from swinsmt_jax.data import meta, nifti
 from swinsmt_jax.phantoms.body import SPACING, VERSION, make_phantom
+from swinsmt_jax.runtime import files
 
 MARKER = "phantoms.json"
 MOST_VARIATION, MOST_SEED = 5, 10**9
@@ -115,11 +115,10 @@ def _claim(root: Path, arguments: dict) -> bool:
             f"{root} holds phantoms made with {found}, but {arguments} was asked for; "
             "remove the folder or choose another --root.",
         )
-        for leftover in root.glob(".*.s*"):  # of an interrupted run
-            shutil.rmtree(leftover)
+        files.remove_partial(root)
         return (root / "meta.csv").is_file()
     root.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(arguments))
+    files.write_json(marker, arguments)
     return False
 
 
@@ -132,24 +131,23 @@ def _write_case(
         return
     ct, label, affine = draw(100_003 * seed + index, region=region)
     axes = ORIENTATIONS[index % len(ORIENTATIONS)]
-    partial_folder = root / f".{os.getpid()}.{folder.name}"
-    shutil.rmtree(partial_folder, ignore_errors=True)
 
-    def write(name: str, array: np.ndarray) -> None:
+    def write(path: Path, array: np.ndarray) -> None:
         image = nib.Nifti1Image(array, affine)
         wanted = nib.orientations.axcodes2ornt(axes)
         image = image.as_reoriented(
             nib.orientations.ornt_transform(nib.io_orientation(affine), wanted)
         )
-        nifti.write(partial_folder / name, np.asarray(image.dataobj), image.affine)
+        nifti.write(path, np.asarray(image.dataobj), image.affine)
 
-    write("ct.nii.gz", ct)
-    if masks:
-        for i, name in enumerate(labels.CLASS_NAMES[1:], start=1):
-            write(f"segmentations/{name}.nii.gz", (label == i).astype(np.uint8))
-    else:
-        write("segmentations.nii.gz", label)
-    os.replace(partial_folder, folder)
+    with files.replacing(folder) as partial_folder:
+        write(partial_folder / "ct.nii.gz", ct)
+        if masks:
+            for i, name in enumerate(labels.CLASS_NAMES[1:], start=1):
+                mask = (label == i).astype(np.uint8)
+                write(partial_folder / "segmentations" / f"{name}.nii.gz", mask)
+        else:
+            write(partial_folder / "segmentations.nii.gz", label)
 
 
 def _name(index: int) -> str:

@@ -1,35 +1,120 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there, and the lock of a folder."""
 
 import contextlib
+import errno
+import json
 import os
+import platform
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+from absl import logging
+
 from swinsmt_jax import checks
+
+PARTIAL = ".partial-"  # begins the names of what a killed process left half-written
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+NO_FLUSH = (errno.EINVAL, errno.EOPNOTSUPP)  # of folders, on some network drives
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name; on success rename it to `path`, else remove it."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
+    """Give a temporary path; on success, what was made there replaces `path`.
+
+    This may be a file or a folder. It is on the disk before it gets its name, so a
+    crash leaves the old one or the new one. After an error the old one is left.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as folder:
+        partial = Path(folder) / path.name  # some writers look at the name
         yield partial
+        for written in (partial, *partial.rglob("*")):
+            _flush(written)
+        if path.is_dir():
+            os.replace(path, Path(folder) / ".before")
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        _flush(path.parent)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)  # its process may be about to end
+        else:
+            left.unlink()
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of writing into a `UserError` that says what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise checks.UserError(
+            f"{path} cannot be written: {error.strerror or error}; make room or mend "
+            "the permissions and give the same command again, or choose another folder."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file as a whole: a reader sees the old or the new one.
+    """Replace a text file as a whole; a `UserError` if it cannot be written."""
+    with writable(path), replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace a JSON file as a whole; a `UserError` if it cannot be written."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, what: str, remedy: str) -> Iterator[None]:
+    """Hold a lock file against other processes until the end, or until killed.
+
+    On a file system without locks this only warns.
+
+    Args:
+        file: made if missing; it names who holds it.
+        what: is locked, for the message: "the workdir runs/a".
+        remedy: what else the user can do: "choose another --workdir".
 
     Raises:
-        UserError: for a file that cannot be written.
+        UserError: if another process holds it, or it cannot be written.
     """
+    lock = filelock.FileLock(file, blocking=False, fallback_to_soft=False)
+    with writable(file):
+        try:
+            lock.acquire()
+            file.write_text(f"process {os.getpid()} on {platform.node()}\n")
+        except filelock.Timeout:
+            holder = file.read_text(errors="replace").strip() or "unknown"
+            raise checks.UserError(
+                f"{what} is in use by a live run ({holder}); wait for it or end it, "
+                f"or {remedy}."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logging.warning("%s cannot be locked; start one run at a time.", what)
     try:
-        with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def _flush(path):
+    """Have the system write a file or the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     except OSError as error:
-        raise checks.UserError(
-            f"{path} cannot be written: {error.strerror}; make room or mend the "
-            "folder's permissions, or choose another --workdir."
-        ) from error
+        if error.errno not in NO_FLUSH or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

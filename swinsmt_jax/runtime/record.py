@@ -16,7 +16,7 @@ import jax
 
 from swinsmt_jax import checks
 from swinsmt_jax.runtime import processes
-from swinsmt_jax.runtime.files import write_text
+from swinsmt_jax.runtime.files import write_json
 
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -46,8 +46,7 @@ def add_start(workdir: Path, facts: dict) -> None:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         **facts,
     }
-    content = json.dumps({"starts": [*starts, entry]}, indent=2)
-    write_text(file, content + "\n")
+    write_json(file, {"starts": [*starts, entry]})
 
 
 def read(file: Path) -> list[dict]:

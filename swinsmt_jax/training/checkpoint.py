@@ -9,8 +9,6 @@ import contextlib
 import functools
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import processes
+from swinsmt_jax.runtime.files import replacing
 from swinsmt_jax.training.checkpoint_folder import (
     DAMAGED,
     METRIC,
@@ -98,13 +97,10 @@ class Checkpoints:
         folder = Path(self._manager.directory) / str(step)
 
         def write():
-            partial = folder / f"{METRICS}.partial"
             value = dice if math.isfinite(dice) else None
-            with self._written():
-                shutil.rmtree(partial, ignore_errors=True)
+            with self._written(), replacing(folder / METRICS) as partial:
                 partial.mkdir()
                 (partial / METRICS).write_text(json.dumps({METRIC: value}))
-                os.replace(partial, folder / METRICS)  # as a whole or not at all
 
         processes.together(lambda: write() if processes.is_first() else None)
         with self._written():

@@ -11,17 +11,13 @@
 """
 
 import contextlib
-import fcntl
 import json
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
-from swinsmt_jax.runtime import processes
-from swinsmt_jax.runtime.files import write_text
+from swinsmt_jax.runtime import files, processes
 from swinsmt_jax.training.checkpoint_folder import steps_of
 
 CONFIG = "config.json"
@@ -94,54 +90,27 @@ def locked(path: str | Path) -> Iterator[None]:
             live run holds.
     """
     workdir = Path(path).absolute()
-    file = processes.together(lambda: _lock(workdir) if processes.is_first() else None)
-    try:
+    what, remedy = f"the workdir {workdir}", "choose another --workdir"
+
+    def hold():
+        with files.writable(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(files.locked(workdir / LOCK, what=what, remedy=remedy))
+
+    with contextlib.ExitStack() as held:
+        processes.together(lambda: hold() if processes.is_first() else None)
         yield
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _lock(workdir):
-    with _usable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise checks.UserError(
-            f"the workdir {workdir} is in use by a live run ({holder}); wait for it or "
-            "end it, or choose another --workdir."
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
-
-
-@contextlib.contextmanager
-def _usable(workdir):
-    try:
-        yield
-    except OSError as error:
-        raise checks.UserError(
-            f"the workdir {workdir} cannot be made or written to: {error.strerror}; "
-            "mend its permissions, or choose another --workdir."
-        ) from error
 
 
 def _claim(workdir, config):
-    with _usable(workdir):
+    with files.writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / CONFIG
     if file.exists():
         recorded = recorded_config(file)
         if steps_of(workdir / CHECKPOINTS):
             _require_same(workdir, recorded, config)
-    write_text(file, json.dumps(to_dict(config), indent=2) + "\n")
+    files.write_json(file, to_dict(config))
 
 
 def recorded_config(file: Path) -> ExperimentConfig:

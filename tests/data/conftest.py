@@ -9,6 +9,7 @@ import pytest
 from swinsmt_jax import class_map, labels
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import meta, preprocess, store
+from swinsmt_jax.runtime import files
 
 SHAPE = (12, 10, 8)
 AFFINE = np.array([[2.0, 0, 0, -5], [0, 2, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
@@ -75,7 +76,7 @@ def write_store():
         root.mkdir()
         options = store.Options(0.0, class_map.make(names, {}, where="x"))
         index = {"format": store.FORMAT, "options": options.to_json()}
-        store.write_json(root / store.INDEX, index)
+        files.write_json(root / store.INDEX, index)
         for sample in samples:
             store.write_case(root, sample, num_classes=len(names) + 1, facts={})
         splits = {sample.name: "train" for sample in samples}

@@ -165,10 +165,10 @@ def test_folder_is_completed_kept_or_refused(tmp_path):
     for path in (root / "s0002").iterdir():
         path.unlink()
     (root / "s0002").rmdir()
-    (root / ".99.s0002").mkdir()
+    (root / ".partial-s0002").mkdir()
     phantom.write_dataset(root, **arguments)
     assert len(totalsegmentator.find_cases(root, split="train")) == 2
-    assert not (root / ".99.s0002").exists()
+    assert not (root / ".partial-s0002").exists()
     first = root / "s0001/ct.nii.gz"
     assert first.stat().st_mtime_ns == times[first]
 

@@ -71,6 +71,6 @@ def test_a_second_run_on_a_store_is_refused(tmp_path):
         nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), file)
     meta.add(source, {"s1": "train"})
     with store.opened(root, store.Options(0.0)):
-        with pytest.raises(checks.UserError, match=f"another run .* {root}; wait"):
+        with pytest.raises(checks.UserError, match=f"{root} is in use by a live run"):
             preprocess.preprocess(source, root)
     assert preprocess.preprocess(source, root) == {}

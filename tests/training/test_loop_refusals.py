@@ -147,7 +147,7 @@ def test_layer_decay_without_swin_stages_is_refused(tmp_path, make_config):
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, make_config):
     (tmp_path / "file").write_text("")
-    words = "file/run cannot be made or written to: Not a dir.*another --workdir"
+    words = "file/run cannot be written: Not a dir.*another folder"
     with pytest.raises(UserError, match=words):
         loop.train(make_config(), workdir=tmp_path / "file" / "run")
 

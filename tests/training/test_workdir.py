@@ -60,7 +60,7 @@ def test_a_damaged_config_is_told(tmp_path, make_config, text):
 
 def test_a_file_is_no_workdir(tmp_path, make_config):
     (tmp_path / "file").write_text("")
-    words = "cannot be made or written to.*choose another --workdir"
+    words = "file cannot be written: .*, or choose another folder"
     with pytest.raises(UserError, match=words):
         open_workdir(tmp_path / "file", make_config())
 

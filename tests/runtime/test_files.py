@@ -1,0 +1,101 @@
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+
+import pytest
+
+from swinsmt_jax.checks import UserError
+from swinsmt_jax.runtime import files
+
+HOLD = """
+import sys
+from pathlib import Path
+from swinsmt_jax.runtime import files
+with files.locked(Path(sys.argv[1]), what="the run", remedy="give up"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_file_or_a_folder_appears_whole_and_replaces_what_was_there(tmp_path):
+    files.write_json(tmp_path / "a.json", {"b": [1]})
+    files.write_json(tmp_path / "a.json", {"b": 2})
+    assert (tmp_path / "a.json").read_text() == '{\n "b": 2\n}\n'
+    for name in ("old", "new"):
+        with files.replacing(tmp_path / "folder") as partial:
+            partial.mkdir()
+            (partial / name).write_text(name)
+            assert partial.name == "folder"
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["new"]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "folder"}
+
+
+def test_an_error_leaves_the_old_file_and_no_partial_one(tmp_path):
+    file = tmp_path / "a.txt"
+    files.write_text(file, "old")
+    with pytest.raises(ZeroDivisionError), files.replacing(file) as partial:
+        partial.write_text("ne")
+        raise ZeroDivisionError
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    events = []
+    real = {"fsync": os.fsync, "replace": os.replace}
+    for name in real:
+
+        def note(*arguments, name=name):
+            events.append(name)
+            return real[name](*arguments)
+
+        monkeypatch.setattr(os, name, note)
+    files.write_text(tmp_path / "a.txt", "new")
+    assert events == ["fsync", "replace", "fsync"]
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    words = "file/a.txt cannot be written: Not a directory; make room or mend"
+    with pytest.raises(UserError, match=words):
+        files.write_text(tmp_path / "file" / "a.txt", "new")
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    (tmp_path / f"{files.PARTIAL}a").mkdir()
+    (tmp_path / f"{files.PARTIAL}b").write_text("")
+    (tmp_path / "c").write_text("")
+    files.remove_partial(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    file = tmp_path / "lock"
+    command = [sys.executable, "-c", HOLD, str(file)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        for _ in range(2):  # the first refusal leaves the holder's name
+            words = rf"the run is in use by a live run \(process {process.pid} on .*up"
+            with (
+                pytest.raises(UserError, match=words),
+                files.locked(file, what="the run", remedy="give up"),
+            ):
+                pass
+        process.kill()
+    with files.locked(file, what="the run", remedy="give up"):
+        assert file.read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path, monkeypatch, caplog, number
+):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.locked(tmp_path / "lock", what="the run", remedy="give up"):
+        assert "the run cannot be locked; start one run at a time" in caplog.text

@@ -32,7 +32,7 @@ from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.metrics import AVERAGES
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.run import SurfaceRule
-from swinsmt_jax.inference.predict import computing_in
+from swinsmt_jax.inference.segment import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.network_config import DTYPES
 from swinsmt_jax.ops.patches import BLENDS

@@ -34,7 +34,7 @@ from swinsmt_jax import checks, labels, models
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import metrics, run
-from swinsmt_jax.inference.predict import predict_fn
+from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.runtime import operations, startup
 from swinsmt_jax.training import loop
@@ -81,7 +81,13 @@ def train_and_score(config: ExperimentConfig) -> dict:
         loop.train(config, workdir=folder)
         seconds = time.perf_counter() - start
         _, model, _ = load_model(Path(folder))
-        found = run.segment_cases(predict_fn(model), config, cases)
+        found = run.segment_cases(
+            predict_fn(model),
+            cases,
+            data=config.data,
+            inference=config.inference,
+            num_classes=config.model.out_channels,
+        )
         results = [case.result for case in found]
     later = [result.seconds for result in results[1:] or results]  # after compilation
     return {

@@ -40,7 +40,7 @@ from swinsmt_jax import models, sharding
 from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.inference.predict import predict_fn
+from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.operations import forward_operations

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from benchmarks import define_file, report, write
 from swinsmt_jax import checks, labels
 from swinsmt_jax.config import SwinSMTConfig
-from swinsmt_jax.data import nifti, pipeline
+from swinsmt_jax.data import nifti, pipeline, transforms
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.data.meta import SPLITS
 from swinsmt_jax.evaluation import routing
@@ -51,20 +51,19 @@ def group_map(label):
     return numbers
 
 
-def draw(path, volume, experts, num_experts):
+def draw(path, sample, experts, num_experts):
     """Draw CT, groups and experts in the planes with most anatomy."""
-    groups = group_map(volume["label"])
-    image = volume["image"][..., 0]
+    groups = group_map(sample.label)
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, axis in zip(figure.subplots(2, 3), (1, 2), strict=True):
         others = tuple(a for a in range(3) if a != axis)
         index = int((groups > 0).sum(others).argmax())
-        across, up = (volume["spacing"][a] for a in others)
+        across, up = (nifti.spacing_of(sample.affine)[a] for a in others)
 
         def rows(a, axis=axis, index=index):
             return a.take(index, axis=axis)[::-1, ::-1].T
 
-        grey = rows(image)
+        grey = rows(sample.image)
         shown = [("CT", None, 1), ("groups of the truth", rows(groups), 5)]
         shown += [("expert with the largest share", rows(experts), num_experts)]
         for picture, (title, numbers, count) in zip(axes, shown, strict=True):
@@ -119,7 +118,8 @@ def main(_):
     config, model, _ = load_model(workdir)
     root = options.data_root or config.data.root
     case = choose_case(find_cases(root, split=options.split), options.case)
-    volume = pipeline.load_volume(config.data, case)
+    sample = pipeline.load_foreground(config.data, case)
+    sample = transforms.scale_hu(sample, hu_range=config.data.hu_range)
     checks.require(
         isinstance(config.model, SwinSMTConfig),
         f"{workdir} holds a network without experts; take a run of a Swin SMT.",
@@ -129,17 +129,17 @@ def main(_):
     blocks = [options.block] if options.block else routing.block_names(config.model)
     rows = []
     for block in blocks[:1] if options.quick else blocks:
-        shares = routing.expert_shares(model, config, volume["image"], block=block)
+        shares = routing.expert_shares(
+            model, config, sample.image[..., None], block=block
+        )
         experts = (shares.argmax(-1) + 1).astype(np.uint8)
         stem = f"{case.name}_{block.replace('/', '_')}"
-        nifti.write(output / f"{stem}_experts.nii.gz", experts, volume["affine"])
+        nifti.write(output / f"{stem}_experts.nii.gz", experts, sample.affine)
         if options.shares:
-            nifti.write(output / f"{stem}_shares.nii.gz", shares, volume["affine"])
-        draw(output / f"{stem}.png", volume, experts, config.model.num_experts)
+            nifti.write(output / f"{stem}_shares.nii.gz", shares, sample.affine)
+        draw(output / f"{stem}.png", sample, experts, config.model.num_experts)
         print(block)
-        by_group = routing.shares_by_group(
-            shares, volume["label"], groups=labels.GROUPS
-        )
+        by_group = routing.shares_by_group(shares, sample.label, groups=labels.GROUPS)
         write_table(output / f"{stem}.csv", by_group)
         of_groups = {name: np.asarray(s).tolist() for name, s in by_group.items()}
         rows.append({"block": block, "case": case.name, "shares": of_groups})

@@ -19,8 +19,8 @@ from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation import evaluate_split
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.run import SurfaceRule
-from swinsmt_jax.inference.predict import predict_fn
 from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
+from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.inference.segmenter import Segmenter
 
 ROOT = Path(evaluate.__file__).parent

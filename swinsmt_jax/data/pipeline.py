@@ -20,7 +20,7 @@ from absl import flags
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import augmentation, nifti, store, transforms
+from swinsmt_jax.data import augmentation, store, transforms
 from swinsmt_jax.data.case import Case, Sample, resampled
 from swinsmt_jax.data.dataset import require_totalsegmentator
 from swinsmt_jax.data.layouts import totalsegmentator
@@ -181,49 +181,10 @@ def _few(names: Sequence[str]) -> str:
     return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
 
 
-def load_case(case: Case | StoredCase) -> Sample:
-    """Read a whole scan with its labels."""
-    return case.read()
-
-
-def load_volume(config: DataConfig, case: Case | StoredCase) -> dict:
-    """Read a whole scan of a dataset; see `network_view`."""
-    return network_view(config, load_case(case))
-
-
-def network_view(config: DataConfig, scan: Sample) -> dict:
-    """Return a whole scan as the network sees it in training: its foreground, scaled.
-
-    Returns:
-        `image` float32 [D, H, W, 1], the smallest box around the foreground, scaled as
-        in training but not augmented; `label` uint8 [D, H, W]; `spacing` in mm;
-        `affine` [4, 4]; `name`; and the scan itself: `scan_image`, `scan_label` and
-        `scan_spacing`. `scan_box` are the slices of the scan that `image` covers, and
-        `positions` says where their planes, rows and columns lie on the grid of
-        `image`, in voxels; None where both grids are one.
-    """
-    whole = resampled(scan, config.spacing)
-    sample = transforms.crop_foreground(whole, air=config.hu_range[0])
-    positions = nifti.positions(scan.image.shape, scan.affine, on=sample.affine)
-    box = tuple(
-        slice(*np.searchsorted(axis, (-0.5, n - 0.5)).tolist())
-        for axis, n in zip(positions, sample.image.shape, strict=True)
-    )
-    own_grid = whole.affine is scan.affine
-    return {
-        "image": transforms.scale_hu(sample, hu_range=config.hu_range).image[..., None],
-        "label": sample.label,
-        "spacing": nifti.spacing_of(sample.affine),
-        "affine": sample.affine,
-        "name": scan.name,
-        "scan_image": transforms.scale_hu(scan, hu_range=config.hu_range).image,
-        "scan_label": scan.label,
-        "scan_spacing": nifti.spacing_of(scan.affine),
-        "scan_box": box,
-        "positions": None
-        if own_grid
-        else tuple(axis[s] for axis, s in zip(positions, box, strict=True)),
-    }
+def load_foreground(config: DataConfig, case: Case | StoredCase) -> Sample:
+    """Read a case resampled and cropped to its foreground, in Hounsfield units."""
+    sample = resampled(case.read(), config.spacing)
+    return transforms.crop_foreground(sample, air=config.hu_range[0])
 
 
 def fingerprint(cases: Sequence[Case]) -> str:
@@ -232,10 +193,6 @@ def fingerprint(cases: Sequence[Case]) -> str:
     for case in cases:
         digest.update(f"{case.name};{case.split};{case.facts}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _read(config: DataConfig, case: Case) -> Sample:
-    return resampled(case.read(), config.spacing)
 
 
 def _augmented(
@@ -317,12 +274,9 @@ class _RandomCrop(grain.transforms.RandomMap):
 
     def _sample(self, index: int) -> Sample:
         if not self._config.cache:
-            return self._prepare(index)
+            return load_foreground(self._config, self._cases[index])
         with self._locks[index]:  # two threads never decode one case twice
             if index not in self._memory:
-                self._memory[index] = self._prepare(index)
+                case = self._cases[index]
+                self._memory[index] = load_foreground(self._config, case)
             return self._memory[index]
-
-    def _prepare(self, index: int) -> Sample:
-        sample = _read(self._config, self._cases[index])
-        return transforms.crop_foreground(sample, air=self._config.hu_range[0])

@@ -19,27 +19,35 @@ DRAWS = 256  # voxels tried at random before all voxels are searched
 
 def scale_hu(sample: Sample, *, hu_range: Sequence[float]) -> Sample:
     """Map HU linearly from `hu_range` to [0, 1] and clip, as float32."""
+    return replace(sample, image=scaled(sample.image, hu_range=hu_range))
+
+
+def scaled(hu: np.ndarray, *, hu_range: Sequence[float]) -> np.ndarray:
+    """Return `scale_hu` of an image alone."""
     low, high = hu_range
-    image = sample.image.astype(np.float32)
+    image = hu.astype(np.float32)
     image -= np.float32(low)
     image /= np.float32(high - low)
-    return replace(sample, image=np.clip(image, 0.0, 1.0, out=image))
+    return np.clip(image, 0.0, 1.0, out=image)
 
 
 def crop_foreground(sample: Sample, *, air: float = 0.0) -> Sample:
-    """Crop to the smallest box around the voxels with image > air.
+    """Crop to the `foreground_box`."""
+    box = foreground_box(sample.image, air=air)
+    return _take(sample, [part.start for part in box], [p.stop - p.start for p in box])
 
-    An image without such voxels is returned whole.
-    """
-    above = sample.image > air
+
+def foreground_box(image: np.ndarray, *, air: float) -> tuple[slice, ...]:
+    """Return the smallest box around the voxels > air; all of an image without any."""
+    above = image > air
     box = []
     for axis in range(3):
         others = tuple(a for a in range(3) if a != axis)
         hit = np.flatnonzero(above.any(axis=others))
         if hit.size == 0:
-            return sample
+            return tuple(slice(0, n) for n in image.shape)
         box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-    return _take(sample, [part.start for part in box], [p.stop - p.start for p in box])
+    return tuple(box)
 
 
 def balanced_crop(

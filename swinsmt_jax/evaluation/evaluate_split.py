@@ -11,7 +11,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import html_report, pictures, run, tables
-from swinsmt_jax.inference.predict import batch_sharding, left_right_swap, predict_fn
+from swinsmt_jax.inference.segment import batch_sharding, left_right_swap, predict_fn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.operations import forward_operations
@@ -190,8 +190,10 @@ def _segment(predict, config, cases, split, surface_rule):
     )
     segmented = run.segment_cases(
         predict,
-        config,
         bar,
+        data=config.data,
+        inference=config.inference,
+        num_classes=config.model.out_channels,
         sharding=batch_sharding(),
         surface_rule=surface_rule,
     )

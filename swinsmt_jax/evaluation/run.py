@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.data import pipeline
+from swinsmt_jax.config import DataConfig, ExperimentConfig, InferenceConfig
+from swinsmt_jax.data import nifti, pipeline, transforms
+from swinsmt_jax.data.network_view import network_view
 from swinsmt_jax.evaluation import metrics, surface
 from swinsmt_jax.evaluation.metrics import Counts
-from swinsmt_jax.inference.predict import windows_per_call
-from swinsmt_jax.inference.sliding_window import Predict, predict_labels
+from swinsmt_jax.inference.segment import segment
+from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.runtime import processes
 
 PICTURES = 3  # cases drawn in a validation
@@ -77,67 +78,60 @@ class Segmented:
 
 def segment_cases(
     predict: Predict,
-    config: ExperimentConfig,
     cases: Iterable,
     *,
+    data: DataConfig,
+    inference: InferenceConfig,
+    num_classes: int,
     sharding: jax.sharding.Sharding | None = None,
     surface_rule: SurfaceRule | None = None,
 ) -> Iterator[Segmented]:
-    """Yield every case with the labels that sliding windows gave it.
-
-    Windows have the shape of the training patch, since a Soft MoE's result depends on
-    it, and cover the foreground, as in training; overlap, blending and batch are those
-    of `config.inference`. Where the network sees the scan resampled, its probabilities
-    are brought back to the scan's own grid: there they become labels, and there they
-    are compared.
+    """Yield every case with its prediction, compared on the scan's own grid.
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
-        config: of the experiment whose network `predict` is.
         cases: as from `pipeline.find_cases`.
-        sharding: of the batches of windows, filled as `windows_per_call` says.
+        data: of the experiment whose network `predict` is.
+        inference, num_classes, sharding: as in `inference.segment`.
         surface_rule: how surfaces are compared; None leaves that out.
 
     Raises:
         UserError: for bad files, or labels that the network has no output for.
     """
-    num_classes = config.model.out_channels
     for case in cases:
-        volume = pipeline.load_volume(config.data, case)
-        top = int(volume["scan_label"].max())
+        scan = case.read()
+        top = int(scan.label.max())
         checks.require(
             top < num_classes,
             f"case {case.name!r} holds label {top}, but the network's model."
             f"out_channels is {num_classes}, so its labels end at {num_classes - 1}; "
             "evaluate on data with the classes of the training.",
         )
+        view = network_view(
+            scan.image, scan.affine, spacing=data.spacing, hu_range=data.hu_range
+        )
         start = time.perf_counter()
-        truth = volume["scan_label"]
-        prediction = np.zeros_like(truth)  # outside the foreground is background
-        prediction[volume["scan_box"]] = predict_labels(
+        prediction = segment(
             predict,
-            volume["image"],
-            window=config.data.patch_shape,
+            view,
+            window=data.patch_shape,
             num_classes=num_classes,
-            overlap=config.inference.overlap,
-            blend=config.inference.blend,
-            window_batch=windows_per_call(config.inference.window_batch, sharding),
+            inference=inference,
             sharding=sharding,
-            positions=volume["positions"],
-            accumulate=config.inference.accumulate,
         )
         seconds = time.perf_counter() - start
-        spacing = tuple(float(side) for side in volume["scan_spacing"])
+        spacing = nifti.spacing_of(scan.affine)
         result = score(
             case.name,
             prediction,
-            truth,
+            scan.label,
             seconds=seconds,
             spacing=spacing,
             num_classes=num_classes,
             surface_rule=surface_rule,
         )
-        yield Segmented(result, volume["scan_image"], truth, prediction, spacing)
+        image = transforms.scaled(scan.image, hu_range=data.hu_range)
+        yield Segmented(result, image, scan.label, prediction, spacing)
 
 
 def score(
@@ -211,7 +205,15 @@ def validate(
 
     def segment():
         own, found = processes.share(cases), []
-        for case in segment_cases(predict, config, own, sharding=sharding):
+        segmented = segment_cases(
+            predict,
+            own,
+            data=config.data,
+            inference=config.inference,
+            num_classes=config.model.out_channels,
+            sharding=sharding,
+        )
+        for case in segmented:
             if draw is not None and len(pictures) < PICTURES:
                 pictures[f"validation/{case.result.name}"] = draw(case)
             found.append(case.result)

@@ -17,16 +17,16 @@ from nibabel import orientations
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data import dicom, label_table, nifti, pipeline
-from swinsmt_jax.data.case import Sample
+from swinsmt_jax.data.network_view import network_view
 from swinsmt_jax.data.nifti import Volume
-from swinsmt_jax.inference.predict import (
+from swinsmt_jax.inference.segment import (
     batch_sharding,
     computing_in,
     left_right_swap,
     predict_fn,
-    windows_per_call,
+    segment,
 )
-from swinsmt_jax.inference.sliding_window import Predict, predict_labels
+from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.labels import class_name
 from swinsmt_jax.training.checkpoint import load_model
 
@@ -88,26 +88,20 @@ class Segmenter:
         self, volume: Volume, *, progress: Progress | None = None
     ) -> np.ndarray:
         """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
-        config, sharding = self.config, batch_sharding()
-        nothing = np.zeros(volume.array.shape, np.uint8)
-        scan = Sample(volume.array, nothing, volume.affine, volume.path.name)
-        view = pipeline.network_view(config.data, scan)
-        labels = np.zeros(volume.array.shape, np.uint8)
-        labels[view["scan_box"]] = predict_labels(
+        data = self.config.data
+        view = network_view(
+            volume.array, volume.affine, spacing=data.spacing, hu_range=data.hu_range
+        )
+        return segment(
             self.predict,
-            view["image"],
-            window=config.data.patch_shape,
-            num_classes=config.model.out_channels,
-            overlap=config.inference.overlap,
-            blend=config.inference.blend,
-            window_batch=windows_per_call(config.inference.window_batch, sharding),
-            sharding=sharding,
-            positions=view["positions"],
+            view,
+            window=data.patch_shape,
+            num_classes=self.config.model.out_channels,
+            inference=self.config.inference,
+            sharding=batch_sharding(),
             sums=self.sums,
-            accumulate=config.inference.accumulate,
             progress=progress,
         )
-        return labels
 
 
 def load_scan(path: str | Path) -> Volume:

@@ -17,7 +17,7 @@ from scipy import stats
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import meta, pipeline, store
-from swinsmt_jax.data.case import Sample, load_case
+from swinsmt_jax.data.case import Sample
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 
@@ -258,46 +258,6 @@ def test_centres_are_uniform_also_where_voxels_are_sampled(
     own = image[tuple(cases[0].voxels[kind].T)]
     own = own[own > -1024]
     assert deviation(drawn(cases[0], 400), own, len(own)) > 1e-3
-
-
-def test_volume_is_the_foreground_scaled_as_in_training(config):
-    (case,) = totalsegmentator.find_cases(config.root, split="test")
-    sample = load_case(case)
-    above = np.argwhere(sample.image > config.hu_range[0])
-    box = tuple(
-        slice(a, b + 1) for a, b in zip(above.min(0), above.max(0), strict=True)
-    )
-    volume = pipeline.load_volume(config, case)
-    assert volume["scan_box"] == box and volume["positions"] is None
-    hu = np.clip(sample.image, -1024, 1024)
-    scaled = (hu + 1024) / 2048
-    np.testing.assert_allclose(volume["scan_image"], scaled, atol=1e-6)
-    np.testing.assert_array_equal(volume["image"][..., 0], volume["scan_image"][box])
-    np.testing.assert_array_equal(volume["scan_label"], sample.label)
-    np.testing.assert_array_equal(volume["label"], sample.label[box])
-    corner = sample.affine @ [*(part.start for part in box), 1]
-    np.testing.assert_allclose(volume["affine"][:3, 3], corner[:3])
-    np.testing.assert_allclose(volume["spacing"], 12)
-    assert volume["name"] == case.name
-
-
-def test_volume_is_resampled_to_the_spacing_asked(config):
-    (case,) = totalsegmentator.find_cases(config.root, split="test")
-    scan = load_case(case)
-    volume = pipeline.load_volume(replace(config, spacing=24.0), case)
-    np.testing.assert_allclose(volume["spacing"], 24)
-    assert set(np.unique(volume["label"])) <= set(range(118))
-    np.testing.assert_array_equal(volume["scan_label"], scan.label)
-    to_image = np.linalg.inv(volume["affine"]) @ scan.affine
-    for a, (axis, box) in enumerate(
-        zip(volume["positions"], volume["scan_box"], strict=True)
-    ):
-        n = volume["label"].shape[a]
-        everywhere = to_image[a, a] * np.arange(scan.label.shape[a]) + to_image[a, 3]
-        np.testing.assert_allclose(axis, everywhere[box], atol=1e-6)
-        outside = np.delete(everywhere, np.r_[box])
-        assert np.all(np.abs(axis - (n - 1) / 2) <= n / 2)
-        assert np.all(np.abs(outside - (n - 1) / 2) >= n / 2)
 
 
 def test_fingerprint_tells_datasets_apart(config, cases, tmp_path):

@@ -1,5 +1,3 @@
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +5,9 @@ import pytest
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.data import pipeline
+from swinsmt_jax.data.case import Sample
 from swinsmt_jax.evaluation import run
-from swinsmt_jax.inference.predict import batch_sharding, windows_per_call
+from swinsmt_jax.inference.segment import batch_sharding
 
 CLASSES = 4
 
@@ -38,30 +36,35 @@ def reads_the_image(windows):
     return -jnp.abs(windows * 10 - classes)
 
 
+class InMemory(Sample):
+    """A case that is its own scan."""
+
+    def read(self):
+        return self
+
+
 @pytest.fixture
-def cases(monkeypatch, rng):
+def cases(rng):
     """Three cases in memory: one with all classes, one without 3, one without 1."""
     truths = [rng.integers(0, CLASSES, (34, 40, 20)).astype(np.uint8) for _ in range(3)]
     truths[1][truths[1] == 3] = 0
     truths[2][truths[2] == 1] = 0
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    return [
+        InMemory(truth * np.float32(204.8) - 1024, truth, affine, str(i))
+        for i, truth in enumerate(truths)
+    ]
 
-    def load_volume(data, case):
-        truth = truths[int(case.name)]
-        return {
-            "image": truth[..., None].astype(np.float32) / 10,
-            "label": truth,
-            "spacing": (2.0, 3.0, 4.0),
-            "affine": np.eye(4),
-            "name": case.name,
-            "scan_image": truth.astype(np.float32) / 10,
-            "scan_label": truth,
-            "scan_spacing": (2.0, 3.0, 4.0),
-            "scan_box": (slice(None),) * 3,
-            "positions": None,
-        }
 
-    monkeypatch.setattr(pipeline, "load_volume", load_volume)
-    return [types.SimpleNamespace(name=str(i), truth=t) for i, t in enumerate(truths)]
+def segmented(cases):
+    own = config()
+    return run.segment_cases(
+        reads_the_image,
+        cases,
+        data=own.data,
+        inference=own.inference,
+        num_classes=CLASSES,
+    )
 
 
 def test_a_perfect_network_scores_one(cases):
@@ -76,19 +79,17 @@ def test_what_is_absent_and_predicted_is_counted_but_not_averaged(cases):
 
     result = run.validate(jax.jit(always_3), config(), cases, groups={"last": (3,)})
     assert result["false_positives"] == 1  # in the case without class 3
-    share = np.array([2 * (c.truth == 3).mean() for c in cases if 3 in c.truth])
+    share = np.array([2 * (c.label == 3).mean() for c in cases if 3 in c.label])
     last = (share / (1 + share / 2)).mean()
     assert result["groups"]["last"] == pytest.approx(last)
     assert result["dice"] == pytest.approx(last / 3)  # classes 1 and 2 were missed
 
 
 def test_segmented_cases_carry_what_pictures_need(cases):
-    for case, source in zip(
-        run.segment_cases(reads_the_image, config(), cases), cases, strict=True
-    ):
+    for case, source in zip(segmented(cases), cases, strict=True):
         assert case.result.name == source.name and case.result.seconds > 0
         assert case.image.shape == case.truth.shape == case.prediction.shape
-        np.testing.assert_array_equal(case.prediction, source.truth)
+        np.testing.assert_array_equal(case.prediction, source.label)
         assert case.prediction.dtype == np.uint8
         assert case.spacing == (2.0, 3.0, 4.0)
 
@@ -105,11 +106,10 @@ def test_every_device_has_windows_of_a_batch(cases, window_batch, batch):
     own = config(window_batch=window_batch)
     result = run.validate(watched, own, cases, sharding=sharding)
     assert result["dice"] == 1.0 and set(seen) == {(batch, 8)}
-    assert windows_per_call(window_batch, None) == window_batch
 
 
 def test_refuses_labels_that_the_network_lacks(cases):
-    cases[1].truth[0, 0, 0] = 9
+    cases[1].label[0, 0, 0] = 9
     words = r"case '1' holds label 9.*out_channels is 4.*classes of the training"
     with pytest.raises(UserError, match=words):
         run.validate(reads_the_image, config(), cases)
@@ -125,16 +125,10 @@ def test_known_groups_drop_what_the_network_lacks():
     assert run.known_groups(groups, 4) == {"a": (1, 2)}
 
 
-def test_outside_the_foreground_is_background(cases, monkeypatch):
-    load_whole = pipeline.load_volume
-
-    def load_part(data, case):
-        volume = load_whole(data, case)
-        box = slice(2, 30), slice(0, 40), slice(3, 20)
-        return volume | {"scan_box": box, "image": volume["image"][box]}
-
-    monkeypatch.setattr(pipeline, "load_volume", load_part)
-    (case,) = run.segment_cases(reads_the_image, config(), cases[:1])
-    expected = np.zeros_like(case.truth)
-    expected[2:30, :, 3:] = case.truth[2:30, :, 3:]
-    np.testing.assert_array_equal(case.prediction, expected)
+def test_outside_the_foreground_is_background(cases):
+    inside = np.zeros(cases[0].label.shape, bool)
+    inside[2:30, :, 3:] = True
+    cases[0].image[~inside] = -1024
+    (case,) = segmented(cases[:1])
+    assert case.truth[~inside].any()
+    np.testing.assert_array_equal(case.prediction, np.where(inside, case.truth, 0))

@@ -1,4 +1,4 @@
-"""From a network to the jitted function that gives the logits of windows."""
+"""From a network, and a scan as it sees it, to the labels of the scan."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,8 +11,9 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.config import ModelConfig
-from swinsmt_jax.inference.sliding_window import Predict
+from swinsmt_jax.config import InferenceConfig, ModelConfig
+from swinsmt_jax.data.network_view import NetworkView
+from swinsmt_jax.inference.sliding_window import Predict, predict_labels
 from swinsmt_jax.models import abstract_model, split
 
 
@@ -76,11 +77,51 @@ def left_right_swap(names: Sequence[str], *, num_classes: int) -> np.ndarray:
     return exchanged
 
 
-def batch_sharding() -> jax.sharding.Sharding | None:
-    """Divide batches of windows over all of this process's devices; None if it is one.
+def segment(
+    predict: Predict,
+    view: NetworkView,
+    *,
+    window: Sequence[int],
+    num_classes: int,
+    inference: InferenceConfig,
+    sharding: jax.sharding.Sharding | None = None,
+    sums: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Return the labels of a scan on its own grid, uint8 `[X, Y, Z]`.
 
-    Batches are then of `windows_per_call`.
+    Where the network sees the scan resampled, its probabilities are brought back to the
+    scan's grid, and there they become labels. Outside the foreground is background.
+
+    Args:
+        predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
+        view: the scan, from `network_view`.
+        window: the training patch, since a Soft MoE's result depends on it.
+        num_classes: K.
+        inference: overlap, blending, batch and place of the sums.
+        sharding: of the batches of windows, whose size is rounded up to fill it.
+        sums, progress: as in `predict_labels`.
     """
+    labels = np.zeros(view.shape, np.uint8)
+    labels[view.box] = predict_labels(
+        predict,
+        view.image,
+        window=window,
+        num_classes=num_classes,
+        overlap=inference.overlap,
+        blend=inference.blend,
+        window_batch=_filling(inference.window_batch, sharding),
+        sharding=sharding,
+        positions=view.positions,
+        sums=sums,
+        accumulate=inference.accumulate,
+        progress=progress,
+    )
+    return labels
+
+
+def batch_sharding() -> jax.sharding.Sharding | None:
+    """Divide batches of windows over this process's devices; None if it is one."""
     devices = jax.local_devices()
     if len(devices) == 1:
         return None
@@ -89,8 +130,8 @@ def batch_sharding() -> jax.sharding.Sharding | None:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
 
-def windows_per_call(wanted: int, sharding: jax.sharding.Sharding | None) -> int:
-    """Round inference.window_batch up, so that every device of `sharding` works."""
+def _filling(wanted, sharding):
+    """Round a batch of windows up, so that every device of the sharding works."""
     devices = 1 if sharding is None else sharding.num_devices
     batch = -(-wanted // devices) * devices
     if batch != wanted:

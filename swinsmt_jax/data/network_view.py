@@ -1,0 +1,55 @@
+"""A whole scan as the network sees scans in training: its foreground, scaled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from swinsmt_jax.data import nifti, transforms
+
+
+@dataclass(frozen=True)
+class NetworkView:
+    """What the network is shown of a scan, and where that lies in the scan.
+
+    Attributes:
+        image: float32 [D, H, W, 1], the smallest box around the foreground, resampled
+            and scaled.
+        shape: of the scan.
+        box: the slices of the scan that `image` covers.
+        positions: where their planes, rows and columns lie on the grid of `image`, in
+            voxels; None where both grids are one.
+    """
+
+    image: np.ndarray
+    shape: tuple[int, ...]
+    box: tuple[slice, ...]
+    positions: tuple[np.ndarray, ...] | None
+
+
+def network_view(
+    hu: np.ndarray, affine: np.ndarray, *, spacing: float, hu_range: Sequence[float]
+) -> NetworkView:
+    """Resample, crop and scale a scan as in training, without augmentation.
+
+    Args:
+        hu: [X, Y, Z] in RAS orientation.
+        affine: [4, 4] of the scan.
+        spacing, hu_range: as in `config.DataConfig`.
+    """
+    image, own = hu, affine
+    if spacing:
+        image, own = nifti.resample(hu, affine, spacing=spacing, order=1)
+    foreground = transforms.foreground_box(image, air=hu_range[0])
+    start = np.eye(4)
+    start[:3, 3] = [part.start for part in foreground]
+    image = transforms.scaled(image[foreground], hu_range=hu_range)[..., None]
+    if own is affine:
+        return NetworkView(image, hu.shape, foreground, None)
+    positions = nifti.positions(hu.shape, affine, on=own @ start)
+    box = tuple(
+        slice(*np.searchsorted(axis, (-0.5, n - 0.5)).tolist())
+        for axis, n in zip(positions, image.shape, strict=False)
+    )
+    inside = tuple(axis[part] for axis, part in zip(positions, box, strict=True))
+    return NetworkView(image, hu.shape, box, inside)

@@ -5,6 +5,7 @@ are seeded per record. So it does not depend on the number of threads, workers o
 processes, and a resumed run starts at its step without replaying what came before.
 """
 
+import functools
 import hashlib
 import os
 import sys
@@ -25,6 +26,7 @@ from swinsmt_jax.data.case import Case, Sample, resampled
 from swinsmt_jax.data.dataset import require_totalsegmentator
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.data.store import StoredCase
+from swinsmt_jax.runtime.workers import end_with
 
 WORKER_BUFFER = 2  # crops that each worker process holds ready
 
@@ -81,18 +83,20 @@ def training_batches(
         workers = grain.MultiprocessingOptions(
             num_workers=config.num_workers, per_worker_buffer_size=WORKER_BUFFER
         )
-        crops = crops.mp_prefetch(workers, worker_init_fn=_stay_on_the_cpu)
+        start = functools.partial(_start_worker, parent=os.getpid())
+        crops = crops.mp_prefetch(workers, worker_init_fn=start)
     # Batches are formed after the workers: before them, records were lost
     # (google/grain#1129) and the stream would depend on the number of workers.
     batches = crops.batch(config.batch_size // process_count, drop_remainder=True)
     return _batches(iter(batches))
 
 
-def _stay_on_the_cpu(worker: int, workers: int) -> None:
-    """Keep a worker from taking an accelerator, should anything in it use JAX.
+def _start_worker(worker: int, workers: int, *, parent: int) -> None:
+    """Let a worker end with its parent, and keep it from taking an accelerator.
 
     JAX may be loaded already: a worker imports the script that trains.
     """
+    end_with(parent)
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")

@@ -4,16 +4,11 @@ A run can be killed and started again: finished cases stay, half-written ones ar
 anew. A case that cannot be used is reported by name and reason, and the others go on.
 """
 
-import concurrent.futures
 import functools
-import multiprocessing
-import os
 import shutil
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,12 +20,9 @@ from swinsmt_jax.data.case import Case, load_case, resampled
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.store import Options
 from swinsmt_jax.runtime import files
+from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
-DIED = (
-    "its worker process has died, mostly because memory ran out; give fewer --workers, "
-    "and the same command again."
-)
 
 
 def preprocess(
@@ -52,7 +44,7 @@ def preprocess(
         spacing: voxel side in mm; 0 keeps each scan's own.
         description: of the dataset, as in `dataset.open_dataset`.
         classes: names of those to keep; empty keeps all.
-        workers: processes; each holds one scan.
+        workers: processes, each of which holds one scan; one is this process itself.
         exclude: ids of cases to leave out, such as those with known wrong labels.
         progress: show a bar.
 
@@ -119,9 +111,13 @@ def _run(job, dataset, waiting, rows, workers, progress):
                 cases.append(dataset.find(name, rows[name]))
             except Exception as error:
                 end(name, _reason(error))
-        for count, (case, reason) in enumerate(run_each(job, cases, workers), start=1):
+        finished = run_each(job, cases, workers=workers)
+        for count, (case, future) in enumerate(finished, start=1):
             bar.set_postfix_str(rate(count, time.monotonic() - start), refresh=False)
-            end(case.name, reason)
+            try:
+                end(case.name, future.result())
+            except WorkerDiedError as error:
+                end(case.name, str(error))
     return {name: failed[name] for name in rows if name in failed}
 
 
@@ -129,55 +125,6 @@ def rate(cases: int, seconds: float) -> str:
     """Return cases a second in words; a minute, if they are slow."""
     found = cases / max(seconds, 1e-3)
     return f"{found:.1f} cases/s" if found >= 1 else f"{60 * found:.1f} cases/minute"
-
-
-def run_each(
-    job: Callable, cases: Sequence, workers: int
-) -> Iterator[tuple[object, str | None]]:
-    """Yield each case with what `job` returns for it, as they end, from processes.
-
-    Where a process dies, the cases that were being worked on have another turn, each
-    alone; one whose process dies again has failed, and the others go on.
-    """
-    waiting, suspects = list(reversed(cases)), []
-    while waiting or suspects:
-        queue, most = ([suspects.pop()], 1) if suspects else (waiting, workers)
-        alone, running = queue is not waiting, {}
-        with _pool(most) as pool:
-            try:
-                while queue or running:
-                    while queue and len(running) < most:
-                        future = pool.submit(job, queue[-1])
-                        running[future] = queue.pop()
-                    done, _ = concurrent.futures.wait(
-                        running, return_when=concurrent.futures.FIRST_COMPLETED
-                    )
-                    for future in done:
-                        result = future.result()
-                        yield running.pop(future), result
-            except BrokenProcessPool:
-                left = [*running.values(), *(queue if alone else ())]
-                if alone:
-                    yield left[0], DIED
-                else:
-                    suspects += left
-
-
-def _pool(workers):
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_end_with_parent
-    )
-
-
-def _end_with_parent():
-    """Let this process end when its parent is gone, even killed."""
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str | None:

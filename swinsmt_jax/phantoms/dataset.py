@@ -12,9 +12,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import nibabel as nib
@@ -26,6 +24,7 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.data import meta, nifti
 from swinsmt_jax.phantoms.body import SPACING, VERSION, make_phantom
 from swinsmt_jax.runtime import files
+from swinsmt_jax.runtime.workers import run_each
 
 MARKER = "phantoms.json"
 MOST_VARIATION, MOST_SEED = 5, 10**9
@@ -90,12 +89,9 @@ def write_dataset(
         jobs.append((i, "whole" if whole else None))
     draw = partial(make_phantom, spacing=spacing, variation=variation)
     write = partial(_write_case, root, draw=draw, seed=seed, masks=masks)
-    bar = partial(tqdm, total=len(jobs), desc="phantoms", disable=not progress)
-    if workers == 1:
-        list(bar(map(write, jobs)))
-    else:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            list(bar(pool.map(write, jobs)))
+    drawn = run_each(write, jobs, workers=workers)
+    for _, future in tqdm(drawn, "phantoms", len(jobs), disable=not progress):
+        future.result()
     names = [_name(i) for i in range(len(splits))]
     meta.add(root, dict(zip(names, splits, strict=True)))
 

@@ -8,7 +8,7 @@ import pytest
 
 from swinsmt_jax import class_map, labels
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import meta, preprocess, store
+from swinsmt_jax.data import meta, store
 from swinsmt_jax.runtime import files
 
 SHAPE = (12, 10, 8)
@@ -56,16 +56,6 @@ def root(tmp_path, pristine):
 def write():
     """The function that writes a NIfTI file."""
     return write_nifti
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Preprocess in this process, which starts faster."""
-
-    def run_each(job, cases, workers):
-        return ((case, job(case)) for case in cases)
-
-    monkeypatch.setattr(preprocess, "run_each", run_each)
 
 
 @pytest.fixture(scope="session")

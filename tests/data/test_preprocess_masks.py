@@ -9,8 +9,6 @@ import pytest
 from swinsmt_jax import labels
 from swinsmt_jax.data import meta, preprocess, store
 
-pytestmark = pytest.mark.usefixtures("here")
-
 
 def save(path, array, affine=None):
     image = nib.Nifti1Image(array, np.eye(4) if affine is None else affine)

@@ -12,7 +12,6 @@ from swinsmt_jax.data import meta, preprocess, store, store_report
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.layouts import totalsegmentator
 
-pytestmark = pytest.mark.usefixtures("here")
 SHAPE = (6, 5, 4)
 
 

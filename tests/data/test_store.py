@@ -184,7 +184,7 @@ def test_a_whole_scan_is_read_as_from_the_dataset(source, root):
             np.testing.assert_allclose(getattr(stored, name), getattr(expected, name))
 
 
-def test_another_spacing_is_resampled_once(source, tmp_path, here):
+def test_another_spacing_is_resampled_once(source, tmp_path):
     write_all(source, tmp_path / "store", spacing=18.0)
     config = settings(tmp_path / "store", spacing=18.0)
     (case,) = pipeline.find_cases(config, split="test")
@@ -197,7 +197,7 @@ def test_another_spacing_is_resampled_once(source, tmp_path, here):
         write_all(source, tmp_path / "store", spacing=3.0)
 
 
-def test_bad_cases_are_named_and_the_others_go_on(mine, tmp_path, here):
+def test_bad_cases_are_named_and_the_others_go_on(mine, tmp_path):
     names = list(meta.read(mine))
     nan = nib.load(mine / names[0] / "ct.nii.gz")
     array = nan.get_fdata().astype(np.float32)
@@ -237,7 +237,7 @@ def replace_bytes(path, content):
     path.write_bytes(content)
 
 
-def test_a_run_continues_and_what_is_there_stays(source, tmp_path, here):
+def test_a_run_continues_and_what_is_there_stays(source, tmp_path):
     root = tmp_path / "store"
     write_all(source, root)
     names = list(meta.read(root))
@@ -265,9 +265,7 @@ def test_what_cannot_be_a_store_is_refused(source, root, tmp_path):
         store.find_cases(tmp_path, split="train")
 
 
-def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(
-    source, tmp_path, here
-):
+def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(source, tmp_path):
     root, names = tmp_path / "store", list(meta.read(source))
     write_all(source, root)
     for name in names[1:]:

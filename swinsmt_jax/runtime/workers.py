@@ -1,0 +1,104 @@
+"""Work that is shared by processes, behind `concurrent.futures.Executor`."""
+
+import concurrent.futures
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future
+
+import loky
+
+from swinsmt_jax import checks
+
+
+class WorkerDiedError(checks.UserError):
+    """A process died while it worked on a case."""
+
+
+def processes(workers: int) -> Executor:
+    """Return an executor of processes that end with this one, even if it is killed."""
+    return loky.ProcessPoolExecutor(
+        workers, initializer=end_with, initargs=(os.getpid(),)
+    )
+
+
+def run_each(
+    job: Callable,
+    cases: Sequence,
+    *,
+    workers: int,
+    executor: Callable[[int], Executor] = processes,
+) -> Iterator[tuple[object, Future]]:
+    """Yield each case with the finished future of `job(case)`, as they end.
+
+    One worker is this process itself. Of several, where a process dies, the cases that
+    were being worked on have another turn, each alone; the future of one whose process
+    dies again raises `WorkerDiedError`, and the others go on.
+
+    Args:
+        job: what to do with a case; it and what it returns can be pickled.
+        cases: in the order in which they are begun.
+        workers: cases that are worked on at a time.
+        executor: makes the executor of so many workers.
+    """
+    if workers == 1:
+        yield from ((case, _here(job, case)) for case in cases)
+        return
+    waiting, suspects = list(reversed(cases)), []
+    while waiting or suspects:
+        alone = bool(suspects)
+        queue, count = ([suspects.pop()], 1) if alone else (waiting, workers)
+        running: dict[Future, object] = {}
+        with executor(count) as pool:
+            try:
+                while queue or running:
+                    while queue and len(running) < count:
+                        future = pool.submit(job, queue[-1])
+                        running[future] = queue.pop()
+                    done, _ = concurrent.futures.wait(
+                        running, return_when=concurrent.futures.FIRST_COMPLETED
+                    )
+                    for future in done:
+                        if isinstance(future.exception(), BrokenExecutor):
+                            raise future.exception()
+                        yield running.pop(future), future
+            except BrokenExecutor as error:
+                left = [*running.values(), *(queue if alone else ())]
+                if alone:
+                    yield left[0], _died(error)
+                else:
+                    suspects += left
+
+
+def end_with(parent: int) -> None:
+    """Let this process end soon after its parent, which cannot end it when killed."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _here(job, case):
+    future = Future()
+    try:
+        future.set_result(job(case))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def _died(error):
+    codes = re.search(r"\{(.*)\}", str(error))  # loky: "... are {SIGKILL(-9)}"
+    future = Future()
+    future.set_exception(
+        WorkerDiedError(
+            f"its worker process has died ({codes[1] if codes else error}), mostly "
+            "because memory ran out; give fewer --workers, and the same command again."
+        )
+    )
+    return future

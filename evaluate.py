@@ -28,10 +28,11 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.meta import SPLITS
 from swinsmt_jax.evaluation import compare
+from swinsmt_jax.evaluation.averages import AVERAGES
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
-from swinsmt_jax.evaluation.metrics import AVERAGES
+from swinsmt_jax.evaluation.metrics import METRICS
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
-from swinsmt_jax.evaluation.run import SurfaceRule
+from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.segment import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.network_config import DTYPES
@@ -54,7 +55,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     text("step", None, "checkpoint: best (if there was validation), latest or a number")
     text("data_root", None, "data folder, if not the training's")
     text("output", None, "folder for the results; by default <workdir>/eval_<split>")
-    choice("average", AVERAGES[0], AVERAGES, "the average that counts as the result")
+    choice(
+        "average",
+        "over_classes",
+        list(AVERAGES),
+        "the average that counts as the result",
+    )
+    help = "what is measured of each class"
+    flags.DEFINE_list("metrics", list(METRICS), help, flag_values=values)
     help = "mm within which surfaces count as one; 0 leaves surface Dice out"
     flags.DEFINE_float(
         "surface_tolerance", 3.0, help, lower_bound=0, flag_values=values
@@ -85,22 +93,28 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def scoring(options: flags.FlagValues) -> dict:
-    """Return the average and the rule for surfaces that the flags ask for.
+    """Return the average, the metrics and the rule for surfaces that flags ask for.
 
     TotalSegmentator's resources/evaluate.py takes the mean over cases of each class and
     then over classes, and compares surfaces at 3 mm as if voxels measured 1.5 mm.
     """
     if options.protocol == "totalseg":
-        for name, rule in (("average", AVERAGES[0]), ("surface_tolerance", 3.0)):
+        for name, rule in (("average", "over_classes"), ("surface_tolerance", 3.0)):
             checks.require(
                 options[name].value == rule,
                 f"--protocol=totalseg sets --{name}={rule}, but --{name}="
                 f"{options[name].value} was given too; leave one of them out.",
             )
-        return {"rule": AVERAGES[0], "surface_rule": SurfaceRule(3.0, (1.5,) * 3)}
-    tolerance = options.surface_tolerance
-    rule = SurfaceRule(tolerance) if tolerance else None
-    return {"rule": options.average, "surface_rule": rule}
+    tolerance, names = options.surface_tolerance, options.metrics
+    surfaces = any(m.surfaces for n, m in METRICS.items() if n in names)
+    spacing = (1.5, 1.5, 1.5) if options.protocol == "totalseg" else None
+    return {
+        "rule": options.average,
+        "metrics": names,
+        "surface_rule": SurfaceRule(tolerance, spacing)
+        if tolerance and surfaces
+        else None,
+    }
 
 
 def evaluate(options: flags.FlagValues) -> str:

@@ -33,7 +33,10 @@ from benchmarks import define_file, report, small_networks, write
 from swinsmt_jax import checks, labels, models
 from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
-from swinsmt_jax.evaluation import metrics, run
+from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation.averages import group_averages, known_groups
+from swinsmt_jax.evaluation.metrics import DICE
+from swinsmt_jax.evaluation.scoring import scores_of
 from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.runtime import operations, startup
@@ -91,7 +94,7 @@ def train_and_score(config: ExperimentConfig) -> dict:
         results = [case.result for case in found]
     later = [result.seconds for result in results[1:] or results]  # after compilation
     return {
-        "scores": run.dice_scores(results),
+        "scores": scores_of(results, DICE),
         "train_s": seconds,
         "scan_s": float(np.median(later)),
     }
@@ -99,9 +102,9 @@ def train_and_score(config: ExperimentConfig) -> dict:
 
 def mean_dice(scores: np.ndarray) -> dict[str, float]:
     """Dice by group and overall, in per cent, of `[seeds, cases, K]`."""
-    groups = run.known_groups(labels.GROUPS, scores.shape[-1])
-    found = metrics.group_averages(scores.mean(axis=0), groups=groups)
-    return {name: 100 * mean[metrics.AVERAGES[0]] for name, mean in found.items()}
+    groups = known_groups(labels.GROUPS, scores.shape[-1])
+    found = group_averages(scores.mean(axis=0), groups=groups)
+    return {name: 100 * mean["over_classes"] for name, mean in found.items()}
 
 
 def intervals(statistic, *scores: np.ndarray, seed: int = 0) -> dict:

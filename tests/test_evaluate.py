@@ -16,9 +16,9 @@ import evaluate
 from swinsmt_jax import labels
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.evaluation import evaluate_split
+from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
-from swinsmt_jax.evaluation.run import SurfaceRule
+from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
 from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.inference.segmenter import Segmenter
@@ -183,6 +183,7 @@ def test_user_errors_end_the_script_in_one_line(tmp_path):
 def test_the_protocol_of_totalsegmentator(dataset):
     assert evaluate.scoring(parse("--protocol=totalseg")) == {
         "rule": "over_classes",
+        "metrics": ["dice", "surface_dice"],
         "surface_rule": SurfaceRule(3.0, (1.5, 1.5, 1.5)),
     }
     with pytest.raises(UserError, match="--average=over_pairs was given too"):
@@ -356,7 +357,7 @@ def test_files_are_evaluated_as_the_network_that_made_them(trained, dataset, tmp
     rules = {"rule": "over_pairs", "surface_rule": SurfaceRule()}
     options = {"split": "test", "groups": labels.GROUPS, "output": tmp_path / "direct"}
     options["limit"] = 1
-    evaluate_split.evaluate_split(model, config, **options, **rules)
+    evaluate_split(model, config, **options, **rules)
     expected = json.loads((tmp_path / "direct" / "results.json").read_text())
     segmenter = Segmenter(config, predict_fn(model), 1)
     scans = find_scans([dataset / "s0001"])

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a file belongs to the longest of these names that its own begins with
     ["checks"],
-    ["runtime.files", "runtime.workers"],
+    ["runtime.files", "runtime.html", "runtime.workers"],
     ["network_config"],
     ["swin_config", "labels"],
     ["class_map"],

@@ -1,8 +1,5 @@
 """What is in a store: report.json, report.html, and a few lines for the terminal."""
 
-import base64
-import html
-import io
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +7,9 @@ from matplotlib.figure import Figure
 
 from swinsmt_jax.data import label_table, meta, nifti, store
 from swinsmt_jax.data.store import StoredCase
-from swinsmt_jax.runtime import files
+from swinsmt_jax.runtime import files, html
 
 SHOWN = 4  # cases drawn
-STYLE = """body { font: 14px sans-serif; margin: 2em; max-width: 70em }
-td, th { text-align: right; padding: 0 .8em } td:first-child { text-align: left }
-img { max-width: 100%; margin: .5em 0 }"""
 
 
 def write(root: Path) -> str:
@@ -37,15 +31,11 @@ def write(root: Path) -> str:
 
 
 def _summary(report):
-    count, run, size = (
-        sum(report["cases"].values()),
-        report["run"],
-        report["bytes"] / 1e6,
-    )
-    splits = ", ".join(f"{n} {split}" for split, n in report["cases"].items())
+    count, run = sum(report["cases"].values()), report["run"]
+    size = report["bytes"] / 1e6
     speed = 60 * run["cases"] / max(run["seconds"], 1e-3)
     return (
-        f"{count} cases ({splits}), {size:.1f} MB, "
+        f"{count} cases ({_splits(report)}), {size:.1f} MB, "
         f"{size / max(1, count):.2f} MB a case, "
         f"{report['bytes_per_voxel']:.2f} bytes a voxel; "
         f"{len(report['failed'])} failed, {len(report['excluded'])} excluded; "
@@ -92,45 +82,22 @@ def _collect(root, cases, index):
 
 
 def _page(report, cases):
-    text = html.escape
-    rows = "".join(
-        f"<tr><td>{text(name)}<td>{c['cases']}<td>{c['voxels']:,}</tr>"
-        for name, c in report["classes"].items()
-    )
-    overlaps = {n: f"{count:,} voxels" for n, count in report["overlaps"].items()}
-    notes = {name: " ".join(found) for name, found in report["notes"].items()}
-    splits = ", ".join(f"{n} {split}" for split, n in report["cases"].items())
     shown = cases[:: max(1, len(cases) // SHOWN)][:SHOWN]
-    pictures = "".join(
-        f"<h3>{text(case.name)} ({case.split})</h3>{_image(_slices(case))}"
-        for case in shown
+    return html.render(
+        "store.html",
+        title="Preprocessed cases",
+        report=report,
+        splits=_splits(report),
+        excluded=dict.fromkeys(report["excluded"], "--exclude"),
+        notes={name: " ".join(found) for name, found in report["notes"].items()},
+        overlaps={n: f"{count:,} voxels" for n, count in report["overlaps"].items()},
+        histograms=html.png(_histograms(report), dpi=90),
+        pictures=[(case, html.png(_slices(case), dpi=90)) for case in shown],
     )
-    return f"""<!doctype html><meta charset="utf-8"><title>Store</title>
-<style>{STYLE}</style><h1>Preprocessed cases</h1>
-<p>{splits}; {report["bytes"] / 1e6:,.1f} MB; {len(report["failed"])} failed;
-{report["overlapping_voxels"]:,} claims of masks to voxels of another mask.</p>
-<h2>Failed</h2>{_list(report["failed"])}
-<h2>Excluded by the user</h2>{_list(dict.fromkeys(report["excluded"], "--exclude"))}
-<h2>To check</h2>{_list(notes)}
-<h2>Claims of masks to voxels of another mask</h2>{_list(overlaps)}
-<h2>Spacing and shape</h2>{_image(_histograms(report))}
-<h2>Middle planes</h2>{pictures}
-<h2>Classes</h2><table><tr><th>class<th>cases<th>voxels</tr>{rows}</table>"""
 
 
-def _list(entries):
-    found = (
-        f"<li><b>{html.escape(name)}</b>: {html.escape(what)}</li>"
-        for name, what in entries.items()
-    )
-    return f"<ul>{''.join(found) or '<li>none</li>'}</ul>"
-
-
-def _image(figure):
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90)
-    content = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{content}" alt="">'
+def _splits(report):
+    return ", ".join(f"{n} {split}" for split, n in report["cases"].items())
 
 
 def _histograms(report):
@@ -158,7 +125,7 @@ def _slices(case):
         ct, label = (
             a.take(middle, axis)[::-1, ::-1].T for a in (sample.image, sample.label)
         )
-        sides = [s for a, s in enumerate(_spacing(case)) if a != axis]
+        sides = np.delete(nifti.spacing_of(case.affine), axis)
         grey = np.clip((ct[..., None] + 160.0) / 400, 0, 1).repeat(3, -1)
         coloured = np.where(
             label[..., None] > 0, 0.5 * grey + 0.5 * palette[label], grey
@@ -167,7 +134,3 @@ def _slices(case):
             panel.imshow(picture, aspect=sides[1] / sides[0], interpolation="nearest")
             panel.axis("off")
     return figure
-
-
-def _spacing(case):
-    return np.linalg.norm(case.affine[:3, :3], axis=0)

@@ -1,13 +1,22 @@
-"""Dice of a segmentation by class, and its means over classes and cases. numpy only."""
+"""The list of metrics, and the counts of voxels behind Dice.
 
-from collections.abc import Mapping, Sequence
+A class that the truth of a case lacks has no score there, whatever was predicted; one
+that is present but not predicted scores 0. That is the rule of TotalSegmentator's
+resources/evaluate.py, for Dice and surface Dice alike. What is predicted though absent
+is counted apart.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from swinsmt_jax import checks
+from swinsmt_jax.evaluation.surface import SurfaceRule, surface_dice
 
-AVERAGES = ("over_classes", "over_cases", "over_pairs")
 CHUNK = 1 << 22  # voxels counted at once, which bounds the memory of the joint index
 
 
@@ -17,6 +26,95 @@ class Counts(NamedTuple):
     intersection: np.ndarray
     predicted: np.ndarray
     truth: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prediction and the truth of a case, as metrics see them.
+
+    Attributes:
+        prediction, truth: class ids `[X, Y, Z]`.
+        counts: of their voxels, for K classes.
+        spacing: sides of a voxel in mm.
+        workers: threads that a metric may use; None for as many as there are CPU cores.
+    """
+
+    prediction: np.ndarray
+    truth: np.ndarray
+    counts: Counts
+    spacing: Sequence[float]
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of each class of a case, which all tables and files then show.
+
+    Attributes:
+        name: its key in results.json and its column in CSV files.
+        title: its name in tables.
+        unit: such as "mm"; for "%", tables show the score times 100.
+        format: of the number in tables, as ".2f".
+        compute: from a `Pair` to scores `[K]`, NaN for a class without one; a function
+            of a module, so that other processes can import it.
+        surfaces: whether it compares surfaces, which users may leave out; `compute`
+            then gets a `SurfaceRule` after the pair.
+    """
+
+    name: str
+    title: str
+    unit: str
+    format: str
+    compute: Callable[..., np.ndarray]
+    surfaces: bool = False
+
+    @property
+    def heading(self) -> str:
+        """Title and unit; per cent are not told, as all of Dice's kind are in them."""
+        return self.title if self.unit == "%" else f"{self.title} ({self.unit})"
+
+    def text(self, score: float) -> str:
+        """Format a score without its unit, "-" for NaN."""
+        scale = 100 if self.unit == "%" else 1
+        return "-" if np.isnan(score) else format(scale * score, self.format)
+
+
+METRICS: dict[str, Metric] = {}  # in the order of rows and columns
+
+
+def register(metric: Metric) -> Metric:
+    """Add a metric to all that is measured; a `UserError` for a name taken."""
+    checks.require(
+        metric.name not in METRICS,
+        f"a metric named {metric.name!r} is registered already; choose another name.",
+    )
+    METRICS[metric.name] = metric
+    return metric
+
+
+def chosen_metrics(
+    names: Sequence[str] | None = None, *, surface_rule: SurfaceRule | None
+) -> tuple[Metric, ...]:
+    """Return the metrics of these names, by default all; all compute from a `Pair`.
+
+    Those of surfaces follow the rule, or are left out if it is None.
+
+    Raises:
+        UserError: for a name unknown, and without Dice, by which cases are ranked.
+    """
+    names = METRICS if names is None else names
+    for name in names:
+        checks.one_of("metrics", name, METRICS)
+    checks.require("dice" in names, f"metrics is {list(names)}, but must have 'dice'.")
+    found = []
+    for metric in METRICS.values():
+        if metric.name not in names or (metric.surfaces and surface_rule is None):
+            continue
+        if metric.surfaces:
+            compute = functools.partial(metric.compute, rule=surface_rule)
+            metric = dataclasses.replace(metric, compute=compute)
+        found.append(metric)
+    return tuple(found)
 
 
 def overlap_counts(
@@ -51,11 +149,7 @@ def overlap_counts(
 
 
 def dice(counts: Counts) -> np.ndarray:
-    """Dice coefficient by class, float64 `[K]`.
-
-    TotalSegmentator's rule: NaN for a class absent from the truth, whatever was
-    predicted; 0 for one that is present but not predicted.
-    """
+    """Dice coefficient by class, float64 `[K]`."""
     total = counts.predicted + counts.truth
     score = 2 * counts.intersection / np.maximum(total, 1)
     return np.where(counts.truth > 0, score, np.nan)
@@ -72,115 +166,6 @@ def false_positive_classes(counts: Counts) -> np.ndarray:
     return wrong
 
 
-def averages(
-    scores: np.ndarray, *, classes: Sequence[int] | None = None
-) -> dict[str, float]:
-    """Mean of `scores [cases, K]` under three rules; NaN entries are left out.
-
-    - "over_classes" (the default of all tables): over the cases of each class, then
-      over the classes that have a value;
-    - "over_cases": over the classes present in each case, then over the cases that
-      have a value;
-    - "over_pairs": over all (case, class) pairs that have a value.
-
-    The Swin SMT paper does not say how it averages: its overall Dice, 85.09, is neither
-    the plain mean of its five groups (83.91) nor their mean weighted by the number of
-    classes (84.23). So tables show all three, labelled.
-
-    Args:
-        scores: Dice or another score by case and class id; column 0 is the background.
-        classes: ids to average; by default all but the background.
-    """
-    scores = np.asarray(scores, np.float64)
-    checks.require(
-        scores.ndim == 2,
-        f"scores have shape {scores.shape}, but must be [cases, classes].",
-    )
-    ids = list(range(1, scores.shape[1]) if classes is None else classes)
-    for number in ids:
-        checks.in_range("a class id to average", number, 0, scores.shape[1] - 1)
-    chosen = scores[:, ids]
-    return {
-        "over_classes": float(_mean(_mean(chosen, axis=0))),
-        "over_cases": float(_mean(_mean(chosen, axis=1))),
-        "over_pairs": float(_mean(chosen.reshape(-1))),
-    }
-
-
-def group_averages(
-    scores: np.ndarray, *, groups: Mapping[str, Sequence[int]]
-) -> dict[str, dict[str, float]]:
-    """Averages of `scores [cases, K]` in each group of class ids, then "overall".
-
-    "overall" takes every class but the background, whether in a group or not.
-    """
-    by_group = {n: averages(scores, classes=ids) for n, ids in groups.items()}
-    return {**by_group, "overall": averages(scores)}
-
-
-def bootstrap_intervals(
-    scores: np.ndarray,
-    *,
-    groups: Mapping[str, Sequence[int]],
-    rule: str,
-    samples: int = 2000,
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of `group_averages` over redrawn cases.
-
-    Args:
-        scores: `[cases, K]` as in `averages`.
-        groups: class ids by group; "overall" is added.
-        rule: one of `AVERAGES`.
-        samples: how often the cases are redrawn, always with the same seed.
-
-    Returns:
-        low and high by group; NaN for fewer than two cases, or no value.
-    """
-    checks.one_of("rule", rule, AVERAGES)
-    scores = np.asarray(scores, np.float64)
-    cases, num_classes = scores.shape
-    weights = np.random.default_rng(0).multinomial(
-        cases, np.full(cases, 1 / cases), size=samples
-    )
-
-    def means(values):  # of [cases, n] over redrawn cases: [samples, n]
-        present = ~np.isnan(values)
-        count = weights @ present
-        total = weights @ np.where(present, values, 0.0)
-        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-    found = {}
-    for name, ids in {**groups, "overall": range(1, num_classes)}.items():
-        chosen = scores[:, list(ids)]
-        if rule == "over_classes":
-            drawn = _mean(means(chosen), axis=1)
-        elif rule == "over_cases":
-            drawn = means(_mean(chosen, axis=1)[:, None])[:, 0]
-        else:
-            present = ~np.isnan(chosen)
-            count = (weights @ present).sum(axis=1)
-            total = (weights @ np.where(present, chosen, 0.0)).sum(axis=1)
-            drawn = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-        drawn = drawn[~np.isnan(drawn)]
-        known = cases > 1 and drawn.size > 0
-        low, high = np.quantile(drawn, (0.025, 0.975)) if known else (np.nan,) * 2
-        found[name] = float(low), float(high)
-    return found
-
-
-def class_means(scores: np.ndarray) -> np.ndarray:
-    """Mean over cases of each class, `[K]`; NaN for a class that no case has."""
-    return _mean(np.asarray(scores, np.float64), axis=0)
-
-
-def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Mean of the values that are not NaN; NaN, without a warning, if there is none."""
-    present = ~np.isnan(values)
-    count = present.sum(axis=axis)
-    total = np.where(present, values, 0.0).sum(axis=axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
 def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
     checks.require(
         np.issubdtype(labels.dtype, np.integer) and labels.size > 0,
@@ -194,3 +179,24 @@ def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
         f"classes lie in [0, {num_classes - 1}]; check that data and model use the "
         "same class map.",
     )
+
+
+def _dice(pair):
+    return dice(pair.counts)
+
+
+def _surface_dice(pair, rule):
+    return surface_dice(
+        pair.prediction,
+        pair.truth,
+        spacing=rule.spacing or pair.spacing,
+        num_classes=len(pair.counts.truth),
+        tolerance=rule.tolerance,
+        workers=pair.workers,
+    )
+
+
+DICE = register(Metric("dice", "Dice", "%", ".2f", _dice))
+register(
+    Metric("surface_dice", "surface Dice", "%", ".2f", _surface_dice, surfaces=True)
+)

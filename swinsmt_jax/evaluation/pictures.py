@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from swinsmt_jax.evaluation import metrics
+from swinsmt_jax.evaluation.averages import averages
+from swinsmt_jax.evaluation.metrics import DICE
 from swinsmt_jax.evaluation.run import Segmented
+from swinsmt_jax.evaluation.scoring import scores_of
 from swinsmt_jax.inference.pictures import (
     INK,
     OPACITY,
@@ -34,8 +36,8 @@ class CaseViews:
 def views_of(case: Segmented) -> CaseViews:
     """Cut the coronal, axial and sagittal plane with most structures of the truth."""
     views = tuple(_view(case, plane) for plane in PLANES)
-    scores = metrics.dice(case.result.counts)[None]
-    return CaseViews(case.result.name, metrics.averages(scores)["over_classes"], views)
+    dice = averages(scores_of([case.result], DICE))["over_classes"]
+    return CaseViews(case.result.name, dice, views)
 
 
 def choose(cases: Sequence[CaseViews]) -> dict[str, CaseViews]:

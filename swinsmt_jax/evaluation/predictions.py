@@ -17,9 +17,13 @@ from swinsmt_jax.data import nifti
 from swinsmt_jax.data.case import Case, load_case
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
-from swinsmt_jax.evaluation import evaluate_split, pictures
+from swinsmt_jax.evaluation import pictures
+from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import CaseViews
-from swinsmt_jax.evaluation.run import CaseResult, Segmented, SurfaceRule, score
+from swinsmt_jax.evaluation.results import about_surfaces, make_folder, write_results
+from swinsmt_jax.evaluation.run import Segmented
+from swinsmt_jax.evaluation.scoring import CaseResult, score
+from swinsmt_jax.evaluation.surface import SurfaceRule
 
 HU_RANGE = (-1024.0, 1024.0)  # of the picture
 MOST_WORKERS = 8  # unless told otherwise: each holds a whole case in memory
@@ -35,6 +39,7 @@ def evaluate_predictions(
     groups: str | Path | None = None,
     description: str = "",
     limit: int = 0,
+    metrics: Sequence[str] | None = None,
     surface_rule: SurfaceRule | None = None,
     workers: int = 0,
 ) -> str:
@@ -46,7 +51,8 @@ def evaluate_predictions(
         root: of the dataset with the truth.
         groups: JSON file as in `labels.load_groups`; None takes the dataset's.
         description: of the dataset, as in `dataset.open_dataset`.
-        split, rule, output, limit, surface_rule: as in `evaluate_split.evaluate_split`.
+        split, rule, output, limit: as in `evaluate_split.evaluate_split`.
+        metrics, surface_rule: as in `metrics.chosen_metrics`.
         workers: processes that share the cases; 0 takes one for each CPU core, up to
             `MOST_WORKERS`. Cores that are left measure surfaces.
 
@@ -66,21 +72,21 @@ def evaluate_predictions(
     if groups:
         groups = labels.load_groups(groups, names=classes.names)
     files = [_file(folder, case) for case in cases]
-    evaluate_split.make_folder(output)
+    make_folder(output)
     cores = len(os.sched_getaffinity(0))
     workers = min(len(cases), workers or min(cores, MOST_WORKERS))
     evaluate = partial(
         _evaluate,
         classes=classes,
-        surface_rule=surface_rule,
+        metrics=chosen_metrics(metrics, surface_rule=surface_rule),
         threads=max(1, cores // workers),
     )
     found = _each(evaluate, cases, files, workers)
     found = list(tqdm(found, "evaluating", total=len(cases), unit="case"))
     results, views = zip(*found, strict=True)
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
-    about |= evaluate_split.about_surfaces(surface_rule)
-    return evaluate_split.write_results(
+    about |= about_surfaces(surface_rule)
+    return write_results(
         output,
         results,
         views,
@@ -112,7 +118,7 @@ def _each(
         ) from error
 
 
-def _evaluate(case, file, *, classes, surface_rule, threads):
+def _evaluate(case, file, *, classes, metrics, threads):
     """Return result and views of a case."""
     truth = load_case(case, classes=classes)
     scan = nifti.Volume(
@@ -126,7 +132,7 @@ def _evaluate(case, file, *, classes, surface_rule, threads):
         seconds=math.nan,
         spacing=scan.spacing,
         num_classes=classes.num_classes,
-        surface_rule=surface_rule,
+        metrics=metrics,
         workers=threads,
     )
     low, high = map(np.float32, HU_RANGE)

@@ -5,6 +5,8 @@ From the README of MI2DataLab/SwinSMT at commit 0e058b2: millions of parameters,
 published. nnFormer's muscles and vessels are the same figure there, probably a slip.
 """
 
+from collections.abc import Iterable
+
 SOURCE = "the authors' repository (README of MI2DataLab/SwinSMT)"
 GROUPS = ("organs", "vertebrae", "muscles", "ribs", "vessels", "overall")
 
@@ -35,3 +37,18 @@ def _row(line):
 
 
 ROWS: tuple[dict, ...] = tuple(map(_row, _FIGURES.strip().splitlines()))
+NOTE = (
+    f"Reported: by {SOURCE}, on TotalSegmentator-V2.\n"
+    "The paper does not say how it averages: its overall "
+    f"{ROWS[-1]['dice']['overall']:.2f} is not the mean of its groups.\n"
+    "Which classes are in a group is not published either."
+)
+
+
+def table_rows(groups: Iterable[str]) -> list[list[str]]:
+    """Return the rows of a table whose columns are these groups of `GROUPS`."""
+    groups = list(groups)
+    return [["Reported, by the authors", *("" for _ in groups)]] + [
+        [f"  {row['network']}", *(f"{row['dice'][name]:.2f}" for name in groups)]
+        for row in ROWS
+    ]

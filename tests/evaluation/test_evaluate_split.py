@@ -10,7 +10,7 @@ from flax import nnx
 
 from swinsmt_jax import labels, models
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.evaluation import metrics, published_results, run
+from swinsmt_jax.evaluation import averages, published_results, surface
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.phantoms import dataset as phantom
 
@@ -54,7 +54,7 @@ def config(tmp_path):
 def test_a_phantom_is_evaluated_from_end_to_end(config, tmp_path, rng):
     output = tmp_path / "deep" / "results"
     options = dict(split="test", groups=labels.GROUPS, rule="over_pairs", step=7)
-    options["surface_rule"] = run.SurfaceRule()
+    options["surface_rule"] = surface.SurfaceRule()
     table = evaluate_split(network(config.model, rng), config, output=output, **options)
     content = json.loads((output / "results.json").read_text())
     assert len(content["cases"]) == 2 and content["step"] == 7
@@ -64,7 +64,7 @@ def test_a_phantom_is_evaluated_from_end_to_end(config, tmp_path, rng):
     with (output / "per_case.csv").open(newline="") as file:
         assert [r["case"] for r in csv.DictReader(file)] == list(content["cases"])
     scores = [[np.nan, *case["dice"].values()] for case in content["cases"].values()]
-    means = metrics.averages(np.array(scores, float))
+    means = averages.averages(np.array(scores, float))
     assert content["dice"]["overall"] == pytest.approx(means["over_pairs"], abs=1e-6)
     assert f"{100 * means['over_pairs']:.2f}" in table
     assert (output / "overview.png").stat().st_size > 10_000

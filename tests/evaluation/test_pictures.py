@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from swinsmt_jax.evaluation import metrics, pictures
-from swinsmt_jax.evaluation.run import CaseResult, Segmented
+from swinsmt_jax.evaluation import pictures
+from swinsmt_jax.evaluation.metrics import DICE
+from swinsmt_jax.evaluation.run import Segmented
+from swinsmt_jax.evaluation.scoring import score
 from swinsmt_jax.inference.pictures import colors_of
 
 RIGHT, LEFT, HEAD, FRONT = 1, 2, 3, 4
@@ -18,9 +20,10 @@ def body(name="s0001", errors=0, spacing=(2.0, 1.0, 3.0)):
     truth[8:12, 12:, 10:14] = FRONT
     prediction = truth.copy()
     prediction[16 : 16 + errors] = 0
-    counts = metrics.overlap_counts(prediction, truth, num_classes=5)
+    options = dict(seconds=1.0, spacing=spacing, num_classes=5, metrics=[DICE])
+    result = score(name, prediction, truth, **options)
     image = np.full(truth.shape, 0.52, np.float32)
-    return Segmented(CaseResult(name, counts, 1.0), image, truth, prediction, spacing)
+    return Segmented(result, image, truth, prediction, spacing)
 
 
 def centre(labels, number):

@@ -6,7 +6,7 @@ import pytest
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data.case import Sample
-from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation import averages, run
 from swinsmt_jax.inference.segment import batch_sharding
 
 CLASSES = 4
@@ -122,7 +122,7 @@ def test_refuses_no_cases():
 
 def test_known_groups_drop_what_the_network_lacks():
     groups = {"a": (1, 2, 9), "b": (8, 9)}
-    assert run.known_groups(groups, 4) == {"a": (1, 2)}
+    assert averages.known_groups(groups, 4) == {"a": (1, 2)}
 
 
 def test_outside_the_foreground_is_background(cases):

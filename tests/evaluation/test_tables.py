@@ -6,23 +6,34 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import labels
-from swinsmt_jax.evaluation import metrics, tables
-from swinsmt_jax.evaluation.run import CaseResult
+from swinsmt_jax.evaluation import tables
+from swinsmt_jax.evaluation.metrics import DICE
+from swinsmt_jax.evaluation.results import write_json
+from swinsmt_jax.evaluation.scoring import score
 from swinsmt_jax.runtime import files
 
 GROUPS = {"organs": (1, 2), "ribs": (3,)}
 
 
+def scored(name, prediction, truth, *, seconds=1.0, num_classes=4):
+    return score(
+        name,
+        np.array(prediction),
+        np.array(truth),
+        seconds=seconds,
+        spacing=(1.0, 1.0, 1.0),
+        num_classes=num_classes,
+        metrics=[DICE],
+    )
+
+
 @pytest.fixture
 def results():
     """Two cases: 1 found and half found, 2 missed, 3 absent but predicted once."""
-    first = metrics.overlap_counts(
-        np.array([0, 1, 1, 0, 3]), np.array([0, 1, 1, 2, 0]), num_classes=4
-    )
-    second = metrics.overlap_counts(
-        np.array([0, 0, 1, 0]), np.array([0, 1, 1, 0]), num_classes=4
-    )
-    return [CaseResult("s0001", first, 1.5), CaseResult("s0002", second, 2.0)]
+    return [
+        scored("s0001", [0, 1, 1, 0, 3], [0, 1, 1, 2, 0], seconds=1.5),
+        scored("s0002", [0, 0, 1, 0], [0, 1, 1, 0], seconds=2.0),
+    ]
 
 
 def read(path):
@@ -49,8 +60,7 @@ def test_the_table_shows_all_averages_and_what_they_hide(results):
 
 
 def test_the_authors_rows_stand_below_ours():
-    counts = metrics.overlap_counts(np.arange(118), np.arange(118), num_classes=118)
-    results = [CaseResult("s0001", counts, 1.0)]
+    results = [scored("s0001", range(118), range(118), num_classes=118)]
 
     def table(groups):
         return tables.dice_table(results, groups=groups, rule="over_pairs", title="T")
@@ -76,7 +86,7 @@ def test_the_authors_rows_stand_below_ours():
 def test_surface_dice_is_averaged_under_the_same_rule(results, tmp_path):
     given = ([np.nan, 1.0, 0.5, np.nan], [np.nan, 0.5, np.nan, np.nan])
     measured = [
-        dataclasses.replace(r, surface=np.array(s))
+        dataclasses.replace(r, scores=r.scores | {"surface_dice": np.array(s)})
         for r, s in zip(results, given, strict=True)
     ]
     text = tables.dice_table(measured, groups=GROUPS, rule="over_cases", title="Demo")
@@ -114,7 +124,7 @@ def test_per_case_rows(results, tmp_path):
 def test_json_has_every_score_and_no_nan(results, tmp_path):
     path = tmp_path / "r.json"
     about = {"split": "test", "step": np.int64(3).item()}
-    tables.write_json(path, results, groups=GROUPS, rule="over_pairs", about=about)
+    write_json(path, results, groups=GROUPS, rule="over_pairs", about=about)
     content = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert content["split"] == "test" and content["step"] == 3
     assert content["average"] == "over_pairs"

@@ -51,6 +51,11 @@ def listed(values: Iterable) -> str:
     return ", ".join(map(str, values))
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return what an error says on one short line, or else its type."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def did_you_mean(value: object, choices: Iterable) -> str:
     """Return ' Did you mean ...?' for the nearest of `choices`, or ''."""
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)

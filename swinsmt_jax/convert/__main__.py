@@ -22,7 +22,7 @@ from swinsmt_jax.config import MeshConfig, from_config_dict
 from swinsmt_jax.convert import files, starting_point
 from swinsmt_jax.runtime import record, startup
 from swinsmt_jax.training import checkpoint, state
-from swinsmt_jax.training.checkpoint import Origin
+from swinsmt_jax.training.checkpoint import origin_of
 from swinsmt_jax.training.workdir import locked, open_workdir
 
 
@@ -48,7 +48,7 @@ def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
                 f"{checkpoints.steps()}; choose another --workdir.",
             )
             record.add_start(folder, {"weights": str(Path(weights).absolute())})
-            checkpoints.save(first, origin=Origin(config, data=""))
+            checkpoints.save(first, origin=origin_of(config, data=""))
     print(f"written to {folder}")
 
 

@@ -41,6 +41,15 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(path.parent)
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder as a whole; a `UserError` if it cannot be."""
+    with (
+        writable(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=PARTIAL) as parent,
+    ):
+        os.replace(folder, Path(parent) / folder.name)
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder."""
     for left in folder.glob(f"{PARTIAL}*"):

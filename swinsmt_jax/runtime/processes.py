@@ -96,6 +96,11 @@ def together(function: Callable[[], T]) -> T:
     return result
 
 
+def on_first(function: Callable[[], object]) -> None:
+    """Call in the first process alone; the others wait, and raise its `UserError`."""
+    together(lambda: function() if is_first() else None)
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
     """Return this process's part of the items: every n-th for n processes."""
     return items[jax.process_index() :: jax.process_count()]

@@ -7,33 +7,35 @@ onto stated shardings, so a run may continue on another mesh.
 
 import contextlib
 import functools
-import json
 import math
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
-from orbax.checkpoint import checkpoint_managers
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import processes
-from swinsmt_jax.runtime.files import replacing
+from swinsmt_jax.runtime.files import remove, remove_partial, replacing, writable
 from swinsmt_jax.training.checkpoint_folder import (
     DAMAGED,
     METRIC,
     METRICS,
+    SCORES,
+    STATE,
     DamagedError,
+    dice_of,
     meta_of,
-    metrics_of,
     put_aside,
-    read_parameters,
-    readable,
+    ranked,
+    read,
     require_same_parameters,
     steps_of,
 )
@@ -43,92 +45,84 @@ from swinsmt_jax.training.workdir import CHECKPOINTS
 LATEST_KEPT = 2
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a checkpoint belongs to, besides its parameters.
-
-    Attributes:
-        config: of the experiment; seed and batch size are taken from here.
-        data: fingerprint of the training cases.
-    """
-
-    config: ExperimentConfig
-    data: str
-
-    def to_json(self) -> dict:
-        """Return the content of the checkpoint's `meta`."""
-        return {
-            "config": to_dict(self.config),
-            "seed": self.config.training.seed,
-            "batch_size": self.config.data.batch_size,
-            "data": self.data,
-        }
+def origin_of(config: ExperimentConfig, *, data: str) -> dict:
+    """Return what a checkpoint belongs to; `data`: fingerprint of the train split."""
+    return {
+        "config": to_dict(config),
+        "seed": config.training.seed,
+        "batch_size": config.data.batch_size,
+        "data": data,
+    }
 
 
 class Checkpoints:
-    """The checkpoints of a workdir; open with `open_checkpoints`."""
+    """The checkpoints of a workdir; open with `open_checkpoints`.
 
-    def __init__(self, manager: ocp.CheckpointManager):
-        self._manager = manager
+    Where one cannot be written, now or in the background, methods raise a `UserError`;
+    those that were complete stay as they are.
+    """
 
-    def save(self, state: TrainState, *, origin: Origin) -> None:
-        """Write the state in the background.
+    def __init__(self, root: Path, writer: ocp.AsyncCheckpointer):
+        self._root, self._writer = root, writer
+        self._steps = processes.gather(steps_of(root))[0]
+
+    def save(self, state: TrainState, *, origin: dict) -> None:
+        """Write the state and its `origin_of` in the background.
 
         Device memory of `state` is free to be donated when this returns.
-
-        Raises:
-            UserError: if this checkpoint or the one before could not be written; those
-                that were complete stay as they are.
-        """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave(origin.to_json()),
-        )
-        with self._written():
-            self._manager.save(int(state.step), args=items, force=True)
-
-    def score(self, step: int, dice: float) -> None:
-        """Record the validation Dice of a saved step; drop the best one before.
-
-        Raises:
-            UserError: if the checkpoint or its Dice could not be written.
         """
         self.wait()
-        folder = Path(self._manager.directory) / str(step)
+        step = int(state.step)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(origin)
+        )
+        with self._written():
+            self._writer.save(self._root / str(step), args=args)
+        self._steps.append(step)
+
+    def score(self, step: int, dice: float) -> None:
+        """Record the validation Dice of a saved step; drop the best one before."""
+        self.wait()
+        metrics = {METRIC: dice if math.isfinite(dice) else None}
 
         def write():
-            value = dice if math.isfinite(dice) else None
-            with self._written(), replacing(folder / METRICS) as partial:
+            target = self._root / str(step) / METRICS
+            with self._written(), replacing(target) as partial:
                 partial.mkdir()
-                (partial / METRICS).write_text(json.dumps({METRIC: value}))
+                SCORES.save(partial, args=ocp.args.JsonSave(metrics))
 
-        processes.together(lambda: write() if processes.is_first() else None)
-        with self._written():
-            self._manager.reload()
-            steps = self.steps()
-            kept = {*steps[-LATEST_KEPT:], self._manager.best_step()}
-            for old in set(steps) - kept:
-                self._manager.delete(old)
+        processes.on_first(write)
+        self._drop_old()
 
     def is_scored(self, step: int) -> bool:
         """Whether a validation of this step is recorded."""
-        return processes.gather(self._manager.metrics(step) is not None)[0]
+        return processes.gather((self._root / str(step) / METRICS).exists())[0]
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, the one being written included."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._steps)
 
     def check(self) -> None:
         """Raise the `UserError` of a checkpoint that failed in the background."""
         with self._written():
-            self._manager.check_for_errors()
+            self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is complete; a `UserError` if it failed."""
+        """Wait until the last checkpoint is complete, and drop what is not kept."""
         with self._written():
-            self._manager.wait_until_finished()
+            self._writer.wait_until_finished()
+        self._drop_old()
 
-    def restore_latest(self, like: TrainState, *, origin: Origin) -> TrainState | None:
+    def _drop_old(self):
+        old = self.steps()[:-LATEST_KEPT]
+        if not old:
+            return
+        best = processes.gather(ranked(self._root)[:1])[0]
+        for step in set(old) - set(best):
+            self._steps.remove(step)
+            processes.on_first(functools.partial(remove, self._root / str(step)))
+
+    def restore_latest(self, like: TrainState, *, origin: dict) -> TrainState | None:
         """Read the latest state onto the shardings of `like`; None if there is none.
 
         A checkpoint that one of the processes finds damaged is moved to the workdir's
@@ -138,30 +132,26 @@ class Checkpoints:
             UserError: for a checkpoint of another model, seed, batch size or data, for
                 one that cannot be read now, and if none of them can be read at all.
         """
-        root, any_damaged = Path(self._manager.directory), False
-        while (step := processes.gather(self._manager.latest_step())[0]) is not None:
-            folder = root / str(step)
-
-            read = functools.partial(_restore, folder, like, origin=origin)
-            state, damage = processes.together(functools.partial(_damage_of, read))
-            damages = [text for text in processes.gather(damage) if text]
-            if not damages:
+        damage = None
+        while self._steps:
+            folder = self._root / str(self._steps[-1])
+            state, damage = _restore(folder, like, origin=origin)
+            if damage is None:
                 return state
-            processes.together(functools.partial(put_aside, folder, damages[0]))
-            self._manager.reload()
-            any_damaged = True
+            processes.on_first(functools.partial(put_aside, folder, damage))
+            self._steps.pop()
         checks.require(
-            not any_damaged,
+            damage is None,
             f"none of the checkpoints could be read; they are now in "
-            f"{root.parent / DAMAGED}. Start again in a new --workdir, or with the "
-            "same command from step 0.",
+            f"{self._root.parent / DAMAGED}. Start again in a new --workdir, or with "
+            "the same command from step 0.",
         )
         return None
 
     def intact(self) -> str:
         """Say which checkpoint is the latest complete one."""
-        steps = self._manager.all_steps(read=True)
-        latest = f"that of step {max(steps)}" if steps else "none"
+        steps = steps_of(self._root)
+        latest = f"that of step {steps[-1]}" if steps else "none"
         return f"The latest complete checkpoint is {latest}, and it is intact."
 
     @contextlib.contextmanager
@@ -170,144 +160,61 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
             raise checks.UserError(
-                f"a checkpoint could not be written to {self._manager.directory} "
-                f"({reason}). {self.intact()} Make room or mend the folder's "
-                "permissions, and give the same command again."
+                f"a checkpoint could not be written to {self._root} "
+                f"({checks.one_line(error)}). {self.intact()} Make room or mend the "
+                "folder's permissions, and give the same command again."
             ) from error
 
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: str | Path) -> Iterator[Checkpoints]:
     """Open the checkpoints of a run for writing; wait for the last one at the end."""
-    folder = Path(workdir).absolute() / CHECKPOINTS
-    processes.together(lambda: _check_scores(folder) if processes.is_first() else None)
-    manager = ocp.CheckpointManager(folder, options=_options())
-    checkpoints = Checkpoints(manager)
+    root = Path(workdir).absolute() / CHECKPOINTS
+    processes.on_first(lambda: _clean(root))
+    writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    checkpoints = Checkpoints(root, writer)
     try:
         yield checkpoints
         checkpoints.wait()
     finally:
         with contextlib.suppress(ValueError, OSError, RuntimeError):
-            manager.close()  # what it may raise has been told above
+            writer.close()  # what it may raise has been told above
 
 
-def load_model(
-    workdir: str | Path, *, step: int | str | None = None
-) -> tuple[ExperimentConfig, nnx.Module, dict]:
-    """Read the config and the network of a checkpoint, without the optimiser's state.
-
-    Args:
-        workdir: of a training run.
-        step: a number, "latest" or "best" by validation Dice; None takes the best, or
-            the latest if none was validated.
-
-    Returns:
-        The run's config, the network, and {"step": number, "metrics": of that step}.
-
-    Where no number is asked for, a checkpoint that is damaged is passed over, with a
-    line in the log.
-
-    Raises:
-        UserError: for a folder without checkpoints, a step that is not there, and a
-            checkpoint that cannot be read or is of another model.
-    """
-    root = Path(workdir).absolute() / CHECKPOINTS
-    checks.require(
-        root.is_dir(),
-        f"{workdir} holds no checkpoints; give the --workdir of a training run, or "
-        "train first: python train.py --config=... --workdir=...",
-    )
-    *others, last = _candidates(root, step)
-    for candidate in others:
-        try:
-            return _load(root / str(candidate))
-        except DamagedError as error:
-            logging.error("%s; another one is taken", error)
-    try:
-        return _load(root / str(last))
-    except DamagedError as error:
-        raise DamagedError(
-            f"{error}. If there is another one, --step takes it."
-        ) from error
-
-
-def _load(folder):
-    config = from_config_dict(meta_of(folder)["config"])
-    metrics = {n: value for n, value in metrics_of(folder).items() if value is not None}
-    graphdef, params = abstract_model(config.model)
-    part = "average" if config.training.ema_decay else "params"
-    params = read_parameters(folder, params, part=part)
-    model = nnx.merge(graphdef, params)
-    return config, model, {"step": int(folder.name), "metrics": metrics}
+def _clean(root):
+    """Make the folder; remove what killed runs left half-written."""
+    with writable(root):
+        root.mkdir(parents=True, exist_ok=True)
+        remove_partial(root)
+        for left in ocp.path.step.all_temporary_paths(root):
+            shutil.rmtree(left.get())
 
 
 def _restore(folder, like, *, origin):
-    checks.require(
-        folder.is_dir(),
-        f"process {jax.process_index()} does not see the checkpoint {folder}; give a "
-        "--workdir on a file system that all hosts share.",
-    )
-    _require_same_origin(folder, meta_of(folder), origin.to_json())
-    require_same_parameters(folder, like.params)
-    with readable(folder):  # by the handler itself, which waits for no process
-        return ocp.StandardCheckpointHandler().restore(
-            folder / "state", args=ocp.args.StandardRestore(like)
-        )
+    """Return (state, None), or (None, what some process finds damaged)."""
 
-
-def _damage_of(read):
-    """Return what was read, or why that is damaged."""
-    try:
-        return read(), None
-    except DamagedError as error:
-        return None, str(error)
-
-
-def _check_scores(root):
-    """Put aside what would keep Orbax from listing the checkpoints."""
-    for step in steps_of(root):
-        try:
-            metrics_of(root / str(step))
-        except DamagedError as error:
-            put_aside(root / str(step), error)
-
-
-def _candidates(root, step):
-    """Return the steps that answer to a wish, the best answer first."""
-    steps = steps_of(root)
-    checks.require(
-        bool(steps),
-        f"{root} holds no complete checkpoint; train for at least "
-        "training.checkpoint_every steps.",
-    )
-    if step not in (None, "latest", "best"):
+    def attempt():
         checks.require(
-            step in steps,
-            f"{root} holds no checkpoint of step {step!r}; there are "
-            f"{', '.join(map(str, steps))}, and the names 'best' and 'latest'.",
+            folder.is_dir(),
+            f"process {jax.process_index()} does not see the checkpoint {folder}; give "
+            "a --workdir on a file system that all hosts share.",
         )
-        return [step]
-    if step == "latest":
-        return steps[::-1]
-    scores = {number: _score(root / str(number)) for number in steps}
-    scored = [number for number in steps if scores[number] is not None]
-    checks.require(
-        step != "best" or bool(scored),
-        "there is no best checkpoint, since no validation was run; take "
-        f"--step=latest or one of {steps}.",
-    )
-    scored.sort(key=lambda number: (scores[number], number), reverse=True)
-    others = [number for number in steps[::-1] if number not in scored]
-    return scored + ([] if step == "best" else others)
+        try:
+            _require_same_origin(folder, meta_of(folder), origin)
+            dice_of(folder)
+            require_same_parameters(folder, like.params, part="params")
+            # by the handler itself, which waits for no process
+            handler = ocp.StandardCheckpointHandler()
+            args = ocp.args.StandardRestore(like)
+            return read(
+                folder, lambda: handler.restore(folder / STATE, args=args)
+            ), None
+        except DamagedError as error:
+            return None, str(error)
 
-
-def _score(folder):
-    try:
-        return metrics_of(folder).get(METRIC)
-    except DamagedError as error:
-        logging.error("%s; it is not considered as the best", error)
+    state, damage = processes.together(attempt)
+    return state, next(filter(None, processes.gather(damage)), None)
 
 
 def _require_same_origin(folder, found, wanted):
@@ -325,20 +232,74 @@ def _require_same_origin(folder, found, wanted):
         )
 
 
-def _options():
-    def dice(metrics):
-        found = metrics[METRIC]
-        return -math.inf if found is None else found
+def load_model(
+    workdir: str | Path, *, step: int | str | None = None
+) -> tuple[ExperimentConfig, nnx.Module, dict]:
+    """Read the config and the network of a checkpoint, without the optimiser's state.
 
-    policies = [
-        checkpoint_managers.LatestN(LATEST_KEPT),
-        checkpoint_managers.BestN(
-            get_metric_fn=dice, n=1, keep_checkpoints_without_metrics=False
-        ),
-    ]
-    return ocp.CheckpointManagerOptions(
-        best_fn=dice,  # without it, best_step() would be the latest one
-        best_mode="max",
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-        cleanup_tmp_directories=True,
+    A damaged one is passed over, with a line in the log, unless a number is asked for.
+
+    Args:
+        workdir: of a training run.
+        step: a number, "latest" or "best" by validation Dice; None takes the best, or
+            the latest if none was validated.
+
+    Returns:
+        The run's config, the network, and {"step": number, "metrics": of that step}.
+
+    Raises:
+        UserError: for a folder without checkpoints, a step that is not there, and a
+            checkpoint that cannot be read or is of another model.
+    """
+    root = Path(workdir).absolute() / CHECKPOINTS
+    *others, last = _candidates(root, step)
+    for candidate in others:
+        try:
+            return _load(root / str(candidate))
+        except DamagedError as error:
+            logging.error("%s; another one is taken", error)
+    return _load(root / str(last))
+
+
+def _load(folder):
+    config, dice = from_config_dict(meta_of(folder)["config"]), dice_of(folder)
+    graphdef, like = abstract_model(config.model)
+    part = "average" if config.training.ema_decay else "params"
+    require_same_parameters(folder, like, part=part)
+    wanted = {part: like}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as reader:
+        found = read(folder, lambda: reader.restore(folder / STATE, args=args))
+    params = jax.tree.map(jnp.asarray, found[part])  # not tied to a device
+    metrics = {} if dice is None else {METRIC: dice}
+    about = {"step": int(folder.name), "metrics": metrics}
+    return config, nnx.merge(graphdef, params), about
+
+
+def _candidates(root, step):
+    """Return the steps that answer to a wish, the best answer first."""
+    steps = steps_of(root)
+    checks.require(
+        bool(steps),
+        f"{root} holds no complete checkpoint; give the --workdir of a training run, "
+        "or train first, for at least training.checkpoint_every steps: python train.py "
+        "--config=... --workdir=...",
     )
+    if step == "latest":
+        return steps[::-1]
+    if step is None or step == "best":
+        best = ranked(root)
+        checks.require(
+            step is None or bool(best),
+            "there is no best checkpoint, since no validation was run; take "
+            f"--step=latest or one of {steps}.",
+        )
+        return best + [n for n in steps[::-1] if step is None and n not in best]
+    number = int(step) if str(step).isdecimal() else step
+    checks.require(
+        number in steps,
+        f"{root} holds no checkpoint of step {number!r}; there are "
+        f"{', '.join(map(str, steps))}, and the names 'best' and 'latest'.",
+    )
+    return [number]

@@ -1,28 +1,28 @@
 """The folder of one checkpoint: reading it, and telling damage from bad luck."""
 
-import contextlib
 import errno
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
 from swinsmt_jax import checks
-from swinsmt_jax.runtime import processes
+from swinsmt_jax.runtime.files import writable
 from swinsmt_jax.sharding import path_name
 
-DAMAGED = "damaged"
-METRICS, METRIC = "metrics", "val_dice"
-SHOWN = 6  # differing parameters in a message
-# What the system says of files that are lost; all else it says may pass.
-LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+T = TypeVar("T")
+
+DAMAGED = "damaged"  # folder of a workdir
+STATE, META, METRICS = "state", "meta", "metrics"  # folders of a checkpoint
+METRIC = "val_dice"
+SCORES = ocp.JsonCheckpointHandler(filename=METRICS)  # reads and writes METRICS
+MAX_LISTED = 6  # differing parameters in a message
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # files that will not come back
 
 
 class DamagedError(checks.UserError):
@@ -31,105 +31,62 @@ class DamagedError(checks.UserError):
 
 def steps_of(root: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, sorted."""
-    found = root.iterdir() if root.is_dir() else ()
-    return sorted(int(p.name) for p in found if p.name.isdecimal() and p.is_dir())
+    found = ocp.path.step.standard_name_format().find_all(root) if root.is_dir() else ()
+    return sorted(metadata.step for metadata in found)
+
+
+def ranked(root: Path) -> list[int]:
+    """Return the steps that have a validation Dice, the best and latest first."""
+    found = []
+    for step in steps_of(root):
+        try:
+            dice = dice_of(root / str(step))
+            found += [(dice, step)] if dice is not None else []
+        except DamagedError as error:
+            logging.error("%s; it is not considered as the best", error)
+    return [step for _, step in sorted(found, reverse=True)]
+
+
+def dice_of(folder: Path) -> float | None:
+    """Return the validation Dice; None if there was none, or it was no number."""
+
+    def restore():
+        value = SCORES.restore(folder / METRICS)[METRIC]
+        return value if value is None else float(value)
+
+    return read(folder, restore) if (folder / METRICS).exists() else None
 
 
 def meta_of(folder: Path) -> dict:
-    """Return what the checkpoint belongs to."""
-    with readable(folder):
-        meta = json.loads((folder / "meta" / "metadata").read_text())
+    """Return what the checkpoint belongs to, as `checkpoint.origin_of`."""
+
+    def restore():
+        meta = ocp.JsonCheckpointHandler().restore(folder / META)
         if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict):
-            raise ValueError("meta/metadata holds no config")
-    return meta
+            raise ValueError(f"{META} holds no config")
+        return meta
+
+    return read(folder, restore)
 
 
-def metrics_of(folder: Path) -> dict[str, float | None]:
-    """Return the validation Dice by its name; None where it was no number."""
-    file = folder / METRICS / METRICS
-    if not file.exists():
-        return {}
-    with readable(folder):
-        value = json.loads(file.read_text())[METRIC]
-        return {METRIC: value if value is None else float(value)}
-
-
-def put_aside(folder: Path, damage: object) -> None:
-    """Move a damaged checkpoint to the workdir's folder "damaged", and say so.
-
-    Of several processes the first one does so.
-    """
-    if not processes.is_first():
-        return
-    target = folder.parent.parent / DAMAGED / folder.name
-    while target.exists():
-        target = target.with_name(target.name + "_")
-    try:
-        target.parent.mkdir(exist_ok=True)
-        os.replace(folder, target)
-    except OSError as error:
-        raise checks.UserError(
-            f"the damaged checkpoint {folder} cannot be moved to {target}: "
-            f"{error.strerror}; mend the permissions, or move it yourself."
-        ) from error
-    logging.error(
-        "%s; it was moved to %s, and the run goes on without it", damage, target
-    )
-
-
-@contextlib.contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Turn what storage libraries raise on damaged files into a `UserError`.
-
-    They raise almost anything. What the system could not do just now is no damage.
-    """
-    try:
-        yield
-    except (checks.UserError, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        if _may_pass(error):
-            raise checks.UserError(
-                f"the checkpoint {folder} cannot be read now ({reason}); it may be "
-                "whole, and nothing was changed. Mend the file system or its "
-                "permissions, and give the same command again."
-            ) from error
-        raise DamagedError(
-            f"the checkpoint {folder} cannot be read; it is damaged or incomplete "
-            f"({reason})"
-        ) from error
-
-
-def _may_pass(error):
-    """Whether the system refused to read (an input/output error, a stale handle)."""
-    while error is not None:
-        said = re.findall(r"OS error (\d+)", str(error))  # of tensorstore
-        number = getattr(error, "errno", None)
-        if any(n not in LOST for n in (*map(int, said), *filter(None, [number]))):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def require_same_parameters(
-    folder: Path, params: Mapping, *, part: str = "params"
-) -> None:
-    """Raise `UserError` unless a checkpoint holds parameters of these shapes."""
-    with readable(folder), ocp.PyTreeCheckpointer() as reader:
-        saved = reader.metadata(folder / "state").item_metadata.tree[part]
-    saved, wanted = _shapes(saved), _shapes(params)
+def require_same_parameters(folder: Path, params: Mapping, *, part: str) -> None:
+    """Raise `UserError` unless part of the state has parameters of these shapes."""
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = read(
+            folder, lambda: reader.metadata(folder / STATE).item_metadata.tree[part]
+        )
+    saved, wanted = _shapes(tree), _shapes(params)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
         f"{wanted.get(name, 'absent')} in the network"
         for name in sorted(saved.keys() | wanted.keys())
         if saved.get(name) != wanted.get(name)
     ]
-    more = len(differing) - SHOWN
+    more = len(differing) - MAX_LISTED
     checks.require(
         not differing,
         f"the checkpoint {folder} is of another model; {len(differing)} parameters "
-        f"differ: {'; '.join(differing[:SHOWN])}"
+        f"differ: {'; '.join(differing[:MAX_LISTED])}"
         f"{f'; and {more} more' if more > 0 else ''}. Use the config it was trained "
         "with.",
     )
@@ -140,16 +97,63 @@ def _shapes(tree):
     return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def read_parameters(folder: Path, like: Mapping, *, part: str) -> dict:
-    """Read parameters as arrays that are not tied to a device."""
-    require_same_parameters(folder, like, part=part)
-    wanted = {part: like}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    with readable(folder), ocp.PyTreeCheckpointer() as reader:
-        found = reader.restore(
-            folder / "state",
-            args=ocp.args.PyTreeRestore(
-                item=wanted, restore_args=as_numpy, partial_restore=True
-            ),
-        )
-    return jax.tree.map(jnp.asarray, found[part])
+def put_aside(folder: Path, damage: object) -> None:
+    """Move a damaged checkpoint to the workdir's folder "damaged", and say so."""
+    target = folder.parent.parent / DAMAGED / folder.name
+    while target.exists():
+        target = target.with_name(target.name + "_")
+    with writable(target):
+        target.parent.mkdir(exist_ok=True)
+        folder.rename(target)
+    logging.error(
+        "%s; it was moved to %s, and the run goes on without it", damage, target
+    )
+
+
+def read(folder: Path, function: Callable[[], T]) -> T:
+    """Return what a function reads from a checkpoint.
+
+    Storage libraries raise almost anything on damaged files, and the same where the
+    system refuses to read. So after an error all files are read as they are: what the
+    system refuses is no damage. If it refuses none, it may have recovered, and the
+    function is called once more.
+
+    Raises:
+        DamagedError: for damaged or missing files.
+        UserError: for files that cannot be read now (input/output errors, permissions).
+    """
+    for again in (True, False):
+        try:
+            return function()
+        except (checks.UserError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            _require_readable(folder)
+            if not again:
+                raise DamagedError(
+                    f"the checkpoint {folder} cannot be read; it is damaged or "
+                    f"incomplete ({checks.one_line(error)})"
+                ) from error
+
+
+def _require_readable(folder):
+    """Raise `UserError` if the system refuses to read a file that is there."""
+
+    def refuse(error):
+        raise error
+
+    try:
+        for parent, _, names in os.walk(folder, onerror=refuse):
+            for name in names:
+                with (
+                    open(Path(parent, name), "rb") as file,
+                    open(os.devnull, "wb") as to,
+                ):
+                    shutil.copyfileobj(file, to, 1 << 24)
+    except OSError as error:
+        if error.errno not in LOST:
+            raise checks.UserError(
+                f"the checkpoint {folder} cannot be read now ({error}); it may be "
+                "whole, and nothing was changed. Mend the file system or its "
+                "permissions, and give the same command again."
+            ) from error

@@ -24,7 +24,7 @@ from swinsmt_jax.data.meta import EmptySplitError
 from swinsmt_jax.runtime import cost, interrupts, memory, processes, record
 from swinsmt_jax.runtime.profile import Profile
 from swinsmt_jax.training import logs
-from swinsmt_jax.training.checkpoint import Checkpoints, Origin, open_checkpoints
+from swinsmt_jax.training.checkpoint import Checkpoints, open_checkpoints, origin_of
 from swinsmt_jax.training.checkpoint_folder import METRIC
 from swinsmt_jax.training.logs import Clock, open_log
 from swinsmt_jax.training.optimizer import (
@@ -85,7 +85,7 @@ def train(
     if validate:
         held_out = processes.together(lambda: _validation_cases(data))
     processes.require_same({"the fingerprint of the training cases": fingerprint})
-    origin = Origin(config, data=fingerprint)
+    origin = origin_of(config, data=fingerprint)
     with locked(workdir):
         workdir = open_workdir(workdir, config)
         like, start, train_step, predict = _network(
@@ -154,7 +154,7 @@ class _Run:
     training: TrainingConfig
     workdir: Path
     checkpoints: Checkpoints
-    origin: Origin
+    origin: dict
     batches: Callable
     compile: Callable
     score: Callable[[dict, Callable[[], None]], dict] | None

@@ -67,8 +67,7 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
     workdir = Path(path).absolute()
     keys = _flat(to_dict(config)).items()
     processes.require_same({k: v for k, v in keys if k not in MAY_DIFFER})
-    first = processes.is_first()
-    processes.together(lambda: _claim(workdir, config) if first else None)
+    processes.on_first(lambda: _claim(workdir, config))
     processes.together(
         lambda: checks.require(
             (workdir / CONFIG).exists(),
@@ -98,7 +97,7 @@ def locked(path: str | Path) -> Iterator[None]:
         held.enter_context(files.locked(workdir / LOCK, what=what, remedy=remedy))
 
     with contextlib.ExitStack() as held:
-        processes.together(lambda: hold() if processes.is_first() else None)
+        processes.on_first(hold)
         yield
 
 

@@ -13,7 +13,7 @@ from swinsmt_jax import sharding
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import MeshConfig
 from swinsmt_jax.training import checkpoint
-from swinsmt_jax.training.checkpoint import Origin, load_model, open_checkpoints
+from swinsmt_jax.training.checkpoint import load_model, open_checkpoints, origin_of
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import blueprint, initialize
 
@@ -50,7 +50,7 @@ def write(workdir, config, dice):
     with open_checkpoints(workdir) as checkpoints:
         for step, value in dice.items():
             state = at(state, step)
-            checkpoints.save(state, origin=Origin(config, data="abc"))
+            checkpoints.save(state, origin=origin_of(config, data="abc"))
             if value is not None:
                 checkpoints.score(step, value)
     return state
@@ -58,7 +58,7 @@ def write(workdir, config, dice):
 
 def restore(workdir, config, like, data="abc"):
     with open_checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_latest(like, origin=Origin(config, data=data))
+        return checkpoints.restore_latest(like, origin=origin_of(config, data=data))
 
 
 def folders(workdir):
@@ -111,7 +111,7 @@ def test_a_loaded_network_runs_on_any_device(tmp_path, make_config):
 
 
 def test_load_model_says_what_is_missing(tmp_path, make_config):
-    with pytest.raises(UserError, match=r"holds no checkpoints.*python train\.py"):
+    with pytest.raises(UserError, match=r"holds no complete.*python train\.py"):
         load_model(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no complete checkpoint"):
@@ -281,7 +281,7 @@ def test_the_average_is_what_is_evaluated(tmp_path, make_config):
         average=jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7.0), like.params),
     )
     with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, origin=Origin(config, data="abc"))
+        checkpoints.save(state, origin=origin_of(config, data="abc"))
     _, model, _ = load_model(tmp_path)
     assert (model.stem.kernel[...] == 7).all()
 

@@ -1,117 +1,200 @@
-"""A CT series of DICOM files as a volume; needs the extra `dicom` (SimpleITK)."""
+"""A CT series of DICOM files as a volume; needs the extra `dicom`.
 
+Headers are read by pydicom, and everything that they can settle is settled before
+SimpleITK decodes pixels.
+"""
+
+import collections
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from swinsmt_jax import checks
 from swinsmt_jax.data import nifti
+from swinsmt_jax.data.dicom_files import AGAIN, dicom_files, look
 
-PREAMBLE = 128  # bytes before the letters DICM
 TOLERANCE = 0.1  # mm by which a slice may lie elsewhere than its neighbours say
-POSITION, MODALITY = "0020|0032", "0008|0060"
+TURN = 1e-3  # by which directions may differ between slices
 
 
 def is_series(folder: Path) -> bool:
     """Whether a folder holds a DICOM file, by its content."""
-    return next(_dicom_files(folder), None) is not None
+    return next(dicom_files(folder), None) is not None
 
 
 def load_series(folder: str | Path) -> nifti.Volume:
     """Read the CT of a folder as int16 Hounsfield units in RAS orientation.
 
     The distance and direction between slices are those of their positions, so that a
-    tilted gantry gives a sheared affine, as NIfTI has it.
+    tilted gantry gives a sheared affine, as NIfTI has it. Each slice, or frame of an
+    enhanced CT, is rescaled by its own slope and intercept. What lies beside the slices
+    (scouts, reports, structures, directories) is passed over and named in the notes.
 
     Raises:
-        UserError: without SimpleITK; for a folder without DICOM files or with several
-            series, files that cannot be read, another modality, and slices that are
-            missing or unevenly spaced.
+        UserError: without the extra; for a folder without slices of a CT or with those
+            of several series; files that are damaged, and tags that are missing or of
+            another form; slices that differ in shape, spacing or orientation, are
+            missing, unevenly spaced or all at one place; a single slice of no known
+            thickness.
     """
+    folder = Path(folder)
     try:
-        import SimpleITK as sitk  # noqa: N813
+        import pydicom  # noqa: F401
+        import SimpleITK  # noqa: F401
     except ImportError as error:
         raise checks.UserError(
-            f"{folder} holds DICOM files, and reading them needs SimpleITK: "
+            f"{folder} holds DICOM files, which need SimpleITK and pydicom: "
             'pip install "swinsmt_jax[dicom]", or convert them to NIfTI.'
         ) from error
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is checked below
-    find = sitk.ImageSeriesReader
-    series = {
-        number: find.GetGDCMSeriesFileNames(str(folder), number)
-        for number in find.GetGDCMSeriesIDs(str(folder))
-    }
-    counts = ", ".join(f"{number} ({len(files)})" for number, files in series.items())
+    slices, notes = _series(folder)
+    slices = _in_order(folder, slices)
+    affine = _affine(folder, slices)
+    hu = np.stack([plane.T for plane in _planes(folder, slices)], axis=-1)
+    volume = nifti.from_array(hu, affine, path=folder)
+    return dataclasses.replace(volume, notes=(*volume.notes, *notes))
+
+
+def _series(folder):
+    """Return the slices of the only series, and a note on what was passed over."""
+    by_series, others = collections.defaultdict(list), {}
+    for file in dicom_files(folder):
+        found = look(file)
+        if isinstance(found, str):
+            others[file.name] = found
+        else:
+            by_series[found[0].series].extend(found)
+    damaged = [f"{n}: {what}" for n, what in others.items() if what.startswith("damag")]
     checks.require(
-        len(series) == 1,
-        f"{folder} holds {len(series)} DICOM series, but must hold one: "
-        f"{counts or 'none'}. Put each into a folder of its own.",
+        not damaged,
+        f"{folder}: {len(damaged)} DICOM files are damaged: {'; '.join(damaged[:5])}. "
+        f"{AGAIN}",
     )
-    (files,) = series.values()
-    read = {Path(file).name for file in files} | {"DICOMDIR"}
-    others = [f.name for f in _dicom_files(Path(folder)) if f.name not in read]
+    kinds = collections.Counter(others.values())
+    said = "; ".join(
+        f"{number} {'is' if number == 1 else 'are'} {kind}"
+        for kind, number in kinds.items()
+    )
     checks.require(
-        not others,
-        f"{folder}: {len(others)} DICOM files are damaged or no slices of the series: "
-        f"{', '.join(sorted(others)[:5])}. Export the series again.",
+        bool(by_series),
+        f"{folder} holds no image slices of a CT. Of its {len(others)} DICOM files "
+        f"{said or 'none is an image'}. Give the folder that holds the slices; folders "
+        "in a folder are not searched.",
     )
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise checks.UserError(
-            f"the DICOM series in {folder} cannot be read: {reason}"
-        ) from error
-
-    def tag(i, name):
-        return reader.GetMetaData(i, name) if reader.HasMetaDataKey(i, name) else ""
-
-    modality = tag(0, MODALITY).strip()
+    counts = ", ".join(f"{uid} ({len(s)})" for uid, s in sorted(by_series.items()))
     checks.require(
-        modality == "CT",
-        f"{folder} holds a series of the modality {modality!r}, but must hold CT.",
+        len(by_series) == 1,
+        f"{folder} holds {len(by_series)} DICOM series, but must hold one: {counts}. "
+        "Put each into a folder of its own.",
     )
-    axes = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    origin = np.array(image.GetOrigin())
-    if len(files) > 1:
-        places = np.array(
-            [
-                [float(x) for x in tag(i, POSITION).split("\\")]
-                for i in range(len(files))
-            ]
-        )
-        _require_even(places, folder)
-        axes[:, 2] = (places[-1] - places[0]) / (len(files) - 1)
-        origin = places[0]
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = axes, origin
-    affine = (
-        np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    )  # left and back to right and front
-    return nifti.from_array(
-        sitk.GetArrayViewFromImage(image).transpose(2, 1, 0), affine, path=Path(folder)
-    )
+    (slices,) = by_series.values()
+    note = f"{len(others)} DICOM files are not slices and were passed over: {said}."
+    return slices, (note,) if others else ()
 
 
-def _require_even(places, folder):
+def _in_order(folder, slices):
+    """Require that the slices are one volume, and sort them along their normal."""
+    first = slices[0]
+    for other in slices[1:]:
+        for what in ("shape", "spacing", "orientation"):
+            one, two = getattr(first, what), getattr(other, what)
+            checks.require(
+                np.allclose(one, two, rtol=TURN, atol=TURN),
+                f"{folder}: {other.file.name} has the {what} {_brief(two)}, but "
+                f"{first.file.name} has {_brief(one)}; the slices of one volume agree. "
+                f"{AGAIN}",
+            )
+    normal = np.cross(*first.orientation)
+    slices = sorted(slices, key=lambda s: float(s.position @ normal))
+    places = np.array([s.position for s in slices])
+    if len(slices) == 1:
+        return slices
     steps = np.diff(places, axis=0)
     step = np.median(steps, axis=0)
+    extent = float(np.linalg.norm(places[-1] - places[0]))
+    checks.require(
+        extent > TOLERANCE,
+        f"{folder}: all {len(slices)} slices lie at the same place. That is a time "
+        "series (bolus tracking, perfusion), not a volume. Give a scan of a region.",
+    )
     off = np.linalg.norm(steps - step, axis=1)
     i = int(off.argmax())
-    length = np.linalg.norm(steps[i])
     checks.require(
-        off[i] <= TOLERANCE,
-        f"{folder}: slices {i + 1} and {i + 2} lie {length:.2f} mm apart, but others "
-        f"{np.linalg.norm(step):.2f} mm; slices are missing, doubled or unevenly "
-        "spaced. Export the series again.",
+        off[i] <= TOLERANCE and float(step @ normal) > TOLERANCE / 10,
+        f"{folder}: slices {i + 1} and {i + 2} ({slices[i].file.name}, "
+        f"{slices[i + 1].file.name}) lie {np.linalg.norm(steps[i]):.2f} mm apart, but "
+        f"others {np.linalg.norm(step):.2f} mm; slices are missing, doubled or "
+        f"unevenly spaced. {AGAIN}",
     )
+    return slices
 
 
-def _dicom_files(folder):
-    for file in filter(Path.is_file, folder.iterdir()):
-        with file.open("rb") as stream:
-            if stream.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM":
-                yield file
+def _affine(folder, slices):
+    """Return [4, 4] from (column, row, slice) to mm to the right, front and head."""
+    first, last = slices[0], slices[-1]
+    affine = np.eye(4)
+    affine[:3, 0] = first.orientation[0] * first.spacing[1]
+    affine[:3, 1] = first.orientation[1] * first.spacing[0]
+    if len(slices) > 1:
+        affine[:3, 2] = (last.position - first.position) / (len(slices) - 1)
+    else:
+        checks.require(
+            first.thickness is not None,
+            f"{first.file} is a single slice, and no tag says how thick it is; "
+            "SpacingBetweenSlices or SliceThickness must be there.",
+        )
+        affine[:3, 2] = np.cross(*first.orientation) * first.thickness
+    affine[:3, 3] = first.position
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # from left and back
+
+
+def _planes(folder, slices):
+    """Yield the HU of each slice, float32 [rows, columns]."""
+    if slices[0].frame is not None:
+        yield from _frames(slices)
+        return
+    import SimpleITK as sitk  # noqa: N813
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # headers are checked already
+    for part in slices:
+        try:
+            image = sitk.ReadImage(str(part.file))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise checks.UserError(
+                f"the pixels of {part.file} cannot be decoded: {reason}. {AGAIN}"
+            ) from error
+        plane = sitk.GetArrayFromImage(image).reshape(-1)
+        checks.require(
+            plane.size == part.shape[0] * part.shape[1],
+            f"{part.file} holds {plane.size} pixels, but its header says "
+            f"{part.shape[0]} rows of {part.shape[1]}. {AGAIN}",
+        )
+        yield plane.reshape(part.shape).astype(np.float32)
+
+
+def _frames(slices):
+    """Yield the frames of an enhanced CT, each by its own slope and intercept.
+
+    SimpleITK applies the first frame's to all of them.
+    """
+    import pydicom
+
+    stored = {}
+    for part in slices:
+        if part.file not in stored:
+            stored.clear()  # frames of a file follow one another
+            try:
+                pixels = pydicom.dcmread(part.file, force=True).pixel_array
+            except Exception as error:  # of whatever decodes this transfer syntax
+                raise checks.UserError(
+                    f"the frames of {part.file} cannot be decoded: {error}. Convert it "
+                    "to NIfTI, by dcm2niix for example."
+                ) from error
+            stored[part.file] = pixels.reshape(-1, *part.shape)
+        slope, intercept = part.rescale
+        yield np.float32(stored[part.file][part.frame] * slope + intercept)
+
+
+def _brief(value):
+    return tuple(round(float(x), 4) for x in np.ravel(value))

@@ -49,13 +49,14 @@ def compile_step(model, mesh, *, batch_size, patch=PATCH):
     config = OptimizerConfig(1e-3)
     schedule = make_schedule(config, num_steps=10)
     optimizer = make_optimizer(config, schedule)
-    graphdef, like = train_state.blueprint(model, optimizer, mesh=mesh)
+    graphdef, abstract = train_state.abstract_state(model, optimizer, mesh=mesh)
     step = make_train_step(
         graphdef,
         optimizer,
+        loss=losses.make("dice_ce"),
         schedule=schedule,
         seed=0,
-        like=like,
+        abstract=abstract,
         mesh=mesh,
     )
     place = sharding.batch_sharding(mesh)
@@ -65,8 +66,8 @@ def compile_step(model, mesh, *, batch_size, patch=PATCH):
         "label": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place),
     }
     with mock.patch.object(losses, "sums_by_scatter", losses.sums_by_comparison):
-        lowered = step.lower(like, batch)
-    return lowered.compile(), like
+        lowered = step.lower(abstract, batch)
+    return lowered.compile(), abstract
 
 
 def collectives(text):
@@ -90,10 +91,10 @@ def _bytes(shapes):
     return total
 
 
-def bytes_per_device(like, *, pattern):
+def bytes_per_device(abstract, *, pattern):
     """Return the bytes on each device of the leaves whose name the pattern finds."""
     total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         if re.search(pattern, sharding.path_name(path)):
             shape = leaf.sharding.shard_shape(leaf.shape)
             total += int(np.prod(shape)) * leaf.dtype.itemsize
@@ -109,14 +110,14 @@ def rows_of(devices, *, num_experts, patch=PATCH):
         mesh = sharding.make_mesh(
             MeshConfig(devices // expert, expert), devices=jax.devices()[:devices]
         )
-        compiled, like = compile_step(model, mesh, batch_size=devices, patch=patch)
-        experts = bytes_per_device(like, pattern="/experts/")
+        compiled, abstract = compile_step(model, mesh, batch_size=devices, patch=patch)
+        experts = bytes_per_device(abstract, pattern="/experts/")
         yield {
             "data": devices // expert,
             "expert": expert,
             "collectives": collectives(compiled.as_text()),
             "expert_bytes_per_device": experts,
-            "rest_bytes_per_device": bytes_per_device(like, pattern="") - experts,
+            "rest_bytes_per_device": bytes_per_device(abstract, pattern="") - experts,
         }
 
 

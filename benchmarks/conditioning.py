@@ -89,9 +89,9 @@ def our_norms(config, golden):
 
     @jax.jit
     def gradient(params, x):
-        return jax.grad(
-            lambda p: losses.dice_cross_entropy(nnx.merge(graphdef, p)(x), y)
-        )(params)
+        return jax.grad(lambda p: losses.make("dice_ce")(nnx.merge(graphdef, p)(x), y))(
+            params
+        )
 
     def run(scale):
         x = jnp.moveaxis(golden["x"] * np.float32(scale), 1, -1)

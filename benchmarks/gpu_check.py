@@ -49,6 +49,7 @@ from configs import swin_smt_paper
 from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.runtime import startup
+from swinsmt_jax.training import losses
 from swinsmt_jax.training import state as train_state
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.step import make_train_step
@@ -116,21 +117,22 @@ def _timed_step(config) -> dict:
     mesh = sharding.make_mesh(config.mesh)
     schedule = make_schedule(config.optimizer, num_steps=config.training.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
-    graphdef, like = train_state.blueprint(config.model, optimizer, mesh=mesh)
+    graphdef, abstract = train_state.abstract_state(config.model, optimizer, mesh=mesh)
     step = make_train_step(
         graphdef,
         optimizer,
+        loss=losses.make("dice_ce"),
         schedule=schedule,
         seed=0,
-        like=like,
+        abstract=abstract,
         mesh=mesh,
     )
     batch = sharding.place_batch(_random_batch(config), mesh)
     start = time.perf_counter()
-    compiled = step.lower(like, batch).compile()
+    compiled = step.lower(abstract, batch).compile()
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    state = train_state.initialize(config.model, optimizer, seed=0, like=like)
+    state = train_state.initialize(config.model, optimizer, seed=0, abstract=abstract)
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()

@@ -16,14 +16,18 @@ from absl import app, flags
 
 from benchmarks import define_file, report, write
 from swinsmt_jax.ops.convolution import pointwise_conv
-from swinsmt_jax.training.losses import (
-    SMOOTH,
-    VOXELS,
-    dice_cross_entropy,
-    dice_cross_entropy_of_features,
-)
+from swinsmt_jax.training import losses
+from swinsmt_jax.training.losses import SMOOTH, VOXELS
 
 WHATS = ("forward", "gradient")
+
+
+def dice_cross_entropy(logits, labels):
+    return losses.make("dice_ce")(logits, labels)
+
+
+def dice_cross_entropy_of_features(features, kernel, bias, labels):
+    return losses.make("dice_ce").of_features(features, kernel, bias, labels)
 
 
 def one_hot(logits, labels):

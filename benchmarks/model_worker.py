@@ -149,21 +149,23 @@ def _jax_step(job):
     import jax.numpy as jnp
 
     from swinsmt_jax import sharding
+    from swinsmt_jax.training import losses
     from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-    from swinsmt_jax.training.state import blueprint, initialize
+    from swinsmt_jax.training.state import abstract_state, initialize
     from swinsmt_jax.training.step import make_train_step
 
     config = _config(job)
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
     schedule = make_schedule(config.optimizer, num_steps=1000)
     optimizer = make_optimizer(config.optimizer, schedule)
-    graphdef, like = blueprint(config.model, optimizer, mesh=mesh)
+    graphdef, abstract = abstract_state(config.model, optimizer, mesh=mesh)
     step = make_train_step(
         graphdef,
         optimizer,
+        loss=losses.make("dice_ce"),
         schedule=schedule,
         seed=0,
-        like=like,
+        abstract=abstract,
         mesh=mesh,
     )
     shape = (job.batch, *(job.side,) * 3)
@@ -177,9 +179,9 @@ def _jax_step(job):
         image = jax.random.uniform(key, (*shape, 1))
         label = jax.random.randint(key, shape, 0, config.model.out_channels, jnp.uint8)
         batch = sharding.place_batch({"image": image, "label": label}, mesh)
-        return initialize(config.model, optimizer, seed=0, like=like), batch
+        return initialize(config.model, optimizer, seed=0, abstract=abstract), batch
 
-    return step.lower(like, batch).compile(), make
+    return step.lower(abstract, batch).compile(), make
 
 
 def _torch(job):

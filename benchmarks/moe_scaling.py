@@ -44,9 +44,9 @@ from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.operations import forward_operations
-from swinsmt_jax.training import loop
+from swinsmt_jax.training import loop, losses
 from swinsmt_jax.training.checkpoint import load_model
-from swinsmt_jax.training.step import loss_and_hits
+from swinsmt_jax.training.step import loss_and_accuracy_counts
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
 STAGES = (1, 2, 3, 4)
@@ -87,7 +87,9 @@ def gradient_cost(config, side, *, limit_gb):
     y = jax.ShapeDtypeStruct(x.shape[:-1], jnp.uint8)
 
     def loss(params, x, y):
-        return loss_and_hits(nnx.merge(graphdef, params), x, y)[0]
+        return loss_and_accuracy_counts(
+            nnx.merge(graphdef, params), x, y, loss=losses.make("dice_ce")
+        )[0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params, x, y).compile()
     memory = compiled.memory_analysis()

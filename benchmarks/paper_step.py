@@ -20,7 +20,8 @@ from configs import swin_smt_paper
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.layers import recompute
 from swinsmt_jax.models import abstract_model
-from swinsmt_jax.training.step import loss_and_hits
+from swinsmt_jax.training import losses
+from swinsmt_jax.training.step import loss_and_accuracy_counts
 
 QUICK_SIDE = 64  # the least for 32 experts in the last stage
 
@@ -32,7 +33,9 @@ def compile_gradient(model, side):
     y = jax.ShapeDtypeStruct((1, side, side, side), jnp.uint8)
 
     def loss(params, x, y):
-        return loss_and_hits(nnx.merge(graphdef, params), x, y)[0]
+        return loss_and_accuracy_counts(
+            nnx.merge(graphdef, params), x, y, loss=losses.make("dice_ce")
+        )[0]
 
     arguments = (params, x, y)
     options = recompute.compiler_options(jax.default_backend())

@@ -70,7 +70,7 @@ def network_figures(
     def loss_and_logits(params, x, y):
         def loss(params):
             logits = nnx.merge(graphdef, params)(x)
-            return losses.dice_cross_entropy(logits, y), logits
+            return losses.make("dice_ce")(logits, y), logits
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -150,7 +150,7 @@ def loss_and_window_figures(golden: Mapping) -> list[Figure]:
     """Compare the loss with its gradient, and the sliding window in both blends."""
     logits = jnp.moveaxis(golden["dice_ce/logits"], 1, -1)
     labels = jnp.asarray(golden["dice_ce/y"][:, 0])
-    value, gradient = jax.jit(jax.value_and_grad(losses.dice_cross_entropy))(
+    value, gradient = jax.jit(jax.value_and_grad(losses.make("dice_ce")))(
         logits, labels
     )
     figures = [

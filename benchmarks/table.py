@@ -35,7 +35,8 @@ from swinsmt_jax.config import ModelConfig, from_config_dict
 from swinsmt_jax.evaluation import published_results
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import operations, startup
-from swinsmt_jax.training.step import loss_and_hits
+from swinsmt_jax.training import losses
+from swinsmt_jax.training.step import loss_and_accuracy_counts
 
 NETWORKS = {
     "unetr": "UNETR",
@@ -103,7 +104,9 @@ def lower(config, side, *, gradient=False):
         return nnx.merge(graphdef, params)(x)
 
     def loss(params, x, y):
-        return loss_and_hits(nnx.merge(graphdef, params), x, y)[0]
+        return loss_and_accuracy_counts(
+            nnx.merge(graphdef, params), x, y, loss=losses.make("dice_ce")
+        )[0]
 
     if gradient:
         return jax.jit(jax.value_and_grad(loss)).lower(params, x, y)

@@ -32,9 +32,9 @@ from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 from swinsmt_jax.runtime import startup
-from swinsmt_jax.training import loop
+from swinsmt_jax.training import loop, losses
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.state import blueprint, initialize
+from swinsmt_jax.training.state import abstract_state, initialize
 from swinsmt_jax.training.step import make_train_step
 
 
@@ -62,16 +62,17 @@ def run_bare(config, stamps):
     mesh = sharding.make_mesh(config.mesh)
     schedule = make_schedule(config.optimizer, num_steps=config.training.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
-    graphdef, like = blueprint(config.model, optimizer, mesh=mesh)
+    graphdef, abstract = abstract_state(config.model, optimizer, mesh=mesh)
     step = make_train_step(
         graphdef,
         optimizer,
+        loss=losses.make("dice_ce"),
         schedule=schedule,
         seed=config.training.seed,
-        like=like,
+        abstract=abstract,
         mesh=mesh,
     )
-    state = initialize(config.model, optimizer, seed=0, like=like)
+    state = initialize(config.model, optimizer, seed=0, abstract=abstract)
     cases = totalsegmentator.find_cases(config.data.root, split="train")
     found = pipeline.training_batches(config.data, cases, seed=config.training.seed)
     batches, before = stamped(found, stamps), None

@@ -193,6 +193,8 @@ class TrainingConfig:
         eval_every: steps between validations; 0 validates at the end alone.
         eval_cases: validation cases used; 0 takes the whole split.
         checkpoint_every: steps between checkpoints; the last step is always kept.
+        loss: what is minimised, one of `training.losses.LOSSES`: "dice_ce" or
+            "tversky_ce".
         accumulate: parts of a batch whose gradients are averaged one after the other.
         ema_decay: of the running average of the parameters that is then validated and
             evaluated; 0 has none.
@@ -206,6 +208,7 @@ class TrainingConfig:
     eval_every: int = 0
     eval_cases: int = 0
     checkpoint_every: int = 1000
+    loss: str = "dice_ce"
     accumulate: int = 1
     ema_decay: float = 0.0
     max_skipped: int = 10

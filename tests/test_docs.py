@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from swinsmt_jax import checks, config, models
-from swinsmt_jax.training.step import loss_and_hits
+from swinsmt_jax.training import losses
+from swinsmt_jax.training.step import loss_and_accuracy_counts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,7 +45,12 @@ def test_a_network_of_ones_own_is_made_from_its_name(own_network, monkeypatch):
     )
     assert logits.shape == (2, 4, 6, 8, 5) and logits.dtype == jnp.float32
     loss, _ = jax.eval_shape(
-        lambda p, y: loss_and_hits(nnx.merge(graphdef, p), jnp.zeros((*y.shape, 1)), y),
+        lambda p, y: loss_and_accuracy_counts(
+            nnx.merge(graphdef, p),
+            jnp.zeros((*y.shape, 1)),
+            y,
+            loss=losses.make("dice_ce"),
+        ),
         params,
         jnp.zeros((2, 4, 6, 8), jnp.uint8),
     )

@@ -7,13 +7,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.ops.convolution import pointwise_conv
 from swinsmt_jax.training import losses
-from swinsmt_jax.training.losses import (
-    dice_cross_entropy,
-    dice_cross_entropy_of_features,
-    sums_by_comparison,
-    sums_by_scatter,
-)
+from swinsmt_jax.training.losses import sums_by_comparison, sums_by_scatter
 
+dice_cross_entropy = losses.make("dice_ce")
+dice_cross_entropy_of_features = dice_cross_entropy.of_features
 value_and_grad = jax.jit(jax.value_and_grad(dice_cross_entropy))
 
 
@@ -106,10 +103,62 @@ def test_both_forms_of_the_sum_by_class_agree(rng):
     np.testing.assert_array_equal(count[1], np.bincount(labels[1].flat, minlength=7))
 
 
-def test_a_label_out_of_range_shows_as_nan(rng):
-    logits, labels = sample(rng)
-    labels[0, 0, 0, 0] = logits.shape[-1]
-    assert np.isnan(dice_cross_entropy(logits, labels))
+@pytest.mark.parametrize("label", [-1, 7])
+@pytest.mark.parametrize("form", [sums_by_scatter, sums_by_comparison])
+def test_a_label_out_of_range_shows_as_nan_on_cpu_and_gpu(
+    rng, monkeypatch, form, label
+):
+    monkeypatch.setattr(losses, "sums_by_scatter", form)
+    features, kernel, bias, labels = sample_of_features(rng)
+    found = []
+    for placed in (labels[0, 0, 0, 0], label):
+        labels[0, 0, 0, 0] = placed
+        found.append(dice_cross_entropy(features @ kernel + bias, labels))
+        found.append(dice_cross_entropy_of_features(features, kernel, bias, labels))
+    assert np.isnan(found).tolist() == [False, False, True, True]
+
+
+def test_an_overlap_loss_of_ones_own_has_its_gradient(rng, monkeypatch):
+    """In blocks of planes, and as jax derives it from a one-hot."""
+    monkeypatch.setattr(losses, "BLOCK", 1)
+
+    def jaccard(predicted, intersection, truth):
+        return (1 - intersection / (predicted + truth - intersection + 1e-5)).mean()
+
+    def plain(features, kernel, bias, labels):
+        logits = features @ kernel + bias
+        p, is_true = jax.nn.softmax(logits), jax.nn.one_hot(labels, logits.shape[-1])
+        sums = (a.sum((1, 2, 3)) for a in (p, p * is_true, is_true))
+        cross_entropy = -(jax.nn.log_softmax(logits) * is_true).sum(-1).mean()
+        return jaccard(*sums) + cross_entropy
+
+    arguments = sample_of_features(rng)
+    value, found = gradients_of(losses.Loss(jaccard).of_features)(*arguments)
+    expected, gradients = gradients_of(plain)(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for ours, theirs in zip(found, gradients, strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * scale)
+
+
+def test_tversky_punishes_missed_voxels_more_than_wrong_ones(rng):
+    labels = np.zeros((1, 4, 4, 4), np.int32)
+    labels[:, :2] = 1
+    small, large = labels.copy(), labels.copy()
+    small[:, 1], large[:, 2] = 0, 1
+    sums = [
+        [np.float32([[(p == 1).sum(), ((p == 1) & (labels == 1)).sum(), 32]])]
+        for p in (small, large)
+    ]
+    missing, wrong = (
+        float(losses.tversky(*(s[:, i] for i in range(3)))) for (s,) in sums
+    )
+    assert 0 < wrong < missing < 1
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(UserError, match="training.loss is 'dice_c'.*'dice_ce'?"):
+        losses.make("dice_c")
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 5), (2, 4, 5, 7), (2, 4, 5, 6, 1)])

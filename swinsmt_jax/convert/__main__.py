@@ -32,8 +32,8 @@ def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
     found = files.read(weights)
     print(_load(model, found, partial=partial))
     mesh = sharding.make_mesh(MeshConfig(data=1, expert=1))
-    _, like = state.blueprint(config.model, optax.identity(), mesh=mesh)
-    fresh = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), like)
+    _, abstract = state.abstract_state(config.model, optax.identity(), mesh=mesh)
+    fresh = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
     _, params = models.split(model)
     average = params if config.training.ema_decay else {}
     first = state.TrainState(

@@ -23,7 +23,7 @@ from swinsmt_jax.data.case import Case
 from swinsmt_jax.data.meta import EmptySplitError
 from swinsmt_jax.runtime import cost, interrupts, memory, processes, record
 from swinsmt_jax.runtime.profile import Profile
-from swinsmt_jax.training import logs
+from swinsmt_jax.training import logs, losses
 from swinsmt_jax.training.checkpoint import Checkpoints, open_checkpoints, origin_of
 from swinsmt_jax.training.checkpoint_folder import METRIC
 from swinsmt_jax.training.logs import Clock, open_log
@@ -33,7 +33,12 @@ from swinsmt_jax.training.optimizer import (
     require_frozen,
     require_stages,
 )
-from swinsmt_jax.training.state import TrainState, blueprint, initialize, shardings_of
+from swinsmt_jax.training.state import (
+    TrainState,
+    abstract_state,
+    initialize,
+    shardings_of,
+)
 from swinsmt_jax.training.step import make_predict, make_train_step
 from swinsmt_jax.training.workdir import locked, open_workdir
 
@@ -88,16 +93,16 @@ def train(
     origin = origin_of(config, data=fingerprint)
     with locked(workdir):
         workdir = open_workdir(workdir, config)
-        like, start, train_step, predict = _network(
+        abstract, start, train_step, predict = _network(
             config.model, config.optimizer, config.training, mesh=mesh
         )
         with (
             open_checkpoints(workdir) as checkpoints,
             memory.remedies(config, devices=mesh.size),
         ):
-            state = checkpoints.restore_latest(like, origin=origin)
+            state = checkpoints.restore_latest(abstract, origin=origin)
             done = 0 if state is None else int(state.step)
-            _announce(workdir, mesh, like, cases=len(cases))
+            _announce(workdir, mesh, abstract, cases=len(cases))
             _announce_steps(done, config.training.num_steps)
             if _is_done(config.training, checkpoints, done, validated=bool(validate)):
                 return state
@@ -348,28 +353,29 @@ def _network(model, optimizer, training, *, mesh):
     """
     schedule = make_schedule(optimizer, num_steps=training.num_steps)
     transformation = make_optimizer(optimizer, schedule)
-    graphdef, like = blueprint(
+    graphdef, abstract = abstract_state(
         model, transformation, mesh=mesh, averaged=training.ema_decay > 0
     )
-    require_frozen(optimizer, like.params)
-    require_stages(optimizer, like.params)
+    require_frozen(optimizer, abstract.params)
+    require_stages(optimizer, abstract.params)
     train_step = make_train_step(
         graphdef,
         transformation,
+        loss=losses.make(training.loss),
         schedule=schedule,
         seed=training.seed,
-        like=like,
+        abstract=abstract,
         mesh=mesh,
         accumulate=training.accumulate,
         ema_decay=training.ema_decay,
     )
 
     def start(change):
-        state = initialize(model, transformation, seed=training.seed, like=like)
+        state = initialize(model, transformation, seed=training.seed, abstract=abstract)
         return state if change is None else _changed(state, change, graphdef)
 
-    predict = make_predict(graphdef, like=like, mesh=sharding.local_mesh(mesh))
-    return like, start, train_step, predict
+    predict = make_predict(graphdef, abstract=abstract, mesh=sharding.local_mesh(mesh))
+    return abstract, start, train_step, predict
 
 
 def _changed(state, change, graphdef):
@@ -456,8 +462,8 @@ def _compile(config, mesh, train_step, state, batch):
     return compiled, Clock(config.data.batch_size, found)
 
 
-def _announce(workdir, mesh, like, *, cases):
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(like.params))
+def _announce(workdir, mesh, abstract, *, cases):
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     device = mesh.devices.flat[0]
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     logging.info("workdir %s", workdir)

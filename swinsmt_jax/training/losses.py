@@ -1,6 +1,11 @@
-"""Dice plus cross-entropy: what training minimises."""
+"""What training minimises: cross-entropy plus a loss of the overlap of each class.
 
-from functools import partial
+A new loss is a function of three sums by class and a line in `LOSSES`.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -8,59 +13,101 @@ from jax import lax
 
 from swinsmt_jax import checks
 
-SMOOTH = 1e-5  # added to numerator and denominator of Dice, as in MONAI
+SMOOTH = 1e-5  # added to numerator and denominator of an overlap, as in MONAI
 VOXELS = (1, 2, 3)
-BLOCK = 2**23  # logits of a sample that `dice_cross_entropy_of_features` holds at once
+BLOCK = 2**23  # logits of a sample that `Loss.of_features` holds at once
+
+Overlap = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def dice_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Soft Dice loss plus cross-entropy, in float32.
-
-    Equals MONAI's `DiceCELoss(to_onehot_y=True, softmax=True)`: one minus soft Dice,
-    averaged over all (sample, class) pairs, the background and absent classes among
-    them, plus the cross-entropy averaged over voxels.
-
-    The truth is never expanded to `[B, D, H, W, K]`: per-class sums are taken over the
-    probability of each voxel's true class. The backward pass recomputes the
-    probabilities from the logits, so that logits are all it keeps of that size.
-
-    Args:
-        logits: `[B, D, H, W, K]`, any float dtype.
-        labels: `[B, D, H, W]`, integers in [0, K). A label of K or more makes the loss
-            NaN; the data edge is where labels are checked.
-
-    Returns:
-        The loss, a float32 scalar.
-    """
-    _require_same_voxels("logits", logits, labels)
-    return _loss(logits.astype(jnp.float32), labels.astype(jnp.int32))
-
-
-def dice_cross_entropy_of_features(
-    features: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array
+def soft_dice(
+    predicted: jax.Array, intersection: jax.Array, truth: jax.Array
 ) -> jax.Array:
-    """Return `dice_cross_entropy(features @ kernel + bias, labels)` without the logits.
+    """Return one minus soft Dice (Milletari et al. 2016), averaged as MONAI does.
 
-    With 118 classes the logits are the largest array of a training step, and their
-    gradient is another. Here both are made for a few planes at a time, forward and once
-    more backward; the features are all that is kept. Equal up to the order of sums.
+    The average is over all (sample, class) pairs, the background and absent classes
+    among them.
 
     Args:
-        features: `[B, D, H, W, F]`, any float dtype. The products are of this dtype.
-        kernel: `[F, K]`.
-        bias: `[K]`.
-        labels: as in `dice_cross_entropy`.
-
-    Returns:
-        The loss, a float32 scalar.
+        predicted: `[B, K]`, sum of a class' probability over the voxels of a sample.
+        intersection: `[B, K]`, the same over the voxels that are of the class.
+        truth: `[B, K]`, number of voxels that are of the class.
     """
-    _require_same_voxels("features", features, labels)
-    dtype = features.dtype
-    parameters = kernel.astype(dtype), bias.astype(dtype)
-    return _loss_of_features(features, *parameters, labels.astype(jnp.int32))
+    dice = (2 * intersection + SMOOTH) / (predicted + truth + SMOOTH)
+    return (1 - dice).mean()
 
 
-def _require_same_voxels(name, array, labels):
+def tversky(
+    predicted: jax.Array, intersection: jax.Array, truth: jax.Array
+) -> jax.Array:
+    """Return one minus the Tversky index (Salehi et al. 2017); arguments as above.
+
+    Missed voxels weigh 0.7 and wrongly predicted ones 0.3, for small structures.
+    """
+    missed, wrong = truth - intersection, predicted - intersection
+    found = intersection + SMOOTH
+    return (1 - found / (found + 0.7 * missed + 0.3 * wrong)).mean()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy averaged over voxels plus `overlap`, in float32.
+
+    The truth is never expanded to `[B, D, H, W, K]`: sums by class are taken over the
+    probability of each voxel's true class. The backward pass recomputes probabilities.
+    A label outside [0, K) makes the loss NaN; data are checked where they are read.
+
+    Attributes:
+        overlap: of (predicted, intersection, truth), see `soft_dice`.
+    """
+
+    overlap: Overlap
+
+    def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """Return the loss, a float32 scalar.
+
+        Args:
+            logits: `[B, D, H, W, K]`, any float dtype.
+            labels: `[B, D, H, W]`, integers in [0, K).
+        """
+        labels = _class_ids(labels, "logits", logits, logits.shape[-1])
+        return _loss(self.overlap, logits.astype(jnp.float32), None, labels)
+
+    def of_features(
+        self,
+        features: jax.Array,
+        kernel: jax.Array,
+        bias: jax.Array,
+        labels: jax.Array,
+    ) -> jax.Array:
+        """Return the loss of the logits `features @ kernel + bias` without the logits.
+
+        With 118 classes the logits are the largest array of a training step, and their
+        gradient is another. Here both are made for a few planes at a time, forward and
+        once more backward. Equal up to the order of sums.
+
+        Args:
+            features: `[B, D, H, W, F]`, any float dtype, which the products have too.
+            kernel: `[F, K]`.
+            bias: `[K]`.
+            labels: `[B, D, H, W]`, integers in [0, K).
+        """
+        labels = _class_ids(labels, "features", features, bias.size)
+        head = kernel.astype(features.dtype), bias.astype(features.dtype)
+        return _loss(self.overlap, features, head, labels)
+
+
+LOSSES = {"dice_ce": Loss(soft_dice), "tversky_ce": Loss(tversky)}
+
+
+def make(name: str) -> Loss:
+    """Return the loss of `training.loss`; a `UserError` for an unknown name."""
+    checks.one_of("training.loss", name, LOSSES)
+    return LOSSES[name]
+
+
+def _class_ids(labels, name, array, num_classes):
+    """Return labels as int32 in [0, K], where K stands for all that is out of range."""
     checks.require(
         array.ndim == 5 and labels.shape == array.shape[:-1],
         f"labels have shape {labels.shape} and {name} {array.shape}, but {name} must "
@@ -70,151 +117,123 @@ def _require_same_voxels(name, array, labels):
         jnp.issubdtype(labels.dtype, jnp.integer),
         f"labels have dtype {labels.dtype}, but must be integer class ids.",
     )
+    labels = labels.astype(jnp.int32)
+    return jnp.where((labels >= 0) & (labels < num_classes), labels, num_classes)
 
 
-@jax.custom_vjp
-def _loss(logits, labels):
-    return _forward(logits, labels)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(overlap, features, head, labels):
+    """The loss of features and a head (kernel, bias), or of logits and None."""
+    return _forward(overlap, features, head, labels)[0]
 
 
-def _forward(logits, labels):
-    log_total, log_true, *sums = _sums(logits, labels)
-    loss, slopes = _loss_of_sums(log_true, *sums)
-    return loss, (logits, labels, log_total, slopes)
+def _forward(overlap, features, head, labels):
+    def block(features, labels):
+        logits = _logits(features, head)
+        log_total = jax.nn.logsumexp(logits, axis=-1)  # [B, planes, H, W]
+        log_true = _at_label(logits, labels) - log_total
+        predicted = jnp.exp(logits - log_total[..., None]).sum(VOXELS)  # [B, K]
+        sums = _sums_by_class(jnp.exp(log_true), labels, logits.shape[-1])
+        return (log_total, log_true), (predicted, *sums)
+
+    (log_total, log_true), sums = _over_blocks(block, (features, labels), head)
+    value, slopes = jax.value_and_grad(overlap, argnums=(0, 1))(*sums)
+    # Row by row, since a long float32 sum on CPU is sequential and loses digits.
+    loss = value - log_true.mean(3).mean(2).mean()
+    return loss, (features, head, labels, log_total, slopes)
 
 
-def _backward(saved, cotangent):
-    return cotangent * _gradient(*saved), None
+def _backward(overlap, saved, cotangent):
+    features, head, labels, log_total, slopes = saved
+    of_voxel = 1 / labels.size  # in the average of the cross-entropy
+
+    def block(features, labels, log_total):
+        g = _gradient(_logits(features, head), labels, log_total, slopes, of_voxel)
+        g = cotangent * g
+        if head is None:
+            return g, None
+        with jax.named_scope("head"):
+            g = g.astype(features.dtype)
+            dkernel = jnp.einsum(
+                "bxyzc,bxyzo->bco", features, g, preferred_element_type=jnp.float32
+            )
+            return g @ head[0].T, (dkernel, g.sum(VOXELS, dtype=jnp.float32))
+
+    arrays = features, labels, log_total
+    dfeatures, dhead = _over_blocks(block, arrays, head)
+    if head is not None:  # sums stay apart by sample, so by device, until here
+        dhead = tuple(
+            d.sum(0).astype(part.dtype) for d, part in zip(dhead, head, strict=True)
+        )
+    return dfeatures, dhead, None
 
 
 _loss.defvjp(_forward, _backward)
 
 
-def _sums(logits, labels):
-    """Return by voxel log of total and of the true class, by class the sums of Dice."""
-    log_total = jax.nn.logsumexp(logits, axis=-1)  # [B, D, H, W]
-    log_true = _at_label(logits, labels) - log_total
-    predicted = jnp.exp(logits - log_total[..., None]).sum(VOXELS)  # [B, K]
-    both = _sums_by_class(jnp.exp(log_true), labels, logits.shape[-1])
-    return log_total, log_true, predicted, *both
+def _gradient(logits, labels, log_total, slopes, of_voxel):
+    """Return the gradient in the logits.
 
-
-def _loss_of_sums(log_true, predicted, intersection, truth):
-    """Return the loss, and the slopes of Dice through each of its parts, [B, K].
-
-    With p the probabilities and y the label, d loss / d p_k = slope_k + [k = y] gain_y.
+    With p the probabilities and y the label, g_k = d overlap / d p_k is slope_k +
+    [k = y] gain_y; the softmax turns it into p_k (g_k - sum_j p_j g_j).
     """
-    size = predicted + truth + SMOOTH
-    dice = (2 * intersection + SMOOTH) / size
-    # Row by row, since a long float32 sum on CPU is sequential and loses digits.
-    loss = (1 - dice).mean() - log_true.mean(3).mean(2).mean()
-    slope = dice / size / dice.size  # through the size of the prediction
-    gain = -2 / size / dice.size  # through the intersection
-    return loss, (slope, gain, 1 / log_true.size)
-
-
-def _gradient(logits, labels, log_total, slopes):
-    """Gradient in the logits.
-
-    The softmax turns g = d loss / d p into p * (g - sum_k p_k g_k).
-    """
-    slope, gain, of_voxel = slopes
-    slope, log_total = _per_voxel(slope), log_total[..., None]
+    slope, gain = slopes  # through the sizes of the prediction and of the intersection
+    slope, log_total = slope[:, None, None, None, :], log_total[..., None]
     p = jnp.exp(logits - log_total)
     p_true = jnp.exp(_at_label(logits, labels)[..., None] - log_total)
-    pull = p_true * _gain_of_label(gain, labels)[..., None]  # [B, D, H, W, 1]
+    pull = p_true * _gain_of_label(gain, labels)[..., None]  # [B, planes, H, W, 1]
     mean_g = (p * slope).sum(-1, keepdims=True) + pull
     is_true = labels[..., None] == jnp.arange(logits.shape[-1])
     return p * (slope - mean_g + of_voxel) + is_true * (pull - of_voxel)
 
 
-@jax.custom_vjp
-def _loss_of_features(features, kernel, bias, labels):
-    return _forward_of_features(features, kernel, bias, labels)[0]
-
-
-def _forward_of_features(features, kernel, bias, labels):
-    def block(start, count, found):
-        by_voxel, by_class = found
-        here, labels_here = _take((features, labels), start, count)
-        log_total, log_true, *sums = _sums(_logits(here, kernel, bias), labels_here)
-        by_voxel = _put(by_voxel, (log_total, log_true), start)
-        return by_voxel, jax.tree.map(jnp.add, by_class, tuple(sums))
-
-    # Sums stay apart by sample, so by device.
-    zeros = jnp.zeros((features.shape[0], kernel.shape[-1]))
-    empty = _empty(features, labels.shape).astype(jnp.float32)
-    by_voxel, sums = _over_blocks(
-        block, ((empty, empty), (zeros, zeros, zeros)), features, kernel
-    )
-    log_total, log_true = by_voxel
-    loss, slopes = _loss_of_sums(log_true, *sums)
-    return loss, (features, kernel, bias, labels, log_total, slopes)
-
-
-def _backward_of_features(saved, cotangent):
-    features, kernel, bias, labels, log_total, slopes = saved
-
-    def block(start, count, found):
-        dfeatures, dkernel, dbias = found
-        here, *of_voxels = _take((features, labels, log_total), start, count)
-        g = cotangent * _gradient(_logits(here, kernel, bias), *of_voxels, slopes)
-        with jax.named_scope("head"):
-            g = g.astype(features.dtype)
-            (dfeatures,) = _put((dfeatures,), (g @ kernel.T,), start)
-            dkernel += jnp.einsum(
-                "bxyzc,bxyzo->bco", here, g, preferred_element_type=jnp.float32
-            )
-            return dfeatures, dkernel, dbias + g.sum(VOXELS, dtype=jnp.float32)
-
-    samples = features.shape[0]
-    found = (
-        _empty(features, features.shape),
-        jnp.zeros((samples, *kernel.shape)),
-        jnp.zeros((samples, *bias.shape)),
-    )
-    dfeatures, dkernel, dbias = _over_blocks(block, found, features, kernel)
-    dkernel, dbias = dkernel.sum(0), dbias.sum(0)
-    return dfeatures, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype), None
-
-
-_loss_of_features.defvjp(_forward_of_features, _backward_of_features)
-
-
 @jax.named_scope("head")
-def _logits(features, kernel, bias):
+def _logits(features, head):
+    if head is None:
+        return features
+    kernel, bias = head
     return (features @ kernel + bias).astype(jnp.float32)
 
 
-def _over_blocks(block, found, features, kernel):
-    """Carry `found` through `block(first plane, planes, found)`, over all planes."""
+def _over_blocks(block, arrays, head):
+    """Apply `block` to a few planes of the arrays at a time; to all without a head.
+
+    It returns two trees: values of voxels, which are put together, and of samples,
+    which are summed.
+    """
+    features = arrays[0]
     _, depth, height, width, _ = features.shape
-    most = max(1, BLOCK // (height * width * kernel.shape[-1]))
-    count = max(n for n in range(1, depth + 1) if depth % n == 0 and n <= most)
+    count = depth
+    if head is not None:
+        most = max(1, BLOCK // (height * width * head[1].size))
+        count = max(n for n in checks.divisors(depth) if n <= most)
+    if count == depth:
+        return block(*arrays)
+
+    def taken(index):
+        start = index * count
+        return [lax.dynamic_slice_in_dim(a, start, count, axis=1) for a in arrays]
+
+    def put(whole, part, index):
+        return lax.dynamic_update_slice_in_dim(whole, part, index * count, axis=1)
 
     def body(index, found):
-        return block(index * count, count, found)
+        wholes, sums = found
+        parts, added = block(*taken(index))
+        wholes = jax.tree.map(functools.partial(put, index=index), wholes, parts)
+        return wholes, jax.tree.map(jnp.add, sums, added)
 
+    def empty(part):
+        # Made of the features, since XLA makes constants at the start of the program,
+        # where they take memory until they are overwritten.
+        one = features[:, :1, :1, :1, :1].reshape(-1, *(1,) * (part.ndim - 1))
+        shape = (part.shape[0], depth, *part.shape[2:])
+        return jnp.broadcast_to(one, shape).astype(part.dtype)
+
+    parts, sums = jax.eval_shape(lambda: block(*taken(0)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
+    found = jax.tree.map(empty, parts), zeros
     return lax.fori_loop(0, depth // count, body, found)
-
-
-def _empty(features, shape):
-    """Return an array to be overwritten.
-
-    Made of `features`, since XLA makes constants at the start of the program, where
-    they take memory until they are used.
-    """
-    one = features[:, :1, :1, :1, :1].reshape(-1, *(1,) * (len(shape) - 1))
-    return jnp.broadcast_to(one, shape)
-
-
-def _take(arrays, start, count):
-    return [lax.dynamic_slice_in_dim(a, start, count, axis=1) for a in arrays]
-
-
-def _put(arrays, parts, start):
-    pairs = zip(arrays, parts, strict=True)
-    return tuple(lax.dynamic_update_slice_in_dim(*p, start, axis=1) for p in pairs)
 
 
 def _at_label(values, labels):
@@ -227,17 +246,13 @@ def _gain_of_label(gain, labels):
     return jnp.take_along_axis(gain, flat, axis=1).reshape(labels.shape)
 
 
-def _per_voxel(by_class):
-    return by_class[:, None, None, None, :]
-
-
 def _sums_by_class(values, labels, num_classes):
     """Sums of `values [B, D, H, W]` and numbers of voxels by class, each `[B, K]`."""
     sums, count = jax.lax.platform_dependent(
         values,
         labels,
-        cpu=partial(sums_by_scatter, num_classes=num_classes),
-        default=partial(sums_by_comparison, num_classes=num_classes),
+        cpu=functools.partial(sums_by_scatter, num_classes=num_classes),
+        default=functools.partial(sums_by_comparison, num_classes=num_classes),
     )
     return sums, count.astype(jnp.float32)
 

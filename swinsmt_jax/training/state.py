@@ -38,7 +38,7 @@ class TrainState:
         return self.average or self.params
 
 
-def blueprint(
+def abstract_state(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
@@ -65,15 +65,15 @@ def initialize(
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
-    like: TrainState,
+    abstract: TrainState,
 ) -> TrainState:
-    """Make the state before the first update, born where `like` has its leaves."""
+    """Make the state before the first update, born where `abstract` has its leaves."""
 
     def make(key):
         _, params = models.split(models.create(config, rngs=nnx.Rngs(key)))
-        return _start(params, optimizer, bool(like.average))
+        return _start(params, optimizer, bool(abstract.average))
 
-    make = jax.jit(make, out_shardings=shardings_of(like))
+    make = jax.jit(make, out_shardings=shardings_of(abstract))
     return make(jax.random.key(seed))
 
 

@@ -104,7 +104,7 @@ def test_logits_loss_and_gradients(name):
     def run(params, x, y):
         def loss(params):
             logits = nnx.merge(graphdef, params)(x)
-            return losses.dice_cross_entropy(logits, y), logits
+            return losses.make("dice_ce")(logits, y), logits
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

@@ -15,7 +15,7 @@ from swinsmt_jax.config import MeshConfig
 from swinsmt_jax.training import checkpoint
 from swinsmt_jax.training.checkpoint import load_model, open_checkpoints, origin_of
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.state import blueprint, initialize
+from swinsmt_jax.training.state import abstract_state, initialize
 
 pytestmark = [
     pytest.mark.usefixtures("tiny"),
@@ -32,12 +32,12 @@ def collected():
 
 
 def states(config, *, data=1, expert=1):
-    """A fresh state of the tiny network on a mesh, and its blueprint."""
+    """A fresh state of the tiny network on a mesh, and its shapes."""
     schedule = make_schedule(config.optimizer, num_steps=6)
     optimizer = make_optimizer(config.optimizer, schedule)
     mesh = sharding.make_mesh(MeshConfig(data, expert))
-    _, like = blueprint(config.model, optimizer, mesh=mesh)
-    return initialize(config.model, optimizer, seed=0, like=like), like
+    _, abstract = abstract_state(config.model, optimizer, mesh=mesh)
+    return initialize(config.model, optimizer, seed=0, abstract=abstract), abstract
 
 
 def at(state, step):
@@ -46,7 +46,7 @@ def at(state, step):
 
 def write(workdir, config, dice):
     """Save the steps and validation Dice of a dictionary; return the last state."""
-    state, like = states(config)
+    state, abstract = states(config)
     with open_checkpoints(workdir) as checkpoints:
         for step, value in dice.items():
             state = at(state, step)
@@ -56,9 +56,9 @@ def write(workdir, config, dice):
     return state
 
 
-def restore(workdir, config, like, data="abc"):
+def restore(workdir, config, abstract, data="abc"):
     with open_checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_latest(like, origin=origin_of(config, data=data))
+        return checkpoints.restore_latest(abstract, origin=origin_of(config, data=data))
 
 
 def folders(workdir):
@@ -69,11 +69,11 @@ def folders(workdir):
 def test_a_state_comes_back_bit_by_bit_on_any_mesh(tmp_path, make_config, data, expert):
     config = make_config()
     saved = write(tmp_path, config, {7: None})
-    _, like = states(config, data=data, expert=expert)
-    found = restore(tmp_path, config, like)
+    _, abstract = states(config, data=data, expert=expert)
+    found = restore(tmp_path, config, abstract)
     assert jax.tree.structure(found) == jax.tree.structure(saved)
     jax.tree.map(np.testing.assert_array_equal, found, saved)
-    same = jax.tree.map(lambda a, b: a.sharding == b.sharding, found, like)
+    same = jax.tree.map(lambda a, b: a.sharding == b.sharding, found, abstract)
     assert all(jax.tree.leaves(same)) and int(found.step) == 7
 
 
@@ -274,11 +274,11 @@ def test_no_readable_checkpoint_is_an_error(tmp_path, make_config):
 
 def test_the_average_is_what_is_evaluated(tmp_path, make_config):
     config = make_config(training={"ema_decay": 0.5})
-    _, like = states(config)
+    _, abstract = states(config)
     state = dataclasses.replace(
         states(config)[0],
         step=jnp.int32(1),
-        average=jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7.0), like.params),
+        average=jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7.0), abstract.params),
     )
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, origin=origin_of(config, data="abc"))

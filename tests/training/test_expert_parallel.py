@@ -21,15 +21,15 @@ SMALL = SwinSMTConfig(
 def blueprint(model, mesh):
     config = OptimizerConfig(1e-3)
     optimizer = make_optimizer(config, make_schedule(config, num_steps=10))
-    return optimizer, train_state.blueprint(model, optimizer, mesh=mesh)[1]
+    return optimizer, train_state.abstract_state(model, optimizer, mesh=mesh)[1]
 
 
 def test_bytes_of_experts_fall_with_the_axis():
     held = {}
     for data, expert in MESHES:
         mesh = sharding.make_mesh(MeshConfig(data, expert))
-        _, like = blueprint(SMALL, mesh)
-        held[expert] = collectives.bytes_per_device(like, pattern="/experts/")
+        _, abstract = blueprint(SMALL, mesh)
+        held[expert] = collectives.bytes_per_device(abstract, pattern="/experts/")
     moe = SMALL.num_experts * sum(
         8 * c * c + 5 * c
         for c in (24, 48, 96)  # two layers of 4 C and their biases
@@ -44,7 +44,7 @@ def test_all_meshes_have_the_loss_and_gradients_of_one_device():
     def value_and_gradients(mesh):
         def loss(params, x, y):
             with sharding.within(mesh):
-                return losses.dice_cross_entropy(nnx.merge(graphdef, params)(x), y)
+                return losses.make("dice_ce")(nnx.merge(graphdef, params)(x), y)
 
         places = sharding.tree_shardings(
             parameters(0), mesh=mesh, rules=sharding.parameter_rules(SMALL)
@@ -95,16 +95,16 @@ def test_a_step_gathers_no_experts_and_sends_slots_four_times():
 def test_experts_are_born_where_they_live():
     mesh = sharding.make_mesh(MeshConfig(1, 8))
     model = SwinSMTConfig(1, 5, 12, num_experts=64, num_moe_stages=1)
-    _, like = blueprint(model, mesh)
+    _, abstract = blueprint(model, mesh)
 
     def make(key):
         _, params = train_state.split(models.create(model, rngs=nnx.Rngs(key)))
         return params
 
-    places = train_state.shardings_of(like.params)
+    places = train_state.shardings_of(abstract.params)
     compiled = jax.jit(make, out_shardings=places).lower(jax.random.key(0)).compile()
     memory = compiled.memory_analysis()
-    experts = collectives.bytes_per_device(like.params, pattern="/experts/")
+    experts = collectives.bytes_per_device(abstract.params, pattern="/experts/")
     held = memory.temp_size_in_bytes + memory.output_size_in_bytes
     assert held < 8 * experts  # all of them would be whole on one device
     blocks = compiled(jax.random.key(0))["swinViT"]["layers4"]["blocks"]

@@ -114,20 +114,24 @@ def test_the_result_does_not_depend_on_rhythm(tmp_path, make_config):
     assert_equal_states(*states)
 
 
-def break_losses_below(monkeypatch, bound):
-    def breaks(logits, labels):
-        loss = losses._loss(logits, labels.astype("int32"))
-        return jax.numpy.where(loss < bound, jax.numpy.nan, loss)
+def add_loss(monkeypatch, broken):
+    """Add dice_ce, NaN where `broken(loss, labels)`, under the name "broken"."""
 
-    monkeypatch.setattr(losses, "dice_cross_entropy", breaks)
+    class Broken(losses.Loss):
+        def __call__(self, logits, labels):
+            loss = super().__call__(logits, labels)
+            return jax.numpy.where(broken(loss, labels), jax.numpy.nan, loss)
+
+    monkeypatch.setitem(losses.LOSSES, "broken", Broken(losses.soft_dice))
 
 
 def test_losses_that_are_not_finite_stop_the_run(
     tmp_path, make_config, monkeypatch, caplog
 ):
-    break_losses_below(monkeypatch, 1.9)
+    add_loss(monkeypatch, lambda loss, labels: loss < 1.9)
+    skipping = {"loss": "broken", "max_skipped": 3}
     config = make_config(
-        training={"num_steps": 100, "checkpoint_every": 1, "max_skipped": 3},
+        training={"num_steps": 100, "checkpoint_every": 1, **skipping},
         optimizer={"learning_rate": 0.05},
     )
     words = r"step \d+, on crops of s\d, s\d: the loss is nan.*3 steps in a row"
@@ -145,9 +149,10 @@ def test_losses_that_are_not_finite_stop_the_run(
 def test_the_last_good_state_is_saved_before_the_run_stops(
     tmp_path, make_config, monkeypatch
 ):
-    break_losses_below(monkeypatch, 1.9)
+    add_loss(monkeypatch, lambda loss, labels: loss < 1.9)
+    skipping = {"loss": "broken", "max_skipped": 3}
     config = make_config(
-        training={"num_steps": 100, "checkpoint_every": 1000, "max_skipped": 3},
+        training={"num_steps": 100, "checkpoint_every": 1000, **skipping},
         optimizer={"learning_rate": 0.05},
     )
     with pytest.raises(UserError, match="now saved as step") as error:
@@ -159,12 +164,9 @@ def test_the_last_good_state_is_saved_before_the_run_stops(
 
 
 def test_a_single_bad_step_is_counted_and_passed(tmp_path, make_config, monkeypatch):
-    def breaks(logits, labels):  # on one crop of one case, seen at some steps
-        loss = losses._loss(logits, labels.astype("int32"))
-        return jax.numpy.where(labels[0, 0, 0, 0] == 1, jax.numpy.nan, loss)
-
-    monkeypatch.setattr(losses, "dice_cross_entropy", breaks)
-    config = make_config(training={"num_steps": 12})
+    # On one crop of one case, seen at some steps.
+    add_loss(monkeypatch, lambda loss, labels: labels[0, 0, 0, 0] == 1)
+    config = make_config(training={"num_steps": 12, "loss": "broken"})
     state = loop.train(config, workdir=tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     bad = [row["step"] for row in rows if row["loss"] is None]

@@ -9,7 +9,7 @@ from swinsmt_jax import models, sharding
 from swinsmt_jax.config import MeshConfig
 from swinsmt_jax.models import split
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.state import blueprint, initialize, shardings_of
+from swinsmt_jax.training.state import abstract_state, initialize, shardings_of
 
 
 @pytest.fixture
@@ -19,14 +19,16 @@ def made(tiny, make_config):
         config.optimizer, make_schedule(config.optimizer, num_steps=6)
     )
     mesh = sharding.make_mesh(MeshConfig(2, 2))
-    return config.model, optimizer, *blueprint(config.model, optimizer, mesh=mesh)
+    return config.model, optimizer, *abstract_state(config.model, optimizer, mesh=mesh)
 
 
-def test_a_state_is_born_as_its_blueprint_says(made):
-    config, optimizer, _, like = made
-    state = initialize(config, optimizer, seed=0, like=like)
-    assert jax.tree.structure(state) == jax.tree.structure(like)
-    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+def test_a_state_is_born_where_its_shapes_say(made):
+    config, optimizer, _, abstract = made
+    state = initialize(config, optimizer, seed=0, abstract=abstract)
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for leaf, wanted in zip(
+        jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True
+    ):
         assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
         assert leaf.sharding == wanted.sharding
     assert int(state.step) == 0
@@ -43,9 +45,11 @@ def test_experts_and_their_moments_are_divided_and_the_rest_is_not(made):
 
 
 def test_parameters_depend_on_the_seed_alone(made):
-    config, optimizer, _, like = made
+    config, optimizer, _, abstract = made
     first, again, other = (
-        initialize(config, optimizer, seed=seed, like=like).params["stem"]["kernel"]
+        initialize(config, optimizer, seed=seed, abstract=abstract).params["stem"][
+            "kernel"
+        ]
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)

@@ -18,26 +18,33 @@ from swinsmt_jax.config import (
 from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.training import losses, packing
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.state import blueprint, initialize, shardings_of
-from swinsmt_jax.training.step import loss_and_hits, make_predict, make_train_step
+from swinsmt_jax.training.state import abstract_state, initialize, shardings_of
+from swinsmt_jax.training.step import (
+    loss_and_accuracy_counts,
+    make_predict,
+    make_train_step,
+)
+
+LOSS = losses.make("dice_ce")
 
 
 def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0, **options):
-    """Everything but the parameters: (step, state's blueprint, optimizer, graphdef)."""
+    """Everything but the parameters: (step, abstract state, optimizer, graphdef)."""
     schedule = make_schedule(optimizer_config, num_steps=num_steps)
     optimizer = make_optimizer(optimizer_config, schedule)
     averaged = bool(options.get("ema_decay"))
-    graphdef, like = blueprint(model, optimizer, mesh=mesh, averaged=averaged)
+    graphdef, abstract = abstract_state(model, optimizer, mesh=mesh, averaged=averaged)
     step = make_train_step(
         graphdef,
         optimizer,
+        loss=LOSS,
         schedule=schedule,
         seed=seed,
-        like=like,
+        abstract=abstract,
         mesh=mesh,
         **options,
     )
-    return step, like, optimizer, graphdef
+    return step, abstract, optimizer, graphdef
 
 
 def random_batch(rng, *, batch, side, classes):
@@ -46,7 +53,7 @@ def random_batch(rng, *, batch, side, classes):
     return {"image": image, "label": label, "case": np.zeros(batch, np.int32)}
 
 
-def random_state(like, rng):
+def random_state(abstract, rng):
     """Parameters as after initialisation, without compiling that."""
 
     def draw(leaf):
@@ -55,24 +62,24 @@ def random_state(like, rng):
         bound = np.prod(leaf.shape[:-1]) ** -0.5
         return rng.uniform(-bound, bound, leaf.shape).astype(np.float32)
 
-    params = jax.tree.map(draw, like.params)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    params = jax.tree.map(draw, abstract.params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     state = dataclasses.replace(zeros, params=params)
-    return jax.device_put(state, shardings_of(like))
+    return jax.device_put(state, shardings_of(abstract))
 
 
 @pytest.fixture
 def start(tiny, make_config):
-    """Make a step, a state and its blueprint for the tiny network."""
+    """Make a step, a state and its shapes for the tiny network."""
 
     def make(*, data=1, expert=1, dropout=0.0, seed=0, options=None, **optimizer):
         config = make_config(model={"dropout": dropout}, optimizer=optimizer)
         mesh = sharding.make_mesh(MeshConfig(data, expert))
-        step, like, optimizer, graphdef = prepare(
+        step, abstract, optimizer, graphdef = prepare(
             config.model, config.optimizer, mesh=mesh, seed=seed, **(options or {})
         )
-        state = initialize(config.model, optimizer, seed=0, like=like)
-        return step, state, like, graphdef, mesh
+        state = initialize(config.model, optimizer, seed=0, abstract=abstract)
+        return step, state, abstract, graphdef, mesh
 
     return make
 
@@ -108,11 +115,11 @@ def test_steps_lower_the_loss_and_count(start, rng):
 
 
 def test_the_state_is_donated_and_stays_where_it_was(start, rng):
-    step, state, like, *_ = start(data=2, expert=2)
+    step, state, abstract, *_ = start(data=2, expert=2)
     batch = random_batch(rng, batch=4, side=8, classes=4)
     new, _ = step(state, batch)
     assert state.params["stem"]["kernel"].is_deleted()
-    equal = jax.tree.map(lambda a, b: a.sharding == b.sharding, new, like)
+    equal = jax.tree.map(lambda a, b: a.sharding == b.sharding, new, abstract)
     assert all(jax.tree.leaves(equal))
 
 
@@ -120,15 +127,15 @@ def test_the_state_is_donated_and_stays_where_it_was(start, rng):
 def test_the_state_is_overwritten_without_a_copy(tiny, make_config, ema_decay):
     model = make_config(model={"num_experts": 8, "feature_size": 192}).model
     mesh = sharding.make_mesh(MeshConfig(1, 1))
-    step, like, *_ = prepare(
+    step, abstract, *_ = prepare(
         model, OptimizerConfig(1e-2), mesh=mesh, ema_decay=ema_decay
     )
     batch = {
         "image": jax.ShapeDtypeStruct((1, 2, 2, 2, 1), jnp.float32),
         "label": jax.ShapeDtypeStruct((1, 2, 2, 2), jnp.uint8),
     }
-    memory = step.lower(like, batch).compile().memory_analysis()
-    params = 4 * sum(leaf.size for leaf in jax.tree.leaves(like.params))
+    memory = step.lower(abstract, batch).compile().memory_analysis()
+    params = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     assert memory.alias_size_in_bytes > (3 + bool(ema_decay)) * params
     assert memory.temp_size_in_bytes < 2.5 * params  # the gradient, in two layouts
 
@@ -167,10 +174,10 @@ def test_any_last_layer_is_trained_on(rng, monkeypatch, name, kind):
     monkeypatch.setattr(losses, "BLOCK", 1)  # a plane at a time
     model = kind(HEADS[name](nnx.Rngs(0)))
     batch = random_batch(rng, batch=2, side=8, classes=4)
-    run = functools.partial(loss_and_hits, model)
+    run = functools.partial(loss_and_accuracy_counts, model, loss=LOSS)
     loss, hits = run(batch["image"], batch["label"])
     logits = np.asarray(model(batch["image"]))
-    expected = losses.dice_cross_entropy(logits, batch["label"])
+    expected = LOSS(logits, batch["label"])
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     guess, label = (a[:, ::4, ::4, ::4] for a in (logits.argmax(-1), batch["label"]))
     right = ((guess == label) & (label > 0)).sum()
@@ -242,8 +249,8 @@ def test_a_step_that_is_not_finite_is_left_out(start, rng):
 
 
 def test_prediction_has_no_dropout(start, rng):
-    _, state, like, graphdef, mesh = start(data=2, dropout=0.9)
-    predict = make_predict(graphdef, like=like, mesh=mesh)
+    _, state, abstract, graphdef, mesh = start(data=2, dropout=0.9)
+    predict = make_predict(graphdef, abstract=abstract, mesh=mesh)
     x = rng.random((2, 8, 8, 8, 1), np.float32)
     logits = predict(state.params, x)
     assert logits.shape == (2, 8, 8, 8, 4)
@@ -260,8 +267,8 @@ def test_eight_devices_learn_as_one(rng):
     curves = []
     for data, expert in ((4, 2), (1, 1)):
         mesh = sharding.make_mesh(MeshConfig(data, expert))
-        step, like, *_ = prepare(model, config, mesh=mesh)
-        state = random_state(like, np.random.default_rng(seed))
+        step, abstract, *_ = prepare(model, config, mesh=mesh)
+        state = random_state(abstract, np.random.default_rng(seed))
         curve = []
         for batch in batches:
             state, metrics = step(state, sharding.place_batch(batch, mesh))
@@ -278,12 +285,12 @@ def test_every_part_of_the_step_has_its_name(routing):
     small = {"window_size": 4, "depths": (1, 1, 1, 1), "routing": routing}
     model = SwinSMTConfig(1, 5, 12, num_experts=2, num_moe_stages=3, **small)
     mesh = sharding.make_mesh(MeshConfig(1, 1))
-    step, like, *_ = prepare(model, OptimizerConfig(1e-2), mesh=mesh)
+    step, abstract, *_ = prepare(model, OptimizerConfig(1e-2), mesh=mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((1, 32, 32, 32, 1), jnp.float32),
         "label": jax.ShapeDtypeStruct((1, 32, 32, 32), jnp.uint8),
     }
-    said = step.lower(like, batch).as_text(debug_info=True)
+    said = step.lower(abstract, batch).as_text(debug_info=True)
     in_block = "stage{}.*block0.*soft_moe.*{}"
     names = ["patch_embed", "stage1.*block0.*attention", "stage1.*block0.*mlp"]
     names += [f"decoder{level}" for level in range(1, 6)]
@@ -305,14 +312,14 @@ def test_the_papers_step_lowers_for_gpu_and_tpu(data, expert):
     config = from_config_dict(swin_smt_paper.get_config())
     mesh = sharding.make_mesh(MeshConfig(data, expert))
     sharding.require_divisible(config, mesh)
-    step, like, *_ = prepare(config.model, config.optimizer, mesh=mesh)
+    step, abstract, *_ = prepare(config.model, config.optimizer, mesh=mesh)
     shape = (config.data.batch_size, *config.data.patch_shape)
     place = sharding.batch_sharding(mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((*shape, 1), jnp.float32, sharding=place),
         "label": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place),
     }
-    exported = jax.export.export(step, platforms=("cuda", "tpu"))(like, batch)
+    exported = jax.export.export(step, platforms=("cuda", "tpu"))(abstract, batch)
     assert exported.platforms == ("cuda", "tpu") and exported.nr_devices == 8
-    leaves = len(jax.tree.leaves(like)) + 6  # the new state and six metrics
+    leaves = len(jax.tree.leaves(abstract)) + 6  # the new state and six metrics
     assert len(exported.out_avals) == leaves

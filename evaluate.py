@@ -35,8 +35,8 @@ from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.segment import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
+from swinsmt_jax.inference.windows import BLENDS
 from swinsmt_jax.network_config import DTYPES
-from swinsmt_jax.ops.patches import BLENDS
 from swinsmt_jax.runtime import distributed, processes, startup
 from swinsmt_jax.training.checkpoint import load_model
 

@@ -35,9 +35,13 @@ from benchmarks import define_file, report, write
 from configs import swin_smt_e4, swin_smt_paper
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.inference.sliding_window import predict_labels
-from swinsmt_jax.inference.sweep import Windows
+from swinsmt_jax.inference.windows import (
+    Windows,
+    importance,
+    padding,
+    window_starts,
+)
 from swinsmt_jax.models import abstract_model
-from swinsmt_jax.ops import patches
 
 SCANS = {"300": (300, 300, 300), "400x400x700": (400, 400, 700)}
 SIDE, CLASSES = 128, 118
@@ -109,8 +113,7 @@ def measure(
 
 def fullest(volume, window):
     """Return the index of the window after which the most voxels wait for others."""
-    windows = Windows(volume, window, 0.5, "gaussian")
-    windows.spare_memory(whole_layers=False)
+    windows = Windows(volume, window, 0.5, "gaussian", in_layers=False)
     waiting, found = {}, []
     for start in windows.starts:
         for tile, ended in windows.tiles(start):
@@ -130,11 +133,11 @@ def carried_gb(shape, *, side, classes, sums):
 
 def accumulated(predict, volume, *, window, num_classes, overlap):
     """Return the labels by one accumulator of the whole volume."""
-    pad = patches.padding(volume.shape[:3], window)
+    pad = padding(volume.shape[:3], window)
     padded = np.pad(volume, (*pad, (0, 0)))
-    weight = patches.importance(window, blend="gaussian")[..., None]
+    weight = importance(window, blend="gaussian")[..., None]
     total = np.zeros((*padded.shape[:3], num_classes), np.float32)
-    for start in patches.window_starts(padded.shape[:3], window, overlap=overlap):
+    for start in window_starts(padded.shape[:3], window, overlap=overlap):
         box = tuple(slice(s, s + n) for s, n in zip(start, window, strict=True))
         total[box] += weight * predict(padded[box][None])[0]
     inner = tuple(

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from swinsmt_jax.inference import grid
-from swinsmt_jax.inference.sweep import Windows
+from swinsmt_jax.inference.windows import Windows
 
 
 def needed_bytes(windows: Windows, num_classes: int, dtype: str) -> int:

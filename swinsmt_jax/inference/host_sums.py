@@ -1,100 +1,108 @@
 """Average windows in the host's memory, in tiles that windows begin and end."""
 
-import functools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from swinsmt_jax.inference import grid
-from swinsmt_jax.inference.sweep import Windows
+from swinsmt_jax.inference.windows import Box, Windows
 
-Block = tuple[tuple[slice, ...], np.ndarray]
+Predictions = Iterable[tuple[jax.Array, int]]
+
+
+class Tile:
+    """Weighted sums of the logits of a box; they take memory from the first `add` on.
+
+    Attributes:
+        dtype: of the sums.
+        sums: of logits times weights, [d, h, w, K].
+        weights: their sum, [d, h, w, 1].
+    """
+
+    def __init__(self, dtype: str):
+        self.dtype, self.sums, self.weights = dtype, None, None
+
+    def add(self, logits: np.ndarray, weight: np.ndarray) -> None:
+        """Add a window's logits, plane by plane, so that little else is held."""
+        if self.sums is None:
+            self.sums = np.zeros(logits.shape, self.dtype)
+            self.weights = np.zeros(weight.shape, np.float32)
+        self.weights += weight
+        add = _add if self.dtype == "float32" else _add_halves
+        for i, part in enumerate(zip(self.sums, logits, weight, strict=True)):
+            self.sums[i] = add(*part)
+
+    def finish(self, logits: np.ndarray, weight: np.ndarray) -> Iterator[np.ndarray]:
+        """Add the last window's logits and yield the average, plane by plane."""
+        for i, (plane, share) in enumerate(zip(logits, weight, strict=True)):
+            if self.sums is None:
+                yield plane * share / share
+            else:
+                yield _add(self.sums[i], plane, share) / (self.weights[i] + share)
 
 
 def blocks(
-    windows: Windows,
-    predictions: Iterable[tuple[jax.Array, int]],
-    num_classes: int,
-    dtype: str = "float32",
-) -> Iterator[Block]:
+    windows: Windows, predictions: Predictions, num_classes: int, dtype: str = "float32"
+) -> Iterator[tuple[Box, np.ndarray]]:
     """Yield (box, averaged logits [*box, K]) of planes that no further window touches.
 
-    The volume is cut into tiles at the windows' edges. The first window on a tile
-    begins its sums, and the last one ends them. Boxes and axes are those of the sweep.
+    The volume is cut into tiles at the windows' edges. Boxes and axes are those of the
+    sweep.
 
     Args:
-        windows: with any of its orders of visit.
+        windows: in any order of visit.
         predictions: (logits of a batch [b, *window, K], index in it) of each window.
         num_classes: K.
         dtype: of the sums.
     """
-    waiting, add = {}, _adder(dtype)
+    waiting = defaultdict(lambda: Tile(dtype))
     for start, (batch, index) in zip(windows.starts, predictions, strict=True):
         logits = windows.swept(np.asarray(batch)[index])
-        for tile, ended in windows.tiles(start):
+        for spans, ended in windows.tiles(start):
             part = tuple(
                 slice(span.first - s, span.end - s)
-                for span, s in zip(tile, start, strict=True)
+                for span, s in zip(spans, start, strict=True)
             )
-            held = waiting.pop(tile, None)
-            begun = held is not None
-            if not begun and not ended:
-                shape = windows.weight[part].shape[:3]
-                held = np.empty((*shape, num_classes), dtype)
-                held = held, np.empty((*shape, 1), np.float32)
-            planes = zip(logits[part], windows.weight[part], strict=True)
-            for i, (plane, weight) in enumerate(planes):
-                before = held[0][i] if begun else None
-                total = held[1][i] + weight if begun else weight
-                if ended:
-                    mean = _add(before, plane, weight) / total
-                    corner = (tile[0].first + i, tile[1].first, tile[2].first)
-                    yield from windows.inside(corner, mean[None])
-                else:
-                    held[0][i], held[1][i] = add(before, plane, weight), total
+            given = logits[part], windows.weight[part]
             if not ended:
-                waiting[tile] = held
+                waiting[spans].add(*given)
+                continue
+            z, *corner = (span.first for span in spans)
+            planes = waiting[spans].finish(*given)
+            for i, plane in enumerate(planes):
+                yield from windows.inside((z + i, *corner), plane[None])
+            del waiting[spans], planes
 
 
-def _add(before, plane, weight):
-    """Return plane * weight, added to what was there before, in float32."""
-    product = plane * weight
-    return product if before is None else before + product
+def _add(sums, plane, weight):
+    return sums + plane * weight
 
 
-def _adder(dtype):
-    """Return `_add` that may end in `dtype`, compiled for this host's CPU if need be.
+def _add_halves(sums, plane, weight):
+    """Return `_add` in half precision, compiled for this host's CPU if it may be used.
 
-    numpy converts to half precision one number at a time, which takes ten times as
+    numpy converts to half precision one number at a time, which takes five times as
     long. Compiled, multiplication and addition may round once: float32 sums, which are
     those of one accumulator bit for bit, are left to numpy.
     """
-    if dtype == "float32":
-        return _add
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        return _add
-
-    def add(before, plane, weight):
-        with jax.default_device(cpu):
-            return np.asarray(_compiled_add(before, plane, weight, dtype=dtype))
-
-    return add
+        return _add(sums, plane, weight)
+    with jax.default_device(cpu):
+        return _compiled_add(sums, plane, weight)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _compiled_add(before, plane, weight, *, dtype):
-    return _add(before, plane, weight).astype(dtype)
+@jax.jit
+def _compiled_add(sums, plane, weight):
+    return _add(sums, plane, weight).astype(sums.dtype)
 
 
 def labels(
-    windows: Windows,
-    predictions: Iterable[tuple[jax.Array, int]],
-    num_classes: int,
-    dtype: str,
-) -> Iterator[Block]:
+    windows: Windows, predictions: Predictions, num_classes: int, dtype: str
+) -> Iterator[tuple[Box, np.ndarray]]:
     """Yield (box, class ids [*box]) of planes that no further window touches."""
     for box, block in blocks(windows, predictions, num_classes, dtype):
         yield box, block.argmax(axis=-1)
@@ -102,7 +110,7 @@ def labels(
 
 def planes(
     windows: Windows,
-    predictions: Iterable[tuple[jax.Array, int]],
+    predictions: Predictions,
     num_classes: int,
     dtype: str,
     sides: Sequence[grid.Neighbours],
@@ -114,14 +122,14 @@ def planes(
         predictions, num_classes, dtype: as in `blocks`.
         sides: neighbours of the other grid's rows and of its columns.
     """
-    found = blocks(windows, predictions, num_classes, dtype)
     _, height, width = windows.shape
     waiting, ready = {}, 0
-    for (depth, rows, columns), block in found:
+    for box, block in blocks(windows, predictions, num_classes, dtype):
+        depth, *inside = box
         plane, missing = waiting.pop(depth.start, (None, height * width))
         if plane is None:
             plane = np.empty((height, width, num_classes), dtype)
-        plane[rows, columns] = block[0]
+        plane[tuple(inside)] = block[0]
         waiting[depth.start] = plane, missing - block[0, ..., 0].size
         while ready in waiting and waiting[ready][1] == 0:
             plane = waiting.pop(ready)[0].astype(np.float32, copy=False)

@@ -4,15 +4,15 @@ The window's shape is part of the model: a Soft MoE mixes all tokens of its inpu
 another window gives other results than the patch that the network was trained with.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from absl import logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.inference import device_sums, grid, host_sums
-from swinsmt_jax.inference.sweep import Windows
+from swinsmt_jax.inference.windows import Windows
 
 Predict = Callable[[jax.Array], jax.Array]
 ACCUMULATE = ("auto", "host", "device")
@@ -49,8 +49,7 @@ def sliding_window(
     Raises:
         UserError: for a volume of another rank, or options out of range.
     """
-    windows = Windows(volume, window, overlap, blend)
-    windows.spare_memory(whole_layers=False)
+    windows = Windows(volume, window, overlap, blend, in_layers=False)
     logits = np.empty((*volume.shape[:3], num_classes), np.float32)
     found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
     for box, block in host_sums.blocks(windows, found, num_classes):
@@ -91,12 +90,12 @@ def predict_labels(
     checks.in_range("num_classes", num_classes, 1, 256)
     checks.one_of("sums", sums, ("float32", "float16"))
     checks.one_of("accumulate", accumulate, ACCUMULATE)
-    windows = Windows(volume, window, overlap, blend)
+    windows = Windows(volume, window, overlap, blend, in_layers=True)
     if accumulate == "auto":
         fits = _fits_on_device(windows, num_classes, sums)
         accumulate = "device" if fits else "host"
-    if accumulate == "host":
-        windows.spare_memory(whole_layers=positions is not None)
+    if accumulate == "host" and positions is None:
+        windows = Windows(volume, window, overlap, blend, in_layers=False)
     place = device_sums if accumulate == "device" else host_sums
     found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
     if progress is not None:
@@ -127,11 +126,9 @@ def _fits_on_device(windows, num_classes, dtype):
     needed = device_sums.needed_bytes(windows, num_classes, dtype)
     if needed <= SHARE_OF_SUMS * free:
         return True
-    logging.log_first_n(
-        logging.INFO,
+    logging.getLogger(__name__).info(
         "logits are summed up in the host's memory, since %.1f GB of sums would take "
         "more than %.0f %% of the device's free %.1f GB.",
-        1,
         needed / 1e9,
         100 * SHARE_OF_SUMS,
         free / 1e9,
@@ -142,8 +139,8 @@ def _fits_on_device(windows, num_classes, dtype):
 def _predict_windows(predict, windows, num_classes, window_batch, sharding):
     """Yield (logits of a batch, index in it) of each window, on one device.
 
-    A batch is computed while the last one is used. Windows of nothing but zeros (air
-    outside a scanner's field of view) have logits in common, which are computed once.
+    Windows of nothing but zeros (air outside a scanner's field of view) have logits in
+    common, which are computed once.
     """
     checks.positive("window_batch", window_batch)
     devices = 1 if sharding is None else sharding.num_devices
@@ -152,56 +149,53 @@ def _predict_windows(predict, windows, num_classes, window_batch, sharding):
         f"window_batch is {window_batch}, but must be a multiple of {devices}, the "
         "number of devices.",
     )
-    size = windows.cut(windows.starts[0]).shape
-    home = jax.local_devices()[0]
 
-    def launch(group):
-        batch = np.zeros((window_batch, *size), np.float32)
-        for i, start in enumerate(group):
+    def launch(starts):
+        first = windows.cut(windows.starts[0])
+        batch = np.zeros((window_batch, *first.shape), np.float32)
+        for i, start in enumerate(starts):
             batch[i] = windows.cut(start)
         logits = predict(jax.device_put(batch, sharding))
-        wanted = (*size[:3], num_classes)
+        wanted = (*first.shape[:3], num_classes)
         checks.require(
             logits.shape[1:] == wanted,
             f"predict returned {logits.shape[1:]} for a window, but {wanted} is "
             f"needed: num_classes is {num_classes}.",
         )
-        return logits, len(group)
+        return logits, len(starts)
 
-    def one_by_one(logits, count):
-        jax.block_until_ready(logits)
-        shards = {
-            shard.index[0].start or 0: shard.data for shard in logits.addressable_shards
-        }
-        for first, part in sorted(shards.items()):
-            part = jax.device_put(part, home)
-            yield from ((part, i) for i in range(min(len(part), count - first)))
+    empty = {start for start in windows.starts if not windows.cut(start).any()}
+    if len(empty) < 2:
+        empty = set()
+    filled = [start for start in windows.starts if start not in empty]
+    groups = [filled[i : i + window_batch] for i in range(0, len(filled), window_batch)]
+    of_air = None
+    if empty:
+        logits, index = next(_one_by_one(launch([])[0], 1))
+        of_air = logits[:1], index
+    predictions = _in_turn(launch, groups)
+    for start in windows.starts:
+        yield of_air if start in empty else next(predictions)
 
-    def in_batches(starts):
-        waiting = None
-        for first in range(0, len(starts), window_batch):
-            launched = launch(starts[first : first + window_batch])
-            if waiting is not None:
-                yield from one_by_one(*waiting)
-            waiting = launched
+
+def _in_turn(launch, groups) -> Iterator[tuple[jax.Array, int]]:
+    """Yield the windows of each group; the next one is computed meanwhile."""
+    waiting = None
+    for group in [*groups, None]:
+        launched = None if group is None else launch(group)
         if waiting is not None:
-            yield from one_by_one(*waiting)
+            yield from _one_by_one(*waiting)
+        waiting = launched
 
-    empty = [not windows.cut(start).any() for start in windows.starts]
-    if sum(empty) < 2:
-        return in_batches(windows.starts)
 
-    rest = in_batches(
-        [start for start, none in zip(windows.starts, empty, strict=True) if not none]
-    )
-
-    def with_the_empty():
-        logits, _ = next(one_by_one(launch([])[0], 1))
-        of_air = logits[:1], 0
-        for none in empty:
-            yield of_air if none else next(rest)
-
-    return with_the_empty()
+def _one_by_one(logits, count):
+    """Yield (part, index in it) of the first windows of a batch, on one device."""
+    jax.block_until_ready(logits)
+    home = jax.local_devices()[0]
+    parts = {s.index[0].start or 0: s.data for s in logits.addressable_shards}
+    for first, part in sorted(parts.items()):
+        part = jax.device_put(part, home)
+        yield from ((part, i) for i in range(min(len(part), count - first)))
 
 
 def _counted(items, number, progress):

@@ -8,8 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import ndimage
 
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.inference import windows as geometry
 from swinsmt_jax.inference.sliding_window import predict_labels, sliding_window
-from swinsmt_jax.ops import patches
 
 WINDOW = (8, 6, 4)
 
@@ -76,11 +76,11 @@ def test_a_local_network_is_not_changed(rng, shape, overlap):
 @pytest.mark.parametrize("shape", [(19, 11, 9), (5, 20, 3)])
 def test_equals_a_naive_average(rng, shape):
     volume = rng.random((*shape, 1), dtype=np.float32)
-    pad = patches.padding(shape, WINDOW)
+    pad = geometry.padding(shape, WINDOW)
     padded = np.pad(volume, (*pad, (0, 0)))
-    weight = patches.importance(WINDOW, blend="gaussian")[..., None]
+    weight = geometry.importance(WINDOW, blend="gaussian")[..., None]
     total, weights = np.zeros((*padded.shape[:3], 2)), np.zeros((*padded.shape[:3], 1))
-    for start in patches.window_starts(padded.shape[:3], WINDOW, overlap=0.6):
+    for start in geometry.window_starts(padded.shape[:3], WINDOW, overlap=0.6):
         box = tuple(slice(s, s + w) for s, w in zip(start, WINDOW, strict=True))
         total[box] += weight * contextual(padded[box][None])[0]
         weights[box] += weight
@@ -150,7 +150,7 @@ def test_windows_of_air_are_computed_once(rng, accumulate):
     volume[:10] = rng.random((10, 6, 8, 1), dtype=np.float32)
     options = dict(window=WINDOW, num_classes=3)
     labels = predict_labels(predict, volume, accumulate=accumulate, **options)
-    windows = patches.window_starts(volume.shape[:3], WINDOW, overlap=0.5)
+    windows = geometry.window_starts(volume.shape[:3], WINDOW, overlap=0.5)
     assert len(calls) == 1 + sum(z < 10 for z, *_ in windows)
     faint = np.maximum(volume, 1e-9)  # so that no window is empty
     logits = sliding_window(lambda x: mixed(x) + 0.3, faint, **options)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.ops import patches
+from swinsmt_jax.inference import windows as geometry
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from swinsmt_jax.ops import patches
     ],
 )
 def test_starts_of_one_axis(length, window, overlap, expected):
-    starts = patches.window_starts((length,), (window,), overlap=overlap)
+    starts = geometry.window_starts((length,), (window,), overlap=overlap)
     assert [s for (s,) in starts] == expected
 
 
@@ -29,7 +29,7 @@ def test_starts_of_one_axis(length, window, overlap, expected):
     [(60, 20, 0.9, 21), (320, 160, 0.9, 11), (160, 40, 0.8, 16), (96, 32, 0.5, 5)],
 )
 def test_a_decimal_overlap_gives_no_extra_windows(length, window, overlap, number):
-    starts = patches.window_starts((length,), (window,), overlap=overlap)
+    starts = geometry.window_starts((length,), (window,), overlap=overlap)
     assert len(starts) == number
 
 
@@ -42,7 +42,7 @@ def test_a_decimal_overlap_gives_no_extra_windows(length, window, overlap, numbe
 def test_windows_cover_every_voxel_in_order(window, more, overlap):
     shape = tuple(w + m for w, m in zip(window, more, strict=True))
     covered = np.zeros(shape, int)
-    starts = patches.window_starts(shape, window, overlap=overlap)
+    starts = geometry.window_starts(shape, window, overlap=overlap)
     for start in starts:
         box = tuple(slice(s, s + w) for s, w in zip(start, window, strict=True))
         assert covered[box].shape == window
@@ -57,18 +57,18 @@ def test_windows_cover_every_voxel_in_order(window, more, overlap):
 )
 def test_padding_makes_the_window_fit_and_is_centred(window, shape):
     for n, w, (before, after) in zip(
-        shape, window, patches.padding(shape, window), strict=True
+        shape, window, geometry.padding(shape, window), strict=True
     ):
         assert n + before + after == max(n, w)
         assert 0 <= after - before <= 1
 
 
 def test_constant_importance_is_one():
-    assert (patches.importance((2, 3, 4), blend="constant") == 1).all()
+    assert (geometry.importance((2, 3, 4), blend="constant") == 1).all()
 
 
 def test_gaussian_importance_falls_off_to_its_floor():
-    weights = patches.importance((32, 24, 16), blend="gaussian")
+    weights = geometry.importance((32, 24, 16), blend="gaussian")
     assert weights.dtype == np.float32 and weights.shape == (32, 24, 16)
     assert weights.min() == np.float32(1e-3)
     for axis in range(3):
@@ -81,20 +81,20 @@ def test_gaussian_importance_falls_off_to_its_floor():
 
 
 def test_the_centre_of_an_odd_window_weighs_one():
-    assert patches.importance((5, 7, 9), blend="gaussian")[2, 3, 4] == 1
+    assert geometry.importance((5, 7, 9), blend="gaussian")[2, 3, 4] == 1
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1.0])
 def test_refuses_an_overlap_out_of_range(overlap):
     with pytest.raises(UserError, match="overlap"):
-        patches.window_starts((8,), (4,), overlap=overlap)
+        geometry.window_starts((8,), (4,), overlap=overlap)
 
 
 def test_refuses_a_window_larger_than_the_volume():
     with pytest.raises(UserError, match="pad the volume"):
-        patches.window_starts((8, 3), (4, 4), overlap=0.5)
+        geometry.window_starts((8, 3), (4, 4), overlap=0.5)
 
 
 def test_refuses_an_unknown_blend():
     with pytest.raises(UserError, match="Did you mean 'gaussian'"):
-        patches.importance((4,), blend="gausian")
+        geometry.importance((4,), blend="gausian")

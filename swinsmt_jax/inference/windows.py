@@ -1,0 +1,182 @@
+"""Where the windows of a volume lie, what their voxels weigh, and in which order.
+
+The conventions are those of MONAI's `sliding_window_inference`, so that results can be
+compared voxel by voxel. numpy only: all of it is known before any device is used.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from swinsmt_jax import checks
+
+BLENDS = ("gaussian", "constant")
+SIGMA = 0.125  # of the Gaussian, as a share of the window's side
+SMALLEST_WEIGHT = 1e-3
+
+Start = tuple[int, ...]
+Box = tuple[slice, ...]
+
+
+def padding(shape: Sequence[int], window: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Voxels to add (before, after) on each axis so that the window fits once.
+
+    An odd number puts the larger half behind.
+    """
+    lacking = [max(w - n, 0) for n, w in zip(shape, window, strict=True)]
+    return tuple((n // 2, n - n // 2) for n in lacking)
+
+
+def window_starts(
+    shape: Sequence[int], window: Sequence[int], *, overlap: float
+) -> list[Start]:
+    """First voxels of the windows that cover a volume, the last axis fastest.
+
+    Neighbours are side * (1 - overlap) voxels apart, rounded down, at least 1; the last
+    window of an axis is moved back to end with the volume.
+
+    Args:
+        shape: sides of the volume, each at least the window's.
+        window: sides of the window in voxels.
+        overlap: share of a window that neighbours have in common, in [0, 1).
+
+    Raises:
+        UserError: if the window is larger than the volume or the overlap out of range.
+    """
+    checks.require(0 <= overlap < 1, f"overlap is {overlap}, but must lie in [0, 1).")
+    checks.require(
+        all(0 < w <= n for n, w in zip(shape, window, strict=True)),
+        f"window {tuple(window)} does not fit into a volume of shape {tuple(shape)}; "
+        "pad the volume first.",
+    )
+    by_axis = [_axis_starts(n, w, overlap) for n, w in zip(shape, window, strict=True)]
+    return list(itertools.product(*by_axis))
+
+
+def _axis_starts(length: int, side: int, overlap: float) -> list[int]:
+    # In binary, 20 * (1 - 0.9) is just below 2: rounding down alone would give 1.
+    interval = max(math.floor(side * (1 - overlap) + 1e-6), 1)
+    count = 1 + math.ceil((length - side) / interval)
+    return [min(i * interval, length - side) for i in range(count)]
+
+
+def importance(window: Sequence[int], *, blend: str) -> np.ndarray:
+    """Weight of each voxel of a window in the average, float32 `[*window]`.
+
+    "constant" is 1 everywhere. "gaussian" falls off from the centre with a standard
+    deviation of 1/8 of the side on each axis, peaks at 1 (between voxels for an even
+    side), and is nowhere below 0.001, so that corners covered once keep their value.
+    """
+    checks.one_of("blend", blend, BLENDS)
+    if blend == "constant":
+        return np.ones(tuple(window), np.float32)
+    weights = np.ones((), np.float32)
+    for side in window:
+        offset = np.arange(side, dtype=np.float32) - (side - 1) / 2
+        line = np.exp(-(offset**2) / (2 * (SIGMA * side) ** 2))
+        weights = weights[..., None] * line.astype(np.float32)
+    return np.maximum(weights, np.float32(SMALLEST_WEIGHT))
+
+
+class Span(NamedTuple):
+    """A part of an axis: first voxel, end, and start of the last window on it."""
+
+    first: int
+    end: int
+    last: int
+
+
+class Windows:
+    """The windows of a volume in the order of their visit.
+
+    Attributes:
+        padded: the volume, at least as large as a window.
+        order: the volume's axes in the order of the sweep, its own slowest.
+        size: of the padded volume, in this order, as all that follows.
+        sides: of a window.
+        starts: first voxels of the windows.
+        weight: of a window's voxels in the average, `[*sides, 1]`.
+        pad: voxels added in front.
+        shape: of the volume without them.
+    """
+
+    def __init__(self, volume, window, overlap, blend, *, in_layers):
+        checks.require(
+            volume.ndim == 4 and len(window) == 3,
+            f"volume has shape {volume.shape} and window {tuple(window)}, but the "
+            "volume must be [D, H, W, C] and the window (D, H, W).",
+        )
+        pad = padding(volume.shape[:3], window)
+        self.padded = volume
+        if any(map(any, pad)):
+            self.padded = np.pad(volume, (*pad, (0, 0)))
+        size = self.padded.shape[:3]
+        self.order = tuple(sorted(range(3), key=lambda axis: -size[axis]))
+        self.size = tuple(size[axis] for axis in self.order)
+        self.sides = tuple(window[axis] for axis in self.order)
+        self.starts = window_starts(self.size, self.sides, overlap=overlap)
+        axes = [sorted(set(axis)) for axis in zip(*self.starts, strict=True)]
+        if not in_layers:
+            self.starts = _last_in_turn(self.starts, axes)
+        self.spans = [_spans(*axis) for axis in zip(axes, self.sides, strict=True)]
+        self.weight = self.swept(importance(window, blend=blend))[..., None]
+        self.pad = tuple(pad[axis][0] for axis in self.order)
+        self.shape = tuple(volume.shape[axis] for axis in self.order)
+
+    def swept(self, array: np.ndarray) -> np.ndarray:
+        """View an array [D, H, W, ...] with its axes in the order of the sweep."""
+        return array.transpose(*self.order, *range(3, array.ndim))
+
+    def cut(self, start: Start) -> np.ndarray:
+        """Return the window [*window, C] of the volume, its axes in their own order."""
+        box = [slice(None)] * 3
+        for axis, first, side in zip(self.order, start, self.sides, strict=True):
+            box[axis] = slice(first, first + side)
+        return self.padded[tuple(box)]
+
+    def tiles(self, start: Start) -> list[tuple[tuple[Span, ...], bool]]:
+        """Return what a window touches: [(spans, whether it is the last to do so)].
+
+        Those that it ends come first, so that their memory is free for the others.
+        """
+        tiles = itertools.product(*map(dict.get, self.spans, start))
+        tiles = [(t, tuple(s.last for s in t) == start) for t in tiles]
+        return sorted(tiles, key=lambda tile: not tile[1])
+
+    def inside(
+        self, first: Sequence[int], block: np.ndarray
+    ) -> Iterator[tuple[Box, np.ndarray]]:
+        """Yield (box, part) of a block that begins at `first`, without the padding."""
+        box, part = [], []
+        for start, side, pad, size in zip(
+            first, block.shape, self.pad, self.shape, strict=False
+        ):
+            low, high = max(start - pad, 0), min(start + side - pad, size)
+            if low >= high:
+                return
+            box.append(slice(low, high))
+            part.append(slice(low + pad - start, high + pad - start))
+        yield tuple(box), block[tuple(part)]
+
+
+def _last_in_turn(starts, axes):
+    """Visit the last two windows of an axis in turn at each place on the faster axes.
+
+    The last window is moved back to the volume's end and shares more with the one
+    before than others do; visited in turn, what they share becomes labels sooner.
+    """
+    groups = [{s: min(i, len(a) - 2) for i, s in enumerate(a)} for a in axes]
+    return sorted(starts, key=lambda s: (*map(dict.get, groups, s), *s))
+
+
+def _spans(starts, side):
+    """Cut an axis where windows begin or end: {start of a window: its spans}."""
+    edges = sorted({*starts, *(start + side for start in starts)})
+    spans = [
+        Span(first, end, max(s for s in starts if s <= first < s + side))
+        for first, end in itertools.pairwise(edges)
+    ]
+    return {s: [p for p in spans if s <= p.first < s + side] for s in starts}

@@ -87,17 +87,10 @@ def compare(
             f"{name!r}: {', '.join(alone[:5])}{', ...' if len(alone) > 5 else ''}. "
             "Their truths or classes differ; evaluate both on the same data.",
         )
-    groups = {**one["groups"], "overall": None}
-    found = [
-        _difference(
-            group,
-            *(
-                [_mean(r["cases"][name], classes) for name in names]
-                for r in (one, other)
-            ),
-        )
-        for group, classes in groups.items()
-    ]
+    found = []
+    for group, classes in {**one["groups"], "overall": None}.items():
+        means = [[_mean(r["cases"][n], classes) for n in names] for r in (one, other)]
+        found.append(_difference(group, *means))
     corrected = _holm([d["p"] for d in found])
     return [Difference(**d, holm=p) for d, p in zip(found, corrected, strict=True)]
 
@@ -129,27 +122,34 @@ def table(differences: Sequence[Difference], *, first: str, second: str) -> str:
 
 
 def _difference(group, first, second):
-    pairs = np.array([first, second], np.float64).T
-    pairs = pairs[~np.isnan(pairs).any(axis=1)]
-    change = pairs[:, 1] - pairs[:, 0]
-    none = len(pairs) == 0
+    pairs = np.array([first, second], np.float64)
+    pairs = pairs[:, ~np.isnan(pairs).any(axis=0)]
+    means = pairs.mean(axis=1).tolist() if pairs.size else [float("nan")] * 2
+    change = pairs[1] - pairs[0]
+    ranks = stats.rankdata(np.abs(change))
+    effect = (ranks * np.sign(change)).sum() / max(ranks[change != 0].sum(), 1)
     return {
         "group": group,
-        "first": float("nan") if none else float(pairs[:, 0].mean()),
-        "second": float("nan") if none else float(pairs[:, 1].mean()),
+        "first": means[0],
+        "second": means[1],
         "interval": _interval(change),
         "p": _wilcoxon(change),
-        "effect": _effect(change),
-        "cases": len(pairs),
+        "effect": float(effect),
+        "cases": len(change),
     }
 
 
 def _interval(change):
-    if len(change) == 0:
-        return (float("nan"),) * 2
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(change), size=(SAMPLES, len(change)))
-    low, high = np.quantile(change[drawn].mean(axis=1), [0.025, 0.975])
+    if len(change) < 2:  # too few for scipy
+        return (float(change.sum()) if len(change) else float("nan"),) * 2
+    found = stats.bootstrap(
+        (change,),
+        np.mean,
+        method="percentile",
+        n_resamples=SAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    low, high = found.confidence_interval
     return float(low), float(high)
 
 
@@ -161,21 +161,16 @@ def _wilcoxon(change):
     return float(stats.wilcoxon(change, zero_method="pratt").pvalue)
 
 
-def _effect(change):
-    ranks = stats.rankdata(np.abs(change)) * np.sign(change)
-    total = np.abs(ranks).sum()
-    return float(ranks.sum() / total) if total else 0.0
-
-
 def _holm(p_values):
-    """Correct p-values; those that are NaN stay so and do not count."""
+    """Correct p-values; those that are NaN stay so and do not count.
+
+    scipy has no correction of Holm's; for statsmodels' alone, pandas would be needed.
+    """
     p = np.array(p_values)
-    order = [i for i in np.argsort(p) if not np.isnan(p[i])]
-    corrected, largest = p.copy(), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p[i]))
-        corrected[i] = largest
-    return corrected.tolist()
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN come last
+    raised = p[order] * np.arange(len(order), 0, -1)
+    p[order] = np.minimum(1.0, np.maximum.accumulate(raised))
+    return p.tolist()
 
 
 def _mean(case, classes):

@@ -1,29 +1,25 @@
 """Evaluate label maps in files, of this or any other tool, on the same footing."""
 
 import math
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.data import nifti
+from swinsmt_jax.data import nifti, transforms
 from swinsmt_jax.data.case import Case, load_case
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
 from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.metrics import chosen_metrics
-from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.results import about_surfaces, make_folder, write_results
 from swinsmt_jax.evaluation.run import Segmented
-from swinsmt_jax.evaluation.scoring import CaseResult, score
+from swinsmt_jax.evaluation.scoring import score
 from swinsmt_jax.evaluation.surface import SurfaceRule
+from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
 
 HU_RANGE = (-1024.0, 1024.0)  # of the picture
 MOST_WORKERS = 8  # unless told otherwise: each holds a whole case in memory
@@ -71,19 +67,25 @@ def evaluate_predictions(
     classes = dataset.classes
     if groups:
         groups = labels.load_groups(groups, names=classes.names)
-    files = [_file(folder, case) for case in cases]
+    for case in cases:
+        _file(folder, case)  # before the work, say which one is missing
     make_folder(output)
     cores = len(os.sched_getaffinity(0))
     workers = min(len(cases), workers or min(cores, MOST_WORKERS))
     evaluate = partial(
         _evaluate,
+        folder=folder,
         classes=classes,
         metrics=chosen_metrics(metrics, surface_rule=surface_rule),
         threads=max(1, cores // workers),
     )
-    found = _each(evaluate, cases, files, workers)
-    found = list(tqdm(found, "evaluating", total=len(cases), unit="case"))
-    results, views = zip(*found, strict=True)
+    finished, found = run_each(evaluate, cases, workers=workers), {}
+    for case, future in tqdm(finished, "evaluating", total=len(cases), unit="case"):
+        try:
+            found[case.name] = future.result()
+        except WorkerDiedError as error:
+            raise checks.UserError(f"case {case.name!r}: {error}") from error
+    results, views = zip(*(found[case.name] for case in cases), strict=True)
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
     about |= about_surfaces(surface_rule)
     return write_results(
@@ -100,31 +102,13 @@ def evaluate_predictions(
     )
 
 
-def _each(
-    evaluate: Callable, cases: Sequence[Case], files: Sequence[Path], workers: int
-) -> Iterator[tuple[CaseResult, CaseViews]]:
-    """Yield what is found in each case, in their order, by so many processes."""
-    if workers == 1:
-        yield from map(evaluate, cases, files)
-        return
-    fresh = multiprocessing.get_context("spawn")  # JAX has threads: forking may hang
-    try:
-        with ProcessPoolExecutor(workers, mp_context=fresh) as pool:
-            yield from pool.map(evaluate, cases, files)
-    except BrokenProcessPool as error:
-        raise checks.UserError(
-            "a process that evaluates cases was killed, mostly because memory ran out: "
-            f"give fewer than --workers={workers}."
-        ) from error
-
-
-def _evaluate(case, file, *, classes, metrics, threads):
+def _evaluate(case, *, folder, classes, metrics, threads):
     """Return result and views of a case."""
     truth = load_case(case, classes=classes)
     scan = nifti.Volume(
         truth.image, truth.affine, truth.source_affine, truth.source_shape, case.ct
     )
-    prediction = load_prediction(file, classes=classes, like=scan)
+    prediction = load_prediction(_file(folder, case), classes=classes, like=scan)
     result = score(
         case.name,
         prediction,
@@ -135,8 +119,7 @@ def _evaluate(case, file, *, classes, metrics, threads):
         metrics=metrics,
         workers=threads,
     )
-    low, high = map(np.float32, HU_RANGE)
-    image = ((truth.image - low) / (high - low)).clip(0, 1)
+    image = transforms.scaled(truth.image, hu_range=HU_RANGE)
     segmented = Segmented(result, image, truth.label, prediction, scan.spacing)
     return result, pictures.views_of(segmented)
 

@@ -58,6 +58,7 @@ def evaluate_predictions(
     """
     checks.in_range("limit", limit, 0, 10**9)
     checks.in_range("workers", workers, 0, 1024)
+    chosen = chosen_metrics(metrics, surface_rule=surface_rule)
     dataset = open_dataset(root, description=description)
     for reason in dataset.refused.values():
         raise checks.UserError(reason)
@@ -76,7 +77,7 @@ def evaluate_predictions(
         _evaluate,
         folder=folder,
         classes=classes,
-        metrics=chosen_metrics(metrics, surface_rule=surface_rule),
+        metrics=chosen,
         threads=max(1, cores // workers),
     )
     finished, found = run_each(evaluate, cases, workers=workers), {}

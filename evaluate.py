@@ -25,6 +25,7 @@ from pathlib import Path
 from absl import app, flags
 
 from swinsmt_jax import checks, labels
+from swinsmt_jax.checks import DTYPES
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.meta import SPLITS
 from swinsmt_jax.evaluation import compare
@@ -36,7 +37,6 @@ from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.segment import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
-from swinsmt_jax.network_config import DTYPES
 from swinsmt_jax.runtime import distributed, processes, startup
 from swinsmt_jax.training.checkpoint import load_model
 

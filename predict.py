@@ -19,11 +19,11 @@ from pathlib import Path
 from absl import app, flags
 
 from swinsmt_jax import checks
+from swinsmt_jax.checks import DTYPES
 from swinsmt_jax.inference import segmenter as prediction
 from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
-from swinsmt_jax.network_config import DTYPES
 from swinsmt_jax.runtime import startup
 
 

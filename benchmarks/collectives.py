@@ -17,8 +17,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import define_file, report, write
-from swinsmt_jax import sharding
-from swinsmt_jax.config import MeshConfig, OptimizerConfig, SwinSMTConfig
+from swinsmt_jax import SwinSMTConfig, sharding
+from swinsmt_jax.config import MeshConfig, OptimizerConfig
 from swinsmt_jax.training import losses
 from swinsmt_jax.training import state as train_state
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import define_file, report, small_networks, write
 from swinsmt_jax import checks, labels, models
-from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig, from_config_dict
+from swinsmt_jax.config import ExperimentConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import run
 from swinsmt_jax.evaluation.averages import group_averages, known_groups
@@ -59,7 +59,7 @@ QUICK = {
 def step_gflop(config: ExperimentConfig) -> float:
     """GFLOP of the forward pass of one training step, routing in the dense form."""
     model = config.model
-    if isinstance(model, SwinSMTConfig):
+    if model.num_experts:
         model = dataclasses.replace(model, routing="dense")
     one = operations.forward_operations(model, config.data.patch_shape)
     return config.data.batch_size * one / 1e9

@@ -27,7 +27,7 @@ from flax import nnx
 
 from benchmarks import define_file, goldens, parity, report, write
 from swinsmt_jax import checks, convert
-from swinsmt_jax.network_config import PlainConvUNetConfig
+from swinsmt_jax.models.nnunet import PlainConvUNetConfig
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.training import losses
 

@@ -8,15 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from swinsmt_jax import checks, convert, models
-from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
-from swinsmt_jax.network_config import (
-    NNFormerConfig,
-    PlainConvUNetConfig,
-    ResidualEncoderUNetConfig,
-    UNETRConfig,
-    UXNetConfig,
-)
+from swinsmt_jax import SwinSMTConfig, SwinUNETRConfig, checks, convert, models
+from swinsmt_jax.models.nnformer import NNFormerConfig
+from swinsmt_jax.models.nnunet import PlainConvUNetConfig, ResidualEncoderUNetConfig
+from swinsmt_jax.models.unetr import UNETRConfig
+from swinsmt_jax.models.ux_net import UXNetConfig
 
 NETWORKS = {
     "swin_smt_f12_e4": SwinSMTConfig(

@@ -39,7 +39,6 @@ from benchmarks import available_gb, define_file, report, write
 from benchmarks.model_table import line, plot
 from benchmarks.model_worker import CONFIGS, Job, model_config
 from swinsmt_jax import checks
-from swinsmt_jax.config import SwinSMTConfig
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.cost import PEAK
 from swinsmt_jax.runtime.operations import forward_operations
@@ -101,7 +100,7 @@ def shortage(job: Job) -> str | None:
     if job.framework == "jax":
         return None
     config = model_config(job)
-    if not isinstance(config, SwinSMTConfig) or config.slots != "dynamic":
+    if not config.num_experts or config.slots != "dynamic":
         return None
     tokens = (job.side // 2 ** (5 - config.num_moe_stages)) ** 3
     needed = 3 * job.batch * tokens**2 * (4 if job.dtype == "float32" else 2) / 1e9

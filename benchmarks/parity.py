@@ -26,12 +26,12 @@ from flax import nnx
 from benchmarks import define_file, report, write
 from benchmarks.goldens import NETWORKS, ZOO, loaded, part, read
 from swinsmt_jax import convert
-from swinsmt_jax.convert import swin_names
 from swinsmt_jax.inference.sliding_window import sliding_window
 from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.patch import PatchMerging
 from swinsmt_jax.layers.soft_moe import SoftMoE
 from swinsmt_jax.layers.swin import SwinBlock
+from swinsmt_jax.models.swin.torch_names import TORCH_NAMES
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.training import losses
 
@@ -213,14 +213,15 @@ def _fill(params, arrays, torch_prefix):
     ours = torch_prefix.replace(".0.", "/", 1).replace(".", "/")
     flat = []
     for path, leaf in nnx.to_flat_state(params):
-        rule, name = swin_names.TABLE.find(ours + "/".join(map(str, path)))
-        shape = leaf[...].shape
-        name = name.removeprefix(torch_prefix)
-        if "{e}" in name:
+        path_name, shape = ours + "/".join(map(str, path)), leaf[...].shape
+        name = TORCH_NAMES.name(path_name).removeprefix(torch_prefix)
+        many = "{e}" in name
+        layout = TORCH_NAMES.layout(path_name, len(shape) - many)
+        if many:
             parts = [arrays[name.format(e=e)] for e in range(shape[0])]
-            array = np.stack([rule.from_torch(a, shape[1:]) for a in parts])
+            array = np.stack([layout.from_torch(a, shape[1:]) for a in parts])
         else:
-            array = rule.from_torch(arrays[name], shape)
+            array = layout.from_torch(arrays[name], shape)
         flat.append((path, leaf.replace(jnp.asarray(array))))
     return nnx.from_flat_state(flat)
 

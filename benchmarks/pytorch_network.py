@@ -5,7 +5,7 @@ import torch
 from monai.networks.nets import SwinUNETR
 from monai.networks.nets.swin_unetr import PatchMergingV2
 
-from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
+from swinsmt_jax import SwinSMTConfig, SwinUNETRConfig
 from swinsmt_jax.layers.patch import OCTANTS
 
 

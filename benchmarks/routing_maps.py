@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 
 from benchmarks import define_file, report, write
 from swinsmt_jax import checks, labels
-from swinsmt_jax.config import SwinSMTConfig
 from swinsmt_jax.data import nifti, pipeline, transforms
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.data.meta import SPLITS
@@ -121,12 +120,12 @@ def main(_):
     sample = pipeline.load_foreground(config.data, case)
     sample = transforms.scale_hu(sample, hu_range=config.data.hu_range)
     checks.require(
-        isinstance(config.model, SwinSMTConfig),
+        config.model.num_experts > 0,
         f"{workdir} holds a network without experts; take a run of a Swin SMT.",
     )
     output = Path(options.output or workdir / "routing")
     output.mkdir(parents=True, exist_ok=True)
-    blocks = [options.block] if options.block else routing.block_names(config.model)
+    blocks = [options.block] if options.block else list(config.model.moe_strides)
     rows = []
     for block in blocks[:1] if options.quick else blocks:
         shares = routing.expert_shares(

@@ -31,9 +31,10 @@ from flax import nnx
 from benchmarks import command_line, define_file
 from benchmarks.table_format import markdown, picture
 from swinsmt_jax import checks, models
-from swinsmt_jax.config import ModelConfig, from_config_dict
+from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation import published_results
 from swinsmt_jax.models import abstract_model
+from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.runtime import operations, startup
 from swinsmt_jax.training import losses
 from swinsmt_jax.training.step import loss_and_accuracy_counts
@@ -56,7 +57,7 @@ NETWORKS = {
 FULL_SIDE = 128  # of the operations
 
 
-def model_of(name: str, side: int, *, as_configured: bool = False) -> ModelConfig:
+def model_of(name: str, side: int, *, as_configured: bool = False) -> NetworkConfig:
     """Return the network of a config, made for cubes of this side."""
     module = importlib.import_module(f"configs.{name}")
     config = from_config_dict(module.get_config()).model

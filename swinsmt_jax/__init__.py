@@ -6,8 +6,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Segmenter": "swinsmt_jax.inference.segmenter",
-    "SwinSMTConfig": "swinsmt_jax.swin_config",
-    "SwinUNETRConfig": "swinsmt_jax.swin_config",
+    "SwinSMTConfig": "swinsmt_jax.models.swin",
+    "SwinUNETRConfig": "swinsmt_jax.models.swin",
     "create": "swinsmt_jax.models",
     "load": "swinsmt_jax.inference.segmenter",
     "save": "swinsmt_jax.inference.segmenter",

@@ -1,5 +1,6 @@
 """Messages for user errors: argument, value, rule and remedy."""
 
+import dataclasses
 import difflib
 import math
 import numbers
@@ -8,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, NamedTuple
 
 
 class UserError(ValueError):
@@ -37,7 +39,7 @@ def pattern(name: str, value: str) -> None:
         re.compile(value)
     except re.error as error:
         raise UserError(
-            f"{name} holds {value!r}, which is no regular expression: {error}."
+            f"{name} holds {value!r}, which is not a regular expression: {error}."
         ) from error
 
 
@@ -78,19 +80,54 @@ def positive(name: str, value: int) -> None:
     )
 
 
-def typed_fields(group: str, config: object) -> None:
-    """Raise `UserError` unless each field of a dataclass is of the type of its hint.
+class Within(NamedTuple):
+    """A rule for a field: low <= value <= high."""
 
-    Those are bool, int, float and str, a tuple[int, ...] of any of them, and a number
-    or a tuple of numbers. Sequences become tuples, numbers of numpy Python's, and paths
-    strings; floats are finite.
+    low: float
+    high: float
+
+    def __call__(self, name: str, value: float) -> None:
+        """Raise `UserError` unless the value obeys."""
+        in_range(name, value, self.low, self.high)
+
+
+# Types of fields with a rule, for `typed_fields`.
+Positive = Annotated[int, positive]
+Positives = tuple[Positive, ...]
+OneOrEach = Positive | Positives  # one number, or one for each of several parts
+Share = Annotated[float, Within(0.0, 1.0)]
+
+DTYPES = ("float32", "bfloat16")
+
+
+def dtype_name(name: str, dtype: object) -> str:
+    """Return "float32" or "bfloat16", also for jnp.bfloat16 and np.float32.
+
+    Raises:
+        UserError: for another dtype.
+    """
+    if not isinstance(dtype, str):
+        dtype = getattr(dtype, "__name__", str(dtype))
+    one_of(name, dtype, DTYPES)
+    return dtype
+
+
+def typed_fields(group: str, config: object) -> None:
+    """Raise `UserError` unless each field of a dataclass has the type of its hint.
+
+    Types are bool, int, float and str, a tuple[int, ...] of any of them, and a number
+    or a tuple of numbers. `Annotated` adds rules: functions of name and value that
+    raise. Sequences become tuples, numbers of numpy Python's, and paths strings; floats
+    are finite.
 
     Args:
         group: what the fields belong to, for the message: "model" in "model.depths".
         config: a dataclass, frozen or not.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = _typed(f"{group}.{name}", getattr(config, name), hint)
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        value = _typed(f"{group}.{name}", value, hints[name])
         object.__setattr__(config, name, value)
 
 
@@ -103,19 +140,18 @@ _TYPES = {  # hint: (type of the values that are taken, words)
 
 
 def _typed(name, value, hint):
-    if isinstance(hint, types.UnionType):  # int | tuple[int, ...]
-        single, hint = hint.__args__
-        if isinstance(value, numbers.Real):
-            return _typed(name, value, single)
-    if typing.get_origin(hint) is tuple:
-        kind = hint.__args__[0]
-        require(
-            isinstance(value, Iterable) and not isinstance(value, (str, Mapping)),
-            f"{name} is {value!r}, but must be a sequence, each entry of it "
-            f"{_TYPES[kind][1]}.",
-        )
-        value = tuple(value)
-        return tuple(_typed(f"an entry of {name} {value}", v, kind) for v in value)
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        value = _typed(name, value, hint.__origin__)
+        for rule in hint.__metadata__:
+            rule(name, value)
+        return value
+    if origin in (types.UnionType, typing.Union):  # int | tuple[int, ...]
+        single, several = hint.__args__
+        hint = single if isinstance(value, numbers.Real) else several
+        return _typed(name, value, hint)
+    if origin is tuple:
+        return _typed_entries(name, value, hint.__args__[0])
     kind, words = _TYPES[hint]
     if hint is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -125,6 +161,16 @@ def _typed(name, value, hint):
         fits = math.isfinite(value)
     require(fits, f"{name} is {value!r}, but must be {words}.")
     return value
+
+
+def _typed_entries(name, value, hint):
+    _, words = _TYPES[getattr(hint, "__origin__", hint)]
+    require(
+        isinstance(value, Iterable) and not isinstance(value, (str, Mapping)),
+        f"{name} is {value!r}, but must be a sequence, each entry of it {words}.",
+    )
+    value = tuple(value)
+    return tuple(_typed(f"an entry of {name} {value}", v, hint) for v in value)
 
 
 def spatial_shape(

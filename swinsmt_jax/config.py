@@ -10,33 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swinsmt_jax import checks
-from swinsmt_jax.network_config import (
-    NNFormerConfig,
-    PlainConvUNetConfig,
-    ResidualEncoderUNetConfig,
-    UNETRConfig,
-    UXNetConfig,
-)
-from swinsmt_jax.swin_config import SwinSMTConfig, SwinUNETRConfig
-
-ModelConfig = (
-    SwinUNETRConfig
-    | SwinSMTConfig
-    | PlainConvUNetConfig
-    | ResidualEncoderUNetConfig
-    | UNETRConfig
-    | UXNetConfig
-    | NNFormerConfig
-)
-MODEL_CONFIGS: dict[str, type] = {
-    "swin_smt": SwinSMTConfig,
-    "swin_unetr": SwinUNETRConfig,
-    "nnunet_plain": PlainConvUNetConfig,
-    "nnunet_resenc": ResidualEncoderUNetConfig,
-    "unetr": UNETRConfig,
-    "ux_net": UXNetConfig,
-    "nnformer": NNFormerConfig,
-}
+from swinsmt_jax.models import registry
+from swinsmt_jax.models.registry import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -276,7 +251,7 @@ class InferenceConfig:
 class ExperimentConfig:
     """Everything that decides a run."""
 
-    model: ModelConfig
+    model: NetworkConfig
     data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
@@ -284,14 +259,7 @@ class ExperimentConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self):
-        checks.spatial_shape(
-            "data.patch_shape",
-            self.data.patch_shape,
-            self.model.total_stride,
-            exact=self.model.input_shape,
-        )
-        if isinstance(self.model, SwinSMTConfig):
-            self.model.require_tokens(self.data.patch_shape)
+        self.model.check_patch("data.patch_shape", self.data.patch_shape)
         checks.require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but the run has "
@@ -302,8 +270,8 @@ class ExperimentConfig:
 def from_config_dict(config: Mapping) -> ExperimentConfig:
     """Build the checked dataclasses from a (nested) mapping such as a ConfigDict.
 
-    `config["model"]["name"]` is one of `MODEL_CONFIGS`; all other keys are the fields
-    of the dataclasses.
+    `config["model"]["name"]` is one of `registry.names()`; all other keys are the
+    fields of the dataclasses.
 
     Raises:
         UserError: for an unknown or missing key, a value of the wrong type or out of
@@ -313,16 +281,15 @@ def from_config_dict(config: Mapping) -> ExperimentConfig:
     return _build(ExperimentConfig, values, "")
 
 
-def model_from_dict(values: Mapping) -> ModelConfig:
+def model_from_dict(values: Mapping) -> NetworkConfig:
     """Build a model config from its fields and the key `name`."""
     return _build_model(_plain(values), "model.")
 
 
-def to_dict(config: ExperimentConfig | ModelConfig) -> dict:
+def to_dict(config: ExperimentConfig | NetworkConfig) -> dict:
     """Return the nested plain dictionary from which the config can be built again."""
     if not isinstance(config, ExperimentConfig):
-        name = next(n for n, c in MODEL_CONFIGS.items() if type(config) is c)
-        return {"name": name, **dataclasses.asdict(config)}
+        return {"name": registry.entry_of(config).name, **dataclasses.asdict(config)}
     return {**dataclasses.asdict(config), "model": to_dict(config.model)}
 
 
@@ -334,11 +301,10 @@ def _plain(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def _build_model(values: dict, prefix: str) -> ModelConfig:
+def _build_model(values: dict, prefix: str) -> NetworkConfig:
     values = dict(values)
     name = values.pop("name", None)
-    checks.one_of(f"{prefix}name", name, MODEL_CONFIGS)
-    return _build(MODEL_CONFIGS[name], values, prefix)
+    return _build(registry.config_class(name), values, prefix)
 
 
 def _build(cls: type, values: dict, prefix: str):
@@ -364,7 +330,7 @@ def _build(cls: type, values: dict, prefix: str):
 
 
 def _convert(hint, value, name: str):
-    if hint == ModelConfig:
+    if hint is NetworkConfig:
         return _build_model(value, f"{name}.")
     if dataclasses.is_dataclass(hint):
         checks.require(

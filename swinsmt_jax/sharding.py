@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig, MeshConfig, ModelConfig, SwinSMTConfig
+from swinsmt_jax.config import ExperimentConfig, MeshConfig
 from swinsmt_jax.layers.experts import BATCH, DATA, EXPERT
+from swinsmt_jax.models.registry import NetworkConfig
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
 EXPERT_RULES: Rules = ((r"/experts/", PartitionSpec(EXPERT)),)
@@ -82,14 +83,13 @@ def require_divisible(config: ExperimentConfig, mesh: Mesh) -> None:
         f"that each of the {size} devices has of data.batch_size = {batch}: take one "
         f"of {checks.listed(checks.divisors(share))}.",
     )
-    if isinstance(config.model, SwinSMTConfig):
-        experts, axis = config.model.num_experts, mesh.shape[EXPERT]
-        checks.require(
-            experts % axis == 0,
-            f"model.num_experts is {experts}, but must be a multiple of mesh.expert = "
-            f"{axis}; with {experts} experts, mesh.expert may be one of "
-            f"{checks.listed(checks.divisors(experts))}.",
-        )
+    experts, axis = config.model.num_experts, mesh.shape[EXPERT]
+    checks.require(
+        experts % axis == 0,  # 0 if the network has none
+        f"model.num_experts is {experts}, but must be a multiple of mesh.expert = "
+        f"{axis}; with {experts} experts, mesh.expert may be one of "
+        f"{checks.listed(checks.divisors(experts))}.",
+    )
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
@@ -139,9 +139,9 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     }
 
 
-def parameter_rules(config: ModelConfig) -> Rules:
+def parameter_rules(config: NetworkConfig) -> Rules:
     """Return the rules for a network's parameters; what none matches is replicated."""
-    return EXPERT_RULES if isinstance(config, SwinSMTConfig) else ()
+    return EXPERT_RULES if config.num_experts else ()
 
 
 def path_name(path: Sequence) -> str:

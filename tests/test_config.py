@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 
-from swinsmt_jax import config
+from swinsmt_jax import SwinSMTConfig, config
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.network_config import UNETRConfig, UXNetConfig
+from swinsmt_jax.models.unetr import UNETRConfig
+from swinsmt_jax.models.ux_net import UXNetConfig
 
 MODEL = {
     "name": "swin_smt",
@@ -103,7 +104,7 @@ OTHER = dict(in_channels=1, out_channels=2)
 def test_a_swin_config_made_by_hand_is_checked_too(options, words):
     options = {"num_experts": 2, "num_moe_stages": 1, **options}
     with pytest.raises(UserError, match=words):
-        config.SwinSMTConfig(**SWIN, **options)
+        SwinSMTConfig(**SWIN, **options)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from swinsmt_jax import models
+from swinsmt_jax import SwinSMTConfig, models
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import SwinSMTConfig, from_config_dict
+from swinsmt_jax.config import from_config_dict
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))

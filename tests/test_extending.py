@@ -1,29 +1,54 @@
 """The recipes of docs/extending.md run."""
 
-import re
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from ml_collections import ConfigDict
 
-from swinsmt_jax.training import losses
+from configs import demo
+from swinsmt_jax import convert, models
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.convert import files
+from swinsmt_jax.models import registry
+from swinsmt_jax.phantoms.dataset import write_dataset
+from swinsmt_jax.training import checkpoint, loop, losses
+from tests import recipes
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantoms")
+    write_dataset(root, train=1, val=1, test=0, spacing=12, seed=0)
+    return root
 
 
-def recipe(heading):
-    """Return the Python code of a section."""
-    (section,) = re.findall(
-        rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S
-    )
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", section, re.M | re.S))
+@pytest.mark.slow
+def test_a_network_trains_and_gives_its_weights(phantoms, tmp_path):
+    recipes.load("A network")
+    values = demo.get_config()
+    values.model = ConfigDict({"name": "res_unet", "in_channels": 1})
+    values.model.update({"out_channels": 118, "width": 4})
+    values.data.update({"root": str(phantoms), "patch_shape": (16, 16, 16)})
+    values.data.batch_size = 8
+    values.training.update({"num_steps": 2, "checkpoint_every": 1, "accumulate": 1})
+    values.optimizer.warmup_steps = 1
+    config = from_config_dict(values)
+    assert isinstance(config.model, registry.config_class("res_unet"))
+    loop.train(config, workdir=tmp_path / "run")
+    _, model, info = checkpoint.load_model(tmp_path / "run")
+    assert info["step"] == 2
+    files.write(tmp_path / "w.safetensors", convert.to_torch(model))
+    fresh = models.create(config.model, rngs=nnx.Rngs(1))
+    convert.load_torch(fresh, files.read(tmp_path / "w.safetensors"))
+    for name, array in convert.to_torch(model).items():
+        np.testing.assert_array_equal(convert.to_torch(fresh)[name], array)
 
 
 def test_a_loss(rng, monkeypatch):
     monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
     monkeypatch.setattr(losses, "BLOCK", 1)  # a plane at a time
-    exec(recipe("A loss"), {})
+    exec(recipes.code("A loss"), {})
     loss = losses.make("jaccard_ce")
     features = rng.normal(size=(2, 4, 4, 4, 3)).astype(np.float32)
     labels = (features.sum(-1) > 0).astype(np.uint8)

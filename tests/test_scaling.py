@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import collectives, scaling
-from swinsmt_jax.config import SwinSMTConfig
+from swinsmt_jax import SwinSMTConfig
 
 SMALL = SwinSMTConfig(
     1, 5, 12, num_experts=8, num_moe_stages=1, depths=(1, 1, 1, 1), window_size=2

@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from swinsmt_jax import sharding
+from swinsmt_jax import SwinSMTConfig, SwinUNETRConfig, sharding
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import (
-    MeshConfig,
-    SwinSMTConfig,
-    SwinUNETRConfig,
-    from_config_dict,
-)
+from swinsmt_jax.config import MeshConfig, from_config_dict
 
 SMT = SwinSMTConfig(1, 5, 12, num_experts=6, num_moe_stages=1)
 

@@ -81,7 +81,7 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
         f"weights are written as .safetensors, but the output is {path}; PyTorch reads "
         "such a file with safetensors.torch.load_file.",
     )
-    arrays = {name: np.ascontiguousarray(a) for name, a in state_dict.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:

@@ -7,27 +7,8 @@ import numpy as np
 from flax import nnx
 
 from swinsmt_jax import checks
-from swinsmt_jax.convert import (
-    nnformer_names,
-    nnunet_names,
-    swin_names,
-    unetr_names,
-    ux_net_names,
-)
-from swinsmt_jax.convert.names import NameTable
-from swinsmt_jax.models.nnformer import NNFormer
-from swinsmt_jax.models.nnunet import NNUNet
-from swinsmt_jax.models.swin_unetr import SwinUNETR
-from swinsmt_jax.models.unetr import UNETR
-from swinsmt_jax.models.ux_net import UXNet
-
-TABLES = {
-    SwinUNETR: swin_names.TABLE,
-    NNUNet: nnunet_names.TABLE,
-    UNETR: unetr_names.TABLE,
-    UXNet: ux_net_names.TABLE,
-    NNFormer: nnformer_names.TABLE,
-}
+from swinsmt_jax.models.registry import entry_of
+from swinsmt_jax.models.torch_names import NameTable
 
 
 def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
@@ -57,23 +38,24 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     wanted = {
         path: _torch_names(table, path, p[...].shape) for path, p in parameters.items()
     }
-    expected = {name for _, names in wanted.values() for name in names}
+    expected = {name for names in wanted.values() for name in names}
     _drop_aliases(table, expected, given)
     _compare_names(expected, set(given))
 
     arrays, wrong = {}, []
-    for path, (rule, names) in wanted.items():
+    for path, names in wanted.items():
         shape = parameters[path][...].shape
         many = "experts" in path
         part = shape[1:] if many else shape
+        layout = table.layout(path, len(part))
         parts = []
         for name in names:
             array = np.asarray(given[name])
-            expected_shape = rule.to_torch(np.empty(part, np.bool_)).shape
+            expected_shape = layout.to_torch(np.empty(part, np.bool_)).shape
             if array.shape != expected_shape:
                 wrong.append(f"{name}: {array.shape}, expected {expected_shape}")
                 continue
-            parts.append(rule.from_torch(array, part))
+            parts.append(layout.from_torch(array, part))
         if len(parts) == len(names):
             arrays[path] = np.stack(parts) if many else parts[0]
     checks.require(
@@ -89,7 +71,7 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
         f"take the weights of before the training diverged.{_lines(broken)}",
     )
     for path, parameter in parameters.items():
-        parameter[...] = np.ascontiguousarray(arrays[path], np.float32)
+        parameter[...] = np.array(arrays[path], np.float32, order="C")
 
 
 def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarray]:
@@ -103,15 +85,17 @@ def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarra
     table, state_dict = _table(model), {}
     for path, parameter in _parameters(model).items():
         array = np.asarray(parameter[...])
-        rule, names = _torch_names(table, path, array.shape)
         parts = array if "experts" in path else [array]
-        for name, part in zip(names, parts, strict=True):
-            tensor = np.ascontiguousarray(rule.to_torch(part))
+        for name, part in zip(
+            _torch_names(table, path, array.shape), parts, strict=True
+        ):
+            layout = table.layout(path, part.ndim)
+            tensor = np.array(layout.to_torch(part), order="C")
             state_dict |= dict.fromkeys(table.all_names(name), tensor)
     if buffers:
         for path in _parameters(model):
             if path.endswith("/relative_position_bias_table"):
-                name = table.find(path)[1].replace("bias_table", "index")
+                name = table.name(path).replace("bias_table", "index")
                 index = _parent(model, path).relative_position_index()
                 state_dict[name] = index.astype(np.int64)
     return state_dict
@@ -130,19 +114,20 @@ def _parameters(model) -> dict[str, nnx.Param]:
 
 
 def _table(model) -> NameTable:
+    found = entry_of(model.config)
     checks.require(
-        type(model) in TABLES,
-        f"model is a {type(model).__name__}, but PyTorch's names are known of "
-        f"{', '.join(t.__name__ for t in TABLES)}.",
+        found.torch_names is not None,
+        f"the network {found.name} has no PyTorch names; give its `register` a "
+        "`torch_names.NameTable`.",
     )
-    return TABLES[type(model)]
+    return found.torch_names
 
 
 def _torch_names(table, path, shape):
-    rule, name = table.find(path)
+    name = table.name(path)
     if "{e}" not in name:
-        return rule, [name]
-    return rule, [name.format(e=e) for e in range(shape[0])]
+        return [name]
+    return [name.format(e=e) for e in range(shape[0])]
 
 
 def _drop_aliases(table, expected, given):

@@ -8,19 +8,8 @@ import numpy as np
 from flax import nnx
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig, SwinSMTConfig
+from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.inference.sliding_window import sliding_window
-from swinsmt_jax.swin_config import STAGES
-
-
-def block_names(config: SwinSMTConfig) -> tuple[str, ...]:
-    """Return the names of a network's Soft MoE blocks: "stage2/block0" and so on."""
-    first = len(STAGES) - config.num_moe_stages
-    return tuple(
-        f"{name}/block{block}"
-        for name, depth in list(zip(STAGES, config.depths, strict=True))[first:]
-        for block in range(depth)
-    )
 
 
 def expert_shares(
@@ -35,7 +24,7 @@ def expert_shares(
         model: Swin SMT.
         config: of the experiment; its window and overlap are used.
         volume: [D, H, W, C], scaled as in training.
-        block: of `block_names`.
+        block: one of the config's `moe_strides`, such as "stage2/block0".
 
     Returns:
         float32 [D, H, W, E]; sums to one over the experts.
@@ -44,12 +33,11 @@ def expert_shares(
         UserError: for a network without experts, and an unknown block.
     """
     checks.require(
-        isinstance(config.model, SwinSMTConfig),
+        config.model.num_experts > 0,
         "the network has no experts, so there is no routing to show; take a Swin SMT.",
     )
-    checks.one_of("block", block, block_names(config.model))
-    window = config.data.patch_shape
-    stride = 2 ** (1 + STAGES.index(block.split("/")[0]))
+    checks.one_of("block", block, config.model.moe_strides)
+    window, stride = config.data.patch_shape, config.model.moe_strides[block]
     grid = [side // stride for side in window]
     graphdef, params = nnx.split(model)
 

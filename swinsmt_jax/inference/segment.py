@@ -11,10 +11,11 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.config import InferenceConfig, ModelConfig
+from swinsmt_jax.config import InferenceConfig
 from swinsmt_jax.data.network_view import NetworkView
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
 from swinsmt_jax.models import abstract_model, split
+from swinsmt_jax.models.registry import NetworkConfig
 
 
 @jax.jit
@@ -40,8 +41,8 @@ def predict_fn(model: Callable, *, exchanged: np.ndarray | None = None) -> Predi
 
 
 def computing_in(
-    dtype: str | None, config: ModelConfig, model: nnx.Module
-) -> tuple[ModelConfig, nnx.Module]:
+    dtype: str | None, config: NetworkConfig, model: nnx.Module
+) -> tuple[NetworkConfig, nnx.Module]:
     """Return config and network for matrix products and convolutions in another dtype.
 
     Parameters stay as they are. None changes nothing.

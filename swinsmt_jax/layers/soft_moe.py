@@ -12,10 +12,11 @@ from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.experts import Experts
 from swinsmt_jax.layers.linear import fold_in
-from swinsmt_jax.network_config import dtype_name
 from swinsmt_jax.ops import soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
-from swinsmt_jax.swin_config import ROUTING, SLOTS, slot_count
+
+ROUTING = ("dense", "streaming", "auto", "cudnn")
+SLOTS = ("dynamic", "learned")
 
 # Weights of a sample above which "auto" streams: those of 1,448 tokens with dynamic
 # slots on a CPU, where streaming is faster from there on (benchmarks/soft_moe.py), and
@@ -65,13 +66,11 @@ class SoftMoE(nnx.Module):
     ):
         checks.positive("channels", channels)
         checks.positive("num_experts", num_experts)
-        checks.one_of("slots", slots, SLOTS)
-        slot_count("slots_per_expert", slots, slots_per_expert)
-        checks.one_of("routing", routing, ROUTING)
+        check_options(routing=routing, slots=slots, slots_per_expert=slots_per_expert)
         hidden = 4 * channels if hidden is None else hidden
         checks.positive("hidden", hidden)
         checks.in_range("dropout_rate", dropout_rate, 0.0, 1.0)
-        dtype = dtype_name("dtype", dtype)
+        dtype = checks.dtype_name("dtype", dtype)
         self.channels = channels
         self.num_experts = num_experts
         self.slots = slots
@@ -208,3 +207,22 @@ class SoftMoE(nnx.Module):
             "experts.",
         )
         checks.one_of("return_routing", return_routing, (False, True, "statistics"))
+
+
+def check_options(
+    prefix: str = "", *, routing: str, slots: str, slots_per_expert: int
+) -> None:
+    """Raise `UserError` for an unknown option, and a count that `slots` forbids.
+
+    Learned slots have a count, dynamic ones none. `prefix` stands before the names.
+    """
+    checks.one_of(f"{prefix}routing", routing, ROUTING)
+    checks.one_of(f"{prefix}slots", slots, SLOTS)
+    name = f"{prefix}slots_per_expert"
+    if slots == "learned":
+        checks.positive(name, slots_per_expert)
+    checks.require(
+        slots == "learned" or slots_per_expert == 0,
+        f"{name} is {slots_per_expert}, but dynamic slots are as many as the tokens; "
+        'set slots="learned" or leave it out.',
+    )

@@ -1,13 +1,11 @@
-"""Shifted-window transformer blocks and stages (Liu et al. 2021), in 3-D."""
+"""The shifted-window transformer block (Liu et al. 2021), in 3-D."""
 
 import jax
 from flax import nnx
 
-from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
 from swinsmt_jax.layers.attention import PositionIndex, WindowAttention
 from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in
 from swinsmt_jax.layers.mlp import MLP
-from swinsmt_jax.layers.patch import PatchMerging
 from swinsmt_jax.layers.soft_moe import Routing, SoftMoE
 from swinsmt_jax.ops import windows
 
@@ -98,82 +96,3 @@ class SwinBlock(nnx.Module):
             with jax.named_scope("mlp"):
                 y = self.mlp(self.norm2(x), key=keys[2])
         return x + drop_path(y, rate=rate, key=keys[3]), routing
-
-
-class SwinStage(nnx.Module):
-    """Blocks without and with shift in turn, then patch merging.
-
-    Args:
-        config: the network's.
-        stage: 0-based index of the stage.
-        rngs: initialises the parameters.
-    """
-
-    def __init__(self, config: SwinUNETRConfig, *, stage: int, rngs: nnx.Rngs):
-        channels = config.feature_size * 2**stage
-        depth, before = config.depths[stage], sum(config.depths[:stage])
-        step = config.drop_path / max(1, sum(config.depths) - 1)
-        shift = tuple(w // 2 for w in config.window_size)
-        self.blocks = nnx.List(
-            SwinBlock(
-                channels,
-                num_heads=config.num_heads[stage],
-                window_size=config.window_size,
-                shift=shift if i % 2 else (0, 0, 0),
-                mlp=_mlp(config, stage=stage, channels=channels, rngs=rngs),
-                qkv_bias=config.qkv_bias,
-                dropout_rate=config.dropout,
-                attention_dropout=config.attention_dropout,
-                drop_path_rate=step * (before + i),
-                dtype=config.dtype,
-                rngs=rngs,
-            )
-            for i in range(depth)
-        )
-        self.downsample = PatchMerging(
-            channels, mode=config.patch_merging, dtype=config.dtype, rngs=rngs
-        )
-
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        return_routing: bool | str = False,
-    ) -> tuple[jax.Array, list[Routing | None]]:
-        """Map [B, D, H, W, C] to [B, D/2, H/2, W/2, 2C], with one routing per block."""
-        routings = []
-        for i, block in enumerate(self.blocks):
-            with jax.named_scope(f"block{i}"):
-                x, routing = block(
-                    x, key=fold_in(key, i), return_routing=return_routing
-                )
-            routings.append(routing)
-        with jax.named_scope("merge"):
-            return self.downsample(x), routings
-
-
-def _mlp(config, *, stage, channels, rngs):
-    hidden = int(channels * config.mlp_ratio)
-    if (
-        isinstance(config, SwinSMTConfig)
-        and stage >= len(config.depths) - config.num_moe_stages
-    ):
-        return SoftMoE(
-            channels,
-            num_experts=config.num_experts,
-            slots=config.slots,
-            slots_per_expert=config.slots_per_expert,
-            routing=config.routing,
-            hidden=hidden,
-            dropout_rate=config.dropout,
-            dtype=config.dtype,
-            rngs=rngs,
-        )
-    return MLP(
-        channels,
-        hidden=hidden,
-        dropout_rate=config.dropout,
-        dtype=config.dtype,
-        rngs=rngs,
-    )

@@ -4,6 +4,8 @@ As published for abdominal CT ("Synapse"), without deep supervision: the skips e
 decoder as keys and values of an attention, and windows shrink to small grids.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,10 +17,69 @@ from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, gelu
 from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.recompute import runner
 from swinsmt_jax.layers.swin import SwinBlock
-from swinsmt_jax.network_config import NNFormerConfig
+from swinsmt_jax.models.network import Network, dropout_key
+from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register
+from swinsmt_jax.models.torch_names import UP_CONV, NameTable
 from swinsmt_jax.ops import windows
 
 MLP_RATIO = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class NNFormerConfig(NetworkConfig):
+    """nnFormer (Zhou et al. 2023), in its published form for abdominal CT.
+
+    Attributes:
+        crop_size: the only input shape (D, H, W) that the network takes, or its side;
+            multiples of 16, 32 and 32. Where a stage's grid is smaller than its
+            window, the window and its table of positions shrink to the grid.
+        embedding_dim: channels of the first stage, doubled at each further one.
+        depths: transformer blocks per stage; those of the first three are the
+            decoder's too.
+        num_heads: attention heads per stage.
+        patch_size: (2, 4, 4), for which alone the embedding's strides are published.
+        window_size: side of the attention window per stage.
+        drop_path_rate: stochastic depth, rising linearly from 0 to this rate.
+    """
+
+    crop_size: checks.OneOrEach
+    embedding_dim: checks.Positive = 192
+    depths: checks.Positives = (2, 2, 2, 2)
+    num_heads: checks.Positives = (6, 12, 24, 48)
+    patch_size: checks.Positives = (2, 4, 4)
+    window_size: checks.Positives = (4, 4, 8, 4)
+    drop_path_rate: checks.Share = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        broadcast_to_tuple(self, "crop_size", 3)
+        for name in ("depths", "num_heads", "window_size"):
+            broadcast_to_tuple(self, name, 4)
+        checks.one_of("model.patch_size", self.patch_size, [(2, 4, 4)])
+        checks.spatial_shape(
+            "model.crop_size", self.crop_size, [8 * p for p in self.patch_size]
+        )
+        checks.require(
+            self.embedding_dim % 2 == 0,
+            f"model.embedding_dim is {self.embedding_dim}, but must be even.",
+        )
+        for stage, heads in enumerate(self.num_heads):
+            channels = self.embedding_dim * 2**stage
+            checks.require(
+                channels % heads == 0,
+                f"model.num_heads is {self.num_heads}: stage {stage + 1} has "
+                f"{channels} channels, which {heads} heads do not divide.",
+            )
+
+    @property
+    def total_stride(self) -> int:
+        """Smallest number of which all sides may be multiples; the depth needs less."""
+        return 8 * max(self.patch_size)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The only spatial shape that the network takes."""
+        return self.crop_size
 
 
 class Project(nnx.Module):
@@ -266,41 +327,19 @@ class Expand(nnx.Module):
         return self.up(x)
 
 
-class NNFormer(nnx.Module):
-    """nnFormer.
-
-    Args:
-        config: `NNFormerConfig`.
-        rngs: initialises the parameters, in float32.
-    """
+class NNFormer(Network):
+    """nnFormer. Its last layer is a transposed convolution, so it has no `head`."""
 
     def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.total_stride = config.total_stride
+        super().__init__(config)
         self.model_down = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.final = Expand(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Segment a batch of volumes.
-
-        Args:
-            x: [B, D, H, W, C_in] of the config's `crop_size`.
-            rngs: switches drop path on; without it the result is deterministic.
-
-        Returns:
-            float32 logits [B, D, H, W, K].
-
-        Raises:
-            UserError: for a wrong rank, number of channels or shape.
-        """
-        checks.image_batch(
-            x.shape,
-            channels=self.config.in_channels,
-            stride=self.total_stride,
-            exact=self.config.input_shape,
-        )
-        key = None if rngs is None else rngs.dropout()
+        """Segment a batch of volumes; see `Network`."""
+        self.check_input(x)
+        key = dropout_key(rngs)
         skips = self.model_down(x, key=fold_in(key, 0))
         x = self.decoder(skips, key=fold_in(key, 1))
         with jax.named_scope("head"):
@@ -344,3 +383,26 @@ def _block(config, *, stage, shifted, rate, rngs):
         dtype=config.dtype,
         rngs=rngs,
     )
+
+
+TORCH_NAMES = NameTable(
+    renames=(
+        (r"\.mlp\.linear(\d)\.", r".mlp.fc\1."),
+        (r"\.upsample\.", r".Upsample."),
+        (r"^final\.up\.", r"final.0.up."),
+    ),
+    layouts=((r"/up/kernel", UP_CONV),),
+    buffers=r".*\.relative_position_index",
+)
+register(
+    "nnformer",
+    NNFormerConfig,
+    NNFormer,
+    torch_names=TORCH_NAMES,
+    tiny={
+        "crop_size": (32, 64, 64),
+        "embedding_dim": 8,  # of 2 the embedding norms a single channel
+        "depths": (2, 1, 1, 1),
+        "num_heads": (1, 1, 1, 1),
+    },
+)

@@ -5,6 +5,9 @@ heads of the lower decoder stages are there, as they are in trained weights, but
 the last one is used.
 """
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +16,82 @@ from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.conv import Conv, InstanceNorm, UpConv, leaky_relu
 from swinsmt_jax.layers.recompute import runner
-from swinsmt_jax.network_config import PlainConvUNetConfig, ResidualEncoderUNetConfig
+from swinsmt_jax.models.network import Network
+from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register
+from swinsmt_jax.models.torch_names import UP_CONV, NameTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidConfig(NetworkConfig):
+    """What both of nnU-Net's networks decide.
+
+    Attributes:
+        features_per_stage: channels of each encoder stage; their number is the depth.
+        strides: of each stage's first convolution, 1 or 2; the first one is 1.
+        n_conv_per_stage_decoder: convolutions of each decoder stage, of which there is
+            one fewer; one number or one each.
+    """
+
+    features_per_stage: checks.Positives = (32, 64, 128, 256, 320, 320)
+    strides: checks.Positives = (1, 2, 2, 2, 2, 2)
+    n_conv_per_stage_decoder: checks.OneOrEach = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        depth = len(self.features_per_stage)
+        checks.require(
+            depth >= 2,
+            f"model.features_per_stage is {self.features_per_stage}, but must have at "
+            "least 2 entries: a U-Net has a stage to come up from.",
+        )
+        broadcast_to_tuple(self, "strides", depth)
+        broadcast_to_tuple(self, "n_conv_per_stage_decoder", depth - 1)
+        for stride in self.strides:
+            checks.one_of(f"an entry of model.strides {self.strides}", stride, (1, 2))
+        checks.require(
+            self.strides[0] == 1,
+            f"model.strides is {self.strides}, but must begin with 1: the logits have "
+            "the grid of the first stage.",
+        )
+
+    @property
+    def total_stride(self) -> int:
+        """Number of which every side of the input must be a multiple."""
+        return math.prod(self.strides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainConvUNetConfig(PyramidConfig):
+    """Plain nnU-Net (Isensee et al. 2021): a U-Net of stacked convolutions.
+
+    Attributes:
+        n_conv_per_stage: convolutions of each encoder stage, one number or one each.
+    """
+
+    n_conv_per_stage: checks.OneOrEach = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        broadcast_to_tuple(self, "n_conv_per_stage", len(self.strides))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualEncoderUNetConfig(PyramidConfig):
+    """nnU-Net with a residual encoder (Isensee et al. 2024), presets M and L.
+
+    The presets share this network and differ in the patch and batch that they plan.
+
+    Attributes:
+        n_blocks_per_stage: residual blocks of each encoder stage, one number or one
+            each.
+    """
+
+    n_blocks_per_stage: checks.OneOrEach = (1, 3, 4, 6, 6, 6)
+    n_conv_per_stage_decoder: checks.OneOrEach = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        broadcast_to_tuple(self, "n_blocks_per_stage", len(self.strides))
 
 
 class ConvNorm(nnx.Module):
@@ -89,23 +167,14 @@ class ResidualConvs(nnx.Module):
     """Two convolutions and a shortcut, pooled and projected where the shape changes."""
 
     def __init__(self, channels, features, *, strides, dtype, rngs):
-        self.conv1 = ConvNorm(
-            channels, features, strides=strides, dtype=dtype, rngs=rngs
-        )
-        self.conv2 = ConvNorm(
-            features, features, activate=False, dtype=dtype, rngs=rngs
-        )
+        common = {"dtype": dtype, "rngs": rngs}
+        self.conv1 = ConvNorm(channels, features, strides=strides, **common)
+        self.conv2 = ConvNorm(features, features, activate=False, **common)
         skip = [AveragePool(strides)] if strides > 1 else []
         if channels != features:
-            projection = ConvNorm(
-                channels,
-                features,
-                kernel_size=1,
-                activate=False,
-                dtype=dtype,
-                rngs=rngs,
+            skip.append(
+                ConvNorm(channels, features, kernel_size=1, activate=False, **common)
             )
-            skip.append(projection)
         self.skip = nnx.List(skip)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -141,20 +210,18 @@ class ResidualStack(nnx.Module):
 class Encoder(nnx.Module):
     """Stages of convolutions or, behind a stem, of residual blocks."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config: PyramidConfig, *, rngs: nnx.Rngs):
         self.recompute = "encoder" in config.remat
-        features, dtype = config.features_per_stage, config.dtype
-        residual = isinstance(config, ResidualEncoderUNetConfig)
-        stage = ResidualStack if residual else ConvStack
-        counts = config.n_blocks_per_stage if residual else config.n_conv_per_stage
-        channels = features[0] if residual else config.in_channels
-        self.stem = (
-            ConvStack(config.in_channels, channels, count=1, dtype=dtype, rngs=rngs)
-            if residual
-            else None
-        )
+        channels, features = config.in_channels, config.features_per_stage
+        common = {"dtype": config.dtype, "rngs": rngs}
+        if isinstance(config, ResidualEncoderUNetConfig):
+            stage, counts = ResidualStack, config.n_blocks_per_stage
+            self.stem = ConvStack(channels, features[0], count=1, **common)
+            channels = features[0]
+        else:
+            stage, counts, self.stem = ConvStack, config.n_conv_per_stage, None
         self.stages = nnx.List(
-            stage(before, after, count=count, strides=stride, dtype=dtype, rngs=rngs)
+            stage(before, after, count=count, strides=stride, **common)
             for before, after, count, stride in zip(
                 (channels, *features), features, counts, config.strides, strict=False
             )
@@ -177,39 +244,23 @@ class Decoder(nnx.Module):
 
     def __init__(self, config, *, rngs: nnx.Rngs):
         self.recompute = "decoder" in config.remat
-        dtype, he = config.dtype, initializers.he_normal
+        common = {"dtype": config.dtype, "rngs": rngs}
+        with_bias = {"use_bias": True, "initializer": initializers.he_normal, **common}
         features = config.features_per_stage[::-1]
+        counts = config.n_conv_per_stage_decoder
         pairs = list(zip(features, features[1:], strict=False))
         self.stages = nnx.List(
-            ConvStack(2 * finer, finer, count=count, dtype=dtype, rngs=rngs)
-            for (_, finer), count in zip(
-                pairs, config.n_conv_per_stage_decoder, strict=True
-            )
+            ConvStack(2 * finer, finer, count=count, **common)
+            for (_, finer), count in zip(pairs, counts, strict=True)
         )
         self.transpconvs = nnx.List(
-            UpConv(
-                coarser,
-                finer,
-                strides=stride,
-                use_bias=True,
-                initializer=he,
-                dtype=dtype,
-                rngs=rngs,
-            )
+            UpConv(coarser, finer, strides=stride, **with_bias)
             for (coarser, finer), stride in zip(
                 pairs, config.strides[:0:-1], strict=True
             )
         )
         self.seg_layers = nnx.List(
-            Conv(
-                finer,
-                config.out_channels,
-                kernel_size=1,
-                use_bias=True,
-                initializer=he,
-                dtype=dtype,
-                rngs=rngs,
-            )
+            Conv(finer, config.out_channels, kernel_size=1, **with_bias)
             for _, finer in pairs
         )
 
@@ -227,41 +278,13 @@ class Decoder(nnx.Module):
         return x
 
 
-class NNUNet(nnx.Module):
-    """nnU-Net, plain or with a residual encoder, as the type of the config says.
+class NNUNet(Network):
+    """nnU-Net, plain or with a residual encoder, as the type of the config says."""
 
-    Args:
-        config: `PlainConvUNetConfig` or `ResidualEncoderUNetConfig`.
-        rngs: initialises the parameters, in float32.
-    """
-
-    def __init__(
-        self,
-        config: PlainConvUNetConfig | ResidualEncoderUNetConfig,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
-        self.total_stride = config.total_stride
+    def __init__(self, config: PyramidConfig, *, rngs: nnx.Rngs):
+        super().__init__(config)
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-
-    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Segment a batch of volumes.
-
-        Args:
-            x: [B, D, H, W, C_in], every side a multiple of `total_stride`.
-            rngs: taken for the sake of one interface; nothing here is random.
-
-        Returns:
-            float32 logits [B, D, H, W, K].
-
-        Raises:
-            UserError: for a wrong rank, number of channels or side.
-        """
-        y = self.features(x, rngs=rngs)
-        with jax.named_scope("head"):
-            return self.head(y).astype(jnp.float32)
 
     @property
     def head(self) -> Conv:
@@ -269,8 +292,35 @@ class NNUNet(nnx.Module):
         return self.decoder.seg_layers[-1]
 
     def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Return what the head is applied to, [B, D, H, W, F]."""
-        checks.image_batch(
-            x.shape, channels=self.config.in_channels, stride=self.total_stride
-        )
+        """Return what the head is applied to, [B, D, H, W, F]; nothing is random."""
+        self.check_input(x)
         return self.decoder(self.encoder(x))
+
+
+TORCH_NAMES = NameTable(
+    renames=((r"^(encoder\.stages\.\d+)\.convs\.", r"\1.0.convs."),),
+    layouts=((r"/transpconvs/\d+/kernel", UP_CONV),),
+    aliases=(
+        (r"(.*)\.conv\.(\w+)", r"\1.all_modules.0.\2"),
+        (r"(.*)\.norm\.(\w+)", r"\1.all_modules.1.\2"),
+        (r"encoder\.(.*)", r"decoder.encoder.\1"),
+    ),
+)
+register(
+    "nnunet_plain",
+    PlainConvUNetConfig,
+    NNUNet,
+    torch_names=TORCH_NAMES,
+    tiny={"features_per_stage": (4, 6), "strides": (1, 2), "n_conv_per_stage": 1},
+)
+register(
+    "nnunet_resenc",
+    ResidualEncoderUNetConfig,
+    NNUNet,
+    torch_names=TORCH_NAMES,
+    tiny={
+        "features_per_stage": (4, 6, 6),
+        "strides": (1, 2, 1),
+        "n_blocks_per_stage": 1,
+    },
+)

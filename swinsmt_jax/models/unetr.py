@@ -4,8 +4,10 @@ As in MONAI, with its convolutional patch embedding and learnt positions. These 
 shape of the input.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax import checks
@@ -15,10 +17,58 @@ from swinsmt_jax.layers.conv import Conv, PatchConv, ResidualBlock, UpBlock, UpC
 from swinsmt_jax.layers.linear import LayerNorm, dropout, fold_in
 from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.recompute import runner
-from swinsmt_jax.network_config import UNETRConfig
+from swinsmt_jax.models.network import Network, dropout_key
+from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register
+from swinsmt_jax.models.torch_names import (
+    MONAI_LAYOUTS,
+    MONAI_RENAMES,
+    UP_CONV,
+    NameTable,
+)
 
 NUM_LAYERS = 12
 SKIPS = (3, 6, 9)  # 0-based layers whose results the decoder gets
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNETRConfig(NetworkConfig):
+    """UNETR (Hatamizadeh et al. 2022): a vision transformer of 12 layers as encoder.
+
+    Attributes:
+        img_size: the only input shape (D, H, W) that the network takes, or its side;
+            multiples of 16. Every patch has a learnt position embedding.
+        feature_size: channels of the finest decoder stage.
+        hidden_size: channels of the transformer, a multiple of `num_heads`.
+        mlp_dim: hidden channels of its MLPs.
+        num_heads: attention heads.
+        qkv_bias: whether queries, keys and values have a bias.
+        dropout_rate: after embedding, projections, MLPs and on attention weights.
+    """
+
+    img_size: checks.OneOrEach
+    feature_size: checks.Positive = 16
+    hidden_size: checks.Positive = 768
+    mlp_dim: checks.Positive = 3072
+    num_heads: checks.Positive = 12
+    qkv_bias: bool = False
+    dropout_rate: checks.Share = 0.0
+
+    total_stride: ClassVar = 16  # the patch
+
+    def __post_init__(self):
+        super().__post_init__()
+        broadcast_to_tuple(self, "img_size", 3)
+        checks.spatial_shape("model.img_size", self.img_size, self.total_stride)
+        checks.require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.hidden_size is {self.hidden_size}, but must be a multiple of "
+            f"model.num_heads, {self.num_heads}.",
+        )
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The only spatial shape that the network takes."""
+        return self.img_size
 
 
 class PatchEmbedding(nnx.Module):
@@ -122,17 +172,11 @@ class ProjectedUp(nnx.Module):
         return x
 
 
-class UNETR(nnx.Module):
-    """UNETR.
-
-    Args:
-        config: `UNETRConfig`.
-        rngs: initialises the parameters, in float32.
-    """
+class UNETR(Network):
+    """UNETR."""
 
     def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.total_stride = config.total_stride
+        super().__init__(config)
         f, hidden, dtype = config.feature_size, config.hidden_size, config.dtype
 
         def skip(features, count):
@@ -154,40 +198,12 @@ class UNETR(nnx.Module):
             f, config.out_channels, kernel_size=1, use_bias=True, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Segment a batch of volumes.
-
-        Args:
-            x: [B, D, H, W, C_in] of the config's `img_size`.
-            rngs: switches dropout on; without it the result is deterministic.
-
-        Returns:
-            float32 logits [B, D, H, W, K].
-
-        Raises:
-            UserError: for a wrong rank, number of channels or shape.
-        """
-        y = self.features(x, rngs=rngs)
-        with jax.named_scope("head"):
-            return self.head(y).astype(jnp.float32)
-
-    @property
-    def head(self) -> Conv:
-        """The last layer, from features to logits."""
-        return self.out
-
     def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Return what the head is applied to, [B, D, H, W, F]."""
-        checks.image_batch(
-            x.shape,
-            channels=self.config.in_channels,
-            stride=self.total_stride,
-            exact=self.config.input_shape,
-        )
-        key = None if rngs is None else rngs.dropout()
+        self.check_input(x)
         grid = [side // self.total_stride for side in x.shape[1:4]]
         with jax.named_scope("transformer"):
-            tokens = self.vit(x, key=key)
+            tokens = self.vit(x, key=dropout_key(rngs))
         coarse = [t.reshape(t.shape[0], *grid, t.shape[-1]) for t in tokens]
         run = runner("encoder" in self.config.remat)
         with jax.named_scope("encoder"):
@@ -202,3 +218,29 @@ class UNETR(nnx.Module):
             with jax.named_scope(f"decoder{level}"):
                 y = run(getattr(self, f"decoder{level}"), y, skips[level - 2])
         return y
+
+
+TORCH_NAMES = NameTable(
+    renames=(
+        (r"^(encoder\d\.transp_conv_init)\.", r"\1.conv."),
+        (r"^(encoder\d\.blocks\.\d\.(0|1\.conv\d))\.", r"\1.conv."),
+        *MONAI_RENAMES,
+    ),
+    layouts=(
+        (r"encoder\d/(transp_conv_init|blocks/\d/0)/kernel", UP_CONV),
+        *MONAI_LAYOUTS,
+    ),
+)
+register(
+    "unetr",
+    UNETRConfig,
+    UNETR,
+    torch_names=TORCH_NAMES,
+    tiny={
+        "img_size": (16, 16, 32),
+        "feature_size": 2,
+        "hidden_size": 4,
+        "mlp_dim": 3,
+        "num_heads": 2,
+    },
+)

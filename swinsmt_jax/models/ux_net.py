@@ -1,5 +1,8 @@
 """3D UX-Net (Lee et al. 2023): large depthwise kernels in place of window attention."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,12 +12,50 @@ from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.conv import Conv, PatchConv, ResidualBlock, UpBlock
 from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, gelu
 from swinsmt_jax.layers.recompute import runner
-from swinsmt_jax.network_config import UXNetConfig
+from swinsmt_jax.models.network import Network, dropout_key
+from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register
+from swinsmt_jax.models.torch_names import (
+    MONAI_LAYOUTS,
+    MONAI_RENAMES,
+    Layout,
+    NameTable,
+)
 from swinsmt_jax.ops import convolution
 
 KERNEL = 7
 EXPANSION = 4
 EPSILON = 1e-6  # of the encoder's layer norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class UXNetConfig(NetworkConfig):
+    """3D UX-Net (Lee et al. 2023): large-kernel depthwise convolutions as encoder.
+
+    Attributes:
+        depths: blocks of each of the four stages.
+        feat_size: channels of each stage.
+        hidden_size: channels at the bottom of the decoder.
+        drop_path_rate: stochastic depth, rising linearly from 0 to this rate.
+        layer_scale_init_value: initial value of the blocks' layer scale.
+    """
+
+    depths: checks.Positives = (2, 2, 2, 2)
+    feat_size: checks.Positives = (48, 96, 192, 384)
+    hidden_size: checks.Positive = 768
+    drop_path_rate: checks.Share = 0.0
+    layer_scale_init_value: float = 1e-6
+
+    total_stride: ClassVar = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        broadcast_to_tuple(self, "depths", 4)
+        broadcast_to_tuple(self, "feat_size", 4)
+        checks.require(
+            self.layer_scale_init_value > 0,
+            f"model.layer_scale_init_value is {self.layer_scale_init_value}, but must "
+            "be positive: a block scaled by 0 learns nothing.",
+        )
 
 
 class DepthwiseConv(nnx.Module):
@@ -140,17 +181,11 @@ class UXEncoder(nnx.Module):
         return results
 
 
-class UXNet(nnx.Module):
-    """3D UX-Net.
-
-    Args:
-        config: `UXNetConfig`.
-        rngs: initialises the parameters, in float32.
-    """
+class UXNet(Network):
+    """3D UX-Net."""
 
     def __init__(self, config: UXNetConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.total_stride = config.total_stride
+        super().__init__(config)
         sizes, dtype = (*config.feat_size, config.hidden_size), config.dtype
 
         def block(channels, features):
@@ -173,35 +208,10 @@ class UXNet(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Segment a batch of volumes.
-
-        Args:
-            x: [B, D, H, W, C_in], every side a multiple of `total_stride`.
-            rngs: switches drop path on; without it the result is deterministic.
-
-        Returns:
-            float32 logits [B, D, H, W, K].
-
-        Raises:
-            UserError: for a wrong rank, number of channels or side.
-        """
-        y = self.features(x, rngs=rngs)
-        with jax.named_scope("head"):
-            return self.head(y).astype(jnp.float32)
-
-    @property
-    def head(self) -> Conv:
-        """The last layer, from features to logits."""
-        return self.out
-
     def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Return what the head is applied to, [B, D, H, W, F]."""
-        checks.image_batch(
-            x.shape, channels=self.config.in_channels, stride=self.total_stride
-        )
-        key = None if rngs is None else rngs.dropout()
-        stages = [x, *self.uxnet_3d(x, key=key)]
+        self.check_input(x)
+        stages = [x, *self.uxnet_3d(x, key=dropout_key(rngs))]
         run = runner("encoder" in self.config.remat)
         with jax.named_scope("encoder"):
             *skips, y = (
@@ -215,3 +225,29 @@ class UXNet(nnx.Module):
         with jax.named_scope("decoder1"):
             y = run(self.decoder1, y)
         return y
+
+
+# One kernel a channel: [k, k, k, C] -> [C, 1, k, k, k].
+_DEPTHWISE = Layout(
+    lambda a: a.transpose(3, 0, 1, 2)[:, None],
+    lambda a, shape: a[:, 0].transpose(1, 2, 3, 0),
+)
+# Of one channel to r, [C, r] -> [C r, 1, 1, 1, 1]; and back, [C, r, 1, 1, 1].
+_WIDEN = Layout(lambda a: a.reshape(-1, 1, 1, 1, 1), lambda a, shape: a.reshape(shape))
+_NARROW = Layout(lambda a: a[:, :, None, None, None], lambda a, shape: a.reshape(shape))
+TORCH_NAMES = NameTable(
+    renames=MONAI_RENAMES,
+    layouts=(
+        (r"/dwconv/kernel", _DEPTHWISE),
+        (r"/pwconv1/kernel", _WIDEN),
+        (r"/pwconv2/kernel", _NARROW),
+        *MONAI_LAYOUTS,
+    ),
+)
+register(
+    "ux_net",
+    UXNetConfig,
+    UXNet,
+    torch_names=TORCH_NAMES,
+    tiny={"depths": (1, 1, 1, 1), "feat_size": (2, 3, 3, 4), "hidden_size": 4},
+)

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 import jax
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig, SwinUNETRConfig
-from swinsmt_jax.network_config import REMAT_PARTS
-from swinsmt_jax.swin_config import REMAT_CHOICES
+from swinsmt_jax.config import ExperimentConfig
 
 
 @contextlib.contextmanager
@@ -33,14 +31,13 @@ def what_helps(config: ExperimentConfig, *, devices: int) -> str:
     The first ones leave the experiment as it is, so a run may continue with them.
     """
     model, data = config.model, config.data
-    parts = REMAT_CHOICES if isinstance(model, SwinUNETRConfig) else REMAT_PARTS
     same = []
     share = data.batch_size // devices
     more = [n for n in checks.divisors(share) if n > config.training.accumulate]
     if more:
         same.append(f"--config.training.accumulate={more[0]}")
-    if set(model.remat) < set(parts):
-        same.append(f'--config.model.remat="{tuple(parts)}"')
+    if set(model.remat) < set(model.remat_parts):
+        same.append(f'--config.model.remat="{tuple(model.remat_parts)}"')
     other = []
     if model.dtype != "bfloat16":
         other.append("--config.model.dtype=bfloat16")
@@ -49,9 +46,8 @@ def what_helps(config: ExperimentConfig, *, devices: int) -> str:
         other.append(f"--config.data.batch_size={fewer[-1] * devices}")
     if smaller := _smaller_patch(config):
         other.append(f'--config.data.patch_shape="{smaller}"')
-    experts = getattr(model, "num_experts", 0)
     spread = [n for n in checks.divisors(devices) if n > config.mesh.expert]
-    spread = [n for n in spread if experts and experts % n == 0]
+    spread = [n for n in spread if model.num_experts and model.num_experts % n == 0]
     if spread:
         same.append(f"--config.mesh.data=-1 --config.mesh.expert={spread[0]}")
     lists = []

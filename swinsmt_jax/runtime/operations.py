@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import JaxprEqn
 
-from swinsmt_jax.config import ModelConfig
 from swinsmt_jax.models import abstract_model
+from swinsmt_jax.models.registry import NetworkConfig
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
-def forward_operations(config: ModelConfig, shape: Sequence[int]) -> int:
+def forward_operations(config: NetworkConfig, shape: Sequence[int]) -> int:
     """Count the operations of one forward pass over [1, D, H, W, C_in].
 
     The network is taken in its plainest form, with Soft MoE dense and nothing repeated.

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from swinsmt_jax import models, sharding
-from swinsmt_jax.config import ModelConfig
+from swinsmt_jax.models.registry import NetworkConfig
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +39,7 @@ class TrainState:
 
 
 def abstract_state(
-    config: ModelConfig,
+    config: NetworkConfig,
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh,
@@ -61,7 +61,7 @@ def abstract_state(
 
 
 def initialize(
-    config: ModelConfig,
+    config: NetworkConfig,
     optimizer: optax.GradientTransformation,
     *,
     seed: int,

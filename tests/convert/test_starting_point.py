@@ -7,9 +7,9 @@ import pytest
 from absl import flags
 from flax import nnx
 
-from swinsmt_jax import convert, models
+from swinsmt_jax import SwinUNETRConfig, convert, models
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import SwinUNETRConfig, from_config_dict
+from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.convert import __main__ as script
 from swinsmt_jax.convert import files, starting_point
 from swinsmt_jax.runtime import startup

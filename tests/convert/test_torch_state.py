@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import convert, models
+from swinsmt_jax import SwinSMTConfig, convert, models
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import SwinSMTConfig
-from swinsmt_jax.network_config import NNFormerConfig, PlainConvUNetConfig
+from swinsmt_jax.models.nnformer import NNFormerConfig
+from swinsmt_jax.models.nnunet import PlainConvUNetConfig
 
 CONFIG = SwinSMTConfig(
     in_channels=1, out_channels=2, feature_size=3, num_heads=(1, 1, 1, 1),

@@ -11,100 +11,42 @@ from flax import nnx
 
 from swinsmt_jax import convert, models
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import (
-    MODEL_CONFIGS,
-    SwinSMTConfig,
-    SwinUNETRConfig,
-    model_from_dict,
-    to_dict,
-)
-from swinsmt_jax.network_config import (
-    NNFormerConfig,
-    PlainConvUNetConfig,
-    ResidualEncoderUNetConfig,
-    UNETRConfig,
-    UXNetConfig,
-)
+from swinsmt_jax.config import model_from_dict, to_dict
+from swinsmt_jax.models import registry
+from swinsmt_jax.models.nnunet import PlainConvUNetConfig
+from tests import recipes
+
+recipes.load("A network")  # so that what the recipe makes keeps the promises too
 
 SIZES = {"in_channels": 1, "out_channels": 3}
-
-# A tiny config, the smallest input with which every parameter can get a gradient, and
-# the parameters that get none, by the pattern of their path.
-SWIN = dict(depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=4, **SIZES)
-NETWORKS = {
-    "swin_smt": (
-        SwinSMTConfig(feature_size=2, num_experts=2, num_moe_stages=2, **SWIN),
-        (32, 32, 64),
-        (),
-    ),
-    "swin_unetr": (
-        SwinUNETRConfig(
-            feature_size=2, residual_conv=True, patch_merging="octants", **SWIN
-        ),
-        (32, 32, 64),
-        (),
-    ),
-    "nnunet_plain": (
-        PlainConvUNetConfig(
-            features_per_stage=(4, 6),
-            strides=(1, 2),
-            n_conv_per_stage=1,
-            n_conv_per_stage_decoder=1,
-            **SIZES,
-        ),
-        (4, 8, 6),
-        (),
-    ),
-    "nnunet_resenc": (
-        ResidualEncoderUNetConfig(
-            features_per_stage=(4, 6, 6),
-            strides=(1, 2, 1),
-            n_blocks_per_stage=1,
-            **SIZES,
-        ),
-        (4, 8, 6),
-        ("decoder/seg_layers/0/",),  # for deep supervision alone
-    ),
-    "unetr": (
-        UNETRConfig(
-            img_size=(16, 32, 16),
-            feature_size=2,
-            hidden_size=4,
-            mlp_dim=3,
-            num_heads=2,
-            **SIZES,
-        ),
-        (16, 32, 16),
-        ("norm_cross_attn",),
-    ),
-    "ux_net": (
-        UXNetConfig(
-            depths=(1, 1, 1, 1), feat_size=(2, 3, 3, 4), hidden_size=4, **SIZES
-        ),
-        (16, 32, 16),
-        (),
-    ),
-    "nnformer": (
-        NNFormerConfig(
-            crop_size=(32, 64, 64),
-            embedding_dim=8,  # of 2 the embedding norms a single channel
-            depths=(2, 1, 1, 1),
-            num_heads=(1, 1, 1, 1),
-            **SIZES,
-        ),
-        (32, 64, 64),
-        (),
-    ),
+# Parameters that get no gradient, by a part of their path.
+UNUSED = {
+    "nnunet_resenc": ("decoder/seg_layers/0/",),  # for deep supervision alone
+    "unetr": ("norm_cross_attn",),
 }
 RATES = ("dropout", "attention_dropout", "drop_path", "dropout_rate", "drop_path_rate")
 # A bias before an instance norm moves nothing, and a norm over two voxels gives signs.
 WITHOUT_EFFECT = (r".*/conv/bias", r"encoder10/.*", r"encoder5/.*")
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+def tiny(name):
+    """Return the tiny config of a network and the shape of an input.
+
+    The input is the smallest with which every parameter can get a gradient.
+    """
+    entry = registry.entry(name)
+    if not entry.tiny:
+        pytest.fail(f"add a tiny config here: register({name!r}, ..., tiny={{...}})")
+    config = entry.config(**SIZES, **entry.tiny)
+    side = config.total_stride * max(1, 4 // config.total_stride)
+    return config, config.input_shape or (side, side, 2 * side)
+
+
+@pytest.fixture(scope="module", params=registry.names())
 def network(request):
     """Config, graph, parameters moved off their start, input, patterns of unused."""
-    config, grid, unused = NETWORKS[request.param]
+    config, grid = tiny(request.param)
+    unused = UNUSED.get(request.param, ())
     graphdef, shapes = nnx.split(abstract(config))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -185,7 +127,7 @@ def test_computes_in_bfloat16_and_returns_float32_logits(network):
         if name in ("conv_general_dilated", "dot_general")
     ]
     assert products
-    routed = isinstance(config, SwinSMTConfig)  # the router's products are float32
+    routed = config.num_experts > 0  # the router's products are float32
     for equation in products:
         if not (routed and equation.primitive.name == "dot_general"):
             types = {v.aval.dtype for v in equation.invars}
@@ -196,8 +138,8 @@ def test_the_last_layer_is_the_head_of_the_features(network):
     config, _, _, x, _ = network
     equations, logits = program(config, x)
     graphdef, shapes = nnx.split(abstract(config))
-    if isinstance(config, NNFormerConfig):  # its last layer is a transposed convolution
-        assert not hasattr(nnx.merge(graphdef, shapes), "head")
+    if not hasattr(abstract(config), "head"):  # it makes the logits by another layer
+        assert not hasattr(abstract(config), "features")
         return
 
     def run(params, x):
@@ -217,8 +159,8 @@ def test_parts_are_rematerialised_by_name_and_random_with_rngs_alone(network):
     config, _, _, x, _ = network
     rates = {f.name for f in dataclasses.fields(config)} & set(RATES)
     config = dataclasses.replace(config, **dict.fromkeys(rates, 0.5))
-    first = "stage1" if isinstance(config, SwinUNETRConfig) else "encoder"
-    for part, key in ((first, None), ("decoder", jax.random.key(0))):
+    first, *_, last = config.remat_parts
+    for part, key in ((first, None), (last, jax.random.key(0))):
         config = dataclasses.replace(config, remat=(part,))
         equations, _ = program(config, x, key=key)
         names = {equation.primitive.name for equation in equations}
@@ -264,7 +206,7 @@ def test_configs_survive_a_dictionary(network):
     config = network[0]
     values = to_dict(config)
     assert model_from_dict(values) == config
-    assert MODEL_CONFIGS[values["name"]] is type(config)
+    assert registry.config_class(values["name"]) is type(config)
 
 
 def test_refuses_what_it_cannot_take(network):
@@ -295,8 +237,8 @@ def test_pyramids_are_checked():
 
 
 def test_unetr_takes_one_shape_alone():
-    config = NETWORKS["unetr"][0]
-    message = r"shape \(32, 32, 16\), but this network takes \(16, 32, 16\) alone: its "
+    config, _ = tiny("unetr")
+    message = r"shape \(32, 32, 16\), but this network takes \(16, 16, 32\) alone: its "
     message += "parameters are made for the input shape of its config"
     graphdef, shapes = nnx.split(abstract(config))
     with pytest.raises(UserError, match="image patch has " + message):
@@ -310,7 +252,7 @@ def test_unetr_takes_one_shape_alone():
 
 
 def test_nnformer_takes_one_shape_alone():
-    config = NETWORKS["nnformer"][0]
+    config, _ = tiny("nnformer")
     graphdef, shapes = nnx.split(abstract(config))
     message = r"this network takes \(32, 64, 64\) alone: its parameters are made for"
     with pytest.raises(UserError, match=message):
@@ -323,3 +265,19 @@ def test_nnformer_takes_one_shape_alone():
         dataclasses.replace(config, patch_size=(4, 4, 4))
     with pytest.raises(UserError, match="8 channels, which 3 heads do not divide"):
         dataclasses.replace(config, num_heads=(3, 1, 1, 1))
+
+
+def test_a_network_without_a_tiny_config_is_told_to_add_one(monkeypatch):
+    untested = registry.entry("unetr")._replace(name="untested", tiny={})
+    monkeypatch.setitem(registry._entries, "untested", untested)
+    with pytest.raises(pytest.fail.Exception, match="add a tiny config here: register"):
+        tiny("untested")
+
+
+def test_a_name_belongs_to_one_network():
+    unetr, ux_net = registry.entry("unetr"), registry.entry("ux_net")
+    with pytest.raises(ValueError, match="'unetr' is taken by UNETRConfig"):
+        registry.register("unetr", ux_net.config, ux_net.network)
+    assert registry.entry("unetr") == unetr
+    with pytest.raises(ValueError, match="must be a NetworkConfig and have a total_st"):
+        registry.register("no_stride", registry.NetworkConfig, unetr.network)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import models
+from swinsmt_jax import SwinSMTConfig, SwinUNETRConfig, models
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
 
 SMALL = SwinSMTConfig(
     in_channels=1,

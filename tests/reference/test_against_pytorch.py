@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import convert, models
-from swinsmt_jax.config import SwinSMTConfig, SwinUNETRConfig
+from swinsmt_jax import SwinSMTConfig, SwinUNETRConfig, convert, models
 from swinsmt_jax.inference.sliding_window import sliding_window
 from swinsmt_jax.training import losses
 

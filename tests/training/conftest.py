@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import models
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.models import network
 
 CLASSES = 4
 
@@ -42,7 +42,7 @@ class Tiny(nnx.Module):
 @pytest.fixture
 def tiny(monkeypatch):
     """Make `models.create` build the tiny network."""
-    monkeypatch.setattr(models, "create", lambda config, rngs: Tiny(config, rngs=rngs))
+    monkeypatch.setattr(network, "create", lambda config, rngs: Tiny(config, rngs=rngs))
 
 
 @pytest.fixture

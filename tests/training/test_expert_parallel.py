@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from benchmarks import collectives
-from swinsmt_jax import models, sharding
-from swinsmt_jax.config import MeshConfig, OptimizerConfig, SwinSMTConfig
+from swinsmt_jax import SwinSMTConfig, models, sharding
+from swinsmt_jax.config import MeshConfig, OptimizerConfig
 from swinsmt_jax.training import losses
 from swinsmt_jax.training import state as train_state
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule

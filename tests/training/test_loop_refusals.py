@@ -6,7 +6,7 @@ from unittest import mock
 import jax
 import pytest
 
-from swinsmt_jax import swin_config
+from swinsmt_jax import SwinSMTConfig
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.data import preprocess
 from swinsmt_jax.evaluation import run
@@ -40,7 +40,7 @@ def test_a_step_beyond_the_memory_is_refused_with_remedies(
     with pytest.raises(UserError, match=words):
         loop.train(config, workdir=tmp_path / "run")
     in_force = make_config(
-        model={"remat": swin_config.REMAT_CHOICES, "dtype": "bfloat16"},
+        model={"remat": SwinSMTConfig.remat_parts, "dtype": "bfloat16"},
         data={"batch_size": 1},
     )
     with pytest.raises(UserError, match="What helps: more devices") as error:

@@ -3,10 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from swinsmt_jax import SwinSMTConfig
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import OptimizerConfig, SwinSMTConfig
+from swinsmt_jax.config import OptimizerConfig
 from swinsmt_jax.models import abstract_model
-from swinsmt_jax.network_config import NNFormerConfig, UNETRConfig, UXNetConfig
+from swinsmt_jax.models.nnformer import NNFormerConfig
+from swinsmt_jax.models.unetr import UNETRConfig
+from swinsmt_jax.models.ux_net import UXNetConfig
 from swinsmt_jax.sharding import path_name
 from swinsmt_jax.training.optimizer import (
     is_decayed,
@@ -116,5 +119,5 @@ def test_patterns_must_leave_something_to_learn(freeze, words):
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     with pytest.raises(UserError, match=words):
         require_frozen(OptimizerConfig(0.1, freeze=freeze), params)
-    with pytest.raises(UserError, match="is no regular expression"):
+    with pytest.raises(UserError, match="is not a regular expression"):
         OptimizerConfig(0.1, freeze=("(",))

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swinsmt_jax import sharding
-from swinsmt_jax.config import (
-    MeshConfig,
-    OptimizerConfig,
-    SwinSMTConfig,
-    from_config_dict,
-)
+from swinsmt_jax import SwinSMTConfig, sharding
+from swinsmt_jax.config import MeshConfig, OptimizerConfig, from_config_dict
 from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.training import losses, packing
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule

@@ -1,26 +1,24 @@
-"""Typed, checked configs of Swin UNETR and Swin SMT. Imports no jax."""
+"""Configs of Swin UNETR and Swin SMT."""
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from swinsmt_jax import checks
-from swinsmt_jax.network_config import settle, spread
+from swinsmt_jax.layers.soft_moe import check_options
+from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
-REMAT_CHOICES = (*STAGES, "encoder", "decoder")
 PATCH_MERGING = ("legacy", "octants", "octants_v2")
-ROUTING = ("dense", "streaming", "auto", "cudnn")
-SLOTS = ("dynamic", "learned")
 
 
 @dataclass(frozen=True)
-class SwinUNETRConfig:
+class SwinUNETRConfig(NetworkConfig):
     """Swin UNETR (Hatamizadeh et al. 2022), as in MONAI.
 
     Attributes:
-        in_channels: channels of the image, 1 for CT.
-        out_channels: classes, background included.
         feature_size: channels of the patch embedding; a multiple of `num_heads[0]`.
         residual_conv: residual convolution block before each stage ("v2").
         patch_merging: which octants are concatenated, in which order: "legacy" takes
@@ -37,35 +35,35 @@ class SwinUNETRConfig:
         dropout: rate after embedding, projections and MLPs.
         attention_dropout: rate on attention weights.
         drop_path: stochastic depth, rising linearly from 0 to this rate.
-        dtype: of matrix products and convolutions: "float32" or "bfloat16".
-            Parameters, norms' statistics, softmax and logits are float32.
-        remat: parts whose activations are recomputed in the backward pass, of
-            "stage1".."stage4", "encoder" (its convolution blocks), "decoder".
+        remat: of "stage1".."stage4", "encoder" (its convolution blocks), "decoder".
     """
 
-    in_channels: int
-    out_channels: int
-    feature_size: int
+    feature_size: checks.Positive
     residual_conv: bool = False
     patch_merging: str = "legacy"
-    depths: tuple[int, ...] = (2, 2, 2, 2)
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int | tuple[int, ...] = 7
+    depths: checks.Positives = (2, 2, 2, 2)
+    num_heads: checks.Positives = (3, 6, 12, 24)
+    window_size: checks.OneOrEach = 7
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     patch_norm: bool = False
     normalize: bool = True
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    drop_path: float = 0.0
-    dtype: str = "float32"
-    remat: tuple[str, ...] = ()
+    dropout: checks.Share = 0.0
+    attention_dropout: checks.Share = 0.0
+    drop_path: checks.Share = 0.0
+
+    remat_parts: ClassVar = (*STAGES, "encoder", "decoder")
+    num_moe_stages: ClassVar[int] = 0
+    encoder_stages: ClassVar = (
+        *(f"swinViT/layers{stage}" for stage in (4, 3, 2, 1)),
+        "swinViT/patch_embed",
+    )
+    decayed: ClassVar = r"(kernel|w1|w2)$"
 
     def __post_init__(self):
-        settle(self, REMAT_CHOICES)
-        checks.positive("model.feature_size", self.feature_size)
+        super().__post_init__()
         for name, length in (("depths", 4), ("num_heads", 4), ("window_size", 3)):
-            spread(self, name, length)
+            broadcast_to_tuple(self, name, length)
         for stage, heads in enumerate(self.num_heads):
             channels = self.feature_size * 2**stage
             checks.require(
@@ -75,8 +73,6 @@ class SwinUNETRConfig:
                 "with the default heads take a multiple of 3.",
             )
         checks.one_of("model.patch_merging", self.patch_merging, PATCH_MERGING)
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            checks.in_range(f"model.{name}", getattr(self, name), 0.0, 1.0)
         checks.require(
             int(self.feature_size * self.mlp_ratio) >= 1,
             f"model.mlp_ratio is {self.mlp_ratio}, which gives the MLPs of "
@@ -88,11 +84,6 @@ class SwinUNETRConfig:
     def total_stride(self) -> int:
         """Number of which every side of the input must be a multiple."""
         return 2 ** (1 + len(self.depths))
-
-    @property
-    def input_shape(self) -> None:
-        """Any shape of whole strides is taken."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ class SwinSMTConfig(SwinUNETRConfig):
         slots_per_expert: number of learned slots of each expert.
     """
 
-    num_experts: int = dataclasses.field(kw_only=True)
+    num_experts: checks.Positive = dataclasses.field(kw_only=True)
     num_moe_stages: int = dataclasses.field(kw_only=True)
     routing: str = "auto"
     slots: str = "dynamic"
@@ -119,41 +110,39 @@ class SwinSMTConfig(SwinUNETRConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.positive("model.num_experts", self.num_experts)
         checks.require(
             1 <= self.num_moe_stages <= len(self.depths),
             f"model.num_moe_stages is {self.num_moe_stages!r}, but must be a whole "
             f"number from 1 to {len(self.depths)}, the number of stages; a network "
             "without experts is SwinUNETRConfig.",
         )
-        checks.one_of("model.routing", self.routing, ROUTING)
-        checks.one_of("model.slots", self.slots, SLOTS)
-        slot_count("model.slots_per_expert", self.slots, self.slots_per_expert)
+        check_options(
+            "model.",
+            routing=self.routing,
+            slots=self.slots,
+            slots_per_expert=self.slots_per_expert,
+        )
 
-    def require_tokens(self, patch_shape: tuple[int, ...]) -> None:
-        """Raise `UserError` if dynamic slots lack tokens: one per expert.
+    @property
+    def moe_strides(self) -> Mapping[str, int]:
+        """Side in voxels of the tokens of "stage2/block0" and every other Soft MoE."""
+        first = len(STAGES) - self.num_moe_stages
+        return {
+            f"{STAGES[stage]}/block{block}": 2 ** (1 + stage)
+            for stage in range(first, len(STAGES))
+            for block in range(self.depths[stage])
+        }
+
+    def check_patch(self, name: str, shape: Sequence[int]) -> None:
+        """Refuse also a patch with fewer tokens than experts, where slots are dynamic.
 
         The last stage has the fewest.
         """
-        if self.slots == "learned":
-            return
-        sides = [side // 2 ** len(self.depths) for side in patch_shape]
-        tokens = math.prod(sides)
+        super().check_patch(name, shape)
+        tokens = math.prod(side // 2 ** len(self.depths) for side in shape)
         checks.require(
-            tokens >= self.num_experts,
-            f"patch {tuple(patch_shape)} has {tokens} tokens in the last stage, but "
-            f"needs one for each of model.num_experts = {self.num_experts}; take a "
-            "larger patch or fewer experts.",
+            self.slots == "learned" or tokens >= self.num_experts,
+            f"{name} {tuple(shape)} has {tokens} tokens in the last stage, but needs "
+            f"one for each of model.num_experts = {self.num_experts}; take a larger "
+            "patch or fewer experts.",
         )
-
-
-def slot_count(name: str, slots: str, count: int) -> None:
-    """Raise `UserError` unless learned slots have a count, and dynamic ones none."""
-    if slots == "learned":
-        checks.positive(name, count)
-        return
-    checks.require(
-        count == 0,
-        f"{name} is {count}, but dynamic slots are as many as the tokens; set "
-        'slots="learned" or leave it out.',
-    )

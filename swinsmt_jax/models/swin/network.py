@@ -1,0 +1,98 @@
+"""Swin UNETR (Hatamizadeh et al. 2022) and Swin SMT (Plotka et al., MICCAI 2024).
+
+Both are one network: a Swin transformer encoder and a convolutional decoder. Swin SMT
+has Soft Mixture-of-Experts instead of the MLPs of its last stages.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from swinsmt_jax.layers.conv import Conv, ResidualBlock, UpBlock
+from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.layers.soft_moe import Routing
+from swinsmt_jax.models.network import Network, dropout_key
+from swinsmt_jax.models.swin.config import SwinUNETRConfig
+from swinsmt_jax.models.swin.encoder import SwinTransformer
+
+
+class SwinUNETR(Network):
+    """Swin UNETR, or Swin SMT if the config has experts."""
+
+    def __init__(self, config: SwinUNETRConfig, *, rngs: nnx.Rngs):
+        super().__init__(config)
+        f, dtype = config.feature_size, config.dtype
+
+        def block(channels, features):
+            return ResidualBlock(channels, features, dtype=dtype, rngs=rngs)
+
+        def up(channels, features):
+            return UpBlock(channels, features, dtype=dtype, rngs=rngs)
+
+        self.swinViT = SwinTransformer(config, rngs=rngs)
+        self.encoder1 = block(config.in_channels, f)
+        self.encoder2 = block(f, f)
+        self.encoder3 = block(2 * f, 2 * f)
+        self.encoder4 = block(4 * f, 4 * f)
+        self.encoder10 = block(16 * f, 16 * f)
+        self.decoder5 = up(16 * f, 8 * f)
+        self.decoder4 = up(8 * f, 4 * f)
+        self.decoder3 = up(4 * f, 2 * f)
+        self.decoder2 = up(2 * f, f)
+        self.decoder1 = up(f, f)
+        self.out = Conv(
+            f, config.out_channels, kernel_size=1, use_bias=True, dtype=dtype, rngs=rngs
+        )
+
+    def hidden_states(
+        self, x: jax.Array, *, rngs: nnx.Rngs | None = None
+    ) -> list[jax.Array]:
+        """Return the encoder's five hidden states of [B, D, H, W, C_in]."""
+        self.check_input(x)
+        return self.swinViT(x, key=dropout_key(rngs))[0]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        rngs: nnx.Rngs | None = None,
+        return_routing: bool | str = False,
+    ) -> jax.Array | tuple[jax.Array, dict[str, Routing]]:
+        """Segment a batch of volumes, as `Network` does.
+
+        Args:
+            x, rngs: see `Network`.
+            return_routing: True also returns the dispatch and combine weights of every
+                Soft MoE, under names such as "stage2/block0": N x N matrices, for which
+                the routing is dense. "statistics" returns `RoutingStatistics`, for
+                which no such matrix is made.
+        """
+        y, routing = self._features(x, rngs=rngs, return_routing=return_routing)
+        with jax.named_scope("head"):
+            logits = self.head(y).astype(jnp.float32)
+        return (logits, routing) if return_routing else logits
+
+    def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Return what the head is applied to, [B, D, H, W, feature_size]."""
+        return self._features(x, rngs=rngs, return_routing=False)[0]
+
+    def _features(self, x, *, rngs, return_routing):
+        self.check_input(x)
+        hidden, routing = self.swinViT(
+            x, key=dropout_key(rngs), return_routing=return_routing
+        )
+        run = runner("encoder" in self.config.remat)
+        with jax.named_scope("encoder"):
+            skips = [
+                run(self.encoder1, x),
+                run(self.encoder2, hidden[0]),
+                run(self.encoder3, hidden[1]),
+                run(self.encoder4, hidden[2]),
+                hidden[3],
+            ]
+            y = run(self.encoder10, hidden[4])
+        run = runner("decoder" in self.config.remat)
+        for level in (5, 4, 3, 2, 1):
+            with jax.named_scope(f"decoder{level}"):
+                y = run(getattr(self, f"decoder{level}"), y, skips[level - 1])
+        return y, routing

@@ -188,7 +188,13 @@ def trained_dice(config: ExperimentConfig, *, workdir: Path) -> dict[str, float]
     loop.train(config, workdir=workdir)
     config, model, _ = load_model(workdir)
     cases = find_cases(config.data.root, split="test")
-    scores = run.validate(predict_fn(model), config, cases)
+    scores = run.validate(
+        predict_fn(model),
+        cases,
+        data=config.data,
+        inference=config.inference,
+        num_classes=config.model.out_channels,
+    )
     return {"overall": scores["dice"], **scores["groups"]}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig, MeshConfig
+from swinsmt_jax.config import MeshConfig
 from swinsmt_jax.layers.experts import BATCH, DATA, EXPERT
 from swinsmt_jax.models.registry import NetworkConfig
 
@@ -66,29 +66,30 @@ def within(mesh: Mesh):
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def require_divisible(config: ExperimentConfig, mesh: Mesh) -> None:
+def require_divisible(
+    mesh: Mesh, *, batch_size: int, accumulate: int = 1, num_experts: int = 0
+) -> None:
     """Raise `UserError` unless the mesh divides the batch and the experts evenly."""
-    batch, size = config.data.batch_size, mesh.size
+    share, rest = divmod(batch_size, mesh.size)
     checks.require(
-        batch % size == 0,
-        f"data.batch_size is {batch}, but must be a multiple of the {size} devices of "
-        f"the mesh (data {mesh.shape[DATA]} x expert {mesh.shape[EXPERT]}); the next "
-        f"valid size is {-(-batch // size) * size}. Fewer devices are taken with "
-        "mesh.data.",
+        rest == 0,
+        f"data.batch_size is {batch_size}, but must be a multiple of the {mesh.size} "
+        f"devices of the mesh (data {mesh.shape[DATA]} x expert {mesh.shape[EXPERT]}); "
+        f"the next valid size is {(share + 1) * mesh.size}. Fewer devices are taken "
+        "with mesh.data.",
     )
-    share, accumulate = batch // size, config.training.accumulate
     checks.require(
         share % accumulate == 0,
         f"training.accumulate is {accumulate}, but must divide the {share} samples "
-        f"that each of the {size} devices has of data.batch_size = {batch}: take one "
-        f"of {checks.listed(checks.divisors(share))}.",
+        f"that each of the {mesh.size} devices has of data.batch_size = {batch_size}: "
+        f"take one of {checks.listed(checks.divisors(share))}.",
     )
-    experts, axis = config.model.num_experts, mesh.shape[EXPERT]
+    axis = mesh.shape[EXPERT]
     checks.require(
-        experts % axis == 0,  # 0 if the network has none
-        f"model.num_experts is {experts}, but must be a multiple of mesh.expert = "
-        f"{axis}; with {experts} experts, mesh.expert may be one of "
-        f"{checks.listed(checks.divisors(experts))}.",
+        num_experts % axis == 0,
+        f"model.num_experts is {num_experts}, but must be a multiple of mesh.expert = "
+        f"{axis}; with {num_experts} experts, mesh.expert may be one of "
+        f"{checks.listed(checks.divisors(num_experts))}.",
     )
 
 

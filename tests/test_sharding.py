@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,21 +6,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from swinsmt_jax import SwinSMTConfig, SwinUNETRConfig, sharding
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import MeshConfig, from_config_dict
+from swinsmt_jax.config import MeshConfig
 
 SMT = SwinSMTConfig(1, 5, 12, num_experts=6, num_moe_stages=1)
-
-
-def experiment(*, batch_size, num_experts=4):
-    model = dataclasses.replace(SMT, num_experts=num_experts)
-    return from_config_dict(
-        {
-            "model": {"name": "swin_smt", **dataclasses.asdict(model)},
-            "data": {"root": "x", "patch_shape": (32,) * 3, "batch_size": batch_size},
-            "optimizer": {"learning_rate": 1e-3},
-            "training": {"num_steps": 1},
-        }
-    )
 
 
 @pytest.mark.parametrize(
@@ -55,13 +41,13 @@ def test_several_processes_take_all_devices(monkeypatch):
 
 def test_refuses_what_the_mesh_does_not_divide():
     mesh = sharding.make_mesh(MeshConfig(2, 4))
-    sharding.require_divisible(experiment(batch_size=16), mesh)
+    sharding.require_divisible(mesh, batch_size=16, num_experts=8)
     words = r"batch_size is 10, .* 8 devices .*data 2 x expert 4.*valid size is 16"
     with pytest.raises(UserError, match=words):
-        sharding.require_divisible(experiment(batch_size=10), mesh)
+        sharding.require_divisible(mesh, batch_size=10)
     words = r"num_experts is 6, .*mesh.expert = 4.*one of 1, 2, 3, 6"
     with pytest.raises(UserError, match=words):
-        sharding.require_divisible(experiment(batch_size=8, num_experts=6), mesh)
+        sharding.require_divisible(mesh, batch_size=8, num_experts=6)
 
 
 def test_batches_are_divided_over_all_devices(rng):

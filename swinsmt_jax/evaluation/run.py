@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import DataConfig, ExperimentConfig, InferenceConfig
+from swinsmt_jax.config import DataConfig, InferenceConfig
 from swinsmt_jax.data import nifti, pipeline, transforms
 from swinsmt_jax.data.network_view import network_view
 from swinsmt_jax.evaluation.averages import group_averages, known_groups
@@ -100,9 +100,11 @@ def segment_cases(
 
 def validate(
     predict: Predict,
-    config: ExperimentConfig,
     cases: Sequence,
     *,
+    data: DataConfig,
+    inference: InferenceConfig,
+    num_classes: int,
     groups: Mapping[str, Sequence[int]] | None = None,
     sharding: jax.sharding.Sharding | None = None,
     draw: Callable[[Segmented], np.ndarray] | None = None,
@@ -127,9 +129,9 @@ def validate(
         segmented = segment_cases(
             predict,
             own,
-            data=config.data,
-            inference=config.inference,
-            num_classes=config.model.out_channels,
+            data=data,
+            inference=inference,
+            num_classes=num_classes,
             sharding=sharding,
         )
         for case in segmented:
@@ -140,8 +142,8 @@ def validate(
 
     results = processes.unshare(processes.together(segment))
     if groups is None:
-        groups = pipeline.class_map(config.data).groups
-    groups = known_groups(groups, config.model.out_channels)
+        groups = pipeline.class_map(data).groups
+    groups = known_groups(groups, num_classes)
     means = group_averages(scores_of(results, DICE), groups=groups)
     dice = {name: mean["over_classes"] for name, mean in means.items()}
     return {

@@ -1,14 +1,14 @@
 """What a training step costs: memory as compiled, operations of the network."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 from jax.sharding import Mesh
 
-from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.runtime.memory import gigabytes, what_helps
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.models.registry import NetworkConfig
+from swinsmt_jax.runtime.memory import TooLargeError, gigabytes
 from swinsmt_jax.runtime.operations import forward_operations
 
 # Dense bfloat16 operations per second by the start of `device_kind`, of the vendors'
@@ -45,6 +45,14 @@ class Cost:
     limit: int | None
     peak: float | None
 
+    def __str__(self) -> str:
+        """Say what a step takes."""
+        return (
+            f"a step takes {self.operations / 1e12:.4g} TFLOP, and on each device "
+            f"{gigabytes(self.arguments)} for state and batch and "
+            f"{gigabytes(self.temporaries)} to compute with"
+        )
+
     def rates(self, steps_per_second: float) -> dict[str, float]:
         """Return `tflops_per_second` and, where the peak is known, `utilisation`."""
         rate = self.operations * steps_per_second
@@ -52,20 +60,16 @@ class Cost:
         return {"tflops_per_second": rate / 1e12, **known}
 
 
-def measure(config: ExperimentConfig, compiled: Callable, *, mesh: Mesh) -> Cost:
-    """Read the cost of a compiled training step.
-
-    Args:
-        config: of the experiment.
-        compiled: the step, a `jax.stages.Compiled`.
-        mesh: that it runs on.
-    """
+def measure(
+    compiled: jax.stages.Compiled, *, model: NetworkConfig, data: DataConfig, mesh: Mesh
+) -> Cost:
+    """Read the cost of a compiled training step of a network on crops, on a mesh."""
     memory = compiled.memory_analysis()
-    forward = forward_operations(config.model, config.data.patch_shape)
+    forward = forward_operations(model, data.patch_shape)
     device = mesh.devices.flat[0]
     names = [name for name in PEAK if device.device_kind.startswith(name)]
     return Cost(
-        operations=3 * config.data.batch_size * forward,
+        operations=3 * data.batch_size * forward,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         limit=device_memory(mesh),
@@ -82,15 +86,16 @@ def device_memory(mesh: Mesh) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def require_fit(cost: Cost, config: ExperimentConfig, *, devices: int) -> None:
-    """Raise `UserError` where a step needs more memory than its device has."""
+def require_fit(cost: Cost) -> None:
+    """Raise `TooLargeError` where a step needs more memory than its device has."""
     if cost.limit is None:
         return
     together = cost.arguments + cost.temporaries
-    checks.require(
-        together <= cost.limit,
+    if together <= cost.limit:
+        return
+    raise TooLargeError(
         f"a training step needs {gigabytes(together)} on each device "
         f"({gigabytes(cost.arguments)} for state and batch and "
         f"{gigabytes(cost.temporaries)} to compute with), but a device has "
-        f"{gigabytes(cost.limit)}. {what_helps(config, devices=devices)}",
+        f"{gigabytes(cost.limit)}."
     )

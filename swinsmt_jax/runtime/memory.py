@@ -10,11 +10,23 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
 
 
+class TooLargeError(checks.UserError):
+    """Something needs more memory than a device has."""
+
+
 @contextlib.contextmanager
 def remedies(config: ExperimentConfig, *, devices: int) -> Iterator[None]:
-    """Turn a device's running out of memory into a `UserError` that says what helps."""
+    """Say what helps where a device runs out of memory, or would.
+
+    Raises:
+        UserError: for a `TooLargeError` and what JAX raises on such a device.
+    """
     try:
         yield
+    except TooLargeError as error:
+        raise checks.UserError(
+            f"{error} {what_helps(config, devices=devices)}"
+        ) from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

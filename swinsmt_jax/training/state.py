@@ -1,15 +1,19 @@
 """What training carries from step to step, as one pytree of arrays."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
 from swinsmt_jax import models, sharding
 from swinsmt_jax.models.registry import NetworkConfig
+from swinsmt_jax.runtime import processes
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +79,21 @@ def initialize(
 
     make = jax.jit(make, out_shardings=shardings_of(abstract))
     return make(jax.random.key(seed))
+
+
+def changed(
+    state: TrainState, graphdef: nnx.GraphDef, change: Callable[[nnx.Module], object]
+) -> TrainState:
+    """Return the state with parameters that `change` has set in its network.
+
+    What `change` returns is logged; of several processes all call it.
+    """
+    model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.params))
+    for line in str(processes.together(lambda: change(model))).splitlines():
+        logging.info("%s", line)
+    params = jax.device_put(models.split(model)[1], shardings_of(state.params))
+    average = jax.tree.map(jnp.copy, params) if state.average else {}
+    return dataclasses.replace(state, params=params, average=average)
 
 
 def shardings_of(tree):

@@ -56,19 +56,17 @@ def cases(rng):
     ]
 
 
+def settings(**inference):
+    own = config(**inference)
+    return {"data": own.data, "inference": own.inference, "num_classes": CLASSES}
+
+
 def segmented(cases):
-    own = config()
-    return run.segment_cases(
-        reads_the_image,
-        cases,
-        data=own.data,
-        inference=own.inference,
-        num_classes=CLASSES,
-    )
+    return run.segment_cases(reads_the_image, cases, **settings())
 
 
 def test_a_perfect_network_scores_one(cases):
-    result = run.validate(reads_the_image, config(), cases)
+    result = run.validate(reads_the_image, cases, **settings())
     assert result["dice"] == 1 and result["groups"] == {"organs": 1.0}
     assert result["false_positives"] == 0 and result["pictures"] == {}
 
@@ -77,7 +75,7 @@ def test_what_is_absent_and_predicted_is_counted_but_not_averaged(cases):
     def always_3(windows):
         return jnp.zeros((*windows.shape[:-1], CLASSES)).at[..., 3].set(1)
 
-    result = run.validate(jax.jit(always_3), config(), cases, groups={"last": (3,)})
+    result = run.validate(jax.jit(always_3), cases, groups={"last": (3,)}, **settings())
     assert result["false_positives"] == 1  # in the case without class 3
     share = np.array([2 * (c.label == 3).mean() for c in cases if 3 in c.label])
     last = (share / (1 + share / 2)).mean()
@@ -103,8 +101,8 @@ def test_every_device_has_windows_of_a_batch(cases, window_batch, batch):
         return reads_the_image(windows)
 
     sharding = batch_sharding()
-    own = config(window_batch=window_batch)
-    result = run.validate(watched, own, cases, sharding=sharding)
+    own = settings(window_batch=window_batch)
+    result = run.validate(watched, cases, sharding=sharding, **own)
     assert result["dice"] == 1.0 and set(seen) == {(batch, 8)}
 
 
@@ -112,12 +110,12 @@ def test_refuses_labels_that_the_network_lacks(cases):
     cases[1].label[0, 0, 0] = 9
     words = r"case '1' holds label 9.*out_channels is 4.*classes of the training"
     with pytest.raises(UserError, match=words):
-        run.validate(reads_the_image, config(), cases)
+        run.validate(reads_the_image, cases, **settings())
 
 
 def test_refuses_no_cases():
     with pytest.raises(UserError, match="at least one case"):
-        run.validate(reads_the_image, config(), [])
+        run.validate(reads_the_image, [], **settings())
 
 
 def test_known_groups_drop_what_the_network_lacks():

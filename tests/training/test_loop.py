@@ -219,10 +219,10 @@ def test_a_signal_does_not_wait_for_validation(tmp_path, make_config, monkeypatc
         if step == 1 and at == "before validation":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def signals_within(predict, config, cases, **options):
+    def signals_within(predict, cases, **options):
         validated.append(len(cases))
         os.kill(os.getpid(), signal.SIGTERM)
-        return run.validate(predict, config, cases, **options)
+        return run.validate(predict, cases, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(logs.Log, "row", signals_before)

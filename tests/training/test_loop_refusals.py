@@ -11,7 +11,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.data import preprocess
 from swinsmt_jax.evaluation import run
 from swinsmt_jax.runtime import cost, processes
-from swinsmt_jax.training import loop
+from swinsmt_jax.training import loop, setup
 from swinsmt_jax.training import workdir as workdir_module
 
 pytestmark = pytest.mark.usefixtures("tiny", "dataset")
@@ -64,7 +64,7 @@ class FullWhenCalled:
 @pytest.mark.parametrize(
     "module, name, replacement",
     [
-        (loop, "initialize", full),
+        (setup, "initialize", full),
         (processes, "compiled", full),
         (processes, "compiled", lambda *_: FullWhenCalled()),
     ],

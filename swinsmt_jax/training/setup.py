@@ -1,0 +1,156 @@
+"""What a run is prepared from: its cases, network, validation and batches."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
+
+from swinsmt_jax import checks, sharding
+from swinsmt_jax.config import DataConfig, OptimizerConfig, TrainingConfig
+from swinsmt_jax.data import pipeline
+from swinsmt_jax.data.case import Case
+from swinsmt_jax.data.meta import EmptySplitError
+from swinsmt_jax.models.registry import NetworkConfig
+from swinsmt_jax.runtime import processes
+from swinsmt_jax.training import losses
+from swinsmt_jax.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    require_frozen,
+    require_stages,
+)
+from swinsmt_jax.training.state import abstract_state, changed, initialize
+from swinsmt_jax.training.step import make_predict, make_train_step
+
+Change = Callable[[nnx.Module], object]
+Cases = Sequence[Case]
+
+
+def find_cases(
+    data: DataConfig, *, num_classes: int, validated: bool
+) -> tuple[DataConfig, Cases, Cases]:
+    """Return the config with the classes of its data, and the cases of both splits.
+
+    Raises:
+        UserError: as `pipeline.find_cases`; without validation, no case has to be in
+            the split "val".
+    """
+    data = pipeline.with_classes(data, num_classes=num_classes)
+    cases = pipeline.find_cases(data, split="train")
+    if not validated:
+        return data, cases, ()
+    try:
+        return data, cases, pipeline.find_cases(data, split="val")
+    except EmptySplitError as error:
+        raise EmptySplitError(
+            f"{error} Training picks its best checkpoint by them: give at least one "
+            "case the split 'val' in meta.csv (and run preprocess.py again for a "
+            "store)."
+        ) from error
+
+
+def make_network(
+    model: NetworkConfig,
+    optimizer_config: OptimizerConfig,
+    training: TrainingConfig,
+    *,
+    mesh: Mesh,
+) -> tuple:
+    """Return (abstract state, its initialisation, training step, prediction).
+
+    The initialisation takes None, or what sets other parameters; see `state.changed`.
+    Nothing takes memory yet. A `UserError` for a loss, a frozen parameter or a decay by
+    layers that the network does not have.
+    """
+    schedule = make_schedule(optimizer_config, num_steps=training.num_steps)
+    optimizer = make_optimizer(optimizer_config, schedule)
+    graphdef, abstract = abstract_state(
+        model, optimizer, mesh=mesh, averaged=training.ema_decay > 0
+    )
+    require_frozen(optimizer_config, abstract.params)
+    require_stages(optimizer_config, abstract.params)
+    train_step = make_train_step(
+        graphdef,
+        optimizer,
+        loss=losses.make(training.loss),
+        schedule=schedule,
+        seed=training.seed,
+        abstract=abstract,
+        mesh=mesh,
+        accumulate=training.accumulate,
+        ema_decay=training.ema_decay,
+    )
+
+    def start(change):
+        state = initialize(model, optimizer, seed=training.seed, abstract=abstract)
+        return state if change is None else changed(state, graphdef, change)
+
+    predict = make_predict(graphdef, abstract=abstract, mesh=sharding.local_mesh(mesh))
+    return abstract, start, train_step, predict
+
+
+def validate_on(
+    mesh: Mesh, validate: Callable, predict: Callable, params: dict, poll: Callable
+) -> dict:
+    """Validate parameters on a local mesh; `poll()` is called before each batch."""
+    params = sharding.copy_to_local(params, mesh=mesh)
+
+    def predict_or_stop(windows):
+        poll()
+        return predict(params, windows)
+
+    return validate(predict_or_stop, sharding=sharding.batch_sharding(mesh))
+
+
+def read_start(
+    start_from: Callable[[], Change] | None, *, resumed: bool
+) -> Change | None:
+    """Read what a new run starts from; one that continues has its own."""
+    if start_from is None:
+        return None
+    if resumed:
+        if processes.is_first():
+            logging.warning("--start_from is ignored, since the run continues")
+        return None
+    return processes.together(start_from)
+
+
+def batches_after(
+    step: int,
+    data: DataConfig,
+    cases: Cases,
+    *,
+    seed: int,
+    num_classes: int,
+    mesh: Mesh,
+) -> Iterator[tuple[dict[str, jax.Array], list[str]]]:
+    """Yield each batch after a step, on the mesh, and the names of its cases.
+
+    Raises:
+        UserError: for bad files, and labels that the network has no output for.
+    """
+    batches = pipeline.training_batches(
+        data,
+        cases,
+        seed=seed,
+        start_step=step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            names = [cases[i].name for i in batch["case"]]
+            _require_known_labels(batch["label"], names, num_classes)
+            yield sharding.place_batch(batch, mesh), names
+
+
+def _require_known_labels(labels, names, num_classes):
+    for name, top in zip(names, labels.max(axis=(1, 2, 3)), strict=True):
+        checks.require(
+            top < num_classes,
+            f"case {name!r} holds label {top}, but model.out_channels is "
+            f"{num_classes}, background included, so labels end at {num_classes - 1}.",
+        )

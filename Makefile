@@ -1,4 +1,8 @@
-# make demo: install, make phantom scans, train, evaluate, print the table.
+# make docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict --site-dir=$(VENV)/site
+
+demo: install, make phantom scans, train, evaluate, print the table.
 # make test: install, run the tests. Nothing but Python >= 3.11 is needed for either.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +11,7 @@ SHARED ?= ../shared
 PHANTOMS = data/phantoms
 RUN = runs/demo
 
-.PHONY: install lint test test-slow test-reference parity demo clean
+.PHONY: install lint test test-slow test-reference parity docs demo clean
 
 install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml requirements.txt
@@ -31,6 +35,10 @@ test-reference: install
 
 parity: install
 	$(BIN)/python -m benchmarks.parity --goldens=$(SHARED)/parity
+
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict --site-dir=$(VENV)/site
 
 demo: install
 	$(BIN)/python -m swinsmt_jax.phantoms --root=$(PHANTOMS) --cases=40 --val=3 \

@@ -32,8 +32,10 @@ def get_config() -> config_dict.ConfigDict:
             "batch_size": 1,
             "spacing": 0.0,  # the phantoms' own
             "foreground_ratio": 0.9,  # most of a phantom is air
-            "zoom_probability": 0.0,
-            "rotate_probability": 0.0,
+            "augmentations": {
+                "zoom": {"probability": 0.0},
+                "rotate": {"probability": 0.0},
+            },
             "num_threads": 2,
             "cache": True,
         }

@@ -26,7 +26,7 @@ def get_config() -> config_dict.ConfigDict:
             "patch_shape": (64, 64, 64),
             "spacing": 5.75,
             "hu_range": (-200.0, 400.0),  # soft tissue takes most of the scale
-            "intensity_probability": 0.0,
+            "augmentations": {"intensity": {"probability": 0.0}},
         }
     )
     config.optimizer.update({"learning_rate": 1.5e-2, "weight_decay": 0.0, "b2": 0.95})

@@ -47,11 +47,11 @@ def get_config() -> config_dict.ConfigDict:
                 "spacing": 1.5,  # mm, that of the dataset
                 "hu_range": (-1024.0, 1024.0),
                 "foreground_ratio": 0.5,
-                "zoom_probability": 0.3,
-                "zoom_range": (1.3, 1.5),
-                "rotate_probability": 0.1,
-                "intensity_probability": 0.2,
-                "intensity_shift": 0.1,
+                "augmentations": {
+                    "zoom": {"probability": 0.3, "factor": (1.3, 1.5)},
+                    "rotate": {"probability": 0.1},
+                    "intensity": {"probability": 0.2, "shift": 0.1},
+                },
                 "num_workers": 0,
                 "num_threads": 16,
                 "cache": False,

@@ -116,9 +116,9 @@ def typed_fields(group: str, config: object) -> None:
     """Raise `UserError` unless each field of a dataclass has the type of its hint.
 
     Types are bool, int, float and str, a tuple[int, ...] of any of them, and a number
-    or a tuple of numbers. `Annotated` adds rules: functions of name and value that
-    raise. Sequences become tuples, numbers of numpy Python's, and paths strings; floats
-    are finite.
+    or a tuple of numbers, or another dataclass, checked by itself. `Annotated` adds
+    rules: functions of name and value that raise. Sequences become tuples, numbers of
+    numpy Python's, and paths strings; floats are finite.
 
     Args:
         group: what the fields belong to, for the message: "model" in "model.depths".
@@ -152,6 +152,12 @@ def _typed(name, value, hint):
         return _typed(name, value, hint)
     if origin is tuple:
         return _typed_entries(name, value, hint.__args__[0])
+    if dataclasses.is_dataclass(hint):
+        require(
+            isinstance(value, hint),
+            f"{name} is {value!r}, but must be {hint.__name__}.",
+        )
+        return value
     kind, words = _TYPES[hint]
     if hint is str and isinstance(value, os.PathLike):
         value = os.fspath(value)

@@ -50,7 +50,7 @@ class ClassMap:
             names, {group: found for group, found in groups.items() if found}
         )
 
-    def exchanged(self) -> np.ndarray:
+    def left_right_swap(self) -> np.ndarray:
         """Return for each label id that of the other side's structure, or its own.
 
         uint8 [256]. Sides are the words left and right, l and r, lt and rt of a name,

@@ -8,8 +8,12 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from absl import logging
 
 from swinsmt_jax import checks
+from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.models import registry
 from swinsmt_jax.models.registry import NetworkConfig
 
@@ -25,17 +29,7 @@ class DataConfig:
         spacing: voxel side in mm to which scans are resampled; 0 keeps the scan's own.
         hu_range: (low, high) HU mapped to [0, 1] and clipped.
         foreground_ratio: share of crops centred on a labelled voxel.
-        zoom_probability, zoom_range: random enlargement before the crop.
-        rotate_probability: rotation by 90, 180 or 270 degrees in the axial plane.
-        intensity_probability, intensity_shift: shift of the scaled image by up to
-            +-intensity_shift.
-        mirror_probability: exchange of right and left, in image and names of classes.
-        noise_probability, noise_most: Gaussian noise, its deviation up to noise_most of
-            the scaled image.
-        blur_probability, blur_sigma: smoothing, its deviation in voxels.
-        gamma_probability, gamma_range: power of the scaled image.
-        low_resolution_probability, low_resolution_range: coarser grid and back, ratio
-            of the grids.
+        augmentations: what changes the crops; see `data.augmentation`.
         num_workers: processes that make crops; 0 makes them in threads.
         num_threads: reading threads per process.
         classes: names of the label ids from 1 on; empty for TotalSegmentator v2's. A
@@ -44,65 +38,26 @@ class DataConfig:
     """
 
     root: str
-    patch_shape: tuple[int, ...]
-    batch_size: int
-    spacing: float = 0.0
+    patch_shape: checks.Positives
+    batch_size: checks.Positive
+    spacing: Annotated[float, checks.Within(0.0, 100.0)] = 0.0
     hu_range: tuple[float, ...] = (-1024.0, 1024.0)
-    foreground_ratio: float = 0.5
-    zoom_probability: float = 0.3
-    zoom_range: tuple[float, ...] = (1.3, 1.5)
-    rotate_probability: float = 0.1
-    intensity_probability: float = 0.2
-    intensity_shift: float = 0.1
-    mirror_probability: float = 0.0
-    noise_probability: float = 0.0
-    noise_most: float = 0.1
-    blur_probability: float = 0.0
-    blur_sigma: tuple[float, ...] = (0.5, 1.0)
-    gamma_probability: float = 0.0
-    gamma_range: tuple[float, ...] = (0.7, 1.5)
-    low_resolution_probability: float = 0.0
-    low_resolution_range: tuple[float, ...] = (0.5, 1.0)
-    num_workers: int = 0
-    num_threads: int = 2
+    foreground_ratio: checks.Share = 0.5
+    augmentations: Augmentations = field(default_factory=Augmentations)
+    num_workers: Annotated[int, checks.Within(0, 1024)] = 0
+    num_threads: checks.Positive = 2
     classes: tuple[str, ...] = ()
     cache: bool = False
 
     def __post_init__(self):
         checks.typed_fields("data", self)
-        ranges = ("blur_sigma", "gamma_range", "low_resolution_range")
         checks.require(
             len(self.patch_shape) == 3,
             f"data.patch_shape is {self.patch_shape}, but must have 3 sides.",
         )
-        for side in self.patch_shape:
-            checks.positive(f"a side of data.patch_shape {self.patch_shape}", side)
-        checks.positive("data.batch_size", self.batch_size)
-        checks.positive("data.num_threads", self.num_threads)
-        checks.in_range("data.num_workers", self.num_workers, 0, 1024)
-        checks.in_range("data.spacing", self.spacing, 0.0, 100.0)
-        for name in ("foreground_ratio", "zoom_probability", "rotate_probability"):
-            checks.in_range(f"data.{name}", getattr(self, name), 0.0, 1.0)
-        for name in ("intensity", "mirror", "noise", "blur", "gamma", "low_resolution"):
-            name = f"{name}_probability"
-            checks.in_range(f"data.{name}", getattr(self, name), 0.0, 1.0)
-        for name, most in zip(ranges, (100.0, 100.0, 1.0), strict=True):
-            low_high = getattr(self, name)
-            checks.require(
-                len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= most,
-                f"data.{name} is {low_high}, but must be (low, high) with 0 < low <= "
-                f"high <= {most:g}.",
-            )
-        checks.in_range("data.noise_most", self.noise_most, 0.0, 10.0)
-        checks.in_range("data.intensity_shift", self.intensity_shift, 0.0, 10.0)
         checks.require(
             len(self.hu_range) == 2 and self.hu_range[0] < self.hu_range[1],
             f"data.hu_range is {self.hu_range}, but must be (low, high), low < high.",
-        )
-        checks.require(
-            len(self.zoom_range) == 2 and 1 <= self.zoom_range[0] <= self.zoom_range[1],
-            f"data.zoom_range is {self.zoom_range}, but must be (low, high) with "
-            "1 <= low <= high.",
         )
 
 
@@ -278,6 +233,8 @@ def from_config_dict(config: Mapping) -> ExperimentConfig:
             range; the message names the dotted key.
     """
     values = _plain(config)
+    if isinstance(values, dict) and isinstance(values.get("data"), dict):
+        values["data"] = _with_new_keys(values["data"])
     return _build(ExperimentConfig, values, "")
 
 
@@ -291,6 +248,44 @@ def to_dict(config: ExperimentConfig | NetworkConfig) -> dict:
     if not isinstance(config, ExperimentConfig):
         return {"name": registry.entry_of(config).name, **dataclasses.asdict(config)}
     return {**dataclasses.asdict(config), "model": to_dict(config.model)}
+
+
+_RENAMED = {  # keys of data in configs of before -> keys of data.augmentations
+    "zoom_probability": "zoom.probability",
+    "zoom_range": "zoom.factor",
+    "rotate_probability": "rotate.probability",
+    "intensity_probability": "intensity.probability",
+    "intensity_shift": "intensity.shift",
+    "mirror_probability": "mirror.probability",
+    "noise_probability": "noise.probability",
+    "noise_most": "noise.std_max",
+    "blur_probability": "blur.probability",
+    "blur_sigma": "blur.sigma",
+    "gamma_probability": "gamma.probability",
+    "gamma_range": "gamma.exponent",
+    "low_resolution_probability": "low_resolution.probability",
+    "low_resolution_range": "low_resolution.scale",
+}
+
+
+def _with_new_keys(data: dict) -> dict:
+    """Return the group `data` with its old keys renamed; they win over new ones.
+
+    A config file has new keys, so an old one beside them comes from a flag.
+    """
+    old = [key for key in _RENAMED if key in data]
+    if not old:
+        return data
+    told = ", ".join(f"{key} is now augmentations.{_RENAMED[key]}" for key in old)
+    logging.info("keys of the config's group data have new names: %s", told)
+    new = dict(data)
+    new["augmentations"] = {
+        k: dict(v) for k, v in data.get("augmentations", {}).items()
+    }
+    for key in old:
+        name, parameter = _RENAMED[key].split(".")
+        new["augmentations"].setdefault(name, {})[parameter] = new.pop(key)
+    return new
 
 
 def _plain(value):

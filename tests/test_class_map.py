@@ -31,8 +31,8 @@ def test_a_subset_keeps_order_and_groups():
 
 def test_sides_are_exchanged_by_name():
     own = class_map.make(["ear_left", "nose", "ear_right"], {}, where="x")
-    np.testing.assert_array_equal(own.exchanged()[:5], [0, 3, 2, 1, 4])
-    table = class_map.V2.exchanged()
+    np.testing.assert_array_equal(own.left_right_swap()[:5], [0, 3, 2, 1, 4])
+    table = class_map.V2.left_right_swap()
     ids = labels.CLASS_IDS
     assert table[ids["lung_middle_lobe_right"]] == ids["lung_middle_lobe_right"]
     np.testing.assert_array_equal(table[table], np.arange(256))
@@ -53,14 +53,14 @@ def test_sides_are_exchanged_by_name():
 )
 def test_sides_are_known_however_they_are_written(pair):
     own = class_map.make(["nose", *pair, "vertebrae_L1"], {}, where="x")
-    np.testing.assert_array_equal(own.exchanged()[:5], [0, 1, 3, 2, 4])
+    np.testing.assert_array_equal(own.left_right_swap()[:5], [0, 1, 3, 2, 4])
 
 
 def test_chambers_of_the_heart_are_no_sides():
     v1 = class_map.VERSIONS["v1"]
     kept = {
         n
-        for n, other in zip(v1.names, v1.exchanged(), strict=False)
+        for n, other in zip(v1.names, v1.left_right_swap(), strict=False)
         if ("left" in n or "right" in n) and v1.names[other] == n
     }
     chambers = {
@@ -72,7 +72,7 @@ def test_chambers_of_the_heart_are_no_sides():
     own = class_map.make(
         ["Left Atrium", "Right Atrium", "left_ventricle"], {}, where=""
     )
-    np.testing.assert_array_equal(own.exchanged(), np.arange(256))
+    np.testing.assert_array_equal(own.left_right_swap(), np.arange(256))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_sides_without_one_counterpart_are_not_exchanged(names):
     with pytest.raises(
         checks.UserError, match="side of .*kidney.* is missing or there"
     ):
-        own.exchanged()
+        own.left_right_swap()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ LAYERS = [  # a file belongs to the longest of these names that its own begins w
     ["runtime.files", "runtime.html", "runtime.workers"],
     ["models.registry", "labels"],
     ["class_map"],
+    ["data.sample", "data.interpolation"],
+    ["data.augmentation"],
     ["config"],
     ["ops", "data"],
     ["layers", "phantoms"],

@@ -33,7 +33,8 @@ from configs import demo
 def get_config():
     config = demo.get_config()
     config.model = {model}
-    config.data.update({{"patch_shape": (32, 32, 32), "rotate_probability": 0.5}})
+    config.data.patch_shape = (32, 32, 32)
+    config.data.augmentations.rotate.probability = 0.5
     config.optimizer.update({{"warmup_steps": 5}})
     config.training.update({{"num_steps": {steps}, "ema_decay": 0.9, "eval_cases": 1}})
     config.training.update({{"log_every": 1, "checkpoint_every": 3}})

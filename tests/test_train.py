@@ -31,6 +31,27 @@ def parse(monkeypatch):
     return parse
 
 
+def test_flags_set_keys_of_groups_that_the_config_file_lacks(parse, tmp_path):
+    file = tmp_path / "short.py"
+    file.write_text(
+        "from configs import demo\n"
+        "def get_config():\n"
+        "    config = demo.get_config()\n"
+        "    del config.mesh, config.data.augmentations\n"
+        "    return config\n"
+    )
+    flags = [f"--config={file}", "--workdir=x", "--config.mesh.expert=2"]
+    flags += ["--config.data.augmentations.noise.probability=0.2"]
+    flags += ["--config.data.zoom_range=(1.1, 1.2)", "--config.data.noise_most=0.3"]
+    config = from_config_dict(parse(*flags).config)
+    assert config.mesh.expert == 2
+    noise = config.data.augmentations.noise
+    assert (noise.probability, noise.std_max) == (0.2, 0.3)
+    assert config.data.augmentations.zoom.factor == (1.1, 1.2)
+    with pytest.raises(UserError, match="config group 'nois'.*Did you mean 'noise'"):
+        parse(*flags, "--config.data.augmentations.nois.probability=0.2")
+
+
 def test_the_command_line_changes_the_config(parse, tmp_path):
     values = parse(
         f"--config={ROOT}/configs/swin_smt_e4.py",

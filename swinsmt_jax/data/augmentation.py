@@ -1,105 +1,259 @@
-"""Augmentations that the released recipe lacks and strong ones have (nnU-Net's).
+"""Augmentations of training crops: what the config says of each, and what each does.
 
-Pure functions of (sample, rng), numpy and scipy; each acts with a probability and is
-off by default. The image is scaled: 0 is air, and values stay in [0, 1] but for noise.
+An augmentation is one class below, with its name, its parameters and their limits. The
+config has them as `data.augmentations.<name>.<parameter>`, and they act in this file's
+order. Each draws from a generator of its own, so that a new one changes no other draw.
+
+Zoom, rotation and intensity are those of the released recipe; the others, off by
+default, are nnU-Net's. The image is scaled: 0 is air, and values stay in [0, 1] but for
+noise and shifts of intensity.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
-from swinsmt_jax.class_map import V2
-from swinsmt_jax.data import transforms
-from swinsmt_jax.data.case import Sample
+from swinsmt_jax import checks
+from swinsmt_jax.checks import Share, Within
+from swinsmt_jax.class_map import ClassMap
+from swinsmt_jax.data.interpolation import interpolate
+from swinsmt_jax.data.sample import Sample
 
-MIRRORED = V2.exchanged()
+_CLASSES: dict[str, type] = {}
 
 
-def mirror(
-    sample: Sample,
-    rng: np.random.Generator,
-    *,
-    probability: float,
-    exchanged: np.ndarray = MIRRORED,
-) -> Sample:
-    """Exchange the patient's right and left, in the image and in the labels' names.
+def register(name: str):
+    """Make an augmentation known by its name in the config."""
 
-    `exchanged` is the label id of each id's counterpart (`ClassMap.exchanged`).
+    def add(cls: type) -> type:
+        cls.name = name
+        _CLASSES[name] = cls
+        return cls
+
+    return add
+
+
+class Range(NamedTuple):
+    """A rule for a parameter (low, high): 0 < low, and least <= low <= high <= most."""
+
+    least: float
+    most: float
+
+    def __call__(self, name: str, value: tuple[float, ...]) -> None:
+        """Raise `UserError` unless the value obeys."""
+        least, most = self
+        checks.require(
+            len(value) == 2 and least <= value[0] <= value[1] <= most and value[0] > 0,
+            f"{name} is {value}, but must be (low, high) with "
+            f"{'0 <' if least == 0 else f'{least:g} <='} low <= high <= {most:g}.",
+        )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What all augmentations have; `probability` is that of acting on a crop."""
+
+    probability: Share = 0.0
+
+    def __post_init__(self):
+        checks.typed_fields(f"data.augmentations.{self.name}", self)
+
+    def region(self, shape: Sequence[int], rng: np.random.Generator) -> Sequence[int]:
+        """Return the shape of what is read and then enlarged to the crop."""
+        return shape
+
+    def apply(
+        self, sample: Sample, rng: np.random.Generator, names: tuple[str, ...]
+    ) -> Sample:
+        """Return the crop changed; `names` are those of the label ids."""
+        return sample
+
+
+@register("zoom")
+@dataclass(frozen=True)
+class Zoom(Augmentation):
+    """Enlarge by a factor uniform in `factor`: a smaller region fills the crop."""
+
+    probability: Share = 0.3
+    factor: Annotated[tuple[float, ...], Range(1, 100)] = (1.3, 1.5)
+
+    def region(self, shape, rng):  # noqa: D102
+        factor = rng.uniform(*self.factor)
+        return [max(1, round(side / factor)) for side in shape]
+
+
+@register("rotate")
+@dataclass(frozen=True)
+class Rotate(Augmentation):
+    """Rotate by 90, 180 or 270 degrees in the axial plane (axes 0 and 1).
+
+    A crop that is not square there is only rotated by 180 degrees. The affine of a
+    rotated or mirrored sample is no longer of use and is kept as it was.
+    """
+
+    probability: Share = 0.1
+
+    def apply(self, sample, rng, names):  # noqa: D102
+        quarters = int(rng.integers(1, 4))
+        if sample.label.shape[0] != sample.label.shape[1]:
+            quarters = 2
+        image, label = (np.rot90(a, quarters) for a in (sample.image, sample.label))
+        return replace(sample, image=image, label=label)
+
+
+@register("intensity")
+@dataclass(frozen=True)
+class Intensity(Augmentation):
+    """Add one number, uniform in [-shift, shift], to the whole image."""
+
+    probability: Share = 0.2
+    shift: Annotated[float, Within(0, 10)] = 0.1
+
+    def apply(self, sample, rng, names):  # noqa: D102
+        offset = np.float32(rng.uniform(-self.shift, self.shift))
+        return replace(sample, image=sample.image + offset)
+
+
+@register("mirror")
+@dataclass(frozen=True)
+class Mirror(Augmentation):
+    """Swap the patient's right and left, in the image and in the labels' names.
 
     Structures without a counterpart (the middle lobe of the right lung, the atrial
     appendage of the left) keep their name, so a mirrored patient is not quite a
-    patient. The affine of a mirrored sample is no longer of use and kept as it was.
+    patient.
     """
-    if rng.random() >= probability:
-        return sample
-    image, label = sample.image[::-1], exchanged[sample.label[::-1]]
-    return replace(sample, image=image, label=label)
+
+    def apply(self, sample, rng, names):  # noqa: D102
+        swap = left_right_swap(names)
+        return replace(sample, image=sample.image[::-1], label=swap[sample.label[::-1]])
 
 
-def noise(
-    sample: Sample, rng: np.random.Generator, *, probability: float, most: float
-) -> Sample:
-    """Add Gaussian noise whose standard deviation is uniform in [0, most]."""
-    if rng.random() >= probability:
-        return sample
-    deviation = np.float32(rng.uniform(0, most))
-    added = rng.standard_normal(sample.image.shape, np.float32) * deviation
-    return replace(sample, image=sample.image + added)
+@functools.cache
+def left_right_swap(names: tuple[str, ...]) -> np.ndarray:
+    """Return `ClassMap.left_right_swap` of the label ids of these names."""
+    return ClassMap(names).left_right_swap()
 
 
-def blur(
-    sample: Sample,
-    rng: np.random.Generator,
-    *,
-    probability: float,
-    sigma: Sequence[float],
-) -> Sample:
-    """Smooth by a Gaussian of a standard deviation uniform in `sigma`, in voxels."""
-    if rng.random() >= probability:
-        return sample
-    smooth = ndimage.gaussian_filter(sample.image, rng.uniform(*sigma), mode="nearest")
-    return replace(sample, image=smooth)
-
-
-def gamma(
-    sample: Sample,
-    rng: np.random.Generator,
-    *,
-    probability: float,
-    exponents: Sequence[float],
-) -> Sample:
-    """Raise the image to a power uniform in `exponents`; values are clipped at 0."""
-    if rng.random() >= probability:
-        return sample
-    power = np.float32(rng.uniform(*exponents))
-    return replace(sample, image=np.maximum(sample.image, 0) ** power)
-
-
-def low_resolution(
-    sample: Sample,
-    rng: np.random.Generator,
-    *,
-    probability: float,
-    scales: Sequence[float],
-) -> Sample:
+@register("low_resolution")
+@dataclass(frozen=True)
+class LowResolution(Augmentation):
     """Keep the voxels of a coarser grid and interpolate the others linearly.
 
-    The ratio of the grids is uniform in `scales`, at most 1. The voxels kept stay where
-    they are, the outermost among them, so that nothing moves.
+    The ratio of the grids is uniform in `scale`. The voxels kept stay where they are,
+    the outermost among them, so that nothing moves.
     """
-    if rng.random() >= probability:
-        return sample
-    scale = rng.uniform(*scales)
-    shape = sample.image.shape
-    kept = [
-        np.linspace(0, n - 1, min(n, max(2, round(n * scale)))).round().astype(int)
-        for n in shape
-    ]
-    places = [
-        np.interp(np.arange(n), k, np.arange(len(k)))
-        for n, k in zip(shape, kept, strict=True)
-    ]
-    small = sample.image[np.ix_(*kept)]
-    return replace(sample, image=transforms.interpolate(small, places))
+
+    scale: Annotated[tuple[float, ...], Range(0, 1)] = (0.5, 1.0)
+
+    def apply(self, sample, rng, names):  # noqa: D102
+        scale = rng.uniform(*self.scale)
+        sides = sample.image.shape
+        kept = [
+            np.linspace(0, n - 1, min(n, max(2, round(n * scale)))).round().astype(int)
+            for n in sides
+        ]
+        places = [
+            np.interp(np.arange(n), k, np.arange(len(k)))
+            for n, k in zip(sides, kept, strict=True)
+        ]
+        return replace(sample, image=interpolate(sample.image[np.ix_(*kept)], places))
+
+
+@register("blur")
+@dataclass(frozen=True)
+class Blur(Augmentation):
+    """Smooth by a Gaussian of a standard deviation uniform in `sigma`, in voxels."""
+
+    sigma: Annotated[tuple[float, ...], Range(0, 100)] = (0.5, 1.0)
+
+    def apply(self, sample, rng, names):  # noqa: D102
+        sigma = rng.uniform(*self.sigma)
+        smooth = ndimage.gaussian_filter(sample.image, sigma, mode="nearest")
+        return replace(sample, image=smooth)
+
+
+@register("gamma")
+@dataclass(frozen=True)
+class Gamma(Augmentation):
+    """Raise the image, clipped at 0, to a power uniform in `exponent`."""
+
+    exponent: Annotated[tuple[float, ...], Range(0, 100)] = (0.7, 1.5)
+
+    def apply(self, sample, rng, names):  # noqa: D102
+        power = np.float32(rng.uniform(*self.exponent))
+        return replace(sample, image=np.maximum(sample.image, 0) ** power)
+
+
+@register("noise")
+@dataclass(frozen=True)
+class Noise(Augmentation):
+    """Add Gaussian noise whose standard deviation is uniform in [0, std_max]."""
+
+    std_max: Annotated[float, Within(0, 10)] = 0.1
+
+    def apply(self, sample, rng, names):  # noqa: D102
+        std = np.float32(rng.uniform(0, self.std_max))
+        noise = rng.standard_normal(sample.image.shape, np.float32)
+        return replace(sample, image=sample.image + noise * std)
+
+
+Augmentations = dataclasses.make_dataclass(
+    "Augmentations",
+    [(name, cls, field(default_factory=cls)) for name, cls in _CLASSES.items()],
+    frozen=True,
+    namespace={
+        "__module__": __name__,
+        "__doc__": "All augmentations by name, in the order in which they act.",
+    },
+)
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """Return the generator of one purpose, such as an augmentation, on one crop."""
+    return np.random.default_rng((seed, zlib.crc32(name.encode())))
+
+
+def region(
+    augmentations: Augmentations, seed: int, shape: Sequence[int]
+) -> Sequence[int]:
+    """Return the shape that is read for a crop of `shape`, and then enlarged to it."""
+    for augmentation, rng in _acting(augmentations, seed):
+        shape = augmentation.region(shape, rng)
+    return shape
+
+
+def augment(
+    augmentations: Augmentations,
+    seed: int,
+    sample: Sample,
+    names: tuple[str, ...],
+) -> Sample:
+    """Return a scaled crop after all augmentations that act on it.
+
+    Args:
+        augmentations: of the config.
+        seed: of the crop.
+        sample: the crop.
+        names: of the label ids, the background first.
+    """
+    for augmentation, rng in _acting(augmentations, seed):
+        sample = augmentation.apply(sample, rng, names)
+    return sample
+
+
+def _acting(
+    augmentations: Augmentations, seed: int
+) -> Iterator[tuple[Augmentation, np.random.Generator]]:
+    """Yield what acts on the crop of this seed, each with its own generator."""
+    for name in _CLASSES:
+        augmentation = getattr(augmentations, name)
+        rng = generator(seed, name) if augmentation.probability else None
+        if rng is not None and rng.random() < augmentation.probability:
+            yield augmentation, rng

@@ -1,4 +1,4 @@
-"""Cases of a dataset: their files, and their CT and merged labels in memory."""
+"""Cases of a dataset: where their files lie, and how CT and labels are read."""
 
 import glob
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ import numpy as np
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.data import nifti
+from swinsmt_jax.data.sample import Sample
 
 CLASS = "{class}"  # stands for the name of a class in the path of masks
 
@@ -23,7 +24,7 @@ class Case:
     split: str
     segmentation: Path
 
-    def read(self) -> "Sample":
+    def read(self) -> Sample:
         """Read a scan of TotalSegmentator v2's classes; see `load_case`."""
         return load_case(self)
 
@@ -33,31 +34,6 @@ class Case:
         found = self.segmentation
         files = _files(found) if CLASS in str(found) else [found]
         return [file.stat().st_size for file in (self.ct, *files)]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One scan in memory, in RAS orientation.
-
-    Attributes:
-        image: [X, Y, Z], int16 HU; float32 once scaled.
-        label: [X, Y, Z], uint8 label ids.
-        affine: [4, 4], voxel indices to world millimetres.
-        name: the case's id.
-        overlapping: claims of masks to voxels that another mask has too.
-        source_shape: shape of the file's array, in its own axes.
-        source_affine: [4, 4] of the file.
-        notes: what a user should know about the CT's file.
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-    affine: np.ndarray
-    name: str
-    overlapping: int = 0
-    source_shape: tuple[int, ...] = ()
-    source_affine: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

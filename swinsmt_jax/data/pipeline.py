@@ -22,9 +22,10 @@ from swinsmt_jax import checks
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import augmentation, store, transforms
-from swinsmt_jax.data.case import Case, Sample, resampled
+from swinsmt_jax.data.case import Case, resampled
 from swinsmt_jax.data.dataset import require_totalsegmentator
 from swinsmt_jax.data.layouts import totalsegmentator
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.runtime.workers import end_with
 
@@ -199,33 +200,6 @@ def fingerprint(cases: Sequence[Case]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _augmented(
-    config: DataConfig,
-    sample: Sample,
-    rng: np.random.Generator,
-    exchanged: np.ndarray,
-) -> Sample:
-    """Apply what the config adds to the released recipe."""
-    sample = augmentation.mirror(
-        sample, rng, probability=config.mirror_probability, exchanged=exchanged
-    )
-    sample = augmentation.low_resolution(
-        sample,
-        rng,
-        probability=config.low_resolution_probability,
-        scales=config.low_resolution_range,
-    )
-    sample = augmentation.blur(
-        sample, rng, probability=config.blur_probability, sigma=config.blur_sigma
-    )
-    sample = augmentation.gamma(
-        sample, rng, probability=config.gamma_probability, exponents=config.gamma_range
-    )
-    return augmentation.noise(
-        sample, rng, probability=config.noise_probability, most=config.noise_most
-    )
-
-
 class _RandomCrop(grain.transforms.RandomMap):
     """Index of a case -> one augmented crop; keeps decoded cases if so configured."""
 
@@ -235,9 +209,9 @@ class _RandomCrop(grain.transforms.RandomMap):
         self._start()
 
     def _start(self) -> None:
-        self._exchanged = augmentation.MIRRORED
-        if self._config.mirror_probability:
-            self._exchanged = class_map(self._config).exchanged()
+        self._names = class_map(self._config).names
+        if self._config.augmentations.mirror.probability:
+            augmentation.left_right_swap(self._names)  # refuse before the first crop
         self._memory: dict[int, Sample] = {}
         self._locks = [threading.Lock() for _ in self._cases]
 
@@ -250,26 +224,17 @@ class _RandomCrop(grain.transforms.RandomMap):
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict:
         config, case = self._config, self._cases[element]
-        stored = isinstance(case, StoredCase)
-        sample = transforms.zoomed_crop(
-            case if stored else self._sample(element),
-            rng,
-            crop=store.balanced_crop if stored else transforms.balanced_crop,
-            shape=config.patch_shape,
+        seed = int(rng.integers(2**63))
+        sample = transforms.balanced_crop(
+            case if isinstance(case, StoredCase) else self._sample(element),
+            augmentation.generator(seed, "crop"),
+            shape=augmentation.region(config.augmentations, seed, config.patch_shape),
             foreground_ratio=config.foreground_ratio,
-            probability=config.zoom_probability,
-            zoom_range=config.zoom_range,
             air=config.hu_range[0],
         )
+        sample = transforms.enlarge(sample, shape=config.patch_shape)
         sample = transforms.scale_hu(sample, hu_range=config.hu_range)
-        sample = transforms.rotate(sample, rng, probability=config.rotate_probability)
-        sample = transforms.shift_intensity(
-            sample,
-            rng,
-            probability=config.intensity_probability,
-            shift=config.intensity_shift,
-        )
-        sample = _augmented(config, sample, rng, self._exchanged)
+        sample = augmentation.augment(config.augmentations, seed, sample, self._names)
         return {
             "image": np.ascontiguousarray(sample.image[..., None], np.float32),
             "label": np.ascontiguousarray(sample.label),

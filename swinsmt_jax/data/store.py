@@ -24,15 +24,16 @@ from absl import logging
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import meta, transforms, volume_file
-from swinsmt_jax.data.case import Sample
+from swinsmt_jax.data import meta, volume_file
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.runtime import files
 
 FORMAT = 1
 INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
 LOCK = ".lock"
 SAMPLES = 20_000  # voxels of a kind kept at most
-AIRS = (-1024, -1000, -500, -300, -200)  # HU below which boxes are found beforehand
+# HU above which the boxes of the foreground are found beforehand
+FOREGROUND_THRESHOLDS_HU = (-1024, -1000, -500, -300, -200)
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,18 @@ class StoredCase:
         with _readable(self.folder / VOXELS), np.load(self.folder / VOXELS) as file:
             return dict(file)
 
-    def centres(self, *, labelled: bool, air: float) -> np.ndarray:
-        """Read the sample of labelled voxels, or of the others with HU > air."""
+    def draw_centre(
+        self, rng: np.random.Generator, *, labelled: bool, air: float
+    ) -> Sequence[int] | None:
+        """Draw from the sample of labelled voxels, or of the others with HU > air."""
         file = self.folder / VOXELS
         with _readable(file), ZipFile(file) as members:
             if labelled:
-                return _int16(members, "foreground").reshape(-1, 3)
-            above = _int16(members, "background_hu") > air
-            return _int16(members, "background").reshape(-1, 3)[above]
+                voxels = _int16(members, "foreground").reshape(-1, 3)
+            else:
+                above = _int16(members, "background_hu") > air
+                voxels = _int16(members, "background").reshape(-1, 3)[above]
+        return voxels[rng.integers(len(voxels))].tolist() if len(voxels) else None
 
     def read(self, box: Sequence[slice] | None = None) -> Sample:
         """Read image and label, or the voxels of a box inside the volume.
@@ -113,10 +118,11 @@ class StoredCase:
         step[:3, 3] = [part.start or 0 for part in box]
         return Sample(image, label, self.affine @ step, self.name)
 
-    def foreground(self, air: float) -> tuple[slice, slice, slice]:
-        """Return the smallest box around the voxels with HU > air.
+    def bounds(self, air: float) -> tuple[slice, slice, slice]:
+        """Return the smallest box around the voxels with HU > air: crops lie in it.
 
-        For an `air` not among `AIRS` the whole image is read, once in a process.
+        For an `air` not among `FOREGROUND_THRESHOLDS_HU` the whole image is read, once
+        in a process.
         """
         found = self.facts["boxes"].get(f"{air:g}") or self._boxes.get(air)
         if found is None:
@@ -125,7 +131,7 @@ class StoredCase:
                 "the store knows the foreground above %s HU, but hu_range begins at "
                 "%g: each process reads every scan whole, once.",
                 1,
-                ", ".join(map(str, AIRS)),
+                ", ".join(map(str, FOREGROUND_THRESHOLDS_HU)),
                 air,
             )
             with _readable(self.folder):
@@ -233,36 +239,6 @@ def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
     return tuple(StoredCase(name, split, root / name) for name in names)
 
 
-def balanced_crop(
-    case: StoredCase,
-    rng: np.random.Generator,
-    *,
-    shape: Sequence[int],
-    foreground_ratio: float,
-    air: float,
-) -> Sample:
-    """Take a crop as `transforms.balanced_crop` from the case's foreground.
-
-    Only the chunks of the crop are read. Centres are drawn from the case's samples of
-    voxels, which are uniform among the labelled ones and among the rest.
-    """
-    box = case.foreground(air)
-    want_foreground = rng.random() < foreground_ratio
-    voxels = case.centres(labelled=want_foreground, air=air)
-    if not len(voxels):
-        voxels = case.centres(labelled=not want_foreground, air=air)
-    if len(voxels):
-        centre = voxels[rng.integers(len(voxels))].tolist()
-    else:
-        centre = [int(rng.integers(side.start, side.stop)) for side in box]
-    region = []
-    for c, side, within in zip(centre, shape, box, strict=True):
-        last = max(within.stop - side, within.start)
-        first = min(max(c - side // 2, within.start), last)
-        region.append(slice(first, min(first + side, within.stop)))
-    return transforms.pad(case.read(region), shape=shape, air=air)
-
-
 def _int16(members, name):
     """Read an array of an open .npz file, flat.
 
@@ -297,7 +273,9 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
             "shape": sample.image.shape,
             "affine": sample.affine.tolist(),
             "counts": counts.tolist(),
-            "boxes": {f"{air:g}": _box(sample.image > air) for air in AIRS},
+            "boxes": {
+                f"{air:g}": _box(sample.image > air) for air in FOREGROUND_THRESHOLDS_HU
+            },
         }
         (partial / CASE).write_text(json.dumps(content, indent=1) + "\n")
     return content

@@ -1,20 +1,19 @@
-"""Augmentation of the released recipe: pure functions of (sample, rng), numpy alone.
+"""From a scan to a crop of it: pure functions of (sample, rng), numpy alone.
 
-The recipe scales HU, crops to the foreground, zooms, takes one crop balanced between
-foreground and background, rotates by quarter turns and shifts the intensity. Here the
-crop comes before scaling and zoom, so that only the voxels of the patch are touched:
-a zoomed patch is a smaller region, enlarged. `air` is the value of empty space:
-`hu_range[0]` before scaling, 0 after.
+The released recipe scales HU, crops to the foreground, zooms, and takes one crop
+balanced between foreground and background. Here the crop comes before scaling and zoom,
+so that only the voxels of the patch are touched: a zoomed patch is a smaller region,
+enlarged. `air` is the value of empty space: `hu_range[0]` before scaling, 0 after.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from swinsmt_jax.data.case import Sample
-
-DRAWS = 256  # voxels tried at random before all voxels are searched
+from swinsmt_jax.data.interpolation import interpolate
+from swinsmt_jax.data.sample import Sample
+from swinsmt_jax.data.store import StoredCase
 
 
 def scale_hu(sample: Sample, *, hu_range: Sequence[float]) -> Sample:
@@ -34,7 +33,7 @@ def scaled(hu: np.ndarray, *, hu_range: Sequence[float]) -> np.ndarray:
 def crop_foreground(sample: Sample, *, air: float = 0.0) -> Sample:
     """Crop to the `foreground_box`."""
     box = foreground_box(sample.image, air=air)
-    return _take(sample, [part.start for part in box], [p.stop - p.start for p in box])
+    return sample.read(box)
 
 
 def foreground_box(image: np.ndarray, *, air: float) -> tuple[slice, ...]:
@@ -51,7 +50,7 @@ def foreground_box(image: np.ndarray, *, air: float) -> tuple[slice, ...]:
 
 
 def balanced_crop(
-    sample: Sample,
+    source: Sample | StoredCase,
     rng: np.random.Generator,
     *,
     shape: Sequence[int],
@@ -62,42 +61,23 @@ def balanced_crop(
 
     The centre is a labelled voxel with probability `foreground_ratio`, else an
     unlabelled voxel with image > air; where one kind does not exist, the other is
-    taken. The crop is shifted to lie inside the volume; a volume smaller than the crop
-    is padded on both sides with air and label 0.
+    taken. The crop is shifted to lie inside the scan, or the foreground of a stored
+    case, of which only its chunks are read; where it is larger it is padded on both
+    sides with air and label 0.
     """
-    want_foreground = rng.random() < foreground_ratio
-    centre = _draw_centre(sample, rng, want_foreground, air)
+    box = source.bounds(air)
+    labelled = rng.random() < foreground_ratio
+    centre = source.draw_centre(rng, labelled=labelled, air=air)
     if centre is None:
-        centre = _draw_centre(sample, rng, not want_foreground, air)
+        centre = source.draw_centre(rng, labelled=not labelled, air=air)
     if centre is None:
-        centre = [int(rng.integers(n)) for n in sample.label.shape]
-    start = []
-    for c, side, n in zip(centre, shape, sample.label.shape, strict=True):
-        start.append(min(max(c - side // 2, 0), max(n - side, 0)))
-    return pad(_take(sample, start, shape), shape=shape, air=air)
-
-
-def zoomed_crop(
-    sample: Sample,
-    rng: np.random.Generator,
-    *,
-    shape: Sequence[int],
-    foreground_ratio: float = 0.5,
-    probability: float = 0.3,
-    zoom_range: Sequence[float] = (1.3, 1.5),
-    air: float = 0.0,
-    crop: Callable[..., Sample] = balanced_crop,
-) -> Sample:
-    """Take a balanced crop of `shape`, enlarged with the given probability.
-
-    The zoom factor is uniform in `zoom_range`; the region that fills the crop after
-    enlargement is read, then interpolated (image linear, label nearest). `crop` takes
-    it, from whatever `sample` is to it.
-    """
-    factor = rng.uniform(*zoom_range) if rng.random() < probability else 1.0
-    region = [max(1, round(side / factor)) for side in shape]
-    taken = crop(sample, rng, shape=region, foreground_ratio=foreground_ratio, air=air)
-    return enlarge(taken, shape=shape)
+        centre = [int(rng.integers(side.start, side.stop)) for side in box]
+    crop = []
+    for c, side, within in zip(centre, shape, box, strict=True):
+        last = max(within.stop - side, within.start)
+        first = min(max(c - side // 2, within.start), last)
+        crop.append(slice(first, min(first + side, within.stop)))
+    return pad(source.read(crop), shape=shape, air=air)
 
 
 def enlarge(sample: Sample, *, shape: Sequence[int]) -> Sample:
@@ -117,89 +97,6 @@ def enlarge(sample: Sample, *, shape: Sequence[int]) -> Sample:
         label = label.take(np.floor(places[axis] + 0.5).astype(int), axis)
     affine = sample.affine @ _step(ratio, offset)
     return replace(sample, image=image, label=label, affine=affine)
-
-
-def interpolate(image: np.ndarray, places: Sequence[np.ndarray]) -> np.ndarray:
-    """Interpolate a float32 image linearly at places along each axis, within it.
-
-    Matrix products would do the same, but their threads wait for one another, many
-    times as long, wherever readers or other programs share the cores.
-    """
-    for axis in (2, 1, 0):  # the slow axis while the image is small
-        last = image.shape[axis] - 1
-        below = np.clip(np.floor(places[axis]).astype(int), 0, max(last - 1, 0))
-        weights = np.expand_dims(
-            (places[axis] - below).astype(np.float32),
-            [a for a in range(3) if a != axis],
-        )
-        first = image.take(below, axis)
-        step = image.take(np.minimum(below + 1, last), axis)
-        step -= first
-        step *= weights
-        step += first
-        image = step
-    return image
-
-
-def rotate(
-    sample: Sample, rng: np.random.Generator, *, probability: float = 0.1
-) -> Sample:
-    """Rotate by 90, 180 or 270 degrees in the axial plane (axes 0 and 1).
-
-    A crop that is not square there is only rotated by 180 degrees. The affine of a
-    rotated sample is no longer of use and is kept as it was.
-    """
-    turn = rng.random() < probability
-    quarters = int(rng.integers(1, 4))
-    if not turn:
-        return sample
-    if sample.label.shape[0] != sample.label.shape[1]:
-        quarters = 2
-    image = np.rot90(sample.image, quarters, axes=(0, 1))
-    return replace(
-        sample, image=image, label=np.rot90(sample.label, quarters, axes=(0, 1))
-    )
-
-
-def shift_intensity(
-    sample: Sample,
-    rng: np.random.Generator,
-    *,
-    probability: float = 0.2,
-    shift: float = 0.1,
-) -> Sample:
-    """Add one number, uniform in [-shift, shift], to the whole scaled image."""
-    change = rng.random() < probability
-    offset = np.float32(rng.uniform(-shift, shift))
-    return replace(sample, image=sample.image + offset) if change else sample
-
-
-def _draw_centre(
-    sample: Sample, rng: np.random.Generator, foreground: bool, air: float
-) -> Sequence[int] | None:
-    """Draw one voxel, uniform among those of the kind wanted, or None without any."""
-    shape = sample.label.shape
-
-    def wanted(where):
-        labelled = sample.label[where] > 0
-        return labelled if foreground else ~labelled & (sample.image[where] > air)
-
-    tries = rng.integers(shape, size=(DRAWS, 3))
-    hits = np.flatnonzero(wanted(tuple(tries.T)))
-    if hits.size:
-        return tries[hits[0]].tolist()
-    voxels = np.flatnonzero(wanted(...))
-    if voxels.size == 0:
-        return None
-    return [int(i) for i in np.unravel_index(rng.choice(voxels), shape)]
-
-
-def _take(sample: Sample, start: Sequence[int], shape: Sequence[int]) -> Sample:
-    where = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
-    affine = sample.affine @ _step(np.ones(3), np.array(start, float))
-    return replace(
-        sample, image=sample.image[where], label=sample.label[where], affine=affine
-    )
 
 
 def pad(sample: Sample, *, shape: Sequence[int], air: float) -> Sample:

@@ -67,7 +67,7 @@ def left_right_swap(names: Sequence[str], *, num_classes: int) -> np.ndarray:
         UserError: for a network whose classes leave out counterparts.
     """
     exchanged = np.arange(num_classes)
-    known = ClassMap(tuple(names)).exchanged()[:num_classes]
+    known = ClassMap(tuple(names)).left_right_swap()[:num_classes]
     exchanged[: len(known)] = known
     checks.require(
         bool(exchanged.max() < num_classes),

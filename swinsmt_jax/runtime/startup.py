@@ -4,16 +4,18 @@ import contextlib
 import dataclasses
 import sys
 import traceback
+import typing
 from collections.abc import Iterator, Sequence
 from logging import ERROR, WARNING, LogRecord
 from pathlib import Path
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from swinsmt_jax.checks import UserError, did_you_mean, require
 from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.runtime import interrupts, processes
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
@@ -46,6 +48,18 @@ def define_config(values: flags.FlagValues = flags.FLAGS) -> None:
         lock_config=False,  # a file may leave out keys that have a default
         accept_new_attributes=True,  # `from_config_dict` knows and checks all keys
     )
+    parser = values["config"].parser
+    load = parser.parse
+    parser.parse = lambda text: _with_groups(load(text), ExperimentConfig)
+
+
+def _with_groups(config, cls):
+    """Add groups that a config file leaves out, so that flags can set their keys."""
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind) and isinstance(config, ConfigDict):
+            config[name] = config.get(name, ConfigDict())
+            _with_groups(config[name], kind)
+    return config
 
 
 def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -59,7 +73,8 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
         raise UserError(f"{' '.join(str(error).split())} See --help.") from error
     except KeyError as error:  # of a group that the ConfigDict does not have
         group = str(error.args[0]).split("'")[1]
-        groups = [field.name for field in dataclasses.fields(ExperimentConfig)]
+        parts = (ExperimentConfig, Augmentations)
+        groups = [field.name for part in parts for field in dataclasses.fields(part)]
         raise UserError(
             f"unknown config group {group!r}; the groups are {', '.join(groups)}."
             f"{did_you_mean(group, groups)}"

@@ -9,21 +9,33 @@ import pytest
 
 from swinsmt_jax import checks
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.data.case import Sample
+from swinsmt_jax.data.augmentation import (
+    Augmentations,
+    Blur,
+    Gamma,
+    Intensity,
+    LowResolution,
+    Mirror,
+    Noise,
+    Rotate,
+    Zoom,
+)
+from swinsmt_jax.data.sample import Sample
 
 FIRST, STEP = -800, 40  # HU of the first voxel and of each further one
 CERTAIN = {
     "nothing": {},
-    "zoom": {"zoom_probability": 1.0},
-    "rotation": {"rotate_probability": 1.0},
-    "shift": {"intensity_probability": 1.0, "intensity_shift": 1e-3},
-    "mirror": {"mirror_probability": 1.0},
-    "noise": {"noise_probability": 1.0, "noise_most": 1e-3},
-    "blur": {"blur_probability": 1.0},
-    "gamma": {"gamma_probability": 1.0, "gamma_range": (1.5, 1.5)},
-    "coarse": {"low_resolution_probability": 1.0, "low_resolution_range": (0.5, 0.5)},
+    "zoom": {"zoom": Zoom(1.0)},
+    "rotate": {"rotate": Rotate(1.0)},
+    "intensity": {"intensity": Intensity(1.0, shift=1e-3)},
+    "mirror": {"mirror": Mirror(1.0)},
+    "noise": {"noise": Noise(1.0, std_max=1e-3)},
+    "blur": {"blur": Blur(1.0)},
+    "gamma": {"gamma": Gamma(1.0, exponent=(1.5, 1.5))},
+    "low_resolution": {"low_resolution": LowResolution(1.0, scale=(0.5, 0.5))},
 }
 CERTAIN["all"] = {key: value for one in CERTAIN.values() for key, value in one.items()}
+OFF = {"zoom": Zoom(0.0), "rotate": Rotate(0.0), "intensity": Intensity(0.0)}
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +61,13 @@ def test_labels_stay_on_the_image_under_each_augmentation(ramps, name):
 
     An enlarged label is the nearest voxel's, up to half a voxel away on either side.
     """
-    off = {f"{k}_probability": 0.0 for k in ("zoom", "rotate", "intensity")}
+    augmentations = Augmentations(**OFF | CERTAIN[name])
     config = replace(
-        ramps, patch_shape=(24, 24, 24), batch_size=3, **off | CERTAIN[name]
+        ramps, patch_shape=(24, 24, 24), batch_size=3, augmentations=augmentations
     )
     cases = pipeline.find_cases(config, split="train")
-    rounding = 0.5 if "zoom_probability" in CERTAIN[name] else 0.0
-    power = 1 / 1.5 if "gamma_probability" in CERTAIN[name] else 1.0
+    rounding = 0.5 if "zoom" in CERTAIN[name] else 0.0
+    power = 1 / 1.5 if "gamma" in CERTAIN[name] else 1.0
     with contextlib.closing(
         pipeline.training_batches(config, cases, seed=0)
     ) as batches:
@@ -75,6 +87,7 @@ def test_mirroring_of_classes_without_counterparts_is_refused(tmp_path, write_st
     cases = pipeline.find_cases(config, split="train")
     pipeline.training_batches(config, cases, seed=0).close()
     with pytest.raises(checks.UserError, match="other side of kidney_left is missing"):
+        mirrored = Augmentations(mirror=Mirror(0.5))
         pipeline.training_batches(
-            replace(config, mirror_probability=0.5), cases, seed=0
+            replace(config, augmentations=mirrored), cases, seed=0
         )

@@ -16,9 +16,10 @@ from scipy import stats
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import meta, pipeline, store
-from swinsmt_jax.data.case import Sample
+from swinsmt_jax.data import meta, pipeline, store, transforms
+from swinsmt_jax.data.augmentation import Intensity
 from swinsmt_jax.data.layouts import totalsegmentator
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.phantoms import dataset as phantom
 
 PATCH = (16, 16, 24)
@@ -157,7 +158,11 @@ def test_resuming_with_other_processes_continues_the_stream(config, cases):
 
 def test_image_and_label_of_a_crop_belong_together(config, cases):
     """Bone is bright and lungs are dark under their labels in every augmented crop."""
-    plain = replace(config, intensity_probability=0.0, foreground_ratio=1.0)
+    plain = replace(
+        config,
+        augmentations=replace(config.augmentations, intensity=Intensity(0.0)),
+        foreground_ratio=1.0,
+    )
     bone, lung = [], []
     for batch in take(12, plain, cases, seed=1):
         hu = batch["image"][..., 0] * 2048 - 1024
@@ -201,9 +206,9 @@ def test_a_box_that_the_store_lacks_is_found_once(linked, tmp_path):
     shutil.copytree(Path(linked.root) / "s0", case.folder)
     above = np.argwhere(case.read().image > 850)
     expected = [*zip(above.min(0), above.max(0) + 1, strict=True)]
-    assert [(s.start, s.stop) for s in case.foreground(850)] == expected
+    assert [(s.start, s.stop) for s in case.bounds(850)] == expected
     shutil.rmtree(case.folder / "image")
-    assert [(s.start, s.stop) for s in case.foreground(850)] == expected
+    assert [(s.start, s.stop) for s in case.bounds(850)] == expected
 
 
 @pytest.mark.parametrize("size", [500, -500])
@@ -243,7 +248,7 @@ def test_centres_are_uniform_also_where_voxels_are_sampled(
             return image[tuple(case.voxels[kind].T)].tolist()
         ratio = float(kind == "foreground")
         options = {"shape": (1, 1, 1), "foreground_ratio": ratio, "air": -1024}
-        crops = [store.balanced_crop(case, rng, **options) for _ in range(count)]
+        crops = [transforms.balanced_crop(case, rng, **options) for _ in range(count)]
         return [crop.image.item() for crop in crops]
 
     def deviation(found, possible, groups):

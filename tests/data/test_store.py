@@ -18,7 +18,8 @@ import pytest
 import preprocess as script
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
-from swinsmt_jax.data import meta, pipeline, preprocess, store, store_report
+from swinsmt_jax.data import meta, pipeline, preprocess, store, store_report, transforms
+from swinsmt_jax.data.augmentation import Augmentations, Zoom
 from swinsmt_jax.data.case import load_case
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
@@ -109,19 +110,20 @@ def test_crops_are_balanced_centred_and_aligned(root):
     case = store.find_cases(root, split="train")[0]
     whole, rng = case.read(), np.random.default_rng(0)
     air, shape = -1024, (9, 9, 9)
-    box = case.foreground(air)
+    box = case.bounds(air)
     above = np.argwhere(whole.image > air)
     found = [(side.start, side.stop - 1) for side in box]
     assert found == list(zip(above.min(0), above.max(0), strict=True))
     options = {"foreground_ratio": 0.7, "air": air}
     for _ in range(50):
-        crop = store.balanced_crop(case, rng, shape=shape, **options)
+        crop = transforms.balanced_crop(case, rng, shape=shape, **options)
         first = np.linalg.solve(case.affine, crop.affine[:, 3])[:3].round().astype(int)
         place = tuple(slice(a, a + n) for a, n in zip(first, shape, strict=True))
         np.testing.assert_array_equal(crop.image, whole.image[place])
         np.testing.assert_array_equal(crop.label, whole.label[place])
     centres = [
-        store.balanced_crop(case, rng, shape=(1, 1, 1), **options) for _ in range(400)
+        transforms.balanced_crop(case, rng, shape=(1, 1, 1), **options)
+        for _ in range(400)
     ]
     labelled = np.mean([centre.label[0, 0, 0] > 0 for centre in centres])
     assert 0.62 < labelled < 0.78
@@ -134,7 +136,7 @@ def test_centres_are_uniform_over_labelled_voxels(root):
     middle = np.median(np.argwhere(whole > 0), axis=0)
     places = []
     for _ in range(600):
-        crop = store.balanced_crop(
+        crop = transforms.balanced_crop(
             case, rng, shape=(1, 1, 1), foreground_ratio=1.0, air=-1024
         )
         places.append(np.linalg.solve(case.affine, crop.affine[:, 3])[:3])
@@ -146,7 +148,7 @@ def test_centres_are_uniform_over_labelled_voxels(root):
 def test_a_small_scan_is_padded_with_air(root):
     case = store.find_cases(root, split="train")[0]
     shape = tuple(2 * n for n in case.shape)
-    crop = store.balanced_crop(
+    crop = transforms.balanced_crop(
         case, np.random.default_rng(0), shape=shape, foreground_ratio=1, air=-1024
     )
     assert crop.image.shape == crop.label.shape == shape
@@ -156,7 +158,9 @@ def test_a_small_scan_is_padded_with_air(root):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_stream_is_a_function_of_seed_and_step(root, workers):
-    config = settings(root, num_workers=workers, zoom_probability=0.5)
+    config = settings(
+        root, num_workers=workers, augmentations=Augmentations(zoom=Zoom(0.5))
+    )
     cases = pipeline.find_cases(config, split="train")
 
     def take(start, count):

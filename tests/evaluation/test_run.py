@@ -5,7 +5,7 @@ import pytest
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.data.case import Sample
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import averages, run
 from swinsmt_jax.inference.segment import batch_sharding
 

@@ -1,0 +1,65 @@
+"""A scan or a crop of it in memory, with its labels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+DRAWS = 256  # voxels tried at random before all voxels are searched
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scan in memory, in RAS orientation.
+
+    Attributes:
+        image: [X, Y, Z], int16 HU; float32 once scaled.
+        label: [X, Y, Z], uint8 label ids.
+        affine: [4, 4], voxel indices to world millimetres.
+        name: the case's id.
+        overlapping: claims of masks to voxels that another mask has too.
+        source_shape: shape of the file's array, in its own axes.
+        source_affine: [4, 4] of the file.
+        notes: what a user should know about the CT's file.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    affine: np.ndarray
+    name: str
+    overlapping: int = 0
+    source_shape: tuple[int, ...] = ()
+    source_affine: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+    def bounds(self, air: float) -> tuple[slice, ...]:
+        """Return the box in which crops lie: all of it."""
+        return tuple(slice(0, n) for n in self.label.shape)
+
+    def draw_centre(
+        self, rng: np.random.Generator, *, labelled: bool, air: float
+    ) -> Sequence[int] | None:
+        """Draw a labelled voxel, or another with image > air; None without any."""
+
+        def wanted(where):
+            found = self.label[where] > 0
+            return found if labelled else ~found & (self.image[where] > air)
+
+        shape = self.label.shape
+        tries = rng.integers(shape, size=(DRAWS, 3))
+        hits = np.flatnonzero(wanted(tuple(tries.T)))
+        if hits.size:
+            return tries[hits[0]].tolist()
+        voxels = np.flatnonzero(wanted(...))
+        if voxels.size == 0:
+            return None
+        return [int(i) for i in np.unravel_index(rng.choice(voxels), shape)]
+
+    def read(self, box: Sequence[slice]) -> "Sample":
+        """Return the voxels of a box."""
+        box, step = tuple(box), np.eye(4)
+        step[:3, 3] = [part.start for part in box]
+        affine = self.affine @ step
+        return replace(
+            self, image=self.image[box], label=self.label[box], affine=affine
+        )

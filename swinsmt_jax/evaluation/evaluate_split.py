@@ -15,6 +15,7 @@ from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
 from swinsmt_jax.evaluation.results import about_surfaces, make_folder, write_results
 from swinsmt_jax.evaluation.run import segment_cases
+from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.segment import batch_sharding, left_right_swap, predict_fn
 from swinsmt_jax.runtime import processes
@@ -92,6 +93,7 @@ def evaluate_split(
     processes.require_same({"cases": [case.name for case in cases]})
     found = processes.unshare(processes.together(segment))
     results, views = zip(*found, strict=True)
+    groups = known_groups(groups, num_classes)
     about = {
         "split": split,
         "step": step,
@@ -116,14 +118,9 @@ def evaluate_split(
     )
     return write_results(
         output,
-        results,
+        Evaluation(results, groups, rule, names),
         views,
-        groups=known_groups(groups, num_classes),
-        rule=rule,
         about=about,
         title=f"{len(results)} cases of the split {split!r}, checkpoint of step {step}",
         note=note,
-        names=names,
-        num_classes=num_classes,
-        hu_range=data.hu_range,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.data import nifti, transforms
+from swinsmt_jax.data import nifti
 from swinsmt_jax.data.case import Case, load_case
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
@@ -17,11 +17,10 @@ from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.results import about_surfaces, make_folder, write_results
 from swinsmt_jax.evaluation.run import Segmented
-from swinsmt_jax.evaluation.scoring import score
+from swinsmt_jax.evaluation.scoring import Evaluation, score
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
 
-HU_RANGE = (-1024.0, 1024.0)  # of the picture
 MOST_WORKERS = 8  # unless told otherwise: each holds a whole case in memory
 
 
@@ -91,15 +90,10 @@ def evaluate_predictions(
     about |= about_surfaces(surface_rule)
     return write_results(
         output,
-        results,
+        Evaluation(results, groups or classes.groups, rule, classes.names),
         views,
-        groups=groups or classes.groups,
-        rule=rule,
         about=about,
         title=f"{len(results)} cases of the split {split!r}, predictions in {folder}",
-        names=classes.names,
-        num_classes=classes.num_classes,
-        hu_range=HU_RANGE,
     )
 
 
@@ -120,8 +114,7 @@ def _evaluate(case, *, folder, classes, metrics, threads):
         metrics=metrics,
         workers=threads,
     )
-    image = transforms.scaled(truth.image, hu_range=HU_RANGE)
-    segmented = Segmented(result, image, truth.label, prediction, scan.spacing)
+    segmented = Segmented(result, truth.image, truth.label, prediction, scan.spacing)
     return result, pictures.views_of(segmented)
 
 

@@ -1,5 +1,6 @@
 """The files of an evaluation: results.json, CSV tables, a picture and a report."""
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,120 +8,57 @@ from pathlib import Path
 import numpy as np
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.evaluation import html_report, pictures, tables
+from swinsmt_jax.evaluation import pictures, tables
 from swinsmt_jax.evaluation.averages import (
     AVERAGES,
     bootstrap_intervals,
     group_averages,
 )
 from swinsmt_jax.evaluation.metrics import DICE, METRICS
-from swinsmt_jax.evaluation.scoring import (
-    CaseResult,
-    false_positives,
-    measured,
-    scores_of,
-)
+from swinsmt_jax.evaluation.pictures import CaseViews
+from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.runtime import files, processes
+from swinsmt_jax.runtime import files, html, processes
+
+WORST = 5  # cases drawn in the report
 
 
 def write_results(
     output: Path,
-    results: Sequence[CaseResult],
-    views: Sequence[pictures.CaseViews],
+    evaluation: Evaluation,
+    views: Sequence[CaseViews],
     *,
-    groups: Mapping[str, Sequence[int]],
-    rule: str,
     about: dict,
     title: str,
-    names: Sequence[str],
-    num_classes: int,
-    hu_range: Sequence[float],
     note: str = "",
 ) -> str:
     """Write the files of an evaluation and return the Dice table, `note` at its end.
 
-    Other arguments as in `tables` and `pictures`. The first of the processes writes.
+    The first of the processes writes.
+
+    Args:
+        output: the folder.
+        evaluation: of the cases.
+        views: of the same cases, in the same order.
+        about: plain values that say what was evaluated; copied into the files.
+        title, note: of the table.
     """
-    table = tables.dice_table(results, groups=groups, rule=rule, title=title)
+    table = tables.dice_table(evaluation, title=title)
     if "surface_tolerance_mm" in about:
         table += f"\nSurface Dice: within {about['surface_tolerance_mm']:g} mm."
     table = f"{table}\n{note}".rstrip()
-    named = {"groups": groups, "names": names}
-    drawn = {"num_classes": num_classes, "hu_range": hu_range}
 
     def write():
-        tables.write_per_class(output / "per_class.csv", results, **named)
-        tables.write_per_case(output / "per_case.csv", results, groups=groups)
-        path = output / "results.json"
-        write_json(path, results, rule=rule, about=about, **named)
-        pictures.write_overview(output / "overview.png", views, **drawn)
-        path = output / "report.html"
-        options = {"table": table, "about": about, **named, **drawn}
-        html_report.write(path, results, views, **options)
+        write_per_class(output / "per_class.csv", evaluation)
+        write_per_case(output / "per_case.csv", evaluation)
+        write_json(output / "results.json", evaluation, about=about)
+        pictures.write_overview(output / "overview.png", views)
+        page = _page(evaluation, views, table=table, about=about)
+        files.write_text(output / "report.html", page)
 
     first = processes.is_first()
     processes.together(lambda: write() if first else None)
     return table
-
-
-def write_json(
-    path: Path,
-    results: Sequence[CaseResult],
-    *,
-    groups: Mapping[str, Sequence[int]],
-    rule: str,
-    about: dict,
-    names: Sequence[str] = labels.CLASS_NAMES,
-) -> None:
-    """Write all means, the scores of every (case, class) pair and what was evaluated.
-
-    Args:
-        path: of the file.
-        results: of the cases.
-        groups: class ids of each group.
-        rule: the average that counts as the result.
-        about: plain values that say what was evaluated; copied into the file.
-        names: of the label ids.
-    """
-
-    def name_of(number):
-        return labels.class_name(number, names)
-
-    def means_of(metric):
-        found = group_averages(scores_of(results, metric), groups=groups)
-        return {name: mean[rule] for name, mean in found.items()}
-
-    def case_of(result, wrong):
-        return {
-            name: {name_of(k): scores[k] for k in range(1, len(scores))}
-            for name, scores in result.scores.items()
-        } | {
-            "false_positives": [name_of(k) for k in np.flatnonzero(wrong)],
-            "seconds": round(result.seconds, 3),
-        }
-
-    known, wrong = measured(results), false_positives(results)
-    scores = scores_of(results, DICE)
-    content = {
-        **about,
-        "average": rule,
-        "averages": AVERAGES,
-        **{m.name: means_of(m) if m in known else None for m in METRICS.values()},
-        "dice_by_average": group_averages(scores, groups=groups),
-        "dice_intervals": bootstrap_intervals(scores, groups=groups, rule=rule),
-        "false_positives": int(wrong.sum()),
-        "groups": {name: [name_of(k) for k in ids] for name, ids in groups.items()},
-        "cases": {r.name: case_of(r, w) for r, w in zip(results, wrong, strict=True)},
-    }
-    files.write_json(path, _plain(content))
-
-
-def about_surfaces(rule: SurfaceRule | None) -> dict:
-    """Say in results.json how surfaces were compared."""
-    if rule is None:
-        return {}
-    return {"surface_tolerance_mm": rule.tolerance, "surface_spacing": rule.spacing}
 
 
 def make_folder(path: Path) -> None:
@@ -132,6 +70,106 @@ def make_folder(path: Path) -> None:
             f"the output folder {path} cannot be made: {error.strerror}; "
             "choose another."
         ) from error
+
+
+def about_surfaces(rule: SurfaceRule | None) -> dict:
+    """Say in results.json how surfaces were compared."""
+    if rule is None:
+        return {}
+    return {"surface_tolerance_mm": rule.tolerance, "surface_spacing": rule.spacing}
+
+
+def write_per_class(path: Path, evaluation: Evaluation) -> None:
+    """Write `tables.class_rows` as CSV, with empty cells for NaN."""
+    rows = tables.class_rows(evaluation)
+    _write_csv(path, [rows[0], *(row.values() for row in rows)])
+
+
+def write_per_case(path: Path, evaluation: Evaluation) -> None:
+    """Write `tables.case_rows` as CSV: a column for each group, empty cells for NaN."""
+    counts = ("classes", "missed", "false_positives")
+    others = [name for name in METRICS if name != DICE.name]
+    table = [["case", *evaluation.groups, "overall", *counts, *others, "seconds"]]
+    for row in tables.case_rows(evaluation):
+        values = [row["case"], *row["dice"].values(), *(row[name] for name in counts)]
+        values += [row["means"][name] for name in others]
+        table.append([*values, _seconds(row["seconds"], digits=2)])
+    _write_csv(path, table)
+
+
+def write_json(path: Path, evaluation: Evaluation, *, about: dict) -> None:
+    """Write all means, the scores of every (case, class) pair and what was evaluated.
+
+    `about` is copied into the file.
+    """
+
+    def name_of(number):
+        return labels.class_name(number, evaluation.names)
+
+    def case_of(result, wrong):
+        return {
+            name: {name_of(k): scores[k] for k in range(1, len(scores))}
+            for name, scores in result.scores.items()
+        } | {
+            "false_positives": [name_of(k) for k in np.flatnonzero(wrong)],
+            "seconds": round(result.seconds, 3),
+        }
+
+    means = {metric.name: evaluation.means(metric) for metric in evaluation.measured()}
+    scores, wrong = evaluation.scores(DICE), evaluation.false_positives()
+    groups, rule = evaluation.groups, evaluation.rule
+    cases = zip(evaluation.results, wrong, strict=True)
+    content = {
+        **about,
+        "average": rule,
+        "averages": AVERAGES,
+        **{name: means.get(name) for name in METRICS},
+        "dice_by_average": group_averages(scores, groups=groups),
+        "dice_intervals": bootstrap_intervals(scores, groups=groups, rule=rule),
+        "false_positives": int(wrong.sum()),
+        "groups": {name: [name_of(k) for k in ids] for name, ids in groups.items()},
+        "cases": {result.name: case_of(result, own) for result, own in cases},
+    }
+    files.write_json(path, _plain(content))
+
+
+def _page(evaluation, views, *, table, about):
+    """Return report.html: the table, every class and case, and the worst cases."""
+    ranked = sorted(
+        zip(tables.case_rows(evaluation), views, strict=True),
+        key=lambda pair: np.nan_to_num(pair[1].dice, nan=2.0),
+    )
+    drawn = [(view, pictures.draw_case(view)) for _, view in ranked[:WORST]]
+    rows = tables.class_rows(evaluation)
+    ungrouped = {row["id"] for row in rows}.difference(*evaluation.groups.values())
+    groups = {**evaluation.groups, "in no group": sorted(ungrouped)}
+    return html.render(
+        "evaluation.html",
+        title="Evaluation",
+        table=table,
+        dice=DICE,
+        others=[metric for metric in METRICS.values() if metric is not DICE],
+        cases=[row | {"time": _seconds(row["seconds"], digits=1)} for row, _ in ranked],
+        worst=[(view, html.png(f, facecolor="black")) for view, f in drawn],
+        classes={name: [rows[k - 1] for k in ids] for name, ids in groups.items()},
+        about=about,
+    )
+
+
+def _write_csv(path, rows):
+    def cell(value):
+        if isinstance(value, float):
+            return "" if math.isnan(value) else f"{value:.6f}"
+        return value
+
+    with files.replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([cell(value) for value in row] for row in rows)
+
+
+def _seconds(value: float, *, digits: int) -> str:
+    """Return seconds as text, empty where nothing was segmented."""
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _plain(value):

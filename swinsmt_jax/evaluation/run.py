@@ -9,11 +9,11 @@ import numpy as np
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig, InferenceConfig
-from swinsmt_jax.data import nifti, pipeline, transforms
+from swinsmt_jax.data import nifti, pipeline
 from swinsmt_jax.data.network_view import network_view
-from swinsmt_jax.evaluation.averages import group_averages, known_groups
+from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.metrics import DICE, Metric
-from swinsmt_jax.evaluation.scoring import CaseResult, false_positives, score, scores_of
+from swinsmt_jax.evaluation.scoring import CaseResult, Evaluation, score
 from swinsmt_jax.inference.segment import segment
 from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.runtime import processes
@@ -27,7 +27,7 @@ class Segmented:
 
     Attributes:
         result: the counts.
-        image: HU scaled to [0, 1], float32.
+        image: HU, int16.
         truth: class ids, uint8.
         prediction: class ids, uint8.
         spacing: sides of a voxel in mm.
@@ -94,8 +94,7 @@ def segment_cases(
             num_classes=num_classes,
             metrics=metrics,
         )
-        image = transforms.scaled(scan.image, hu_range=data.hu_range)
-        yield Segmented(result, image, scan.label, prediction, spacing)
+        yield Segmented(result, scan.image, scan.label, prediction, spacing)
 
 
 def validate(
@@ -143,12 +142,11 @@ def validate(
     results = processes.unshare(processes.together(segment))
     if groups is None:
         groups = pipeline.class_map(data).groups
-    groups = known_groups(groups, num_classes)
-    means = group_averages(scores_of(results, DICE), groups=groups)
-    dice = {name: mean["over_classes"] for name, mean in means.items()}
+    evaluation = Evaluation(results, known_groups(groups, num_classes))
+    dice = evaluation.means(DICE)
     return {
         "dice": dice.pop("overall"),
         "groups": dice,
-        "false_positives": int(false_positives(results).sum()),
+        "false_positives": int(evaluation.false_positives().sum()),
         "pictures": pictures,
     }

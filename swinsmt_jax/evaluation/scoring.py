@@ -1,10 +1,12 @@
-"""What was measured in a case, and the scores of many cases as an array."""
+"""What was measured in a case, and the evaluation of many cases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from swinsmt_jax import labels
+from swinsmt_jax.evaluation.averages import averages, group_averages
 from swinsmt_jax.evaluation.metrics import (
     METRICS,
     Counts,
@@ -31,6 +33,50 @@ class CaseResult:
     seconds: float
     scores: dict[str, np.ndarray]
 
+    def of(self, metric: Metric) -> np.ndarray:
+        """Return the scores of a metric `[K]`, NaN if it was not measured."""
+        unknown = np.full(len(self.counts.truth), np.nan)
+        return self.scores.get(metric.name, unknown)
+
+    def mean(self, metric: Metric) -> float:
+        """Return the mean of a metric over the classes that have a score."""
+        return averages(self.of(metric)[None])["over_classes"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of cases, and how their scores are averaged and named.
+
+    Attributes:
+        results: of the cases.
+        groups: class ids of each group, the columns of the table.
+        rule: of `AVERAGES`, the one that counts as the result.
+        names: of the label ids.
+    """
+
+    results: Sequence[CaseResult]
+    groups: Mapping[str, Sequence[int]]
+    rule: str = "over_classes"
+    names: Sequence[str] = labels.CLASS_NAMES
+
+    def scores(self, metric: Metric) -> np.ndarray:
+        """Return the scores of each case and class, `[cases, K]`."""
+        return np.stack([result.of(metric) for result in self.results])
+
+    def means(self, metric: Metric) -> dict[str, float]:
+        """Return the mean of a metric in each group and "overall", by the rule."""
+        found = group_averages(self.scores(metric), groups=self.groups)
+        return {group: mean[self.rule] for group, mean in found.items()}
+
+    def measured(self) -> list[Metric]:
+        """Return the metrics that every case has."""
+        known = set.intersection(*(set(result.scores) for result in self.results))
+        return [metric for metric in METRICS.values() if metric.name in known]
+
+    def false_positives(self) -> np.ndarray:
+        """Classes predicted in a case whose truth lacks them, bool `[cases, K]`."""
+        return np.stack([false_positive_classes(r.counts) for r in self.results])
+
 
 def score(
     name: str,
@@ -50,19 +96,3 @@ def score(
     counts = overlap_counts(prediction, truth, num_classes=num_classes)
     pair = Pair(prediction, truth, counts, spacing, workers)
     return CaseResult(name, counts, seconds, {m.name: m.compute(pair) for m in metrics})
-
-
-def measured(results: Sequence[CaseResult]) -> list[Metric]:
-    """Return the metrics that every case has."""
-    return [m for m in METRICS.values() if all(m.name in r.scores for r in results)]
-
-
-def scores_of(results: Sequence[CaseResult], metric: Metric) -> np.ndarray:
-    """Return the scores of each case and class, `[cases, K]`; NaN where unmeasured."""
-    unknown = np.full(len(results[0].counts.truth), np.nan)
-    return np.stack([result.scores.get(metric.name, unknown) for result in results])
-
-
-def false_positives(results: Sequence[CaseResult]) -> np.ndarray:
-    """Classes predicted in a case whose truth lacks them, bool `[cases, K]`."""
-    return np.stack([false_positive_classes(r.counts) for r in results])

@@ -32,7 +32,7 @@ class View:
 
     Attributes:
         plane: of `PLANES`.
-        ct: HU scaled to [0, 1].
+        ct: HU.
         truth, prediction: class ids.
         extent: width and height in mm.
     """
@@ -78,22 +78,20 @@ def _richest_plane(truth: np.ndarray, axis: int) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def draw(
-    axis,
-    view: View,
-    labels: np.ndarray,
-    *,
-    palette: np.ndarray,
-    hu_range: Sequence[float],
-) -> None:
-    """Draw the CT of a view, and labels in the colours of `colors_of`, on an axis."""
-    low, high = hu_range
-    hu = low + view.ct * (high - low)
-    grey = np.clip((hu - HU_WINDOW[0]) / (HU_WINDOW[1] - HU_WINDOW[0]), 0, 1)
-    grey = np.repeat(grey[..., None], 3, axis=-1)
+def over(grey: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Lay the colours of labels over grey levels in [0, 1]: RGB `[H, W, 3]`."""
     alpha = OPACITY * (labels > 0)[..., None]
+    palette = colors_of(int(labels.max()) + 1)
+    return (1 - alpha) * grey[..., None] + alpha * palette[labels]
+
+
+def draw(axis, view: View, labels: np.ndarray, *, title: str) -> None:
+    """Draw the CT of a view with labels over it on an axis."""
+    low, high = HU_WINDOW
+    grey = np.clip((view.ct.astype(np.float32) - low) / (high - low), 0, 1)
+    axis.set_title(title, color=INK, fontsize=9)
     axis.imshow(
-        (1 - alpha) * grey + alpha * palette[labels],
+        over(grey, labels),
         extent=(0, view.extent[0], 0, view.extent[1]),
         interpolation="nearest",
     )
@@ -112,33 +110,25 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, format="png", facecolor="black")
 
 
-def write_preview(
-    path: Path, volume: Volume, labels: np.ndarray, *, hu_range: Sequence[float]
-) -> None:
+def write_preview(path: Path, volume: Volume, labels: np.ndarray) -> None:
     """Draw CT and labels in a coronal and an axial plane and write a PNG.
 
     Args:
         path: of the picture.
         volume: the CT, int16 HU in RAS orientation.
         labels: uint8 [X, Y, Z] on its grid.
-        hu_range: HU between which grey levels are told apart.
     """
-    low, high = hu_range
-    scaled = np.clip((volume.array.astype(np.float32) - low) / (high - low), 0, 1)
     views = [
-        cut(plane, scaled, labels, labels, volume.spacing)
+        cut(plane, volume.array, labels, labels, volume.spacing)
         for plane in ("coronal", "axial")
     ]
     ratios = [view.ratio for view in views for _ in "ab"]
     size = ROW_INCHES * sum(ratios), ROW_INCHES
     figure = Figure(figsize=size, facecolor="black", dpi=110)
     axes = iter(figure.subplots(1, 4, width_ratios=ratios))
-    palette = colors_of(int(labels.max()) + 1)
     for view in views:
         for shown in (np.zeros_like(view.truth), view.truth):
-            axis = next(axes)
-            draw(axis, view, shown, palette=palette, hu_range=hu_range)
-            axis.set_title(view.plane, color=INK, fontsize=9)
+            draw(next(axes), view, shown, title=view.plane)
     figure.tight_layout(pad=0.6)
     save(figure, path)
 

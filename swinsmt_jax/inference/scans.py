@@ -163,13 +163,12 @@ def _segment(segmenter, file, kept, missing, names, title):
     else:
         classes = ClassMap(("background", *segmenter.class_names.values()))
         labels = load_prediction(kept, classes=classes, like=volume)
-    hu_range = segmenter.config.data.hu_range
     try:
         for kind, target in missing.items():
             if kind == "statistics":
                 _write_statistics(target, volume, labels, names)
             elif kind == "preview":
-                pictures.write_preview(target, volume, labels, hu_range=hu_range)
+                pictures.write_preview(target, volume, labels)
             elif target.name.endswith(SUFFIXES):
                 table = label_table.xml(names)
                 nifti.save_labels(target, labels, like=volume, description=table)

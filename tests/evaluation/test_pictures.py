@@ -22,7 +22,7 @@ def body(name="s0001", errors=0, spacing=(2.0, 1.0, 3.0)):
     prediction[16 : 16 + errors] = 0
     options = dict(seconds=1.0, spacing=spacing, num_classes=5, metrics=[DICE])
     result = score(name, prediction, truth, **options)
-    image = np.full(truth.shape, 0.52, np.float32)
+    image = np.full(truth.shape, 40, np.int16)
     return Segmented(result, image, truth, prediction, spacing)
 
 
@@ -78,7 +78,7 @@ def test_the_overview_is_a_picture_with_a_row_for_each_case(tmp_path, count):
     names = [f"s{e}_$x^$ {{" for e in range(count)]  # $ begins formulas in matplotlib
     cases = [pictures.views_of(body(name, errors=e)) for e, name in enumerate(names)]
     path = tmp_path / "overview.png"
-    pictures.write_overview(path, cases, num_classes=5, hu_range=(-1024.0, 1024.0))
+    pictures.write_overview(path, cases)
     pixels = imread(path)
     assert pixels.shape[0] > 400 * count and pixels.shape[1] > 400
     assert pixels[..., :3].std() > 0.05

@@ -8,8 +8,8 @@ import pytest
 from swinsmt_jax import labels
 from swinsmt_jax.evaluation import tables
 from swinsmt_jax.evaluation.metrics import DICE
-from swinsmt_jax.evaluation.results import write_json
-from swinsmt_jax.evaluation.scoring import score
+from swinsmt_jax.evaluation.results import write_json, write_per_case, write_per_class
+from swinsmt_jax.evaluation.scoring import Evaluation, score
 from swinsmt_jax.runtime import files
 
 GROUPS = {"organs": (1, 2), "ribs": (3,)}
@@ -42,7 +42,7 @@ def read(path):
 
 
 def test_the_table_shows_all_averages_and_what_they_hide(results):
-    text = tables.dice_table(results, groups=GROUPS, rule="over_cases", title="Demo")
+    text = tables.dice_table(Evaluation(results, GROUPS, "over_cases"), title="Demo")
     lines = text.splitlines()
     assert lines[0] == "Demo"
     assert lines[2].split() == ["Dice", "(%)", "organs", "ribs", "overall"]
@@ -63,7 +63,7 @@ def test_the_authors_rows_stand_below_ours():
     results = [scored("s0001", range(118), range(118), num_classes=118)]
 
     def table(groups):
-        return tables.dice_table(results, groups=groups, rule="over_pairs", title="T")
+        return tables.dice_table(Evaluation(results, groups, "over_pairs"), title="T")
 
     lines = table(labels.GROUPS).splitlines()
     assert (
@@ -89,18 +89,18 @@ def test_surface_dice_is_averaged_under_the_same_rule(results, tmp_path):
         dataclasses.replace(r, scores=r.scores | {"surface_dice": np.array(s)})
         for r, s in zip(results, given, strict=True)
     ]
-    text = tables.dice_table(measured, groups=GROUPS, rule="over_cases", title="Demo")
+    text = tables.dice_table(Evaluation(measured, GROUPS, "over_cases"), title="Demo")
     (line,) = (x for x in text.splitlines() if "surface Dice" in x)
     assert line.split()[2:] == ["62.50", "-", "62.50"]
-    tables.write_per_class(tmp_path / "c.csv", measured, groups=GROUPS)
+    write_per_class(tmp_path / "c.csv", Evaluation(measured, GROUPS))
     values = [row["surface_dice"] for row in read(tmp_path / "c.csv")]
     assert values == ["0.750000", "0.500000", ""]
-    tables.write_per_case(tmp_path / "c.csv", measured, groups=GROUPS)
+    write_per_case(tmp_path / "c.csv", Evaluation(measured, GROUPS))
     assert read(tmp_path / "c.csv")[0]["surface_dice"] == "0.750000"
 
 
 def test_per_class_rows(results, tmp_path):
-    tables.write_per_class(tmp_path / "c.csv", results, groups=GROUPS)
+    write_per_class(tmp_path / "c.csv", Evaluation(results, GROUPS))
     first, second, third = read(tmp_path / "c.csv")
     assert (first["id"], first["class"], first["groups"]) == ("1", "spleen", "organs")
     assert float(first["dice"]) == pytest.approx(5 / 6, abs=1e-6)
@@ -112,7 +112,7 @@ def test_per_class_rows(results, tmp_path):
 
 
 def test_per_case_rows(results, tmp_path):
-    tables.write_per_case(tmp_path / "c.csv", results, groups=GROUPS)
+    write_per_case(tmp_path / "c.csv", Evaluation(results, GROUPS))
     first, second = read(tmp_path / "c.csv")
     assert first["case"] == "s0001" and float(first["organs"]) == 0.5
     assert first["ribs"] == "" and first["seconds"] == "1.50"
@@ -124,7 +124,7 @@ def test_per_case_rows(results, tmp_path):
 def test_json_has_every_score_and_no_nan(results, tmp_path):
     path = tmp_path / "r.json"
     about = {"split": "test", "step": np.int64(3).item()}
-    write_json(path, results, groups=GROUPS, rule="over_pairs", about=about)
+    write_json(path, Evaluation(results, GROUPS, "over_pairs"), about=about)
     content = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert content["split"] == "test" and content["step"] == 3
     assert content["average"] == "over_pairs"

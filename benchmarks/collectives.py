@@ -48,7 +48,7 @@ def compile_step(model, mesh, *, batch_size, patch=PATCH):
     """
     config = OptimizerConfig(1e-3)
     schedule = make_schedule(config, num_steps=10)
-    optimizer = make_optimizer(config, schedule)
+    optimizer = make_optimizer(config, schedule, network=model)
     graphdef, abstract = train_state.abstract_state(model, optimizer, mesh=mesh)
     step = make_train_step(
         graphdef,

@@ -116,7 +116,7 @@ def step_row(*, side: int, devices: int, small: bool) -> dict:
 def _timed_step(config) -> dict:
     mesh = sharding.make_mesh(config.mesh)
     schedule = make_schedule(config.optimizer, num_steps=config.training.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, network=config.model)
     graphdef, abstract = train_state.abstract_state(config.model, optimizer, mesh=mesh)
     step = make_train_step(
         graphdef,

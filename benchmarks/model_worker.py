@@ -157,7 +157,7 @@ def _jax_step(job):
     config = _config(job)
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
     schedule = make_schedule(config.optimizer, num_steps=1000)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, network=config.model)
     graphdef, abstract = abstract_state(config.model, optimizer, mesh=mesh)
     step = make_train_step(
         graphdef,

@@ -61,7 +61,7 @@ def run_bare(config, stamps):
     """Train with nothing but data and updates."""
     mesh = sharding.make_mesh(config.mesh)
     schedule = make_schedule(config.optimizer, num_steps=config.training.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, network=config.model)
     graphdef, abstract = abstract_state(config.model, optimizer, mesh=mesh)
     step = make_train_step(
         graphdef,

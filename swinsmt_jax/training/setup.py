@@ -19,8 +19,7 @@ from swinsmt_jax.training import losses
 from swinsmt_jax.training.optimizer import (
     make_optimizer,
     make_schedule,
-    require_frozen,
-    require_stages,
+    require_effect,
 )
 from swinsmt_jax.training.state import abstract_state, changed, initialize
 from swinsmt_jax.training.step import make_predict, make_train_step
@@ -66,12 +65,11 @@ def make_network(
     layers that the network does not have.
     """
     schedule = make_schedule(optimizer_config, num_steps=training.num_steps)
-    optimizer = make_optimizer(optimizer_config, schedule)
+    optimizer = make_optimizer(optimizer_config, schedule, network=model)
     graphdef, abstract = abstract_state(
         model, optimizer, mesh=mesh, averaged=training.ema_decay > 0
     )
-    require_frozen(optimizer_config, abstract.params)
-    require_stages(optimizer_config, abstract.params)
+    require_effect(optimizer_config, abstract.params, network=model)
     train_step = make_train_step(
         graphdef,
         optimizer,

@@ -34,7 +34,7 @@ def collected():
 def states(config, *, data=1, expert=1):
     """A fresh state of the tiny network on a mesh, and its shapes."""
     schedule = make_schedule(config.optimizer, num_steps=6)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, network=config.model)
     mesh = sharding.make_mesh(MeshConfig(data, expert))
     _, abstract = abstract_state(config.model, optimizer, mesh=mesh)
     return initialize(config.model, optimizer, seed=0, abstract=abstract), abstract

@@ -20,7 +20,9 @@ SMALL = SwinSMTConfig(
 
 def blueprint(model, mesh):
     config = OptimizerConfig(1e-3)
-    optimizer = make_optimizer(config, make_schedule(config, num_steps=10))
+    optimizer = make_optimizer(
+        config, make_schedule(config, num_steps=10), network=model
+    )
     return optimizer, train_state.abstract_state(model, optimizer, mesh=mesh)[1]
 
 

@@ -139,7 +139,7 @@ def test_data_that_changed_is_refused(tmp_path, make_config, dataset):
         loop.train(longer, workdir=tmp_path / "run")
 
 
-def test_layer_decay_without_swin_stages_is_refused(tmp_path, make_config):
+def test_layer_decay_without_encoder_stages_is_refused(tmp_path, make_config):
     config = make_config(optimizer={"layer_decay": 0.8})
     with pytest.raises(UserError, match="layer_decay is 0.8, but this network has no"):
         loop.train(config, workdir=tmp_path / "run")

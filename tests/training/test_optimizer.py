@@ -12,10 +12,9 @@ from swinsmt_jax.models.unetr import UNETRConfig
 from swinsmt_jax.models.ux_net import UXNetConfig
 from swinsmt_jax.sharding import path_name
 from swinsmt_jax.training.optimizer import (
-    is_decayed,
     make_optimizer,
     make_schedule,
-    require_frozen,
+    require_effect,
 )
 
 
@@ -35,6 +34,7 @@ def test_without_warm_up_the_first_step_has_the_full_rate():
 
 
 SMALL = dict(in_channels=1, out_channels=5)
+NETWORK = SwinSMTConfig(**SMALL, feature_size=12, num_experts=4, num_moe_stages=1)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,14 @@ def test_kernels_alone_are_decayed(config, kernels):
     _, params = abstract_model(config)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     names = [path_name(path) for path, _ in leaves]
-    assert {n.split("/")[-1] for n in names if is_decayed(n)} == kernels
+    assert {n.split("/")[-1] for n in names if config.is_decayed(n)} == kernels
 
 
 def test_decay_is_decoupled_and_gradients_are_clipped():
     config = OptimizerConfig(0.1, weight_decay=0.5, clip_norm=1.0, b1=0.0, b2=0.0)
-    optimizer = make_optimizer(config, make_schedule(config, num_steps=10))
+    optimizer = make_optimizer(
+        config, make_schedule(config, num_steps=10), network=NETWORK
+    )
     params = {"kernel": jnp.full(2, 3.0), "bias": jnp.full(2, 3.0)}
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
@@ -91,8 +93,10 @@ def test_frozen_parameters_keep_their_value_and_do_not_count():
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     grads = {"a": {"kernel": jnp.full(2, 1e6)}, "b": {"kernel": jnp.full(2, 0.1)}}
     config = OptimizerConfig(0.1, freeze=("^a/",), weight_decay=0.1)
-    alone = make_optimizer(OptimizerConfig(0.1, weight_decay=0.1), lambda step: 0.1)
-    optimizer = make_optimizer(config, lambda step: 0.1)
+    alone = make_optimizer(
+        OptimizerConfig(0.1, weight_decay=0.1), lambda step: 0.1, network=NETWORK
+    )
+    optimizer = make_optimizer(config, lambda step: 0.1, network=NETWORK)
     updates, state = optimizer.update(grads, optimizer.init(params), params)
     assert not updates["a"]["kernel"].any()
     part = {"b": params["b"]}
@@ -105,7 +109,7 @@ def test_layers_far_from_the_decoder_learn_slowly():
     params = {"swinViT": {n: jnp.ones(2) for n in names}, "out": jnp.ones(2)}
     grads = jax.tree.map(lambda a: 0.1 * a, params)
     config = OptimizerConfig(1.0, layer_decay=0.5, weight_decay=0.0)
-    optimizer = make_optimizer(config, lambda step: 1.0)
+    optimizer = make_optimizer(config, lambda step: 1.0, network=NETWORK)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     rates = [updates["swinViT"][n][0] / updates["out"][0] for n in names]
     np.testing.assert_allclose(rates, [0.5**5, 0.5**4, 0.5], rtol=1e-6)
@@ -118,6 +122,6 @@ def test_layers_far_from_the_decoder_learn_slowly():
 def test_patterns_must_leave_something_to_learn(freeze, words):
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     with pytest.raises(UserError, match=words):
-        require_frozen(OptimizerConfig(0.1, freeze=freeze), params)
+        require_effect(OptimizerConfig(0.1, freeze=freeze), params, network=NETWORK)
     with pytest.raises(UserError, match="is not a regular expression"):
         OptimizerConfig(0.1, freeze=("(",))

@@ -15,9 +15,8 @@ from swinsmt_jax.training.state import abstract_state, initialize, shardings_of
 @pytest.fixture
 def made(tiny, make_config):
     config = make_config()
-    optimizer = make_optimizer(
-        config.optimizer, make_schedule(config.optimizer, num_steps=6)
-    )
+    schedule = make_schedule(config.optimizer, num_steps=6)
+    optimizer = make_optimizer(config.optimizer, schedule, network=config.model)
     mesh = sharding.make_mesh(MeshConfig(2, 2))
     return config.model, optimizer, *abstract_state(config.model, optimizer, mesh=mesh)
 

@@ -26,7 +26,7 @@ LOSS = losses.make("dice_ce")
 def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0, **options):
     """Everything but the parameters: (step, abstract state, optimizer, graphdef)."""
     schedule = make_schedule(optimizer_config, num_steps=num_steps)
-    optimizer = make_optimizer(optimizer_config, schedule)
+    optimizer = make_optimizer(optimizer_config, schedule, network=model)
     averaged = bool(options.get("ema_decay"))
     graphdef, abstract = abstract_state(model, optimizer, mesh=mesh, averaged=averaged)
     step = make_train_step(

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.models.registry import entry_of
-from swinsmt_jax.models.torch_names import NameTable
+from swinsmt_jax.models.torch_names import Layout, NameTable
 
 
 def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
@@ -26,7 +27,7 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
             finite, or two names of one tensor hold different values; the message lists
             them all and the model is unchanged.
     """
-    table = _table(model)
+    table, targets = _table(model), _targets(model)
     names = list(state_dict)
     prefix = "module." if names and all(n.startswith("module.") for n in names) else ""
     given = {
@@ -34,44 +35,30 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
         for name, value in state_dict.items()
         if not re.fullmatch(table.buffers, name)
     }
-    parameters = _parameters(model)
-    wanted = {
-        path: _torch_names(table, path, p[...].shape) for path, p in parameters.items()
-    }
-    expected = {name for names in wanted.values() for name in names}
+    expected = {name for target in targets.values() for name in target.names}
     _drop_aliases(table, expected, given)
     _compare_names(expected, set(given))
-
-    arrays, wrong = {}, []
-    for path, names in wanted.items():
-        shape = parameters[path][...].shape
-        many = "experts" in path
-        part = shape[1:] if many else shape
-        layout = table.layout(path, len(part))
-        parts = []
-        for name in names:
-            array = np.asarray(given[name])
-            expected_shape = layout.to_torch(np.empty(part, np.bool_)).shape
-            if array.shape != expected_shape:
-                wrong.append(f"{name}: {array.shape}, expected {expected_shape}")
-                continue
-            parts.append(layout.from_torch(array, part))
-        if len(parts) == len(names):
-            arrays[path] = np.stack(parts) if many else parts[0]
+    given = {name: np.asarray(given[name]) for name in expected}
+    wrong = [
+        f"{name}: {given[name].shape}, expected {target.torch_shape()}"
+        for target in targets.values()
+        for name in target.names
+        if given[name].shape != target.torch_shape()
+    ]
     checks.require(
         not wrong,
         "the state dictionary is of another configuration, for these shapes differ. "
         "Check the config's channels, and what else decides sizes, such as num_experts "
         f"and window_size.{_lines(wrong)}",
     )
-    broken = sorted(n for n in expected if not np.isfinite(np.asarray(given[n])).all())
+    broken = sorted(name for name in expected if not np.isfinite(given[name]).all())
     checks.require(
         not broken,
         f"{len(broken)} arrays of the state dictionary hold NaN or infinite numbers; "
         f"take the weights of before the training diverged.{_lines(broken)}",
     )
-    for path, parameter in parameters.items():
-        parameter[...] = np.array(arrays[path], np.float32, order="C")
+    for target in targets.values():
+        target.read(given)
 
 
 def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarray]:
@@ -83,22 +70,61 @@ def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarra
             `load_state_dict(strict=True)` asks for.
     """
     table, state_dict = _table(model), {}
-    for path, parameter in _parameters(model).items():
-        array = np.asarray(parameter[...])
-        parts = array if "experts" in path else [array]
-        for name, part in zip(
-            _torch_names(table, path, array.shape), parts, strict=True
-        ):
-            layout = table.layout(path, part.ndim)
-            tensor = np.array(layout.to_torch(part), order="C")
+    for path, target in _targets(model).items():
+        for name, tensor in target.write().items():
             state_dict |= dict.fromkeys(table.all_names(name), tensor)
-    if buffers:
-        for path in _parameters(model):
-            if path.endswith("/relative_position_bias_table"):
-                name = table.name(path).replace("bias_table", "index")
-                index = _parent(model, path).relative_position_index()
-                state_dict[name] = index.astype(np.int64)
+        if buffers and path.endswith("/relative_position_bias_table"):
+            name = table.name(path).replace("bias_table", "index")
+            index = _parent(model, path).relative_position_index()
+            state_dict[name] = index.astype(np.int64)
     return state_dict
+
+
+class _Target(NamedTuple):
+    """A parameter, and the tensors of PyTorch that hold it: one, or one per expert.
+
+    Attributes:
+        parameter: ours.
+        names: of the tensors.
+        layout: of each tensor.
+        shape: of the part of our array that each tensor holds.
+    """
+
+    parameter: nnx.Param
+    names: list[str]
+    layout: Layout
+    shape: tuple[int, ...]
+
+    def torch_shape(self) -> tuple[int, ...]:
+        return self.layout.to_torch(np.empty(self.shape, np.bool_)).shape
+
+    def write(self) -> dict[str, np.ndarray]:
+        whole = np.asarray(self.parameter[...])
+        parts = whole.reshape(len(self.names), *self.shape)
+        return {  # copies, for a view may be written with the bytes of its buffer
+            name: np.array(self.layout.to_torch(part), order="C")
+            for name, part in zip(self.names, parts, strict=True)
+        }
+
+    def read(self, given: Mapping[str, np.ndarray]) -> None:
+        parts = [self.layout.from_torch(given[name], self.shape) for name in self.names]
+        whole = np.ascontiguousarray(np.stack(parts), np.float32)
+        self.parameter[...] = whole.reshape(self.parameter[...].shape)
+
+
+def _targets(model) -> dict[str, _Target]:
+    """Return what becomes of each parameter, by its path."""
+    table, targets = _table(model), {}
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        path, shape = "/".join(map(str, path)), parameter[...].shape
+        name = table.name(path)
+        names = [name]
+        if "{e}" in name:
+            count, *shape = shape
+            names = [name.format(e=e) for e in range(count)]
+        layout = table.layout(path, len(shape))
+        targets[path] = _Target(parameter, names, layout, tuple(shape))
+    return targets
 
 
 def _parent(model, path):
@@ -106,11 +132,6 @@ def _parent(model, path):
     for part in path.split("/")[:-1]:
         model = model[int(part)] if part.isdigit() else getattr(model, part)
     return model
-
-
-def _parameters(model) -> dict[str, nnx.Param]:
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {"/".join(map(str, path)): parameter for path, parameter in flat}
 
 
 def _table(model) -> NameTable:
@@ -123,24 +144,15 @@ def _table(model) -> NameTable:
     return found.torch_names
 
 
-def _torch_names(table, path, shape):
-    name = table.name(path)
-    if "{e}" not in name:
-        return [name]
-    return [name.format(e=e) for e in range(shape[0])]
-
-
 def _drop_aliases(table, expected, given):
     """Remove the further names of one tensor, which must hold the same values."""
     unequal = []
-    for name in expected:
+    for name in expected & set(given):
         for alias in table.all_names(name)[1:]:
-            if alias in given and name in given:
-                if not np.array_equal(
-                    np.asarray(given[name]), np.asarray(given[alias])
-                ):
+            if alias in given:
+                further = np.asarray(given.pop(alias))
+                if not np.array_equal(np.asarray(given[name]), further):
                     unequal.append(f"{name} and {alias}")
-                del given[alias]
     checks.require(
         not unequal,
         "the state dictionary holds different values under two names of one tensor; "

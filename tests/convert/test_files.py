@@ -141,11 +141,19 @@ def test_a_damaged_pickle_is_refused(tmp_path, damage):
 
 
 def test_safetensors_come_back_bit_by_bit(tmp_path, rng):
-    arrays = {"a": rng.random((2, 3), np.float32).T, "b": np.arange(3)}
+    numbers = rng.random((2, 3), np.float32)
+    arrays = {
+        "turned": numbers.T,
+        "part": numbers[:, ::-2],
+        "scalar": numbers[1, 1:2][0],
+    }
+    arrays |= {"repeated": np.broadcast_to(numbers[0], (4, 3)), "b": np.arange(3)}
     files.write(tmp_path / "new" / "w.safetensors", arrays)
     found = files.read(tmp_path / "new" / "w.safetensors")
-    assert set(found) == {"a", "b"}
-    np.testing.assert_array_equal(found["a"], arrays["a"])
+    assert set(found) == set(arrays)
+    for name, array in arrays.items():
+        assert found[name].shape == array.shape
+        np.testing.assert_array_equal(found[name], array)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["w.safetensors"]
 
 

@@ -42,6 +42,14 @@ def test_a_state_dict_comes_back_bit_for_bit(model, state_dict):
         np.testing.assert_array_equal(written[name], array)
 
 
+def test_a_scalar_stays_a_scalar(model, state_dict):
+    model.temperature = nnx.Param(jax.numpy.float32(2.5))
+    written = convert.to_torch(model)
+    assert written["temperature"].shape == ()
+    convert.load_torch(model, state_dict | {"temperature": np.float32(0.5)})
+    assert model.temperature[...] == 0.5 and model.temperature.shape == ()
+
+
 def test_expert_e_is_row_e(model, state_dict):
     convert.load_torch(model, state_dict)
     w1 = model.swinViT.layers4.blocks[0].mlp.experts.w1[...]

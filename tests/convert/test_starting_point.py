@@ -10,8 +10,7 @@ from flax import nnx
 from swinsmt_jax import SwinUNETRConfig, convert, models
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.convert import __main__ as script
-from swinsmt_jax.convert import files, starting_point
+from swinsmt_jax.convert import command, files, starting_point
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.training.checkpoint import load_model
 
@@ -90,7 +89,7 @@ def test_a_converted_workdir_says_what_it_holds(
     given = convert.to_torch(make(seed=3), buffers=True)
     files.write(weights, given)
     arguments = {"weights": str(weights), "workdir": str(tmp_path / "run")}
-    script.from_torch(experiment, **arguments, partial=False)
+    command.from_torch(experiment, **arguments, partial=False)
     own = len(convert.to_torch(make()))
     words = rf"^{own} parameters loaded, .*; {len(given) - own} buffers .* not needed"
     assert re.search(words, capsys.readouterr().out)
@@ -110,7 +109,7 @@ def test_weights_that_lack_something_point_to_partial(make, tmp_path, experiment
     files.write(tmp_path / "w.safetensors", given)
     words = "(?s)1 names are missing.*--partial takes what fits"
     with pytest.raises(UserError, match=words):
-        script.from_torch(
+        command.from_torch(
             experiment,
             weights=str(tmp_path / "w.safetensors"),
             workdir=str(tmp_path / "run"),
@@ -131,6 +130,6 @@ def test_weights_that_lack_something_point_to_partial(make, tmp_path, experiment
 def test_what_the_command_line_cannot_mean_is_refused(monkeypatch, arguments, words):
     monkeypatch.setattr(sys, "argv", ["convert", "from_torch", *arguments])
     values = flags.FlagValues()
-    script.define_flags(values)
+    command.define_flags(values)
     with pytest.raises(UserError, match=words):
         startup.parse(sys.argv, values)

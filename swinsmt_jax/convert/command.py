@@ -1,0 +1,130 @@
+"""Weights of PyTorch to a workdir, and a workdir's network to PyTorch.
+
+    python -m swinsmt_jax.convert from_torch --config=configs/swin_unetr_b.py \\
+        --weights=model.pt --workdir=runs/converted
+    python -m swinsmt_jax.convert to_torch --workdir=runs/x --output=model.safetensors
+
+Weights are .pt, .pth or .safetensors; no code in them is run. from_torch wants all
+parameters of the network; --partial takes what fits, such as a pretrained encoder, and
+lists the rest. The new workdir is for evaluate.py; to train from weights, give them to
+train.py as --start_from.
+"""
+
+from pathlib import Path
+
+import jax
+import optax
+from absl import app, flags
+from flax import nnx
+
+from swinsmt_jax import checks, convert, models, sharding
+from swinsmt_jax.config import MeshConfig, from_config_dict
+from swinsmt_jax.convert import files, starting_point
+from swinsmt_jax.runtime import record, startup
+from swinsmt_jax.training import checkpoint, state
+from swinsmt_jax.training.checkpoint import origin_of
+from swinsmt_jax.training.workdir import locked, open_workdir
+
+flags.disclaim_key_flags()  # so that --help of what calls `run` lists the flags
+
+
+def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
+    """Write a workdir whose only checkpoint, of step 0, holds the weights."""
+    model = models.create(config.model, rngs=nnx.Rngs(config.training.seed))
+    found = files.read(weights)
+    print(_load(model, found, partial=partial))
+    mesh = sharding.make_mesh(MeshConfig(data=1, expert=1))
+    _, abstract = state.abstract_state(config.model, optax.identity(), mesh=mesh)
+    fresh = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
+    _, params = models.split(model)
+    average = params if config.training.ema_decay else {}
+    first = state.TrainState(
+        fresh.step, params, fresh.opt_state, average, fresh.skipped
+    )
+    with locked(workdir):
+        folder = open_workdir(workdir, config)
+        with checkpoint.open_checkpoints(folder) as checkpoints:
+            checks.require(
+                not checkpoints.steps(),
+                f"the workdir {folder} already holds checkpoints of steps "
+                f"{checkpoints.steps()}; choose another --workdir.",
+            )
+            record.add_start(folder, {"weights": str(Path(weights).absolute())})
+            checkpoints.save(first, origin=origin_of(config, data=""))
+    print(f"written to {folder}")
+
+
+def _load(model, found, *, partial):
+    """Load the weights and return what to say of that."""
+    if partial:
+        return starting_point.load_what_fits(model, found)
+    try:
+        convert.load_torch(model, found)
+    except checks.UserError as error:
+        raise checks.UserError(
+            f"{error}\n--partial takes what fits and lists the rest."
+        ) from error
+    known = convert.to_torch(model)
+    more = len([name for name in found if name.removeprefix("module.") not in known])
+    return (
+        f"{len(found) - more} parameters loaded, and all that the network has; {more} "
+        "buffers of the weights not needed"
+    )
+
+
+def to_torch(*, workdir: str, output: str, step: str | None) -> None:
+    """Write the network of a checkpoint as .safetensors with PyTorch's names."""
+    step = int(step) if step is not None and step.isdecimal() else step
+    _, model, info = checkpoint.load_model(workdir, step=step)
+    files.write(output, convert.to_torch(model, buffers=True))
+    print(f"step {info['step']} written to {output}")
+
+
+@startup.exit_on_user_error("convert")
+def main(arguments: list[str]) -> None:
+    """Run the direction that the first argument names."""
+    startup.start()
+    options = flags.FLAGS
+    checks.require(
+        len(arguments) == 2 and arguments[1] in ("from_torch", "to_torch"),
+        f"say from_torch or to_torch; see --help. Got {arguments[1:]}.",
+    )
+    wanted = {
+        "from_torch": ("config", "weights", "workdir"),
+        "to_torch": ("workdir", "output"),
+    }[arguments[1]]
+    for name in wanted:
+        checks.require(
+            bool(options[name].value), f"{arguments[1]} needs --{name}; see --help."
+        )
+    if arguments[1] == "to_torch":
+        to_torch(workdir=options.workdir, output=options.output, step=options.step)
+        return
+    from_torch(
+        from_config_dict(options.config),
+        weights=options.weights,
+        workdir=options.workdir,
+        partial=options.partial,
+    )
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command line."""
+
+    def text(name, help):
+        flags.DEFINE_string(name, None, help, flag_values=values)
+
+    startup.define_config(values)
+    text("workdir", "folder of a run; from_torch makes it")
+    text("weights", ".pt, .pth or .safetensors to read")
+    text("output", ".safetensors to write")
+    text("step", "checkpoint: a number, 'best' or 'latest'")
+    help = "take what fits and list the rest"
+    flags.DEFINE_bool("partial", False, help, flag_values=values)
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Run a command line, such as ["convert", "to_torch", "--workdir=runs/x"]."""
+    define_flags()
+    parse = startup.exit_on_user_error("convert")(startup.parse)
+    app.run(main, argv=argv, flags_parser=parse)

@@ -21,7 +21,8 @@ from absl import app, flags
 from swinsmt_jax import checks
 from swinsmt_jax.checks import DTYPES
 from swinsmt_jax.inference import segmenter as prediction
-from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
+from swinsmt_jax.inference.outputs import OutputOptions
+from swinsmt_jax.inference.scans import find_scans, segment_scans
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
 from swinsmt_jax.runtime import startup
@@ -85,14 +86,14 @@ def main(arguments: list[str]) -> None:
         dtype=options.dtype,
         **{name: value for name, value in given.items() if value is not None},
     )
-    wishes = Wishes(
+    output_options = OutputOptions(
         roi=tuple(options.roi),
         masks=options.masks,
         statistics=options.statistics,
         preview=options.preview,
         overwrite=options.overwrite,
     )
-    summary = segment_scans(segmenter, scans, Path(options.output), wishes)
+    summary = segment_scans(segmenter, scans, Path(options.output), output_options)
     failed = {name: s["error"] for name, s in summary.items() if "error" in s}
     done = sum("seconds" in s for s in summary.values())
     skipped = len(summary) - done - len(failed)

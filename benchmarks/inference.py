@@ -113,7 +113,8 @@ def measure(
 
 def fullest(volume, window):
     """Return the index of the window after which the most voxels wait for others."""
-    windows = Windows(volume, window, 0.5, "gaussian", in_layers=False)
+    windows = Windows(volume, window, 0.5, "gaussian")
+    windows.visit_last_in_turn()
     waiting, found = {}, []
     for start in windows.starts:
         for tile, ended in windows.tiles(start):

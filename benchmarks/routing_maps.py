@@ -129,7 +129,12 @@ def main(_):
     rows = []
     for block in blocks[:1] if options.quick else blocks:
         shares = routing.expert_shares(
-            model, config, sample.image[..., None], block=block
+            model,
+            config.model,
+            sample.image[..., None],
+            block=block,
+            window=config.data.patch_shape,
+            inference=config.inference,
         )
         experts = (shares.argmax(-1) + 1).astype(np.uint8)
         stem = f"{case.name}_{block.replace('/', '_')}"

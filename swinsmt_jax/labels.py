@@ -59,6 +59,11 @@ def class_name(number: int, names: Sequence[str] = CLASS_NAMES) -> str:
     return names[number] if number < len(names) else f"class_{number}"
 
 
+def names_by_id(names: Sequence[str], *, num_classes: int) -> dict[int, str]:
+    """Names of the label ids that a network gives, background left out."""
+    return {i: class_name(i, names) for i in range(1, num_classes)}
+
+
 def load_groups(
     path: str | Path, *, names: Sequence[str] = CLASS_NAMES
 ) -> dict[str, tuple[int, ...]]:

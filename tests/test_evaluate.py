@@ -19,7 +19,8 @@ from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
+from swinsmt_jax.inference.outputs import OutputOptions
+from swinsmt_jax.inference.scans import find_scans, segment_scans
 from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.inference.segmenter import Segmenter
 
@@ -361,7 +362,7 @@ def test_files_are_evaluated_as_the_network_that_made_them(trained, dataset, tmp
     expected = json.loads((tmp_path / "direct" / "results.json").read_text())
     segmenter = Segmenter(config, predict_fn(model), 1)
     scans = find_scans([dataset / "s0001"])
-    segment_scans(segmenter, scans, tmp_path / "out", Wishes())
+    segment_scans(segmenter, scans, tmp_path / "out", OutputOptions())
     output = tmp_path / "files"
     found = evaluated(tmp_path / "out", dataset, output, limit=1, **rules)
     for key in ("dice", "surface_dice", "dice_by_average", "false_positives"):

@@ -278,10 +278,15 @@ def save(
     The file appears under its name only when complete. `description` becomes a header
     extension, such as `label_table.xml`.
     """
+    array = in_file_axes(array, like)
+    write(path, array, like.source_affine, description=description)
+
+
+def in_file_axes(array: np.ndarray, like: Volume) -> np.ndarray:
+    """Bring an array [X, Y, Z] in RAS orientation to the axes of a volume's file."""
     to_ras = orientations.io_orientation(like.source_affine)
     from_ras = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_ras)
-    array = orientations.apply_orientation(array, from_ras)
-    write(path, array, like.source_affine, description=description)
+    return np.ascontiguousarray(orientations.apply_orientation(array, from_ras))
 
 
 def write(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swinsmt_jax import checks, labels
+from swinsmt_jax import labels
 from swinsmt_jax.evaluation import pictures, tables
 from swinsmt_jax.evaluation.averages import (
     AVERAGES,
@@ -59,17 +59,6 @@ def write_results(
     first = processes.is_first()
     processes.together(lambda: write() if first else None)
     return table
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it; a `UserError` if something is in the way."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise checks.UserError(
-            f"the output folder {path} cannot be made: {error.strerror}; "
-            "choose another."
-        ) from error
 
 
 def about_surfaces(rule: SurfaceRule | None) -> dict:

@@ -8,12 +8,19 @@ import numpy as np
 from flax import nnx
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.config import InferenceConfig
 from swinsmt_jax.inference.sliding_window import sliding_window
+from swinsmt_jax.models.registry import NetworkConfig
 
 
 def expert_shares(
-    model: nnx.Module, config: ExperimentConfig, volume: np.ndarray, *, block: str
+    model: nnx.Module,
+    config: NetworkConfig,
+    volume: np.ndarray,
+    *,
+    block: str,
+    window: Sequence[int],
+    inference: InferenceConfig,
 ) -> np.ndarray:
     """Return which share of each voxel's combine weight goes to each expert.
 
@@ -22,9 +29,11 @@ def expert_shares(
 
     Args:
         model: Swin SMT.
-        config: of the experiment; its window and overlap are used.
+        config: of the network.
         volume: [D, H, W, C], scaled as in training.
         block: one of the config's `moe_strides`, such as "stage2/block0".
+        window: the training patch.
+        inference: overlap, blending and batch of the windows.
 
     Returns:
         float32 [D, H, W, E]; sums to one over the experts.
@@ -33,11 +42,11 @@ def expert_shares(
         UserError: for a network without experts, and an unknown block.
     """
     checks.require(
-        config.model.num_experts > 0,
+        config.num_experts > 0,
         "the network has no experts, so there is no routing to show; take a Swin SMT.",
     )
-    checks.one_of("block", block, config.model.moe_strides)
-    window, stride = config.data.patch_shape, config.model.moe_strides[block]
+    checks.one_of("block", block, config.moe_strides)
+    stride = config.moe_strides[block]
     grid = [side // stride for side in window]
     graphdef, params = nnx.split(model)
 
@@ -53,10 +62,10 @@ def expert_shares(
         lambda x: shares(params, x),
         volume,
         window=window,
-        num_classes=config.model.num_experts,
-        overlap=config.inference.overlap,
-        blend=config.inference.blend,
-        window_batch=config.inference.window_batch,
+        num_classes=config.num_experts,
+        overlap=inference.overlap,
+        blend=inference.blend,
+        window_batch=inference.window_batch,
     )
 
 

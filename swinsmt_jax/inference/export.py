@@ -14,8 +14,9 @@ from absl import app, flags
 from flax import nnx
 
 from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.data import pipeline
 from swinsmt_jax.inference import portable
-from swinsmt_jax.inference.segmenter import names_of
+from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.files import replacing
 from swinsmt_jax.training.checkpoint import load_model
@@ -37,6 +38,7 @@ def export(model: nnx.Module, config: ExperimentConfig, path: Path, *, step=0) -
     def program(leaves, windows):
         return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(windows)
 
+    names = pipeline.class_names(config.data)
     batch, window = config.inference.window_batch, config.data.patch_shape
     shape = (batch, *window, config.model.in_channels)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
@@ -48,7 +50,7 @@ def export(model: nnx.Module, config: ExperimentConfig, path: Path, *, step=0) -
         "spacing": config.data.spacing,
         "hu_range": list(config.data.hu_range),
         "num_classes": config.model.out_channels,
-        "class_names": names_of(config),
+        "class_names": names_by_id(names, num_classes=config.model.out_channels),
         "overlap": config.inference.overlap,
         "blend": config.inference.blend,
         "step": step,
@@ -63,9 +65,7 @@ def main(arguments: list[str]) -> None:
     """Export as the flags say."""
     options = flags.FLAGS
     startup.start(arguments)
-    step = options.step
-    step = int(step) if step is not None and step.isdecimal() else step
-    config, model, info = load_model(options.workdir, step=step)
+    config, model, info = load_model(options.workdir, step=options.step)
     export(model, config, Path(options.output), step=info["step"])
     size = Path(options.output).stat().st_size / 1e6
     print(f"{options.output}: step {info['step']}, {size:,.1f} MB")

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from nibabel import orientations
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig
@@ -27,7 +26,7 @@ from swinsmt_jax.inference.segment import (
     segment,
 )
 from swinsmt_jax.inference.sliding_window import Predict
-from swinsmt_jax.labels import class_name
+from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.training.checkpoint import load_model
 
 Progress = Callable[[int, int], None]
@@ -52,7 +51,8 @@ class Segmenter:
     @property
     def class_names(self) -> dict[int, str]:
         """Names of the label ids that the network gives, background left out."""
-        return names_of(self.config)
+        names = pipeline.class_names(self.config.data)
+        return names_by_id(names, num_classes=self.config.model.out_channels)
 
     def segment(
         self, path: str | Path, *, progress: Progress | None = None
@@ -65,7 +65,9 @@ class Segmenter:
             UserError: as `load_scan`.
         """
         volume = load_scan(path)
-        return _to_source(self.segment_volume(volume, progress=progress), volume)
+        return nifti.in_file_axes(
+            self.segment_volume(volume, progress=progress), volume
+        )
 
     def segment_array(
         self, hu: np.ndarray, affine: np.ndarray, *, progress: Progress | None = None
@@ -75,14 +77,16 @@ class Segmenter:
         Args:
             hu: [X, Y, Z] Hounsfield units, its axes in any order and direction.
             affine: [4, 4], voxel indices to millimetres to the right, front and head.
-            progress: as in `inference.predict_labels`.
+            progress: as in `predict_labels`.
 
         Raises:
             UserError: for arrays that are not 3-D or not finite, and an affine that
                 cannot be inverted.
         """
         volume = nifti.from_array(hu, affine)
-        return _to_source(self.segment_volume(volume, progress=progress), volume)
+        return nifti.in_file_axes(
+            self.segment_volume(volume, progress=progress), volume
+        )
 
     def segment_volume(
         self, volume: Volume, *, progress: Progress | None = None
@@ -111,12 +115,6 @@ def load_scan(path: str | Path) -> Volume:
         UserError: as `nifti.load_ct` and `dicom.load_series`.
     """
     return dicom.load_series(path) if Path(path).is_dir() else nifti.load_ct(path)
-
-
-def names_of(config: ExperimentConfig) -> dict[int, str]:
-    """Names of the label ids of an experiment's network, background left out."""
-    names = pipeline.class_names(config.data)
-    return {i: class_name(i, names) for i in range(1, config.model.out_channels)}
 
 
 def load(
@@ -180,10 +178,3 @@ def save(
     )
     description = label_table.xml(names) if names else ""
     nifti.write(path, labels, affine, description=description)
-
-
-def _to_source(labels, volume):
-    """Bring an array in RAS orientation to the axes of its source."""
-    to_ras = orientations.io_orientation(volume.source_affine)
-    from_ras = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_ras)
-    return np.ascontiguousarray(orientations.apply_orientation(labels, from_ras))

@@ -49,7 +49,8 @@ def sliding_window(
     Raises:
         UserError: for a volume of another rank, or options out of range.
     """
-    windows = Windows(volume, window, overlap, blend, in_layers=False)
+    windows = Windows(volume, window, overlap, blend)
+    windows.visit_last_in_turn()
     logits = np.empty((*volume.shape[:3], num_classes), np.float32)
     found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
     for box, block in host_sums.blocks(windows, found, num_classes):
@@ -90,12 +91,12 @@ def predict_labels(
     checks.in_range("num_classes", num_classes, 1, 256)
     checks.one_of("sums", sums, ("float32", "float16"))
     checks.one_of("accumulate", accumulate, ACCUMULATE)
-    windows = Windows(volume, window, overlap, blend, in_layers=True)
+    windows = Windows(volume, window, overlap, blend)
     if accumulate == "auto":
         fits = _fits_on_device(windows, num_classes, sums)
         accumulate = "device" if fits else "host"
     if accumulate == "host" and positions is None:
-        windows = Windows(volume, window, overlap, blend, in_layers=False)
+        windows.visit_last_in_turn()
     place = device_sums if accumulate == "device" else host_sums
     found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
     if progress is not None:

@@ -97,13 +97,13 @@ class Windows:
         order: the volume's axes in the order of the sweep, its own slowest.
         size: of the padded volume, in this order, as all that follows.
         sides: of a window.
-        starts: first voxels of the windows.
+        starts: first voxels of the windows, in layers, in rows.
         weight: of a window's voxels in the average, `[*sides, 1]`.
         pad: voxels added in front.
         shape: of the volume without them.
     """
 
-    def __init__(self, volume, window, overlap, blend, *, in_layers):
+    def __init__(self, volume, window, overlap, blend):
         checks.require(
             volume.ndim == 4 and len(window) == 3,
             f"volume has shape {volume.shape} and window {tuple(window)}, but the "
@@ -118,13 +118,24 @@ class Windows:
         self.size = tuple(size[axis] for axis in self.order)
         self.sides = tuple(window[axis] for axis in self.order)
         self.starts = window_starts(self.size, self.sides, overlap=overlap)
-        axes = [sorted(set(axis)) for axis in zip(*self.starts, strict=True)]
-        if not in_layers:
-            self.starts = _last_in_turn(self.starts, axes)
-        self.spans = [_spans(*axis) for axis in zip(axes, self.sides, strict=True)]
+        axes = zip(map(set, zip(*self.starts, strict=True)), self.sides, strict=True)
+        self.spans = [_spans(sorted(axis), side) for axis, side in axes]
         self.weight = self.swept(importance(window, blend=blend))[..., None]
         self.pad = tuple(pad[axis][0] for axis in self.order)
         self.shape = tuple(volume.shape[axis] for axis in self.order)
+
+    def visit_last_in_turn(self) -> None:
+        """Visit the last two windows of an axis in turn at each place on faster axes.
+
+        The last one is moved back to the volume's end and shares more with the one
+        before than others do; visited in turn, what they share becomes labels sooner.
+        Windows no longer come in layers.
+        """
+        groups = [
+            {start: min(i, len(axis) - 2) for i, start in enumerate(axis)}
+            for axis in self.spans
+        ]
+        self.starts.sort(key=lambda s: (*map(dict.get, groups, s), *s))
 
     def swept(self, array: np.ndarray) -> np.ndarray:
         """View an array [D, H, W, ...] with its axes in the order of the sweep."""
@@ -160,16 +171,6 @@ class Windows:
             box.append(slice(low, high))
             part.append(slice(low + pad - start, high + pad - start))
         yield tuple(box), block[tuple(part)]
-
-
-def _last_in_turn(starts, axes):
-    """Visit the last two windows of an axis in turn at each place on the faster axes.
-
-    The last window is moved back to the volume's end and shares more with the one
-    before than others do; visited in turn, what they share becomes labels sooner.
-    """
-    groups = [{s: min(i, len(a) - 2) for i, s in enumerate(a)} for a in axes]
-    return sorted(starts, key=lambda s: (*map(dict.get, groups, s), *s))
 
 
 def _spans(starts, side):

@@ -41,6 +41,17 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; a `UserError` if something is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise checks.UserError(
+            f"the output folder {path} cannot be made: {error.strerror}; choose "
+            "another."
+        ) from error
+
+
 def remove(folder: Path) -> None:
     """Remove a folder as a whole; a `UserError` if it cannot be."""
     with (

@@ -103,8 +103,8 @@ def test_a_series_is_found_and_segmented_as_a_scan(tmp_path, hu):
     config = SimpleNamespace(data=SimpleNamespace(hu_range=(-1000.0, 1000.0)))
     scans, segmenter = batches.find_scans([folder]), Half(config, None, 0)
     assert scans == {"patient": folder}
-    wishes = batches.Wishes()
-    batches.segment_scans(segmenter, scans, tmp_path / "out", wishes)
+    options = batches.OutputOptions()
+    batches.segment_scans(segmenter, scans, tmp_path / "out", options)
     image = nib.load(tmp_path / "out" / "patient.nii.gz")
     np.testing.assert_array_equal(np.asarray(image.dataobj), hu > 0)
     prediction.save(tmp_path / "own.nii", segmenter.segment(folder), like=folder)

@@ -15,14 +15,20 @@ from swinsmt_jax.inference.export import export
 from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.inference.sliding_window import predict_labels
 
-ROOT = Path(portable.__file__).parents[1]
+ROOT = Path(portable.__file__).parents[2]
 # What the loader must do without.
-ALONE = """
+BLOCKED = """
 import sys
-for name in ("flax", "orbax", "nibabel", "grain", "optax"):
-    sys.modules[name] = None
-import numpy as np
+from importlib.metadata import packages_distributions
+needed = {"jax", "jaxlib", "numpy", "flatbuffers"}
+needed |= {"ml_dtypes", "opt_einsum", "scipy"}  # which jax itself needs
+for name in packages_distributions():
+    if name not in needed and not name.startswith(("_", "swinsmt_jax")):
+        sys.modules[name] = None
 from swinsmt_jax.inference import portable
+"""
+ALONE = f"""{BLOCKED}
+import numpy as np
 network = portable.load(sys.argv[1])
 np.save(sys.argv[3], network.segment(np.load(sys.argv[2])))
 print(network.about["class_names"]["1"], network.about["step"])
@@ -76,6 +82,10 @@ def test_an_exported_network_needs_jax_and_numpy_alone(config, tmp_path, rng):
     )
     labels = np.load(files[2])
     assert (labels == expected).mean() > 0.999 and len(np.unique(expected)) > 1
+
+
+def test_the_loader_imports_jax_numpy_and_flatbuffers_alone():
+    subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, check=True)
 
 
 def test_other_files_are_refused(tmp_path):

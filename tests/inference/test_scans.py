@@ -14,7 +14,8 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import label_table
 from swinsmt_jax.inference import segmenter as prediction
-from swinsmt_jax.inference.scans import Wishes, find_scans, segment_scans
+from swinsmt_jax.inference.outputs import OutputOptions
+from swinsmt_jax.inference.scans import find_scans, segment_scans
 from swinsmt_jax.inference.segmenter import Segmenter
 
 CLASSES = 4
@@ -165,7 +166,7 @@ def test_labels_are_written_on_the_scans_own_grid_with_names(tmp_path, hu):
     affine = np.array([[0, 2.0, 0, 5], [-2, 0, 0, 7], [0, 0, 3, 9], [0, 0, 0, 1]])
     scan = write(tmp_path / "scan.nii", hu, affine)
     segmenter, output = make(), tmp_path / "out"
-    summary = segment_scans(segmenter, {"scan": scan}, output, Wishes())
+    summary = segment_scans(segmenter, {"scan": scan}, output, OutputOptions())
     image = nib.load(output / "scan.nii.gz")
     np.testing.assert_array_equal(image.affine, affine)
     np.testing.assert_array_equal(np.asarray(image.dataobj), brightness(hu))
@@ -189,30 +190,30 @@ def test_one_failure_does_not_stop_the_rest_and_what_is_there_stays(tmp_path, hu
     rgb = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     nib.save(nib.Nifti1Image(rgb, np.eye(4)), scans["rgb"])
     output = tmp_path / "out"
-    summary = segment_scans(make(), scans, output, Wishes())
+    summary = segment_scans(make(), scans, output, OutputOptions())
     assert "must be 3-D" in summary["bad"]["error"]
     assert "RGB and complex" in summary["rgb"]["error"]
     assert summary["good"]["seconds"] >= 0
     assert sorted(p.name for p in output.iterdir()) == ["good.nii.gz", "summary.json"]
     before = (output / "good.nii.gz").stat().st_mtime_ns
-    again = segment_scans(make(), scans, output, Wishes())
+    again = segment_scans(make(), scans, output, OutputOptions())
     assert "seconds" not in again["good"]
     assert (output / "good.nii.gz").stat().st_mtime_ns == before
-    segment_scans(make(), scans, output, Wishes(overwrite=True))
+    segment_scans(make(), scans, output, OutputOptions(overwrite=True))
     assert (output / "good.nii.gz").stat().st_mtime_ns > before
 
 
 def test_an_input_is_never_replaced(tmp_path, hu):
     scan = write(tmp_path / "scans" / "s1.nii.gz", hu)
     ct = write(tmp_path / "data" / "s2" / "ct.nii.gz", hu)
-    masks = Wishes(masks=True, overwrite=True)
-    for scans, folder, wishes in (
-        ({"s1": scan}, "scans", Wishes(overwrite=True)),
-        ({"s1": scan}, "scans/../scans", Wishes()),
+    masks = OutputOptions(masks=True, overwrite=True)
+    for scans, folder, options in (
+        ({"s1": scan}, "scans", OutputOptions(overwrite=True)),
+        ({"s1": scan}, "scans/../scans", OutputOptions()),
         ({"s2": ct}, "data", masks),
     ):
         with pytest.raises(UserError, match="is, or holds, the input .*/s[12]"):
-            segment_scans(make(), scans, tmp_path / folder, wishes)
+            segment_scans(make(), scans, tmp_path / folder, options)
     with pytest.raises(UserError, match="holds other files, such as .*ct.nii.gz"):
         segment_scans(make(), {"s2": scan}, tmp_path / "data", masks)
     for file in (scan, ct):
@@ -233,34 +234,41 @@ def test_whatever_fails_on_one_scan_does_not_stop_the_rest(tmp_path, hu):
             raise MemoryError("no room")
         return by_brightness(windows)
 
-    summary = segment_scans(make(fails_at_first), scans, tmp_path / "out", Wishes())
+    summary = segment_scans(
+        make(fails_at_first), scans, tmp_path / "out", OutputOptions()
+    )
     assert summary["large"]["error"] == "MemoryError: no room"
     assert (tmp_path / "out" / "good.nii.gz").exists() and "seconds" in summary["good"]
 
 
 def test_what_is_missing_is_written_and_what_is_there_stays(tmp_path, hu):
     scan, output = write(tmp_path / "s.nii.gz", hu), tmp_path / "out"
-    segment_scans(make(), {"s": scan}, output, Wishes())
+    segment_scans(make(), {"s": scan}, output, OutputOptions())
     labels = output / "s.nii.gz"
     before = labels.stat().st_mtime_ns
 
     def unused(windows):
         raise AssertionError("the labels are there")
 
-    wishes = Wishes(statistics=True, preview=True)
-    found = segment_scans(make(unused), {"s": scan}, output, wishes)["s"]
+    options = OutputOptions(statistics=True, preview=True)
+    found = segment_scans(make(unused), {"s": scan}, output, options)["s"]
     assert "error" not in found and "seconds" not in found and found["structures"]
     with (output / "s_statistics.csv").open() as file:
         rows = {row["class"]: row for row in csv.DictReader(file)}
     assert int(rows["spleen"]["voxels"]) == (brightness(hu) == 1).sum()
     assert (output / "s_preview.png").exists()
-    segment_scans(make(), {"s": scan}, output, Wishes(masks=True))
+    segment_scans(make(), {"s": scan}, output, OutputOptions(masks=True))
     assert {p.name for p in (output / "s").iterdir()} >= {"spleen.nii.gz"}
-    for wishes in (Wishes(roi=("spleen",)), Wishes(roi=("spleen",), masks=True)):
+    for options in (
+        OutputOptions(roi=("spleen",)),
+        OutputOptions(roi=("spleen",), masks=True),
+    ):
         with pytest.raises(UserError, match="of 3 classes instead of the 1 wished"):
-            segment_scans(make(), {"s": scan}, output, wishes)
+            segment_scans(make(), {"s": scan}, output, options)
     assert labels.stat().st_mtime_ns == before
-    segment_scans(make(), {"s": scan}, output, Wishes(roi=("spleen",), overwrite=True))
+    segment_scans(
+        make(), {"s": scan}, output, OutputOptions(roi=("spleen",), overwrite=True)
+    )
     assert set(np.unique(nib.load(labels).dataobj)) == {0, 1}
     assert not (output / "s_statistics.csv").exists()  # it was of other labels
 
@@ -268,9 +276,9 @@ def test_what_is_missing_is_written_and_what_is_there_stays(tmp_path, hu):
 def test_the_summary_keeps_earlier_scans(tmp_path, hu):
     scans = {name: write(tmp_path / f"{name}.nii", hu) for name in "ab"}
     output = tmp_path / "out"
-    first = segment_scans(make(), {"a": scans["a"]}, output, Wishes())
-    second = segment_scans(make(), {"b": scans["b"]}, output, Wishes())
-    again = segment_scans(make(), scans, output, Wishes())
+    first = segment_scans(make(), {"a": scans["a"]}, output, OutputOptions())
+    second = segment_scans(make(), {"b": scans["b"]}, output, OutputOptions())
+    again = segment_scans(make(), scans, output, OutputOptions())
     assert not any("seconds" in found for found in again.values())
     assert json.loads((output / "summary.json").read_text()) == first | second
 
@@ -278,9 +286,11 @@ def test_the_summary_keeps_earlier_scans(tmp_path, hu):
 def test_masks_classes_statistics_and_picture(tmp_path, hu):
     scan = write(tmp_path / "s.nii.gz", hu, np.diag([2.0, 2.0, 2.5, 1]))
     roi = ("spleen", "kidney_left")
-    wishes = Wishes(roi=roi, masks=True, statistics=True, preview=True, overwrite=True)
+    options = OutputOptions(
+        roi=roi, masks=True, statistics=True, preview=True, overwrite=True
+    )
     for _ in range(2):  # the folder of masks is replaced as a whole
-        segment_scans(make(), {"s": scan}, tmp_path / "out", wishes)
+        segment_scans(make(), {"s": scan}, tmp_path / "out", options)
     masks = tmp_path / "out" / "s"
     assert {p.name for p in masks.iterdir()} == {f"{name}.nii.gz" for name in roi}
     spleen = np.asarray(nib.load(masks / "spleen.nii.gz").dataobj)
@@ -292,7 +302,9 @@ def test_masks_classes_statistics_and_picture(tmp_path, hu):
     assert float(rows["spleen"]["volume_ml"]) == pytest.approx(volume)
     assert (tmp_path / "out" / "s_preview.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="roi is 'liverr', but must be one of"):
-        segment_scans(make(), {"s": scan}, tmp_path / "out", Wishes(roi=("liverr",)))
+        segment_scans(
+            make(), {"s": scan}, tmp_path / "out", OutputOptions(roi=("liverr",))
+        )
 
 
 def test_two_places_in_one_header_are_told(tmp_path, hu, caplog):
@@ -300,7 +312,9 @@ def test_two_places_in_one_header_are_told(tmp_path, hu, caplog):
     image.set_qform(np.diag([-1.0, 1, 1, 1]), code=1)
     image.set_sform(np.eye(4), code=1)
     nib.save(image, tmp_path / "two.nii")
-    segment_scans(make(), {"two": tmp_path / "two.nii"}, tmp_path / "out", Wishes())
+    segment_scans(
+        make(), {"two": tmp_path / "two.nii"}, tmp_path / "out", OutputOptions()
+    )
     assert "sform and qform disagree by up to 38.0 mm" in caplog.text
 
 

@@ -1,6 +1,12 @@
 """The recipes of docs/extending.md run."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,6 +16,7 @@ from configs import demo
 from swinsmt_jax import convert, models
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.convert import files
+from swinsmt_jax.data import store
 from swinsmt_jax.models import registry
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.training import checkpoint, loop, losses
@@ -64,3 +71,71 @@ def test_a_loss(rng, monkeypatch):
     assert found[-1] < 0.7 * found[0]
     logits = features @ head[0] + head[1]
     assert float(loss(logits, labels)) == pytest.approx(float(descend(head)[0]), 1e-5)
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package, to add files and classes to, and a runner of code."""
+    copy = tmp_path / "swinsmt_jax"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(models.__file__).parents[1], copy, ignore=ignored)
+
+    def run(code):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return copy, run
+
+
+AUGMENTED = """
+import numpy as np
+from swinsmt_jax import checks
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import augmentation
+from swinsmt_jax.data.augmentation import Augmentations, Contrast, Noise
+from swinsmt_jax.data.sample import Sample
+
+image = np.linspace(0, 1, 64, dtype=np.float32).reshape(4, 4, 4)
+sample = Sample(image, np.zeros(image.shape, np.uint8), np.eye(4), "s1")
+contrast = Augmentations(contrast=Contrast(1.0, factor=(0.5, 0.5)))
+found = augmentation.augment(contrast, 3, sample, ("background",)).image
+plain = augmentation.augment(Augmentations(), 3, sample, ("background",)).image
+np.testing.assert_allclose(found - found.mean(), (plain - plain.mean()) / 2, atol=1e-6)
+for bad in ({"probability": 7}, {"factor": (2, 1)}):
+    try:
+        Contrast(**bad)
+    except checks.UserError as error:
+        print(error)
+"""
+
+
+def test_an_augmentation(package):
+    copy, run = package
+    file = copy / "data" / "augmentation.py"
+    before, after = file.read_text().split("Augmentations = ", 1)
+    code = recipes.code("An augmentation")
+    file.write_text(f"{before}{code}\n\nAugmentations = {after}")
+    first, second = run(AUGMENTED).splitlines()
+    assert "data.augmentations.contrast.probability is 7.0" in first
+    assert "data.augmentations.contrast.factor is (2.0, 1.0)" in second
+
+
+def test_a_layout(package, tmp_path):
+    copy, run = package
+    (copy / "data" / "layouts" / "house.py").write_text(recipes.code("A layout"))
+    source = tmp_path / "source"
+    for part, value in (("images", -100), ("labels", 5)):
+        (source / part).mkdir(parents=True)
+        for case in ("a", "b"):
+            image = nib.Nifti1Image(np.full((6, 5, 4), value, np.int16), np.eye(4))
+            nib.save(image, source / part / f"{case}.nii.gz")
+    (source / "splits.csv").write_text("case,split\na,train\nb,val\n../c,train\n")
+    failed = run(
+        "from swinsmt_jax.data.preprocess import preprocess\n"
+        f"print(*preprocess({str(source)!r}, 'store'))"
+    )
+    assert failed.strip() == "line 4"
+    (case,) = store.find_cases(tmp_path / "store", split="val")
+    assert case.name == "b" and (case.read().label == 5).all()

@@ -216,6 +216,10 @@ class ExperimentConfig:
     def __post_init__(self):
         self.model.check_patch("data.patch_shape", self.data.patch_shape)
         checks.require(
+            self.model.in_channels == 1,
+            f"model.in_channels is {self.model.in_channels}, but a CT has 1 channel.",
+        )
+        checks.require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but the run has "
             f"only training.num_steps = {self.training.num_steps}.",

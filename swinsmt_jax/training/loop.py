@@ -64,10 +64,6 @@ def train(
         accumulate=training.accumulate,
         num_experts=config.model.num_experts,
     )
-    checks.require(
-        config.model.in_channels == 1,
-        f"model.in_channels is {config.model.in_channels}, but a CT has 1 channel.",
-    )
     data, cases, held_out = processes.together(
         lambda: setup.find_cases(
             config.data, num_classes=num_classes, validated=validate is not None

@@ -42,12 +42,11 @@ def make_train_step(
     of the state changes.
 
     Args:
-        graphdef: structure of the network, from `state.abstract_state`.
+        graphdef, abstract: network and state, from `state.abstract_state`.
         optimizer: what `abstract.opt_state` belongs to.
         loss: that is minimised.
         schedule: learning rate of the step, for the metrics.
         seed: of dropout and drop path.
-        abstract: the state's shapes and shardings, from `state.abstract_state`.
         mesh: over which batches are divided.
         accumulate: parts of a batch whose gradients are averaged in turn: the memory of
             one part, and the gradient of the whole. Divides the batch of a device.

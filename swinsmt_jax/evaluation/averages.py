@@ -94,25 +94,20 @@ def known_groups(
     return {name: ids for name, ids in known.items() if ids}
 
 
-def class_means(scores: np.ndarray) -> np.ndarray:
-    """Mean over cases of each class, `[K]`; NaN for a class that no case has."""
-    return _mean(np.asarray(scores, np.float64), axis=0)
-
-
-def _weighted(values: np.ndarray, weights: np.ndarray, rule: str) -> np.ndarray:
-    """Means `[samples]` of `[cases, n]` by the cases' weights `[samples, cases]`."""
-    if rule == "over_cases":
-        values = _mean(values, axis=1)[:, None]
-    present = ~np.isnan(values)
-    count, total = weights @ present, weights @ np.where(present, values, 0.0)
-    if rule == "over_pairs":
-        count, total = (x.sum(axis=1, keepdims=True) for x in (count, total))
-    return _mean(np.where(count > 0, total / np.maximum(count, 1), np.nan), axis=1)
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+def known_mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean of the values that are not NaN; NaN, without a warning, if there is none."""
     present = ~np.isnan(values)
     count = present.sum(axis=axis)
     total = np.where(present, values, 0.0).sum(axis=axis)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _weighted(values: np.ndarray, weights: np.ndarray, rule: str) -> np.ndarray:
+    """Means `[samples]` of `[cases, n]` by the cases' weights `[samples, cases]`."""
+    if rule == "over_cases":
+        values = known_mean(values, axis=1)[:, None]
+    present = ~np.isnan(values)
+    count, total = weights @ present, weights @ np.where(present, values, 0.0)
+    if rule == "over_pairs":
+        count, total = (x.sum(axis=1, keepdims=True) for x in (count, total))
+    return known_mean(np.where(count > 0, total / np.maximum(count, 1), np.nan), axis=1)

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from swinsmt_jax import checks
+from swinsmt_jax.evaluation.averages import known_mean
 
 FILE = "results.json"
 SAMPLES = 10_000  # of the bootstrap
@@ -59,28 +60,30 @@ def compare(
         UserError: for files that are no results, and evaluations of other splits,
             cases, groups, or classes of any case.
     """
-    one, other = _read(Path(first), split), _read(Path(second), split)
-    splits = [content.get("split") for content in (one, other)]
+    pair = one, other = [_read(Path(path), split) for path in (first, second)]
     checks.require(
-        splits[0] == splits[1],
-        f"{first} evaluated the split {splits[0]!r} and {second} {splits[1]!r}; "
-        "compare evaluations of the same split.",
+        one.get("split") == other.get("split"),
+        f"{first} evaluated the split {one.get('split')!r} and {second} "
+        f"{other.get('split')!r}; compare evaluations of the same split.",
     )
+    shared = one["cases"].keys() & other["cases"].keys()
     checks.require(
-        one["cases"].keys() == other["cases"].keys(),
+        len(one["cases"]) == len(shared) == len(other["cases"]),
         f"{first} and {second} evaluated other cases, so they cannot be paired; they "
-        f"share {len(one['cases'].keys() & other['cases'].keys())} of "
-        f"{len(one['cases'])} and {len(other['cases'])}. Evaluate the same split.",
+        f"share {len(shared)} of {len(one['cases'])} and {len(other['cases'])}. "
+        "Evaluate the same split.",
     )
     checks.require(
         one["groups"] == other["groups"],
         f"{first} and {second} were evaluated with other groups of classes; evaluate "
         "again with the same --groups.",
     )
-    names = list(one["cases"])
-    for name in names:
-        known = [_scored(content["cases"][name]).keys() for content in (one, other)]
-        alone = sorted(known[0] ^ known[1])
+    cases = [*one["cases"].values(), *other["cases"].values()]
+    classes = sorted(set().union(*(case["dice"] for case in cases)))
+    scores = np.stack([_scores(content, one["cases"], classes) for content in pair])
+    differs = np.isnan(scores[0]) ^ np.isnan(scores[1])
+    for name, own in zip(one["cases"], differs, strict=True):
+        alone = [classes[i] for i in np.flatnonzero(own)]
         checks.require(
             not alone,
             f"only one of {first} and {second} scored {len(alone)} classes of the case "
@@ -88,9 +91,9 @@ def compare(
             "Their truths or classes differ; evaluate both on the same data.",
         )
     found = []
-    for group, classes in {**one["groups"], "overall": None}.items():
-        means = [[_mean(r["cases"][n], classes) for n in names] for r in (one, other)]
-        found.append(_difference(group, *means))
+    for group, members in {**one["groups"], "overall": classes}.items():
+        chosen = scores[..., [classes.index(c) for c in members if c in classes]]
+        found.append(_difference(group, known_mean(chosen, axis=2)))
     corrected = _holm([d["p"] for d in found])
     return [Difference(**d, holm=p) for d, p in zip(found, corrected, strict=True)]
 
@@ -121,8 +124,7 @@ def table(differences: Sequence[Difference], *, first: str, second: str) -> str:
     return "\n".join(lines)
 
 
-def _difference(group, first, second):
-    pairs = np.array([first, second], np.float64)
+def _difference(group, pairs):
     pairs = pairs[:, ~np.isnan(pairs).any(axis=0)]
     means = pairs.mean(axis=1).tolist() if pairs.size else [float("nan")] * 2
     change = pairs[1] - pairs[0]
@@ -173,15 +175,10 @@ def _holm(p_values):
     return p.tolist()
 
 
-def _mean(case, classes):
-    """Mean Dice over the classes that a case has; NaN if it has none."""
-    dice = _scored(case)
-    values = [dice[name] for name in (classes or dice) if name in dice]
-    return float(np.mean(values)) if values else float("nan")
-
-
-def _scored(case):
-    return {name: dice for name, dice in case["dice"].items() if dice is not None}
+def _scores(content, cases, classes):
+    """Return Dice `[cases, classes]`; NaN for none."""
+    dice = [content["cases"][name]["dice"] for name in cases]
+    return np.array([[own.get(c) for c in classes] for own in dice], np.float64)
 
 
 def _read(path, split):

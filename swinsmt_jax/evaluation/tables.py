@@ -13,8 +13,8 @@ from swinsmt_jax.evaluation import published_results
 from swinsmt_jax.evaluation.averages import (
     AVERAGES,
     bootstrap_intervals,
-    class_means,
     group_averages,
+    known_mean,
 )
 from swinsmt_jax.evaluation.metrics import DICE, METRICS
 from swinsmt_jax.evaluation.scoring import Evaluation
@@ -66,7 +66,7 @@ def class_rows(evaluation: Evaluation) -> list[dict]:
     """
     scores, wrong = evaluation.scores(DICE), evaluation.false_positives()
     predicted = np.stack([r.counts.predicted for r in evaluation.results])
-    means = {m.name: class_means(evaluation.scores(m)) for m in METRICS.values()}
+    means = {m.name: known_mean(evaluation.scores(m), axis=0) for m in METRICS.values()}
     rows = []
     for k in range(1, scores.shape[1]):
         present = ~np.isnan(scores[:, k])

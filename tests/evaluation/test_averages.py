@@ -43,9 +43,9 @@ def test_group_averages_choose_their_classes():
     assert result["overall"]["over_cases"] == pytest.approx(0.5)
 
 
-def test_class_means_leave_out_absent_cases():
+def test_means_leave_out_absent_cases():
     scores = np.array([[1.0, 0.2, NAN], [0.0, NAN, NAN]])
-    np.testing.assert_allclose(averages.class_means(scores), [0.5, 0.2, NAN])
+    np.testing.assert_allclose(averages.known_mean(scores, axis=0), [0.5, 0.2, NAN])
 
 
 def test_refuses_scores_of_one_case_alone_and_unknown_classes():

@@ -18,7 +18,7 @@ from absl import app, flags
 
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.convert import starting_point
-from swinsmt_jax.evaluation import pictures, run
+from swinsmt_jax.evaluation import pictures, validation
 from swinsmt_jax.runtime import distributed, startup
 from swinsmt_jax.training import loop
 
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     loop.train(
         config,
         workdir=flags.FLAGS.workdir,
-        validate=functools.partial(run.validate, draw=pictures.panel),
+        validate=functools.partial(validation.validate, draw=pictures.panel),
         profile_steps=flags.FLAGS.profile,
         start_from=start_from,
     )

@@ -33,7 +33,7 @@ from benchmarks import define_file, report, small_networks, write
 from swinsmt_jax import checks, labels, models
 from swinsmt_jax.config import ExperimentConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
-from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation import validation
 from swinsmt_jax.evaluation.averages import group_averages, known_groups
 from swinsmt_jax.evaluation.metrics import DICE
 from swinsmt_jax.inference.segment import predict_fn
@@ -83,7 +83,7 @@ def train_and_score(config: ExperimentConfig) -> dict:
         loop.train(config, workdir=folder)
         seconds = time.perf_counter() - start
         _, model, _ = load_model(Path(folder))
-        found = run.segment_cases(
+        found = validation.segment_cases(
             predict_fn(model),
             cases,
             data=config.data,

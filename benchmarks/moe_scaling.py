@@ -39,7 +39,7 @@ from configs import demo, swin_smt_paper
 from swinsmt_jax import models, sharding
 from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
-from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation import validation
 from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import startup
@@ -188,7 +188,7 @@ def trained_dice(config: ExperimentConfig, *, workdir: Path) -> dict[str, float]
     loop.train(config, workdir=workdir)
     config, model, _ = load_model(workdir)
     cases = find_cases(config.data.root, split="test")
-    scores = run.validate(
+    scores = validation.validate(
         predict_fn(model),
         cases,
         data=config.data,

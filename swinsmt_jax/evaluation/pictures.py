@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from swinsmt_jax.evaluation.metrics import DICE
-from swinsmt_jax.evaluation.run import Segmented
+from swinsmt_jax.evaluation.validation import Segmented
 from swinsmt_jax.inference.pictures import (
     INK,
     PLANES,

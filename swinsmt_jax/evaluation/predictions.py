@@ -16,9 +16,9 @@ from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
 from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.results import about_surfaces, write_results
-from swinsmt_jax.evaluation.run import Segmented
 from swinsmt_jax.evaluation.scoring import Evaluation, score
 from swinsmt_jax.evaluation.surface import SurfaceRule
+from swinsmt_jax.evaluation.validation import Segmented
 from swinsmt_jax.runtime.files import make_folder
 from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
 

@@ -42,9 +42,10 @@ def train(
     Args:
         config: of the experiment.
         workdir: folder of the run, made if missing; see `training.workdir`.
-        validate: as `evaluation.run.validate`; what it returns holds {"dice": ...} and
-            perhaps {"groups": {name: ...}, "pictures": {name: uint8 [H, W, 3]}}. Of
-            several processes all call it, and `predict` takes this process's devices.
+        validate: as `evaluation.validation.validate`; what it returns holds
+            {"dice": ...} and perhaps {"groups": {name: ...}, "pictures": {name: uint8
+            [H, W, 3]}}. Of several processes all call it, and `predict` takes this
+            process's devices.
         profile_steps: steps of which a trace is written to <workdir>/profile.
         start_from: called for a new run alone. What it returns changes the parameters
             of the network before the first step; what that returns is logged.

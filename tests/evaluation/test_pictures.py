@@ -4,8 +4,8 @@ from matplotlib.image import imread
 
 from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.metrics import DICE
-from swinsmt_jax.evaluation.run import Segmented
 from swinsmt_jax.evaluation.scoring import score
+from swinsmt_jax.evaluation.validation import Segmented
 from swinsmt_jax.inference.pictures import colors_of
 
 RIGHT, LEFT, HEAD, FRONT = 1, 2, 3, 4

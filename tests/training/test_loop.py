@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation import validation
 from swinsmt_jax.runtime import interrupts
 from swinsmt_jax.training import checkpoint, logs, loop, losses
 from swinsmt_jax.training.logs import read_rows
@@ -35,7 +35,7 @@ def test_a_run_learns_validates_and_keeps_its_best(tmp_path, make_config):
         training={"num_steps": 40, "eval_every": 20, "log_every": 8},
         optimizer={"learning_rate": 0.05},
     )
-    state = loop.train(config, workdir=tmp_path / "run", validate=run.validate)
+    state = loop.train(config, workdir=tmp_path / "run", validate=validation.validate)
     assert int(state.step) == 40
     rows = {row["step"]: row for row in read_rows(tmp_path / "run" / "metrics.jsonl")}
     assert list(rows) == [8, 16, 20, 24, 32, 40]
@@ -211,7 +211,7 @@ def curve(workdir):
 def test_a_signal_does_not_wait_for_validation(tmp_path, make_config, monkeypatch, at):
     rhythm = {"eval_every": 0 if at == "in the last" else 2, "checkpoint_every": 100}
     config = make_config(training={"num_steps": 4, **rhythm})
-    whole = loop.train(config, workdir=tmp_path / "whole", validate=run.validate)
+    whole = loop.train(config, workdir=tmp_path / "whole", validate=validation.validate)
     row, validated = logs.Log.row, []
 
     def signals_before(log, step, values):
@@ -222,7 +222,7 @@ def test_a_signal_does_not_wait_for_validation(tmp_path, make_config, monkeypatc
     def signals_within(predict, cases, **options):
         validated.append(len(cases))
         os.kill(os.getpid(), signal.SIGTERM)
-        return run.validate(predict, cases, **options)
+        return validation.validate(predict, cases, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(logs.Log, "row", signals_before)
@@ -231,7 +231,7 @@ def test_a_signal_does_not_wait_for_validation(tmp_path, make_config, monkeypatc
             loop.train(config, workdir=tmp_path / "cut", validate=signals_within)
     assert len(validated) == (at != "before validation")
     assert checkpoint.load_model(tmp_path / "cut")[2] == {"step": step, "metrics": {}}
-    again = loop.train(config, workdir=tmp_path / "cut", validate=run.validate)
+    again = loop.train(config, workdir=tmp_path / "cut", validate=validation.validate)
     assert_equal_states(whole, again)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     found = [checkpoint.load_model(tmp_path / name)[2] for name in ("whole", "cut")]
@@ -249,7 +249,7 @@ def test_a_step_is_saved_before_it_is_validated(tmp_path, make_config):
     with pytest.raises(KilledError):
         loop.train(config, workdir=tmp_path / "run", validate=killed)
     assert checkpoint.load_model(tmp_path / "run")[2]["step"] == 2
-    loop.train(config, workdir=tmp_path / "run", validate=run.validate)
+    loop.train(config, workdir=tmp_path / "run", validate=validation.validate)
     info = checkpoint.load_model(tmp_path / "run", step="best")[2]
     assert curve(tmp_path / "run")[-1][2] == info["metrics"]["val_dice"]
 

@@ -9,7 +9,7 @@ import pytest
 from swinsmt_jax import SwinSMTConfig
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.data import preprocess
-from swinsmt_jax.evaluation import run
+from swinsmt_jax.evaluation import validation
 from swinsmt_jax.runtime import cost, processes
 from swinsmt_jax.training import loop, setup
 from swinsmt_jax.training import workdir as workdir_module
@@ -126,7 +126,9 @@ def test_validation_needs_cases(tmp_path, make_config, dataset):
     meta.write_text(meta.read_text().replace(";val", ";test"))
     words = "no case of the split 'val'.*give at least one case the split 'val' in meta"
     with pytest.raises(UserError, match=words):
-        loop.train(make_config(), workdir=tmp_path / "run", validate=run.validate)
+        loop.train(
+            make_config(), workdir=tmp_path / "run", validate=validation.validate
+        )
 
 
 def test_data_that_changed_is_refused(tmp_path, make_config, dataset):

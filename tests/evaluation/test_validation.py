@@ -6,7 +6,7 @@ import pytest
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data.sample import Sample
-from swinsmt_jax.evaluation import averages, run
+from swinsmt_jax.evaluation import averages, validation
 from swinsmt_jax.inference.segment import batch_sharding
 
 CLASSES = 4
@@ -62,11 +62,11 @@ def settings(**inference):
 
 
 def segmented(cases):
-    return run.segment_cases(reads_the_image, cases, **settings())
+    return validation.segment_cases(reads_the_image, cases, **settings())
 
 
 def test_a_perfect_network_scores_one(cases):
-    result = run.validate(reads_the_image, cases, **settings())
+    result = validation.validate(reads_the_image, cases, **settings())
     assert result["dice"] == 1 and result["groups"] == {"organs": 1.0}
     assert result["false_positives"] == 0 and result["pictures"] == {}
 
@@ -75,7 +75,9 @@ def test_what_is_absent_and_predicted_is_counted_but_not_averaged(cases):
     def always_3(windows):
         return jnp.zeros((*windows.shape[:-1], CLASSES)).at[..., 3].set(1)
 
-    result = run.validate(jax.jit(always_3), cases, groups={"last": (3,)}, **settings())
+    result = validation.validate(
+        jax.jit(always_3), cases, groups={"last": (3,)}, **settings()
+    )
     assert result["false_positives"] == 1  # in the case without class 3
     share = np.array([2 * (c.label == 3).mean() for c in cases if 3 in c.label])
     last = (share / (1 + share / 2)).mean()
@@ -102,7 +104,7 @@ def test_every_device_has_windows_of_a_batch(cases, window_batch, batch):
 
     sharding = batch_sharding()
     own = settings(window_batch=window_batch)
-    result = run.validate(watched, cases, sharding=sharding, **own)
+    result = validation.validate(watched, cases, sharding=sharding, **own)
     assert result["dice"] == 1.0 and set(seen) == {(batch, 8)}
 
 
@@ -110,12 +112,12 @@ def test_refuses_labels_that_the_network_lacks(cases):
     cases[1].label[0, 0, 0] = 9
     words = r"case '1' holds label 9.*out_channels is 4.*classes of the training"
     with pytest.raises(UserError, match=words):
-        run.validate(reads_the_image, cases, **settings())
+        validation.validate(reads_the_image, cases, **settings())
 
 
 def test_refuses_no_cases():
     with pytest.raises(UserError, match="at least one case"):
-        run.validate(reads_the_image, [], **settings())
+        validation.validate(reads_the_image, [], **settings())
 
 
 def test_known_groups_drop_what_the_network_lacks():

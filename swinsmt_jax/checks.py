@@ -8,7 +8,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 
@@ -39,13 +39,22 @@ def pattern(name: str, value: str) -> None:
         re.compile(value)
     except re.error as error:
         raise UserError(
-            f"{name} holds {value!r}, which is not a regular expression: {error}."
+            f"{name} is {value!r}, which is not a regular expression: {error}."
         ) from error
 
 
 def divisors(number: int) -> list[int]:
     """Return the divisors of a number, in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def divides(name: str, value: int, *, of: str, number: int) -> None:
+    """Raise `UserError` unless `value` divides `number`, which is called `of`."""
+    require(
+        number % value == 0,
+        f"{name} is {value}, but must divide {of} = {number}: take one of "
+        f"{listed(divisors(number))}.",
+    )
 
 
 def listed(values: Iterable) -> str:
@@ -91,7 +100,27 @@ class Within(NamedTuple):
         in_range(name, value, self.low, self.high)
 
 
-# Types of fields with a rule, for `typed_fields`.
+class Rule(NamedTuple):
+    """A rule for a field: `holds(value)`. `words` say what the value "must" do."""
+
+    words: str
+    holds: Callable[[object], bool]
+
+    def __call__(self, name: str, value: object) -> None:
+        """Raise `UserError` unless the value obeys."""
+        require(self.holds(value), f"{name} is {value!r}, but must {self.words}.")
+
+
+class Among(NamedTuple):
+    """A rule for a field: one of the choices."""
+
+    choices: tuple
+
+    def __call__(self, name: str, value: object) -> None:
+        """Raise `UserError` unless the value obeys."""
+        one_of(name, value, self.choices)
+
+
 Positive = Annotated[int, positive]
 Positives = tuple[Positive, ...]
 OneOrEach = Positive | Positives  # one number, or one for each of several parts
@@ -143,8 +172,8 @@ def _typed(name, value, hint):
     origin = typing.get_origin(hint)
     if origin is Annotated:
         value = _typed(name, value, hint.__origin__)
-        for rule in hint.__metadata__:
-            rule(name, value)
+        for check in hint.__metadata__:
+            check(name, value)
         return value
     if origin in (types.UnionType, typing.Union):  # int | tuple[int, ...]
         single, several = hint.__args__

@@ -13,9 +13,12 @@ from typing import Annotated
 from absl import logging
 
 from swinsmt_jax import checks
+from swinsmt_jax.checks import Among, Positive, Positives, Rule, Share, Within
 from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.models import registry
 from swinsmt_jax.models.registry import NetworkConfig
+
+Count = Annotated[int, Within(0, 2**32 - 1)]
 
 
 @dataclass(frozen=True)
@@ -38,27 +41,24 @@ class DataConfig:
     """
 
     root: str
-    patch_shape: checks.Positives
-    batch_size: checks.Positive
-    spacing: Annotated[float, checks.Within(0.0, 100.0)] = 0.0
-    hu_range: tuple[float, ...] = (-1024.0, 1024.0)
-    foreground_ratio: checks.Share = 0.5
+    patch_shape: Annotated[
+        Positives, Rule("have 3 sides", lambda sides: len(sides) == 3)
+    ]
+    batch_size: Positive
+    spacing: Annotated[float, Within(0.0, 100.0)] = 0.0
+    hu_range: Annotated[
+        tuple[float, ...],
+        Rule("be (low, high), low < high", lambda hu: len(hu) == 2 and hu[0] < hu[1]),
+    ] = (-1024.0, 1024.0)
+    foreground_ratio: Share = 0.5
     augmentations: Augmentations = field(default_factory=Augmentations)
-    num_workers: Annotated[int, checks.Within(0, 1024)] = 0
-    num_threads: checks.Positive = 2
+    num_workers: Annotated[int, Within(0, 1024)] = 0
+    num_threads: Positive = 2
     classes: tuple[str, ...] = ()
     cache: bool = False
 
     def __post_init__(self):
         checks.typed_fields("data", self)
-        checks.require(
-            len(self.patch_shape) == 3,
-            f"data.patch_shape is {self.patch_shape}, but must have 3 sides.",
-        )
-        checks.require(
-            len(self.hu_range) == 2 and self.hu_range[0] < self.hu_range[1],
-            f"data.hu_range is {self.hu_range}, but must be (low, high), low < high.",
-        )
 
 
 @dataclass(frozen=True)
@@ -78,38 +78,26 @@ class OptimizerConfig:
             decoder, for fine-tuning; 1 has none.
     """
 
-    learning_rate: float
-    weight_decay: float = 1e-4
-    warmup_steps: int = 0
-    final_ratio: float = 0.0
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    freeze: tuple[str, ...] = ()
-    layer_decay: float = 1.0
+    learning_rate: Annotated[float, Rule("be positive", lambda rate: rate > 0)]
+    weight_decay: Annotated[float, Within(0.0, 10.0)] = 1e-4
+    warmup_steps: Annotated[int, Within(0, 10**9)] = 0
+    final_ratio: Share = 0.0
+    clip_norm: Annotated[
+        float,
+        Rule(
+            "be positive; a large value such as 1e9 switches clipping off",
+            lambda norm: norm > 0,
+        ),
+    ] = 1.0
+    b1: Share = 0.9
+    b2: Share = 0.999
+    freeze: tuple[Annotated[str, checks.pattern], ...] = ()
+    layer_decay: Annotated[
+        float, Rule("lie in (0, 1]", lambda factor: 0 < factor <= 1)
+    ] = 1.0
 
     def __post_init__(self):
         checks.typed_fields("optimizer", self)
-        for pattern in self.freeze:
-            checks.pattern("optimizer.freeze", pattern)
-        checks.require(
-            0.0 < self.layer_decay <= 1.0,
-            f"optimizer.layer_decay is {self.layer_decay}, but must lie in (0, 1].",
-        )
-        checks.require(
-            self.learning_rate > 0,
-            f"optimizer.learning_rate is {self.learning_rate}, but must be positive.",
-        )
-        checks.require(
-            self.clip_norm > 0,
-            f"optimizer.clip_norm is {self.clip_norm}, but must be positive; "
-            "a large value such as 1e9 switches clipping off.",
-        )
-        checks.in_range("optimizer.weight_decay", self.weight_decay, 0.0, 10.0)
-        checks.in_range("optimizer.warmup_steps", self.warmup_steps, 0, 10**9)
-        checks.in_range("optimizer.final_ratio", self.final_ratio, 0.0, 1.0)
-        for name in ("b1", "b2"):
-            checks.in_range(f"optimizer.{name}", getattr(self, name), 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -132,45 +120,36 @@ class TrainingConfig:
             not finite, before the run stops.
     """
 
-    num_steps: int
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    eval_cases: int = 0
-    checkpoint_every: int = 1000
+    num_steps: Positive
+    seed: Count = 0
+    log_every: Positive = 10
+    eval_every: Count = 0
+    eval_cases: Count = 0
+    checkpoint_every: Positive = 1000
     loss: str = "dice_ce"
-    accumulate: int = 1
-    ema_decay: float = 0.0
-    max_skipped: int = 10
+    accumulate: Positive = 1
+    ema_decay: Annotated[
+        float,
+        Rule("lie in [0, 1); 0 keeps no average", lambda decay: 0 <= decay < 1),
+    ] = 0.0
+    max_skipped: Positive = 10
 
     def __post_init__(self):
         checks.typed_fields("training", self)
-        for name in ("num_steps", "log_every", "checkpoint_every", "accumulate"):
-            checks.positive(f"training.{name}", getattr(self, name))
-        checks.positive("training.max_skipped", self.max_skipped)
-        checks.require(
-            0.0 <= self.ema_decay < 1.0,
-            f"training.ema_decay is {self.ema_decay}, but must lie in [0, 1); 0 keeps "
-            "no average.",
-        )
-        for name in ("eval_every", "eval_cases", "seed"):
-            checks.in_range(f"training.{name}", getattr(self, name), 0, 2**32 - 1)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Device mesh: `data` x `expert` devices; `data = -1` takes what is left."""
 
-    data: int = -1
-    expert: int = 1
+    data: Annotated[
+        int,
+        Rule("be at least 1, or -1 for the rest", lambda n: n == -1 or n > 0),
+    ] = -1
+    expert: Positive = 1
 
     def __post_init__(self):
         checks.typed_fields("mesh", self)
-        checks.positive("mesh.expert", self.expert)
-        checks.require(
-            self.data == -1 or self.data >= 1,
-            f"mesh.data is {self.data}, but must be at least 1, or -1 for the rest.",
-        )
 
 
 @dataclass(frozen=True)
@@ -185,21 +164,13 @@ class InferenceConfig:
             or of the "device"; "auto" takes an accelerator that has room for them.
     """
 
-    overlap: float = 0.5
-    blend: str = "gaussian"
-    window_batch: int = 1
-    accumulate: str = "auto"
+    overlap: Annotated[float, Rule("lie in [0, 1)", lambda share: 0 <= share < 1)] = 0.5
+    blend: Annotated[str, Among(("gaussian", "constant"))] = "gaussian"
+    window_batch: Positive = 1
+    accumulate: Annotated[str, Among(("auto", "host", "device"))] = "auto"
 
     def __post_init__(self):
         checks.typed_fields("inference", self)
-        checks.require(
-            0.0 <= self.overlap < 1.0,
-            f"inference.overlap is {self.overlap}, but must lie in [0, 1).",
-        )
-        checks.one_of("inference.blend", self.blend, ("gaussian", "constant"))
-        places = ("auto", "host", "device")
-        checks.one_of("inference.accumulate", self.accumulate, places)
-        checks.positive("inference.window_batch", self.window_batch)
 
 
 @dataclass(frozen=True)
@@ -214,15 +185,33 @@ class ExperimentConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self):
-        self.model.check_patch("data.patch_shape", self.data.patch_shape)
+        model, optimizer, training = self.model, self.optimizer, self.training
         checks.require(
-            self.model.in_channels == 1,
-            f"model.in_channels is {self.model.in_channels}, but a CT has 1 channel.",
+            model.in_channels == 1,
+            f"model.in_channels is {model.in_channels}, but a CT has 1 channel.",
+        )
+        model.check_patch("data.patch_shape", self.data.patch_shape)
+        checks.require(
+            optimizer.warmup_steps <= training.num_steps,
+            f"optimizer.warmup_steps is {optimizer.warmup_steps}, but the run has only "
+            f"training.num_steps = {training.num_steps}.",
         )
         checks.require(
-            self.optimizer.warmup_steps <= self.training.num_steps,
-            f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but the run has "
-            f"only training.num_steps = {self.training.num_steps}.",
+            optimizer.layer_decay == 1 or bool(model.encoder_stages),
+            f"optimizer.layer_decay is {optimizer.layer_decay}, but this network has "
+            "no encoder stages that it could act on; leave it at 1.",
+        )
+        checks.divides(
+            "training.accumulate",
+            training.accumulate,
+            of="data.batch_size",
+            number=self.data.batch_size,
+        )
+        checks.divides(  # without experts any mesh will do
+            "mesh.expert",
+            self.mesh.expert,
+            of="model.num_experts",
+            number=model.num_experts,
         )
 
 
@@ -244,7 +233,7 @@ def from_config_dict(config: Mapping) -> ExperimentConfig:
 
 def model_from_dict(values: Mapping) -> NetworkConfig:
     """Build a model config from its fields and the key `name`."""
-    return _build_model(_plain(values), "model.")
+    return _build(NetworkConfig, _plain(values), "model")
 
 
 def to_dict(config: ExperimentConfig | NetworkConfig) -> dict:
@@ -300,40 +289,28 @@ def _plain(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def _build_model(values: dict, prefix: str) -> NetworkConfig:
-    values = dict(values)
-    name = values.pop("name", None)
-    return _build(registry.config_class(name), values, prefix)
-
-
-def _build(cls: type, values: dict, prefix: str):
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in values:
+def _build(cls: type, values: object, key: str):
+    """Build the dataclass of a group of keys; the whole config has the key ""."""
+    checks.require(
+        isinstance(values, Mapping), f"config key {key} must be a group of keys."
+    )
+    values, prefix = dict(values), key and f"{key}."
+    if cls is NetworkConfig:
+        cls = registry.config_class(values.pop("name", None))
+    fields = {spec.name: spec for spec in dataclasses.fields(cls)}
+    for name in values:
         checks.require(
-            key in fields,
-            f"unknown config key {prefix}{key}; the keys here are "
-            f"{', '.join(fields)}.{checks.did_you_mean(key, fields)}",
+            name in fields,
+            f"unknown config key {prefix}{name}; the keys here are "
+            f"{', '.join(fields)}.{checks.did_you_mean(name, fields)}",
         )
-    arguments = {}
     for name, spec in fields.items():
-        if name not in values:
-            has_default = (
-                spec.default is not dataclasses.MISSING
-                or spec.default_factory is not dataclasses.MISSING
-            )
-            checks.require(has_default, f"config key {prefix}{name} is missing.")
-            continue
-        arguments[name] = _convert(hints[name], values[name], f"{prefix}{name}")
-    return cls(**arguments)
-
-
-def _convert(hint, value, name: str):
-    if hint is NetworkConfig:
-        return _build_model(value, f"{name}.")
-    if dataclasses.is_dataclass(hint):
+        needed = spec.default is spec.default_factory is dataclasses.MISSING
         checks.require(
-            isinstance(value, Mapping), f"config key {name} must be a group of keys."
+            name in values or not needed, f"config key {prefix}{name} is missing."
         )
-        return _build(hint, value, f"{name}.")
-    return value  # its type is checked with the dataclass
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():  # types are checked with the dataclass
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, prefix + name)
+    return cls(**values)

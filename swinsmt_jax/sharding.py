@@ -66,10 +66,8 @@ def within(mesh: Mesh):
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def require_divisible(
-    mesh: Mesh, *, batch_size: int, accumulate: int = 1, num_experts: int = 0
-) -> None:
-    """Raise `UserError` unless the mesh divides the batch and the experts evenly."""
+def require_divisible(mesh: Mesh, *, batch_size: int, accumulate: int = 1) -> None:
+    """Raise `UserError` unless devices and parts divide the batch evenly."""
     share, rest = divmod(batch_size, mesh.size)
     checks.require(
         rest == 0,
@@ -83,13 +81,6 @@ def require_divisible(
         f"training.accumulate is {accumulate}, but must divide the {share} samples "
         f"that each of the {mesh.size} devices has of data.batch_size = {batch_size}: "
         f"take one of {checks.listed(checks.divisors(share))}.",
-    )
-    axis = mesh.shape[EXPERT]
-    checks.require(
-        num_experts % axis == 0,
-        f"model.num_experts is {num_experts}, but must be a multiple of mesh.expert = "
-        f"{axis}; with {num_experts} experts, mesh.expert may be one of "
-        f"{checks.listed(checks.divisors(num_experts))}.",
     )
 
 

@@ -51,18 +51,46 @@ def test_a_config_survives_the_way_through_a_dictionary():
         ("model.window_size", (7, 7), "must have 3 entries"),
         ("model.dropout", 1.5, r"must lie in \[0, 1\]"),
         ("model.remat", ("stage5",), "stage5"),
+        ("model.in_channels", 2, "a CT has 1 channel"),
+        ("data.batch_size", 0, "batch_size is 0, but must be a whole number"),
+        ("data.patch_shape", [64, 64], "must have 3 sides"),
         ("data.patch_shape", [64, 100, 64], r"next valid shape is \(64, 128, 64\)"),
         ("data.hu_range", (1.0, 0.0), "low < high"),
         ("optimizer.learning_rate", 0.0, "must be positive"),
+        ("optimizer.clip_norm", 0.0, "must be positive; a large value"),
+        ("optimizer.layer_decay", 0.0, r"must lie in \(0, 1\]"),
+        ("optimizer.freeze", ("(",), "freeze .* is '\\(', which is not a regular expr"),
         ("optimizer.warmup_steps", 11, "only training.num_steps = 10"),
         ("training.num_steps", 0, "num_steps is 0"),
+        (
+            "training.accumulate",
+            3,
+            r"must divide data.batch_size = 2: take one of 1, 2",
+        ),
+        ("training.ema_decay", 1.0, r"must lie in \[0, 1\); 0 keeps no average"),
+        ("training.seed", -1, "seed is -1, but must lie in"),
         ("mesh.data", 0, "at least 1, or -1"),
+        ("mesh.expert", 3, "must divide model.num_experts = 4: take one of 1, 2, 4"),
+        ("inference.blend", "gauss", "Did you mean 'gaussian'"),
         ("inference.overlap", 1.0, r"must lie in \[0, 1\)"),
     ],
 )
 def test_a_bad_value_is_named_with_its_rule(key, value, words):
     with pytest.raises(UserError, match=words):
         config.from_config_dict(changed(key, value))
+
+
+def test_layer_decay_needs_encoder_stages():
+    model = {"name": "unetr", "in_channels": 1, "out_channels": 2, "img_size": 64}
+    values = changed("optimizer.layer_decay", 0.8)
+    assert config.from_config_dict(values).optimizer.layer_decay == 0.8
+    with pytest.raises(UserError, match="layer_decay is 0.8, but this network has no"):
+        config.from_config_dict(values | {"model": model})
+
+
+def test_a_group_is_no_value():
+    with pytest.raises(UserError, match="config key data must be a group of keys"):
+        config.from_config_dict(EXPERIMENT | {"data": 3})
 
 
 def test_a_missing_key_is_named():

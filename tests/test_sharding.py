@@ -41,13 +41,13 @@ def test_several_processes_take_all_devices(monkeypatch):
 
 def test_refuses_what_the_mesh_does_not_divide():
     mesh = sharding.make_mesh(MeshConfig(2, 4))
-    sharding.require_divisible(mesh, batch_size=16, num_experts=8)
+    sharding.require_divisible(mesh, batch_size=16)
     words = r"batch_size is 10, .* 8 devices .*data 2 x expert 4.*valid size is 16"
     with pytest.raises(UserError, match=words):
         sharding.require_divisible(mesh, batch_size=10)
-    words = r"num_experts is 6, .*mesh.expert = 4.*one of 1, 2, 3, 6"
+    words = r"accumulate is 3, .*2 samples that each of the 8 dev.*: take one of 1, 2\."
     with pytest.raises(UserError, match=words):
-        sharding.require_divisible(mesh, batch_size=8, num_experts=6)
+        sharding.require_divisible(mesh, batch_size=16, accumulate=3)
 
 
 def test_batches_are_divided_over_all_devices(rng):

@@ -63,7 +63,6 @@ def train(
         mesh,
         batch_size=config.data.batch_size,
         accumulate=training.accumulate,
-        num_experts=config.model.num_experts,
     )
     data, cases, held_out = processes.together(
         lambda: setup.find_cases(

@@ -88,10 +88,8 @@ def _map_paths(function, tree):
     )
 
 
-def require_effect(
-    config: OptimizerConfig, params: dict, *, network: NetworkConfig
-) -> None:
-    """Raise `UserError` for a part of the config that no parameter would feel."""
+def require_effect(config: OptimizerConfig, params: dict) -> None:
+    """Raise `UserError` for a pattern of `freeze` that finds no parameter, or all."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = [path_name(path) for path, _ in leaves]
     for pattern in config.freeze:
@@ -104,9 +102,4 @@ def require_effect(
         not all(any(re.search(p, path) for p in config.freeze) for path in paths),
         f"optimizer.freeze = {config.freeze} freezes all parameters; nothing is left "
         "to learn.",
-    )
-    checks.require(
-        config.layer_decay == 1 or any(map(network.layer_decay_stage, paths)),
-        f"optimizer.layer_decay is {config.layer_decay}, but this network has no "
-        "encoder stages that it could act on; leave it at 1.",
     )

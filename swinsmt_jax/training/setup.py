@@ -61,15 +61,15 @@ def make_network(
     """Return (abstract state, its initialisation, training step, prediction).
 
     The initialisation takes None, or what sets other parameters; see `state.changed`.
-    Nothing takes memory yet. A `UserError` for a loss, a frozen parameter or a decay by
-    layers that the network does not have.
+    Nothing takes memory yet. A `UserError` for a loss or a frozen parameter that there
+    is not.
     """
     schedule = make_schedule(optimizer_config, num_steps=training.num_steps)
     optimizer = make_optimizer(optimizer_config, schedule, network=model)
     graphdef, abstract = abstract_state(
         model, optimizer, mesh=mesh, averaged=training.ema_decay > 0
     )
-    require_effect(optimizer_config, abstract.params, network=model)
+    require_effect(optimizer_config, abstract.params)
     train_step = make_train_step(
         graphdef,
         optimizer,

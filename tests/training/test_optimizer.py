@@ -122,6 +122,6 @@ def test_layers_far_from_the_decoder_learn_slowly():
 def test_patterns_must_leave_something_to_learn(freeze, words):
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     with pytest.raises(UserError, match=words):
-        require_effect(OptimizerConfig(0.1, freeze=freeze), params, network=NETWORK)
+        require_effect(OptimizerConfig(0.1, freeze=freeze), params)
     with pytest.raises(UserError, match="is not a regular expression"):
         OptimizerConfig(0.1, freeze=("(",))

@@ -306,11 +306,7 @@ def test_the_papers_step_lowers_for_gpu_and_tpu(data, expert):
 
     config = from_config_dict(swin_smt_paper.get_config())
     mesh = sharding.make_mesh(MeshConfig(data, expert))
-    sharding.require_divisible(
-        mesh,
-        batch_size=config.data.batch_size,
-        num_experts=config.model.num_experts,
-    )
+    sharding.require_divisible(mesh, batch_size=config.data.batch_size)
     step, abstract, *_ = prepare(config.model, config.optimizer, mesh=mesh)
     shape = (config.data.batch_size, *config.data.patch_shape)
     place = sharding.batch_sharding(mesh)

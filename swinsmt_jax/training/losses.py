@@ -210,18 +210,15 @@ def _over_blocks(block, arrays, head):
     if count == depth:
         return block(*arrays)
 
-    def taken(index):
-        start = index * count
-        return [lax.dynamic_slice_in_dim(a, start, count, axis=1) for a in arrays]
-
-    def put(whole, part, index):
-        return lax.dynamic_update_slice_in_dim(whole, part, index * count, axis=1)
+    def block_at(start):
+        return block(*(lax.dynamic_slice_in_dim(a, start, count, 1) for a in arrays))
 
     def body(index, found):
-        wholes, sums = found
-        parts, added = block(*taken(index))
-        wholes = jax.tree.map(functools.partial(put, index=index), wholes, parts)
-        return wholes, jax.tree.map(jnp.add, sums, added)
+        def put(whole, part):
+            return lax.dynamic_update_slice_in_dim(whole, part, index * count, 1)
+
+        parts, sums = block_at(index * count)
+        return jax.tree.map(put, found[0], parts), jax.tree.map(jnp.add, found[1], sums)
 
     def empty(part):
         # Made of the features, since XLA makes constants at the start of the program,
@@ -230,7 +227,7 @@ def _over_blocks(block, arrays, head):
         shape = (part.shape[0], depth, *part.shape[2:])
         return jnp.broadcast_to(one, shape).astype(part.dtype)
 
-    parts, sums = jax.eval_shape(lambda: block(*taken(0)))
+    parts, sums = jax.eval_shape(block_at, 0)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
     found = jax.tree.map(empty, parts), zeros
     return lax.fori_loop(0, depth // count, body, found)

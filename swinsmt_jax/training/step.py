@@ -162,8 +162,8 @@ def loss_and_accuracy_counts(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the loss of a network's prediction, and how many voxels it got right.
 
-    Of a network with `features` and a `head` that is a 1 x 1 x 1 `layers.conv.Conv`
-    with a bias (see `models.create`) no logits are made; any other is called.
+    No logits are made of a network with `features` whose `head` is a 1 x 1 x 1
+    `layers.conv.Conv` with a bias; any other is called.
 
     Args:
         model: a network.

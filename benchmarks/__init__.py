@@ -1,4 +1,4 @@
-"""Scripts that print a table; every figure of the README comes from one of them.
+"""Scripts that print a table; every figure of the documentation comes from one of them.
 
 Each is `python -m benchmarks.NAME [--quick] [--json=FILE]`. The JSON is what `report`
 returns: a flat `headline`, the rows, machine, versions and command.
@@ -8,13 +8,17 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
 
 # Imports no jax by itself: worker processes that read data import this file too.
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "monai", "soft-moe-pytorch")
+ROOT = Path(__file__).resolve().parents[1]
+
+flags.disclaim_key_flags()  # so that --help of a benchmark lists what is defined here
 
 
 def command_line() -> str:
@@ -25,16 +29,46 @@ def command_line() -> str:
 
 def define_file(
     name: str, help: str, *, flag_values: flags.FlagValues = flags.FLAGS
-) -> flags.FlagHolder:
+) -> None:
     """Define a flag for a file to write, refused at once if its folder is missing."""
-    holder = flags.DEFINE_string(name, None, help, flag_values=flag_values)
+    flags.DEFINE_string(name, None, help, flag_values=flag_values)
     flags.register_validator(
         name,
         lambda path: not path or Path(path).resolve().parent.is_dir(),
         message="lies in a folder that does not exist; make it first",
         flag_values=flag_values,
     )
-    return holder
+
+
+def run(main: Callable, *, quick: str, devices: int = 0) -> None:
+    """Define --quick and --json, and run a benchmark.
+
+    Args:
+        main: called with the parsed flags; a `UserError` ends it in one line.
+        quick: what --quick does, for --help.
+        devices: virtual devices of a CPU; 0 leaves it as it is, and a flag `devices`
+            goes before.
+    """
+    flags.DEFINE_bool("quick", False, quick)
+    define_file("json", "also write the figures to this file")
+
+    def start(_):
+        from swinsmt_jax.runtime import startup
+
+        count = getattr(flags.FLAGS, "devices", devices)
+        with startup.exit_on_user_error(f"benchmarks.{Path(sys.argv[0]).stem}"):
+            if count > 1:
+                _divide_cpu(count)
+            return main(flags.FLAGS)
+
+    app.run(start)
+
+
+def _divide_cpu(count):
+    import jax
+
+    if jax.config.jax_platforms in (None, "", "cpu"):
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def machine() -> dict:
@@ -62,9 +96,15 @@ def processor() -> str:
     return names[0].strip() if names else platform.processor() or platform.machine()
 
 
-def available_gb() -> float:
-    """Return the memory of the machine that is free for a process."""
-    return _memory_gb("MemAvailable")
+def memory_limit_gb(wanted: float = float("inf")) -> float:
+    """Return the accelerator's memory, or what is free on a CPU; at most `wanted`."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return min(wanted, _memory_gb("MemAvailable") - 1)
+    limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
+    return min(wanted, limit / 1e9)
 
 
 def _memory_gb(name):
@@ -100,3 +140,20 @@ def write(path: str | None, found: dict) -> None:
     """Write a report, if there is a path."""
     if path:
         Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def save(headline: dict, **parts) -> None:
+    """Write a report to the file of --json, if it is given."""
+    if flags.FLAGS.json:
+        write(flags.FLAGS.json, report(headline, **parts))
+
+
+def show(headline: dict) -> None:
+    """Print a headline."""
+    print(json.dumps(headline, indent=1), flush=True)
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, all but its first column set to the right."""
+    rule = ("---", *("---:",) * (len(header) - 1))
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *lines))

@@ -1,7 +1,7 @@
 """Train several networks on the same phantoms with the same budget; compare Dice.
 
     python -m benchmarks.compare --models=swin_unetr,swin_smt --budget=200 \
-        [--budget_in=steps] [--size=small] [--seeds=0,1] [--json=FILE] [--plot=FILE]
+        [--budget_in=steps] [--size=small] [--seeds=0,1] [--json=FILE]
     python -m benchmarks.compare --quick
 
 The networks are the small forms of `benchmarks.small_networks`; phantoms are made in
@@ -26,10 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
-from matplotlib.figure import Figure
+from absl import flags
 
-from benchmarks import define_file, report, small_networks, write
+from benchmarks import markdown_table, run, save, small_networks
 from swinsmt_jax import checks, labels, models
 from swinsmt_jax.config import ExperimentConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
@@ -203,14 +202,7 @@ def markdown(rows: list[dict]) -> str:
         ]
 
     groups = list(rows[0]["dice"])
-    header = [
-        "network",
-        "parameters",
-        "steps",
-        "GFLOP a step",
-        "training, s",
-        "scan, s",
-    ]
+    header = ("parameters", "steps", "GFLOP a step", "training, s", "scan, s")
     table = [
         [
             row["name"],
@@ -223,44 +215,15 @@ def markdown(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    text = _lines([*header, *groups], table)
-    if len(rows) > 1:
-        table = [
-            [
-                f"{row['name']} – {rows[0]['name']}",
-                *cells(row, "difference", "difference_interval", "+"),
-            ]
-            for row in rows[1:]
+    text = markdown_table(["network", *header, *groups], table)
+    table = [
+        [
+            f"{row['name']} – {rows[0]['name']}",
+            *cells(row, "difference", "difference_interval", "+"),
         ]
-        text += "\n" + _lines(["difference", *groups], table)
-    return text
-
-
-def _lines(header, rows):
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join("| " + " | ".join(row) + " |\n" for row in [header, rule, *rows])
-
-
-def plot(rows: list[dict], path: str) -> None:
-    """Draw overall Dice with its interval against parameters and seconds."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = (
-        ("parameters", 1e6, "parameters, millions"),
-        ("train_s", 1, "training, s"),
-    )
-    for axis, (key, unit, label) in zip(
-        figure.subplots(1, 2, sharey=True), panels, strict=True
-    ):
-        for row in rows:
-            mean, (low, high) = row["dice"]["overall"], row["interval"]["overall"]
-            error = [[mean - low], [high - mean]]
-            axis.errorbar(
-                row[key] / unit, mean, error, fmt="o", capsize=3, label=row["name"]
-            )
-        axis.set(xlabel=label, xlim=(0, None))
-    figure.axes[0].set_ylabel("Dice on test phantoms, %")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+        for row in rows[1:]
+    ]
+    return text + "\n" + markdown_table(["difference", *groups], table) * bool(table)
 
 
 def set_quick(options: flags.FlagValues) -> None:
@@ -270,49 +233,29 @@ def set_quick(options: flags.FlagValues) -> None:
             options[name].value = value
 
 
-@startup.exit_on_user_error("benchmarks.compare")
-def main(_):
+def main(options):
     startup.start()
-    options = flags.FLAGS
     if options.quick:
         set_quick(options)
     rows = compare(options)
     print(markdown(rows))
-    if options.plot:
-        plot(rows, options.plot)
     headline = {f"dice_{row['name']}": row["dice"]["overall"] for row in rows}
     rows = [{k: v for k, v in row.items() if k != "scores"} for row in rows]
-    write(options.json, report(headline, rows=rows))
-
-
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Define the command line."""
-    names = list(small_networks.MODELS)
-
-    def define(kind, name, default, help):
-        getattr(flags, f"DEFINE_{kind}")(name, default, help, flag_values=values)
-
-    define("bool", "quick", False, "two tiny networks, two steps")
-    define("list", "models", ["swin_unetr", "swin_smt"], f"of {', '.join(names)}")
-    define("float", "budget", 200, "of the training of each network")
-    flags.DEFINE_enum(
-        "budget_in", "steps", ("steps", "tflop"), "its unit", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "size", "small", small_networks.SIZES, "of the networks", flag_values=values
-    )
-    define("list", "seeds", ["0"], "of initialisation and data order")
-    define("list", "patch", ["32", "32", "64"], "of training crop and window")
-    define("float", "learning_rate", 8e-3, "of all networks")
-    define("string", "root", "data/compare_phantoms", "folder of the phantoms")
-    define("integer", "train", 32, "training phantoms")
-    define("integer", "test", 12, "test phantoms")
-    define("float", "spacing", 12.0, "side of the phantoms' voxels in mm")
-    define("float", "variation", 0.5, "scale of the differences between bodies")
-    define_file("json", "also write the figures to this file", flag_values=values)
-    define_file("plot", "also draw the figures into this file", flag_values=values)
+    save(headline, rows=rows)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    names = ", ".join(small_networks.MODELS)
+    flags.DEFINE_list("models", ["swin_unetr", "swin_smt"], f"of {names}")
+    flags.DEFINE_float("budget", 200, "of the training of each network")
+    flags.DEFINE_enum("budget_in", "steps", ("steps", "tflop"), "its unit")
+    flags.DEFINE_enum("size", "small", small_networks.SIZES, "of the networks")
+    flags.DEFINE_list("seeds", ["0"], "of initialisation and data order")
+    flags.DEFINE_list("patch", ["32", "32", "64"], "of training crop and window")
+    flags.DEFINE_float("learning_rate", 8e-3, "of all networks")
+    flags.DEFINE_string("root", "data/compare_phantoms", "folder of the phantoms")
+    flags.DEFINE_integer("train", 32, "training phantoms")
+    flags.DEFINE_integer("test", 12, "test phantoms")
+    flags.DEFINE_float("spacing", 12.0, "side of the phantoms' voxels in mm")
+    flags.DEFINE_float("variation", 0.5, "scale of the differences between bodies")
+    run(main, quick="two tiny networks, two steps")

@@ -1,34 +1,16 @@
-"""How much of a gradient norm is rounding: ours and PyTorch's beside double precision.
-
-    python -m benchmarks.conditioning [--quick] [--goldens=FOLDER] [--json=FILE]
-
-For the goldens of Swin SMT, Swin UNETR and the plain nnU-Net, every parameter's
-gradient norm is computed by PyTorch in double precision, by PyTorch in float32 and by
-ours in float32, the two also with the input times 1 - 1e-7 and 1 + 1e-7, about its last
-bit. The table has the largest relative differences; "guarded" ones are relative to the
-norm plus 0.1 % of the largest. What PyTorch differs from itself by is the least that
-can be asked of another program. --quick takes nnU-Net alone. Needs PyTorch, MONAI,
-soft-moe-pytorch and dynamic-network-architectures.
-"""
+"""How much of a gradient norm is rounding; see `benchmarks.parity`."""
 
 import importlib.util
-import os
-
-if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from flax import nnx
 
-from benchmarks import define_file, goldens, parity, report, write
+from benchmarks import goldens, parity, save
 from swinsmt_jax import checks, convert
 from swinsmt_jax.models.nnunet import PlainConvUNetConfig
-from swinsmt_jax.runtime import startup
 from swinsmt_jax.training import losses
 
 NNUNET = "zoo/nnunet_plain_small"
@@ -140,20 +122,17 @@ def measure(config, golden) -> list[dict]:
     ]
 
 
-@startup.exit_on_user_error("benchmarks.conditioning")
-def main(_):
-    options = flags.FLAGS
+def report(folder: Path, *, quick: bool) -> None:
+    """Compare all programs on the goldens of a folder."""
     for name in ("torch", "monai", "soft_moe_pytorch", "dynamic_network_architectures"):
         checks.require(
             importlib.util.find_spec(name) is not None,
             f"{name} is not installed, but norms are compared with PyTorch's; "
             'pip install -e ".[reference]" dynamic-network-architectures',
         )
-    names = [NNUNET] if options.quick else list(NETWORKS)
     rows = []
-    for name in names:
-        golden = goldens.read(Path(options.goldens), name)
-        for row in measure(NETWORKS[name], golden):
+    for name in [NNUNET] if quick else list(NETWORKS):
+        for row in measure(NETWORKS[name], goldens.read(folder, name)):
             rows.append({"golden": name, **row})
             print(
                 f"{name:26} {row['program']:24} beside {row['other']:17}"
@@ -164,11 +143,4 @@ def main(_):
     headline = {
         f"{r['golden']}: {r['program']} beside {r['other']}": r["plain"] for r in rows
     }
-    write(options.json, report(headline, rows=rows))
-
-
-if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "nnU-Net alone")
-    flags.DEFINE_string("goldens", "../shared/parity", "folder of the golden tensors")
-    define_file("json", "also write the figures to this file")
-    app.run(main)
+    save(headline, rows=rows)

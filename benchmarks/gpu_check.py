@@ -42,22 +42,26 @@ if __package__ in (None, ""):  # python benchmarks/gpu_check.py
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks import command_line, define_file, parity, report, versions, write
+from benchmarks import (
+    ROOT,
+    command_line,
+    parity,
+    programs,
+    report,
+    run,
+    versions,
+    write,
+)
 from configs import swin_smt_paper
 from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.runtime import startup
-from swinsmt_jax.training import losses
-from swinsmt_jax.training import state as train_state
-from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-from swinsmt_jax.training.step import make_train_step
 
 SIDES, SMALL_SIDES = (96, 128), (32, 64)
 STEPS = 5
 ON_ACCELERATOR = 10  # times the tolerance of a CPU
-ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {  # of each part on a GPU, seconds; in the order of what matters most
     "network": 125,
     "model": 130,
@@ -71,7 +75,7 @@ COMMANDS = {  # of the parts that are benchmarks; the host's sums are no GPU's f
     "inference": ("inference", "--quick", "--scans="),
     "soft_moe": ("soft_moe", "--quick"),
     "input_pipeline": ("input_pipeline", "--quick"),
-    "largest_batch": ("largest_batch",),
+    "largest_batch": ("model", "--largest_batch"),
 }
 SOURCES = ("swinsmt_jax", "benchmarks", "configs")
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
@@ -115,25 +119,13 @@ def step_row(*, side: int, devices: int, small: bool) -> dict:
 
 def _timed_step(config) -> dict:
     mesh = sharding.make_mesh(config.mesh)
-    schedule = make_schedule(config.optimizer, num_steps=config.training.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule, network=config.model)
-    graphdef, abstract = train_state.abstract_state(config.model, optimizer, mesh=mesh)
-    step = make_train_step(
-        graphdef,
-        optimizer,
-        loss=losses.make("dice_ce"),
-        schedule=schedule,
-        seed=0,
-        abstract=abstract,
-        mesh=mesh,
-    )
-    batch = sharding.place_batch(_random_batch(config), mesh)
+    step, like, initialize = programs.training_step(config, mesh)
+    shape = (config.data.batch_size, *config.data.patch_shape)
+    batch = programs.random_batch(shape, mesh, classes=config.model.out_channels)
     start = time.perf_counter()
-    compiled = step.lower(abstract, batch).compile()
+    compiled = step.lower(like, batch).compile()
     compile_seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    state = train_state.initialize(config.model, optimizer, seed=0, abstract=abstract)
-    seconds = []
+    state, seconds = initialize(), []
     for _ in range(STEPS):
         start = time.perf_counter()
         state, metrics = compiled(state, batch)
@@ -147,19 +139,10 @@ def _timed_step(config) -> dict:
         "compile_s": compile_seconds,
         "step_s": median,
         "patches_per_s": config.data.batch_size / median,
-        "compiled_gb": memory
-        and (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
+        "compiled_gb": programs.gigabytes(compiled),
         "peak_gb_so_far": peak and peak / 1e9,
         "loss": loss,
     }
-
-
-def _random_batch(config):
-    rng = np.random.default_rng(0)
-    shape = (config.data.batch_size, *config.data.patch_shape)
-    image = rng.random((*shape, 1), np.float32)
-    labels = rng.integers(0, config.model.out_channels, shape, np.uint8)
-    return {"image": image, "label": labels}
 
 
 def step_rows(*, small: bool):
@@ -178,7 +161,7 @@ def step_line(row: dict) -> str:
     peak = row["peak_gb_so_far"]
     return (
         f"{text}{row['step_s']:8.3f} s  {row['patches_per_s']:7.2f} patches/s  "
-        f"compiled {row['compiled_gb'] or float('nan'):6.2f} GB  "
+        f"compiled {row['compiled_gb']:6.2f} GB  "
         f"peak so far {'unknown' if peak is None else f'{peak:.2f} GB'}  "
         f"compile {row['compile_s']:.0f} s"
     )
@@ -297,7 +280,7 @@ def run_part(command: list[str], file: Path, *, limit: float, about: dict) -> di
     unfinished = file.with_suffix(".unfinished.json")
     unfinished.unlink(missing_ok=True)
     start = time.perf_counter()
-    status = _run([*command, f"--json={unfinished}"], limit=limit)
+    status = _ended([*command, f"--json={unfinished}"], limit=limit)
     seconds = time.perf_counter() - start
     found = _read(unfinished) | {"setting": about, "seconds": seconds}
     if status == "ok":
@@ -306,7 +289,7 @@ def run_part(command: list[str], file: Path, *, limit: float, about: dict) -> di
     return found | {"status": status}
 
 
-def _run(command, *, limit):
+def _ended(command, *, limit):
     """Run a command; end it with all that it started when its time is over."""
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
@@ -328,8 +311,7 @@ def _read(file):
         return {}
 
 
-def main(_):
-    options = flags.FLAGS
+def main(options):
     if options.in_process:
         return check_network(options)
     folder = Path(options.output).resolve()
@@ -368,7 +350,6 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "a small network and crops, few goldens")
     flags.DEFINE_bool("in_process", False, "the first part alone, in this process")
     flags.DEFINE_bool("redo", False, "do parts again that are done")
     flags.DEFINE_list("parts", list(LIMITS), "parts to do")
@@ -380,5 +361,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("limit", None, "seconds for each part", lower_bound=1)
     flags.DEFINE_string("output", "runs/gpu_check", "folder of the parts' reports")
     flags.DEFINE_string("goldens", "../shared/parity", "folder of golden tensors")
-    define_file("json", "also write all figures to this file")
-    app.run(main)
+    run(main, quick="a small network and crops, few goldens")

@@ -21,17 +21,15 @@ a short measurement of the time.
 """
 
 import functools
-import json
 import time
 import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from flax import nnx
+from absl import flags
 
-from benchmarks import define_file, report, write
+from benchmarks import memory_limit_gb, programs, run, save, show
 from configs import swin_smt_e4, swin_smt_paper
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.inference.sliding_window import predict_labels
@@ -41,7 +39,6 @@ from swinsmt_jax.inference.windows import (
     padding,
     window_starts,
 )
-from swinsmt_jax.models import abstract_model
 
 SCANS = {"300": (300, 300, 300), "400x400x700": (400, 400, 700)}
 SIDE, CLASSES = 128, 118
@@ -183,30 +180,20 @@ def differing_on_device(*, side, classes):
 
 
 def compiled_network(values, window_batch, side):
-    """Return a config, and its compiled network with random parameters.
-
-    They are drawn by numpy: to compile the initialisation takes longer than to use it.
-    """
+    """Return a config, and its compiled network with random parameters."""
     config = from_config_dict(values).model
-    graphdef, like = abstract_model(config)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda a: jnp.asarray(0.05 * rng.standard_normal(a.shape, np.float32)), like
-    )
-    apply = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
-    windows = np.zeros((window_batch, side, side, side, 1), np.float32)
-    jax.block_until_ready(apply(params, windows))
-    return config, functools.partial(apply, params)
+    apply, shapes = programs.program(config, side, what="forward", batch=window_batch)
+    params, image, label = programs.random_arguments(shapes)
+    jax.block_until_ready(apply(params, image, label))
+    return config, functools.partial(apply, params, label=label)
 
 
 def overhead_ratio(*, quick):
     """Return time per window beside the network's, as a share of the network's."""
     config, network = compiled_network(swin_smt_e4.get_config(), 1, 64)
     window, repeats = np.zeros((1, 64, 64, 64, 1), np.float32), 1 if quick else 3
-    start = time.perf_counter()
-    for _ in range(repeats):
-        jax.block_until_ready(network(window))
-    seconds_of_network = (time.perf_counter() - start) / repeats
+    times = programs.seconds_of(network, window, repeats=repeats, warm=0)
+    seconds_of_network = sum(times) / repeats
     shape, windows = (128, 128, 192), 3 * 3 * 5
     if quick:
         shape, windows = (128, 96, 96), 3 * 2 * 2
@@ -220,13 +207,13 @@ def overhead_ratio(*, quick):
     return seconds / windows / seconds_of_network
 
 
-def whole_body(*, limit_bytes):
+def whole_body(*, limit_gb):
     """Return the row of a whole body with the paper's network in bfloat16.
 
     A window's logits take a gigabyte: so many are predicted at once as an eighth of the
     device's memory holds, at most four.
     """
-    batch = next(n for n in (4, 2, 1) if n == 1 or n * 8e9 <= limit_bytes)
+    batch = next(n for n in (4, 2, 1) if n == 1 or n * 8 <= limit_gb)
     values = swin_smt_paper.get_config()
     values.model.update({"dtype": "bfloat16", "remat": ()})
     config, network = compiled_network(values, batch, SIDE)
@@ -281,38 +268,35 @@ def other_grid(shape):
     return [np.linspace(0, n - 1, int(0.8 * n)) for n in shape]
 
 
-def main(_):
-    options = flags.FLAGS
+def main(options):
     quick, rows = options.quick, []
-    headline = {f"peak_gb_{name}": None for name in SCANS}
+    figures = {f"peak_gb_{name}": None for name in SCANS}
 
-    def save():
-        write(options.json, report(headline, rows=rows))
+    def keep():
+        save(figures, rows=rows)
 
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-        rows.append(whole_body(limit_bytes=limit))
+    if jax.default_backend() != "cpu":
+        rows.append(whole_body(limit_gb=memory_limit_gb()))
         print("whole body: {seconds:.1f} s".format(**rows[-1]), flush=True)
-        headline["whole_body_300x300x500_s"] = rows[-1]["seconds"]
-        save()
-    headline["labels_identical"] = labels_identical(side=16, classes=9)
-    headline["labels_differ_on_device"] = differing_on_device(side=16, classes=9)
-    headline["overhead_ratio"] = overhead_ratio(quick=quick)
-    save()
-    for name, shape in ((n, s) for n, s in SCANS.items() if n in options.scans):
-        if quick and name != "300":
-            continue
+        figures["whole_body_300x300x500_s"] = rows[-1]["seconds"]
+        keep()
+    figures["labels_identical"] = labels_identical(side=16, classes=9)
+    figures["labels_differ_on_device"] = differing_on_device(side=16, classes=9)
+    figures["overhead_ratio"] = overhead_ratio(quick=quick)
+    keep()
+    for name in options.scans if not quick else {"300"} & set(options.scans):
         first = None
         for sums in ["float32"] if quick else options.sums:
-            row, labels = row_of(name, shape, side=SIDE, sums=sums, until_peak=quick)
+            row, labels = row_of(
+                name, SCANS[name], side=SIDE, sums=sums, until_peak=quick
+            )
             if labels is not None:
                 first = labels if first is None else first
                 row["changed"] = float((labels != first).mean())
             rows.append(row)
             if sums == "float32":
-                headline[f"peak_gb_{name}"] = row["peak_gb"]
-            save()
+                figures[f"peak_gb_{name}"] = row["peak_gb"]
+            keep()
     if "300" in options.scans:
         side, shape = (32, (48, 48, 80)) if quick else (SIDE, SCANS["300"])
         name = "x".join(map(str, shape)) + " resampled"
@@ -320,15 +304,13 @@ def main(_):
             name, shape, side=side, sums="float32", positions=other_grid(shape)
         )
         rows.append(row)
-        headline["peak_gb_300_resampled"] = None if quick else row["peak_gb"]
-    save()
-    print(json.dumps(headline, indent=1))
+        figures["peak_gb_300_resampled"] = None if quick else row["peak_gb"]
+    keep()
+    show(figures)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "300^3 in float32 alone")
-    define_file("json", "also write the figures to this file")
     flags.DEFINE_list("scans", list(SCANS), "sizes to measure")
     help = "precisions of the sums; differences are told against the first"
     flags.DEFINE_list("sums", ["float32", "float16"], help)
-    app.run(main)
+    run(main, quick="300^3 in float32 alone")

@@ -1,25 +1,15 @@
-"""Time and memory of forms of the Dice + cross-entropy loss.
-
-    python -m benchmarks.loss [--quick] [--side=64] [--classes=118] [--json=FILE]
-
-Milliseconds and XLA's temporary memory, forward and with the gradient, of the package's
-loss of logits and of two ways to write it that leave the gradient to jax; then, of
-features with the head before the loss: in blocks, as training has it, and by way of the
-logits. --quick takes a side of 32 and one run.
-"""
-
-import time
+"""Forms of the Dice + cross-entropy loss; see `benchmarks.model`."""
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 
-from benchmarks import define_file, report, write
+from benchmarks import programs, save
 from swinsmt_jax.ops.convolution import pointwise_conv
 from swinsmt_jax.training import losses
 from swinsmt_jax.training.losses import SMOOTH, VOXELS
 
 WHATS = ("forward", "gradient")
+CHANNELS, REPEATS = 48, 5
 
 
 def dice_cross_entropy(logits, labels):
@@ -50,31 +40,17 @@ def head_and_loss(features, kernel, bias, labels):
     return dice_cross_entropy(pointwise_conv(features, kernel, bias), labels)
 
 
-def measure(function, *arguments, repeats):
-    """Return the fastest run's milliseconds, and MiB of temporaries."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-    memory = compiled.memory_analysis()
-    jax.block_until_ready(compiled(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - start)
-    mib = memory.temp_size_in_bytes / 2**20 if memory else None
-    return {"ms": 1e3 * min(seconds), "mib": mib}
-
-
 def measured(form, *arguments, repeats):
     """Measure a loss of arguments whose last are the labels, and print it."""
     inexact = tuple(range(len(arguments) - 1))
     functions = form, jax.value_and_grad(form, argnums=inexact)
     row = {"form": form.__name__}
     for what, function in zip(WHATS, functions, strict=True):
-        row[what] = measure(function, *arguments, repeats=repeats)
-    cells = (
-        f"{what} {row[what]['ms']:8.1f} ms {row[what]['mib'] or 0:8.0f} MiB"
-        for what in WHATS
-    )
+        compiled = jax.jit(function).lower(*arguments).compile()
+        mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        seconds = programs.seconds_of(compiled, *arguments, repeats=repeats)
+        row[what] = {"ms": 1e3 * min(seconds), "mib": mib}
+    cells = (f"{w} {row[w]['ms']:8.1f} ms {row[w]['mib']:8.0f} MiB" for w in WHATS)
     print(f"{row['form']:30} " + "   ".join(cells), flush=True)
     return row
 
@@ -94,11 +70,11 @@ def _ratio(ours, other):
     return ours["gradient"]["ms"] / other["gradient"]["ms"]
 
 
-def main(_):
-    options = flags.FLAGS
-    side, repeats = (32, 1) if options.quick else (options.side, options.repeats)
-    shape = (1, *(side,) * 3)
-    key = jax.random.key(0)
+def measure(options) -> None:
+    """Measure all forms on one patch, and write the report."""
+    side = 32 if options.quick else 64
+    repeats = 1 if options.quick else REPEATS
+    shape, key = (1, *(side,) * 3), jax.random.key(0)
     logits = jax.random.normal(key, (*shape, options.classes))
     labels = jax.random.randint(key, shape, 0, options.classes).astype(jnp.uint8)
     print(f"{jax.devices()[0].device_kind}, logits {logits.shape} float32")
@@ -106,21 +82,11 @@ def main(_):
         measured(form, logits, labels, repeats=repeats)
         for form in (dice_cross_entropy, compared, one_hot)
     ]
-    features = jax.random.normal(key, (*shape, options.channels))
-    kernel = 0.1 * jax.random.normal(key, (options.channels, options.classes))
+    features = jax.random.normal(key, (*shape, CHANNELS))
+    kernel = 0.1 * jax.random.normal(key, (CHANNELS, options.classes))
     print(f"features {features.shape} float32")
     rows += [
         measured(form, features, kernel, kernel[0], labels, repeats=repeats)
         for form in (dice_cross_entropy_of_features, head_and_loss)
     ]
-    write(options.json, report(headline(rows), rows=rows, shape=logits.shape))
-
-
-if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "a side of 32, one run")
-    flags.DEFINE_integer("side", 64, "side of the cubic patch in voxels")
-    flags.DEFINE_integer("classes", 118, "classes, background included")
-    flags.DEFINE_integer("channels", 48, "features of the head")
-    flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts")
-    define_file("json", "also write the figures to this file")
-    app.run(main)
+    save(headline(rows), rows=rows, shape=logits.shape)

@@ -3,6 +3,9 @@
     python -m benchmarks.model [--quick] [--json=FILE] [--plot=FILE] [--dtype=bfloat16]
     python -m benchmarks.model --networks=swin_smt_e4 --sides=64,96 --what=gradient \
         --json=FILE --add
+    python -m benchmarks.model --roofline [--side=96] [--quick] [--json=FILE]
+    python -m benchmarks.model --largest_batch [--quick] [--dtype=float32] [--json=FILE]
+    python -m benchmarks.model --loss [--classes=118] [--quick] [--json=FILE]
 
 Forward pass, loss gradient and training step of Swin SMT with 4 and 32 experts and of
 Swin UNETR B, 118 classes, batch 1, against the network of MONAI and soft-moe-pytorch
@@ -20,6 +23,27 @@ On a CPU in float32 on --threads cores, on a GPU in bfloat16, PyTorch with autoc
 channels_last_3d; --dtype changes that. --quick measures once what the headline needs,
 minutes on a CPU; --smallest a 64^3 patch. --networks, --sides and --what keep a part of
 the rows, and --add the rows that the file of --json has from earlier parts.
+
+--roofline: where the gradient's operations, bytes and time are, stage by stage, of Swin
+SMT with 4 experts in float32. Operations and bytes are counted from the program before
+the compiler: two operations for a multiplication with its addition; the least bytes are
+those of operands and result of every product, each read or written once, as if
+everything between two products were fused into them and nothing of a product were kept
+on the chip for the next. The floor is the larger of the times that these take at this
+machine's rates, which are measured: a product of two 2048 x 2048 matrices, and a sum of
+two large arrays. Time is that of the program's parts in a profile; what the compiler
+has merged across stages counts for one of them. --quick: a side of 32, no profile.
+
+--largest_batch: the most patches of 128^3 that a training step of the paper's network
+takes on a GPU, ours and PyTorch's, bfloat16 unless said: the batch is doubled until
+memory is out, and then what is between is halved; --quick ends before that. Ours starts
+from what the compiler says.
+
+--loss: milliseconds and XLA's temporary memory of the Dice + cross-entropy of a patch
+of 64^3, forward and with the gradient, of the package's loss of logits and of two ways
+to write it that leave the gradient to jax; then, of features with the head before the
+loss: in blocks, as training has it, and by way of the logits. --quick: a side of 32 and
+one run.
 """
 
 import dataclasses
@@ -27,23 +51,28 @@ import functools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from benchmarks import available_gb, define_file, report, write
+from benchmarks import (
+    define_file,
+    largest_batch,
+    loss,
+    report,
+    roofline,
+    run,
+    show,
+    write,
+)
 from benchmarks.model_table import line, plot
-from benchmarks.model_worker import CONFIGS, Job, model_config
+from benchmarks.model_worker import CONFIGS, Job, experiment, start
 from swinsmt_jax import checks
-from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.cost import PEAK
 from swinsmt_jax.runtime.operations import forward_operations
 
-ROOT = Path(__file__).resolve().parents[1]
 # (network, side, what); the headline's first.
 ROWS = (
     ("swin_smt_e4", 96, "gradient"),
@@ -62,60 +91,9 @@ ROWS = (
     ("swin_smt_e4", 192, "forward"),
 )
 ON_GPU = (("swin_smt_e32", 96, "step"), ("swin_smt_e32", 128, "step"))
-LIMIT = 1800  # seconds of one process
 IDENTITY = ("network", "side", "what", "dtype", "remat")  # of a row
 PASSES = {"forward": 1, "gradient": 3, "step": 3}  # operations, in forward passes
 SMALLEST = (("swin_smt_e4", 64, "forward"), ("swin_smt_e4", 64, "gradient"))
-
-
-def start(job: Job) -> dict:
-    """Measure in a process; return what it found, or {"error": the last line}."""
-    missing = shortage(job)
-    if missing:
-        return {"error": missing}
-    command = (sys.executable, "-m", "benchmarks.model_worker")
-    try:
-        done = subprocess.run(
-            [*command, json.dumps(dataclasses.asdict(job))],
-            cwd=ROOT,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"stopped after {LIMIT} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def shortage(job: Job) -> str | None:
-    """Return why a job is known not to fit, or None.
-
-    The PyTorch network makes three matrices of tokens x slots at once in its first Soft
-    MoE, and dynamic slots are as many as the tokens.
-    """
-    if job.framework == "jax":
-        return None
-    config = model_config(job)
-    if not config.num_experts or config.slots != "dynamic":
-        return None
-    tokens = (job.side // 2 ** (5 - config.num_moe_stages)) ** 3
-    needed = 3 * job.batch * tokens**2 * (4 if job.dtype == "float32" else 2) / 1e9
-    limit = memory_limit_gb()
-    if needed <= limit:
-        return None
-    return f"skipped: needs more than {needed:.0f} GB, and {limit:.0f} GB are free"
-
-
-def memory_limit_gb() -> float:
-    """Return the memory of the accelerator, or what is free on a CPU."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return available_gb()
-    return (device.memory_stats() or {}).get("bytes_limit", float("inf")) / 1e9
 
 
 def compare(job: Job, frameworks: tuple[str, ...], *, rounds: int) -> dict:
@@ -145,7 +123,7 @@ def compare(job: Job, frameworks: tuple[str, ...], *, rounds: int) -> dict:
 @functools.cache
 def operations(job: Job) -> int:
     """Count a job's operations; those of a batch, without what is done twice."""
-    forward = forward_operations(model_config(job), (job.side,) * 3)
+    forward = forward_operations(experiment(job).model, (job.side,) * 3)
     return job.batch * PASSES[job.what] * forward
 
 
@@ -268,51 +246,59 @@ def earlier(path: str | None, about: dict, jobs: list[Job]) -> dict:
     return found
 
 
-@startup.exit_on_user_error("benchmarks.model")
-def main(_):
+def main(options):
     # The parent's device must leave the memory to the measured processes.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    options = flags.FLAGS
+    if options.roofline:
+        return roofline.measure(options)
+    if options.loss:
+        return loss.measure(options)
+    with tempfile.TemporaryDirectory() as cache:
+        if options.largest_batch:
+            return largest_batch.measure(options, cache)
+        return measure(options, cache)
+
+
+def measure(options, cache):
+    """Measure the rows that the options choose."""
     on_cpu = jax.default_backend() == "cpu"
     rows_of = ROWS if on_cpu else ON_GPU + ROWS
     if options.quick:
         rows_of = ROWS[:2] if on_cpu else ON_GPU
     if options.smallest:
         rows_of = SMALLEST
-    rows_of = chosen(rows_of, options)
     once = options.quick or options.smallest
     rounds, repeats = (1, 1) if once else (options.rounds, options.repeats)
     peers = options.peers
     if peers is None:
         peers = ["torch"] if on_cpu else ["torch", "torch.compile"]
+    job = Job(
+        framework="jax",
+        network="swin_smt_e32",
+        side=128,
+        what="step",
+        dtype=options.dtype or default_dtype(),
+        remat=options.remat,
+        repeats=repeats,
+        threads=options.threads if on_cpu else 0,
+        cache=cache,
+    )
+    jobs = [
+        dataclasses.replace(job, network=network, side=side, what=what)
+        for network, side, what in chosen(rows_of, options)
+    ]
     found = report({}, rows=[])
     found["machine"]["threads"] = options.threads if on_cpu else None
     print("  ".join(f"{k} {v}" for k, v in found["machine"].items()), flush=True)
-    with tempfile.TemporaryDirectory() as cache:
-        job = Job(
-            framework="jax",
-            network="swin_smt_e32",
-            side=128,
-            what="step",
-            dtype=options.dtype or default_dtype(),
-            remat=options.remat,
-            repeats=repeats,
-            threads=options.threads if on_cpu else 0,
-            cache=cache,
-        )
-        jobs = [
-            dataclasses.replace(job, network=network, side=side, what=what)
-            for network, side, what in rows_of
-        ]
-        if options.add:
-            known = earlier(options.json, found["machine"], jobs)
-            found |= {k: known[k] for k in ("rows", "compile") if k in known}
-        if not options.smallest and "compile" not in found:
-            paper = dataclasses.replace(job, dtype="bfloat16", remat=True, repeats=0)
-            found["compile"] = compile_seconds(paper)
-            _write(found, options.json)
-        measure_rows(jobs, peers, rounds, found, options.json)
-    print(json.dumps(found["headline"], indent=1))
+    if options.add:
+        known = earlier(options.json, found["machine"], jobs)
+        found |= {k: known[k] for k in ("rows", "compile") if k in known}
+    if not options.smallest and "compile" not in found:
+        paper = dataclasses.replace(job, dtype="bfloat16", remat=True, repeats=0)
+        found["compile"] = compile_seconds(paper)
+        _write(found, options.json)
+    measure_rows(jobs, peers, rounds, found, options.json)
+    show(found["headline"])
     if options.plot:
         plot(found["rows"], options.plot)
 
@@ -347,7 +333,11 @@ def _write(found, path):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "what the headline needs, once")
+    flags.DEFINE_bool("roofline", False, "operations, bytes and time by stage")
+    flags.DEFINE_integer("side", 96, "of the patch of --roofline")
+    flags.DEFINE_bool("loss", False, "forms of the loss")
+    flags.DEFINE_integer("classes", 118, "of --loss, background included")
+    flags.DEFINE_bool("largest_batch", False, "the most patches of a step on a GPU")
     flags.DEFINE_bool("smallest", False, "a 64^3 patch, once")
     flags.DEFINE_list("networks", [], f"rows of these alone: {', '.join(CONFIGS)}")
     flags.DEFINE_list("sides", [], "rows of these sides alone")
@@ -363,6 +353,5 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "peers", None, "of torch and torch.compile; empty: ours alone; both on a GPU"
     )
-    define_file("json", "also write the figures to this file")
     define_file("plot", "also draw them to this file")
-    app.run(main)
+    run(main, quick="what the headline needs, once")

@@ -4,7 +4,7 @@
 
 The JSON is a `Job`'s fields. The last line of the output is JSON: `seconds` of each
 repeat after one that is not counted, `compile_s`, and `peak_gb`, of the process on a
-CPU, else of the device's allocator.
+CPU, else of the device's allocator. A process imports only the framework it measures.
 """
 
 import contextlib
@@ -13,15 +13,20 @@ import importlib
 import json
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+
+from benchmarks import ROOT, memory_limit_gb
 
 CONFIGS = {
     "swin_smt_e4": "swin_smt_e4",
     "swin_smt_e32": "swin_smt_paper",
     "swin_unetr_b": "swin_unetr_b",
 }
+
+LIMIT = 1800  # seconds of one process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +59,62 @@ class Job:
     cache: str = ""
 
 
+def keep_to_cores(threads: int) -> None:
+    """Keep this process to some of its cores; 0 leaves all."""
+    if threads:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def start(job: Job) -> dict:
+    """Measure in a process; return what it found, or {"error": the last line}."""
+    missing = shortage(job)
+    if missing:
+        return {"error": missing}
+    command = (sys.executable, "-m", "benchmarks.model_worker")
+    try:
+        done = subprocess.run(
+            [*command, json.dumps(dataclasses.asdict(job))],
+            cwd=ROOT,
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"stopped after {LIMIT} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shortage(job: Job) -> str | None:
+    """Return why a job is known not to fit, or None.
+
+    The PyTorch network makes three matrices of tokens x slots at once in its first Soft
+    MoE, and dynamic slots are as many as the tokens.
+    """
+    if job.framework == "jax":
+        return None
+    config = experiment(job).model
+    if not config.num_experts or config.slots != "dynamic":
+        return None
+    tokens = (job.side // 2 ** (5 - config.num_moe_stages)) ** 3
+    needed = 3 * job.batch * tokens**2 * (4 if job.dtype == "float32" else 2) / 1e9
+    limit = memory_limit_gb()
+    if needed <= limit:
+        return None
+    return f"skipped: needs more than {needed:.0f} GB, and {limit:.0f} GB are free"
+
+
 def measure(job: Job) -> dict:
     """Measure in this process."""
-    if job.threads:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
+    keep_to_cores(job.threads)
     return _jax(job) if job.framework == "jax" else _torch(job)
 
 
-def _config(job):
+def experiment(job: Job):
+    """Return the config of a job's experiment."""
     from swinsmt_jax.config import from_config_dict
 
     config = importlib.import_module(f"configs.{CONFIGS[job.network]}").get_config()
@@ -73,31 +126,26 @@ def _config(job):
     return from_config_dict(config)
 
 
-def model_config(job: Job):
-    """Return the config of a job's network."""
-    return _config(job).model
-
-
 def _jax(job):
     import jax
+
+    from benchmarks.programs import gigabytes
 
     jax.config.update("jax_compilation_cache_dir", job.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     start = time.perf_counter()
-    compiled, make = _jax_step(job) if job.what == "step" else _jax_function(job)
+    lowered, make = _step(job) if job.what == "step" else _function(job)
+    compiled = lowered.compile()
     found = {"compile_s": time.perf_counter() - start}
-    memory = compiled.memory_analysis()
-    compiled_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    found["compiled_gb"] = compiled_bytes / 1e9
+    found["compiled_gb"] = gigabytes(compiled)
     if not job.repeats:
         return found
-    carried, batch = make()
+    arguments = list(make())
 
     def run():
-        nonlocal carried
-        out = jax.block_until_ready(compiled(carried, batch))
+        out = jax.block_until_ready(compiled(*arguments))
         if job.what == "step":
-            carried = out[0]
+            arguments[0] = out[0]
 
     found |= _timed(run, job.repeats)
     if jax.default_backend() != "cpu":
@@ -105,83 +153,33 @@ def _jax(job):
     return found
 
 
-def _jax_function(job):
-    """Compile the forward pass or the gradient; return it and its arguments' maker."""
-    program, shapes, make = network_program(job)
-    return program.lower(*shapes).compile(), make
+def _function(job):
+    """Lower the forward pass or the gradient; return it and its arguments' maker."""
+    from benchmarks import programs
+
+    what = {"forward": "forward", "gradient": "square"}[job.what]
+    model = experiment(job).model
+    program, shapes = programs.program(model, job.side, what=what, batch=job.batch)
+    return program.lower(*shapes), lambda: programs.random_arguments(shapes)
 
 
-def network_program(job: Job):
-    """Return the jitted forward pass or gradient, its arguments' shapes and maker."""
+def _step(job):
+    """Lower the training step; return it and its arguments' maker."""
     import jax
-    import jax.numpy as jnp
-    from flax import nnx
 
-    from swinsmt_jax import models
-    from swinsmt_jax.layers import recompute
-    from swinsmt_jax.models import abstract_model, split
-
-    config = _config(job).model
-    graphdef, params = abstract_model(config)
-
-    def forward(params, x):
-        return nnx.merge(graphdef, params)(x)
-
-    def gradient(params, x):
-        return jax.value_and_grad(lambda p: jnp.square(forward(p, x)).mean())(params)
-
-    x = jax.ShapeDtypeStruct((job.batch, *(job.side,) * 3, 1), jnp.float32)
-    program = jax.jit(
-        forward if job.what == "forward" else gradient,
-        compiler_options=recompute.compiler_options(jax.default_backend()),
-    )
-
-    def make():
-        _, values = split(models.create(config, rngs=nnx.Rngs(0)))
-        return values, jax.random.uniform(jax.random.key(0), x.shape)
-
-    return program, (params, x), make
-
-
-def _jax_step(job):
-    """Compile the training step; return it and its arguments' maker."""
-    import jax
-    import jax.numpy as jnp
-
+    from benchmarks import programs
     from swinsmt_jax import sharding
-    from swinsmt_jax.training import losses
-    from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
-    from swinsmt_jax.training.state import abstract_state, initialize
-    from swinsmt_jax.training.step import make_train_step
 
-    config = _config(job)
+    config = experiment(job)
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-    schedule = make_schedule(config.optimizer, num_steps=1000)
-    optimizer = make_optimizer(config.optimizer, schedule, network=config.model)
-    graphdef, abstract = abstract_state(config.model, optimizer, mesh=mesh)
-    step = make_train_step(
-        graphdef,
-        optimizer,
-        loss=losses.make("dice_ce"),
-        schedule=schedule,
-        seed=0,
-        abstract=abstract,
-        mesh=mesh,
-    )
+    step, like, start = programs.training_step(config, mesh)
     shape = (job.batch, *(job.side,) * 3)
-    batch = {
-        "image": jax.ShapeDtypeStruct((*shape, 1), jnp.float32),
-        "label": jax.ShapeDtypeStruct(shape, jnp.uint8),
-    }
 
     def make():
-        key = jax.random.key(0)
-        image = jax.random.uniform(key, (*shape, 1))
-        label = jax.random.randint(key, shape, 0, config.model.out_channels, jnp.uint8)
-        batch = sharding.place_batch({"image": image, "label": label}, mesh)
-        return initialize(config.model, optimizer, seed=0, abstract=abstract), batch
+        classes = config.model.out_channels
+        return start(), programs.random_batch(shape, mesh, classes=classes)
 
-    return step.lower(abstract, batch).compile(), make
+    return step.lower(like, programs.abstract_batch(shape, mesh)), make
 
 
 def _torch(job):
@@ -195,7 +193,7 @@ def _torch(job):
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    config = _config(job).model
+    config = experiment(job).model
     network = pytorch_network.create(config).to(device)
     x = torch.rand(job.batch, 1, *(job.side,) * 3, device=device)
     if on_gpu:

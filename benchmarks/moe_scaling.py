@@ -23,30 +23,25 @@ runs are kept in --workdir, and the same command goes on where it was stopped.
 """
 
 import dataclasses
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from flax import nnx
+from absl import flags
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks import available_gb, collectives, define_file, report, write
+from benchmarks import define_file, memory_limit_gb, programs, run, save, scaling
 from configs import demo, swin_smt_paper
-from swinsmt_jax import models, sharding
-from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
+from swinsmt_jax import models
+from swinsmt_jax.config import ExperimentConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import validation
 from swinsmt_jax.inference.segment import predict_fn
 from swinsmt_jax.models import abstract_model
-from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.operations import forward_operations
-from swinsmt_jax.training import loop, losses
+from swinsmt_jax.training import loop
 from swinsmt_jax.training.checkpoint import load_model
-from swinsmt_jax.training.step import loss_and_accuracy_counts
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
 STAGES = (1, 2, 3, 4)
@@ -80,63 +75,29 @@ def held_bytes(config):
     return {n: parts[False] + parts[True] // n for n in divisors}
 
 
-def gradient_cost(config, side, *, limit_gb):
-    """Return compiled GB of the loss with its gradient, and seconds if it may run."""
-    graphdef, params = abstract_model(config)
-    x = jax.ShapeDtypeStruct((1, side, side, side, 1), jnp.float32)
-    y = jax.ShapeDtypeStruct(x.shape[:-1], jnp.uint8)
-
-    def loss(params, x, y):
-        return loss_and_accuracy_counts(
-            nnx.merge(graphdef, params), x, y, loss=losses.make("dice_ce")
-        )[0]
-
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, x, y).compile()
-    memory = compiled.memory_analysis()
-    gb = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
-    if gb + memory.output_size_in_bytes / 1e9 > limit_gb:
-        return gb, None
-    arguments = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (params, x, y))
-    jax.block_until_ready(compiled(*arguments))
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
-    return gb, time.perf_counter() - start
-
-
 def mesh_rows(config, side, *, limit_gb):
     """Yield memory of a device and time of a training step by mesh of all devices."""
     count = jax.device_count()
     shared = count if jax.default_backend() == "cpu" else 1  # memory of the machine
-    for expert in (n for n in range(1, count + 1) if count % n == 0):
-        if count == 1 or config.num_experts % expert:
+    for data, expert in scaling.meshes(count) if count > 1 else ():
+        if config.num_experts % expert:
             continue
-        mesh = sharding.make_mesh(MeshConfig(count // expert, expert))
-        compiled, like = collectives.compile_step(
-            config, mesh, batch_size=count, patch=(side,) * 3
-        )
-        memory = compiled.memory_analysis()
-        gb = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
-        row = {"data": count // expert, "expert": expert, "step_gb": gb}
-        row["step_seconds"] = None
+        compiled, like, mesh = scaling.compile_step(config, data, expert, side=side)
+        gb = programs.gigabytes(compiled)
+        row = {"data": data, "expert": expert, "step_gb": gb, "step_seconds": None}
         if shared * gb <= limit_gb:
             row["step_seconds"] = step_seconds(compiled, like, mesh, side)
         yield row
 
 
 def step_seconds(compiled, like, mesh, side):
-    """Return the seconds of a training step of zeros, after one that is not counted."""
-    shape = (mesh.size, side, side, side)
+    """Return the seconds of a training step, after one that is not counted."""
     state = jax.tree.map(
         lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), like
     )
-    batch = {"image": np.zeros((*shape, 1), np.float32)}
-    batch["label"] = np.zeros(shape, np.uint8)
-    batch = sharding.place_batch(batch, mesh)
-    for _ in range(2):  # the state's memory is given away
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, batch))
-        seconds = time.perf_counter() - start
-    return seconds
+    batch = programs.random_batch((mesh.size, side, side, side), mesh, classes=1)
+    state, _ = compiled(state, batch)  # the state's memory is given away
+    return min(programs.seconds_of(compiled, state, batch, repeats=1, warm=0))
 
 
 def point(num_experts, num_moe_stages, *, side, compiled, limit_gb):
@@ -157,8 +118,10 @@ def point(num_experts, num_moe_stages, *, side, compiled, limit_gb):
         "meshes": [],
     }
     if compiled:
-        gb, seconds = gradient_cost(config, side, limit_gb=limit_gb)
-        row |= {"gradient_gb": gb, "gradient_seconds": seconds}
+        lowered = programs.lower(config, side, what="gradient")
+        gradient, seconds = programs.seconds_within(lowered, limit_gb=limit_gb)
+        row["gradient_gb"] = programs.gigabytes(gradient)
+        row["gradient_seconds"] = seconds
         row["meshes"] = list(mesh_rows(config, side, limit_gb=limit_gb))
     return row
 
@@ -306,9 +269,7 @@ def _dice_of(name):
     return lambda row: row.get("dice", {}).get(name)
 
 
-@startup.exit_on_user_error("benchmarks.moe_scaling")
-def main(_):
-    options = flags.FLAGS
+def main(options):
     points = [(int(e), int(s)) for s in options.stages for e in options.experts]
     to_train = {}
     if options.train:  # all, so that none is found out hours later
@@ -316,9 +277,7 @@ def main(_):
         about = {"root": options.root, "steps": options.steps, "patch": patch}
         to_train = {key: training_config(*key, **about) for key in points}
         find_cases(options.root, split="test")
-    limit = options.limit_gb
-    if jax.default_backend() == "cpu":
-        limit = min(limit, available_gb() - 1)
+    limit = memory_limit_gb(options.limit_gb)
     rows = []
     for experts, stages in points:
         row = point(
@@ -333,29 +292,21 @@ def main(_):
             row["dice"] = trained_dice(to_train[experts, stages], workdir=workdir)
         print(line(row), flush=True)
         rows.append(row)
-        write(options.json, report(headline(rows), rows=rows))
+        save(headline(rows), rows=rows)
     if options.plot:
         plot(rows, options.plot)
 
 
-def _run(argv):
-    if jax.config.jax_platforms in (None, "", "cpu") and flags.FLAGS.devices > 1:
-        jax.config.update("jax_num_cpu_devices", flags.FLAGS.devices)
-    main(argv)
-
-
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "compile the first point alone")
     flags.DEFINE_list("experts", list(map(str, EXPERTS)), "numbers of experts")
     flags.DEFINE_list("stages", list(map(str, STAGES)), "numbers of Soft MoE stages")
     flags.DEFINE_integer("side", 64, "side of the patch; larger where experts need it")
     flags.DEFINE_integer("devices", 1, "virtual devices on a CPU", lower_bound=1)
     flags.DEFINE_float("limit_gb", 10.0, "run what needs no more memory")
-    define_file("json", "also write the figures to this file")
     define_file("plot", "also draw the figures into this file")
     flags.DEFINE_bool("train", False, "train every point and add its Dice")
     flags.DEFINE_string("workdir", "runs/moe_scaling", "runs of --train, one by point")
     flags.DEFINE_string("root", "data/phantoms", "dataset of --train")
     flags.DEFINE_integer("steps", 400, "training steps of --train")
     flags.DEFINE_list("patch", ["32", "32", "64"], "voxels of a crop of --train")
-    app.run(_run)
+    run(main, quick="compile the first point alone")

@@ -27,7 +27,6 @@ At commit 2c20246 these are 98 stays (39 of the whole), 39 moves and 28 climbs.
 """
 
 import collections
-import json
 import logging
 import os
 import sys
@@ -37,11 +36,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from benchmarks import config_way, define_file, report, write
+from benchmarks import ROOT, config_way, run, save, show
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"feature_size": 12, "window_size": (2, 2, 2)}
 PATCH = (32, 32, 32)
 
@@ -128,8 +126,7 @@ def paths(root, *, quick):
     return found
 
 
-def main(_):
-    options = flags.FLAGS
+def main(options):
     root = Path(options.root).resolve()
     if options.config:
         headline, parts = config_way.follow(root, start=("train", "main")), {}
@@ -143,13 +140,11 @@ def main(_):
                 ("functions", part["functions"]),
             )
         }
-    print(json.dumps(headline, indent=1))
-    write(options.json, report(headline, **parts))
+    show(headline)
+    save(headline, **parts)
 
 
 if __name__ == "__main__":
     flags.DEFINE_bool("config", False, "follow the config through the source")
-    flags.DEFINE_bool("quick", False, "train a small form of the network")
-    define_file("json", "also write the figures to this file")
     flags.DEFINE_string("root", str(ROOT), "checkout whose package is counted")
-    app.run(main)
+    run(main, quick="train a small form of the network")

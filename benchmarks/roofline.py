@@ -1,33 +1,17 @@
-"""Where the gradient's operations, bytes and time are, stage by stage.
-
-    python -m benchmarks.roofline [--side=96] [--quick] [--json=FILE]
-
-Of Swin SMT with 4 experts, 118 classes, batch 1, float32. Operations and bytes are
-counted from the program before the compiler (runtime/operations.py): two operations
-for a multiplication with its addition; the least bytes are those of operands and result
-of every product, each read or written once, as if everything between two products were
-fused into them and nothing of a product were kept on the chip for the next. The floor
-is the larger of the times that these take at the rates of this machine, which are
-measured: a product of two 2048 x 2048 matrices, and a sum of two large arrays. Time is
-that of the program's parts in a profile; what the compiler has merged across stages
-counts for one of them. --quick takes a side of 32 and no profile.
-"""
+"""Operations, bytes and time of the gradient by stage; see `benchmarks.model`."""
 
 import collections
 import gzip
 import json
-import os
 import re
 import tempfile
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 
-from benchmarks import define_file, report, write
-from benchmarks.model_worker import Job, network_program
+from benchmarks import programs, report, show, write
+from benchmarks.model_worker import Job, experiment, keep_to_cores
 from swinsmt_jax.runtime import operations
 
 STAGES = ("patch_embed", "stage1", "stage2", "stage3", "stage4", "encoder")
@@ -54,24 +38,11 @@ def stage_of(scope: str) -> str:
 
 def rates() -> tuple[float, float]:
     """Measure operations per second of a product, and bytes per second of a sum."""
-    a = jnp.ones((2048, 2048))
-    large = jnp.ones(2**26)
+    a, large = jnp.ones((2048, 2048)), jnp.ones(2**26)
     product = jax.jit(lambda a, b: a @ b)
-    total = jax.jit(jnp.add)
-    return (
-        2 * 2048**3 / _seconds(product, a, a),
-        3 * large.nbytes / _seconds(total, large, large),
-    )
-
-
-def _seconds(function, *arguments):
-    jax.block_until_ready(function(*arguments))
-    found = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        found.append(time.perf_counter() - start)
-    return min(found)
+    product_s = min(programs.seconds_of(product, a, a, repeats=5))
+    sum_s = min(programs.seconds_of(jax.jit(jnp.add), large, large, repeats=5))
+    return 2 * 2048**3 / product_s, 3 * large.nbytes / sum_s
 
 
 def profile(compiled, *arguments) -> tuple[dict[str, float], float]:
@@ -85,9 +56,7 @@ def profile(compiled, *arguments) -> tuple[dict[str, float], float]:
             scopes[name[1]] = scope[1] if scope else ""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            seconds = time.perf_counter() - start
+            (seconds,) = programs.seconds_of(compiled, *arguments, repeats=1, warm=0)
         (file,) = Path(folder).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     found = collections.Counter()
@@ -99,13 +68,12 @@ def profile(compiled, *arguments) -> tuple[dict[str, float], float]:
     return dict(found), seconds
 
 
-def main(_):
-    options = flags.FLAGS
-    if options.threads and jax.config.jax_platforms in (None, "", "cpu"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+def measure(options) -> None:
+    """Print a row for each stage, and write the report."""
+    keep_to_cores(options.threads)
     side = 32 if options.quick else options.side
-    job = Job("jax", "swin_smt_e4", side, "gradient")
-    program, shapes, make = network_program(job)
+    model = experiment(Job("jax", "swin_smt_e4", side, "gradient")).model
+    program, shapes = programs.program(model, side, what="square")
     per_second, bytes_per_second = rates()
     print(
         f"products {per_second / 1e9:.0f} GFLOP/s, memory {bytes_per_second / 1e9:.1f} "
@@ -113,12 +81,12 @@ def main(_):
     )
     measured, seconds = {}, None
     if not options.quick:
-        measured, seconds = profile(program.lower(*shapes).compile(), *make())
+        arguments = programs.random_arguments(shapes)
+        measured, seconds = profile(program.lower(*shapes).compile(), *arguments)
     rows = []
     for name, found in counts(program.__wrapped__, *shapes).items():
         floor = max(found["operations"] / per_second, found["bytes"] / bytes_per_second)
-        row = {"stage": name, **found, "floor_s": floor}
-        row["seconds"] = measured.get(name)
+        row = {"stage": name, **found, "floor_s": floor, "seconds": measured.get(name)}
         rows.append(row)
         took = "" if row["seconds"] is None else f"{row['seconds']:8.2f} s"
         print(
@@ -126,25 +94,15 @@ def main(_):
             f"{found['bytes'] / 1e9:7.2f} GB  floor {floor:6.2f} s {took}"
         )
     headline = {
-        "operations": sum(row["operations"] for row in rows),
-        "bytes": sum(row["bytes"] for row in rows),
-        "floor_s": sum(row["floor_s"] for row in rows),
-        "seconds": seconds,
+        name: sum(row[name] for row in rows)
+        for name in ("operations", "bytes", "floor_s")
     }
-    print(json.dumps(headline, indent=1))
+    show(headline | {"seconds": seconds})
     found = report(
-        headline,
+        headline | {"seconds": seconds},
         rows=rows,
         gflop_per_second=per_second / 1e9,
         gb_per_second=bytes_per_second / 1e9,
     )
     found["machine"]["threads"] = options.threads
     write(options.json, found)
-
-
-if __name__ == "__main__":
-    flags.DEFINE_integer("side", 96, "of the patch")
-    flags.DEFINE_integer("threads", 2, "CPU cores; 0 for all")
-    flags.DEFINE_bool("quick", False, "a side of 32, no profile")
-    define_file("json", "also write the figures to this file")
-    app.run(main)

@@ -1,35 +1,22 @@
-"""Which expert looks where: the routing of a trained Swin SMT on a scan.
-
-    python -m benchmarks.routing_maps --workdir=runs/demo [--case=...] [--block=...]
-        [--quick] [--json=FILE]
-
-For one case of a split, and one Soft MoE block or all, writes to <workdir>/routing:
-- <case>_<block>_experts.nii.gz: each voxel's expert with the largest share, from 1;
-- <case>_<block>_shares.nii.gz: the shares of all experts as a fourth axis, if --shares;
-- <case>_<block>.png: CT, groups of the ground truth, and experts in two planes;
-- <case>_<block>.csv: mean share of each expert in each anatomical group.
-
---json also writes these shares into one file, with the number of experts of each block
-that have next to no share in any group. --quick takes the first block alone.
-"""
+"""Which expert looks where, on a scan; see `benchmarks.soft_moe`."""
 
 import csv
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib import colors
 from matplotlib.figure import Figure
 
-from benchmarks import define_file, report, write
+from benchmarks import save
 from swinsmt_jax import checks, labels
 from swinsmt_jax.data import nifti, pipeline, transforms
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.data.meta import SPLITS
 from swinsmt_jax.evaluation import routing
-from swinsmt_jax.runtime import startup
 from swinsmt_jax.training.checkpoint import load_model
 
+flags.disclaim_key_flags()  # they are the benchmark's
 UNUSED = 1e-3  # an expert's share in every group, at most, if nothing looks at it
 
 
@@ -109,11 +96,9 @@ def headline(rows):
     return found
 
 
-@startup.exit_on_user_error("routing_maps")
-def main(_):
-    options = flags.FLAGS
-    startup.start()
-    workdir = Path(options.workdir)
+def draw_maps(options) -> None:
+    """Write maps, pictures and tables of the run in --maps_of."""
+    workdir = Path(options.maps_of)
     config, model, _ = load_model(workdir)
     root = options.data_root or config.data.root
     case = choose_case(find_cases(root, split=options.split), options.case)
@@ -147,18 +132,16 @@ def main(_):
         write_table(output / f"{stem}.csv", by_group)
         of_groups = {name: np.asarray(s).tolist() for name, s in by_group.items()}
         rows.append({"block": block, "case": case.name, "shares": of_groups})
-    write(options.json, report(headline(rows), rows=rows))
+    save(headline(rows), rows=rows)
     print(f"written to {output}")
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of the training run", required=True)
+def define_flags() -> None:
+    """Define what chooses case and block."""
+    flags.DEFINE_string("maps_of", None, "draw the routing of this training run")
     flags.DEFINE_enum("split", "test", SPLITS, "split of the case")
     flags.DEFINE_string("case", None, "name of the case; by default the first")
     flags.DEFINE_string("block", None, "such as stage3/block0; by default all")
     flags.DEFINE_string("data_root", None, "data folder, if not the training's")
     flags.DEFINE_string("output", None, "folder; by default <workdir>/routing")
-    flags.DEFINE_bool("quick", False, "the first block alone")
-    define_file("json", "also write the shares to this file")
     flags.DEFINE_bool("shares", False, "also write the shares of all experts")
-    app.run(main)

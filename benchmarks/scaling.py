@@ -1,12 +1,14 @@
 """What a training step sends between devices, and how well it may scale.
 
     python -m benchmarks.scaling [--quick] [--json=FILE]
+    python -m benchmarks.scaling --small [--devices=8] [--experts=8] [--json=FILE]
 
 Compiles the training step of the paper's Swin SMT, one patch on each device, for 1, 2,
 4 and 8 devices (virtual ones off an accelerator: a program is divided in the same way)
-and every mesh of data x expert devices, and reads from the program what each device
-sends and holds. From that follows the efficiency to be expected on real nodes, for one
-patch of 128^3 on each GPU, by this model:
+and every mesh of data x expert devices, and reads from the program the collectives and
+their bytes for each device, and what it holds. --small takes a network of 24 features
+and all the devices alone. From what 8 devices send follows the efficiency to be
+expected on real nodes, for one patch of 128^3 on each GPU, by this model:
 
 - a GPU computes at --utilisation of its bfloat16 peak;
 - parameters' gradients, float32, are added up by rings: within a node each of n GPUs
@@ -18,24 +20,41 @@ patch of 128^3 on each GPU, by this model:
 - links carry what their data sheets say in one direction. "no overlap" waits for all of
   it; "overlap" hides the gradients' sum behind the backward pass, two thirds of a step.
 
---quick compiles a small network on 1 and 2 devices.
+--quick compiles the small network on 1 and 2 devices, and estimates nothing.
 """
 
 import dataclasses
+import re
+from unittest import mock
 
 import jax
-from absl import app, flags
+import numpy as np
+from absl import flags
 
-from benchmarks import collectives, define_file, report, write
+from benchmarks import programs, run, save
 from configs import swin_smt_paper
-from swinsmt_jax import sharding
-from swinsmt_jax.config import MeshConfig, from_config_dict
+from swinsmt_jax import SwinSMTConfig, sharding
+from swinsmt_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    from_config_dict,
+)
+from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.runtime.cost import PEAK
 from swinsmt_jax.runtime.operations import forward_operations
+from swinsmt_jax.training import losses
 
 DEVICES = (1, 2, 4, 8)
 FULL_SIDE = 128
 BFLOAT16_SHARE = 1 / 2  # of the float32 that XLA sends between CPUs for bfloat16
+KINDS = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter")
+KINDS += ("collective-permute",)
+ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
+# Groups of one device each, as in {{0},{1}} or [2,1]<=[2]: nothing is sent.
+ALONE = re.compile(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Cluster:
     """Nodes of 8 GPUs.
 
     Attributes:
-        name: of the GPU, as in `training.cost.PEAK`.
+        name: of the GPU, as in `runtime.cost.PEAK`.
         nodes: how many.
         within: bytes per second that a GPU sends to others of its node.
         between: bytes per second that a GPU sends to other nodes.
@@ -70,23 +89,80 @@ def meshes(devices: int) -> list[tuple[int, int]]:
     return [(devices // n, n) for n in range(1, devices + 1) if devices % n == 0]
 
 
-def measure(model, data: int, expert: int, *, side: int) -> dict:
-    """Compile a step for a mesh; return what a device sends and holds."""
-    devices = jax.devices()[: data * expert]
-    mesh = sharding.make_mesh(MeshConfig(data, expert), devices=devices)
-    compiled, like = collectives.compile_step(
-        model, mesh, batch_size=mesh.size, patch=(side,) * 3
+def small_model(num_experts: int) -> SwinSMTConfig:
+    """Return a Swin SMT with the paper's stages and 24 features."""
+    return SwinSMTConfig(
+        1, 16, 24, num_experts=num_experts, num_moe_stages=3, depths=(1, 1, 1, 1)
     )
-    memory = compiled.memory_analysis()
+
+
+def compile_step(model: NetworkConfig, data: int, expert: int, *, side: int):
+    """Return the compiled training step, the state's shapes, and the mesh.
+
+    The loss has its form for accelerators: that for CPUs scatters, and what it scatters
+    of all devices' voxels would be added up between them.
+    """
+    mesh = sharding.make_mesh(
+        MeshConfig(data, expert), devices=jax.devices()[: data * expert]
+    )
+    shape = (mesh.size, side, side, side)
+    config = ExperimentConfig(
+        model=model,
+        data=DataConfig(root="", patch_shape=shape[1:], batch_size=mesh.size),
+        optimizer=OptimizerConfig(1e-3),
+        training=TrainingConfig(num_steps=10),
+    )
+    step, like, _ = programs.training_step(config, mesh)
+    with mock.patch.object(losses, "sums_by_scatter", losses.sums_by_comparison):
+        lowered = step.lower(like, programs.abstract_batch(shape, mesh))
+    return lowered.compile(), like, mesh
+
+
+def collectives(text):
+    """Return for each kind count and bytes that a device gets, of a program's text."""
+    found = {}
+    pattern = rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\((.*)"
+    for shapes, kind, rest in re.findall(pattern, text):
+        if ALONE.search(rest):
+            continue
+        total = found.setdefault(kind, {"count": 0, "bytes": 0})
+        total["count"] += 1
+        total["bytes"] += _bytes(shapes)
+    return found
+
+
+def _bytes(shapes):
+    total = 0
+    for dtype, sides in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        sizes = [int(side) for side in sides.split(",") if side]
+        total += ITEM_BYTES[dtype] * int(np.prod(sizes, dtype=np.int64))
+    return total
+
+
+def bytes_per_device(like, *, pattern):
+    """Return the bytes on each device of the leaves whose name the pattern finds."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        if re.search(pattern, sharding.path_name(path)):
+            shape = leaf.sharding.shard_shape(leaf.shape)
+            total += int(np.prod(shape)) * leaf.dtype.itemsize
+    return total
+
+
+def measure(model: NetworkConfig, data: int, expert: int, *, side: int) -> dict:
+    """Compile a step for a mesh; return what a device sends and holds."""
+    compiled, like, _ = compile_step(model, data, expert, side=side)
+    experts = bytes_per_device(like, pattern="/experts/")
+    state = bytes_per_device(like, pattern="")
     return {
         "data": data,
         "expert": expert,
-        "collectives": collectives.collectives(compiled.as_text()),
-        "expert_gradients": collectives.bytes_per_device(
-            like.params, pattern="/experts/"
-        ),
-        "state_gb": collectives.bytes_per_device(like, pattern="") / 1e9,
-        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "collectives": collectives(compiled.as_text()),
+        "expert_gradients": bytes_per_device(like.params, pattern="/experts/"),
+        "expert_bytes_per_device": experts,
+        "rest_bytes_per_device": state - experts,
+        "state_gb": state / 1e9,
+        "temporaries_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
     }
 
 
@@ -129,43 +205,52 @@ def _ring(devices):
 
 
 def headline(rows: list[dict], estimates: list[dict]) -> dict:
-    """Return efficiencies, and what each mesh holds, by flat names."""
+    """Return efficiencies, and what each mesh sends and holds, by flat names."""
     found = {
         f"{e['cluster']} {e['data']}x{e['expert']}": e["no_overlap"] for e in estimates
     }
     for row in rows:
-        name = f"{row['data']}x{row['expert']}"
-        found[f"state_gb_{name}"] = row["state_gb"]
-        found[f"temporaries_gb_{name}"] = row["temporaries_gb"]
+        mesh = f"{row['data']}x{row['expert']}"
+        for kind in KINDS:
+            sent = row["collectives"].get(kind, {"bytes": 0})
+            found[f"{kind.replace('-', '_')}_bytes_{mesh}"] = sent["bytes"]
+        for name in ("state_gb", "temporaries_gb"):
+            found[f"{name}_{mesh}"] = row[name]
+        for name in ("expert_bytes_per_device", "rest_bytes_per_device"):
+            found[f"{name}_{mesh}"] = row[name]
     return found
 
 
 def line(row: dict) -> str:
-    """Format what a mesh sends."""
+    """Format what a mesh holds and sends."""
     sent = "  ".join(
-        f"{kind} {found['bytes'] / 1e6:.0f} MB ({found['count']})"
+        f"{kind} {found['count']} ({found['bytes'] / 1e6:.1f} MB)"
         for kind, found in row["collectives"].items()
     )
     return (
-        f"{row['data']} x {row['expert']}  state {row['state_gb']:5.2f} GB  "
-        f"temporaries {row['temporaries_gb']:5.2f} GB  {sent or 'nothing sent'}"
+        f"{row['data']} x {row['expert']}  state {row['state_gb']:5.2f} GB, of it "
+        f"experts {row['expert_bytes_per_device'] / 1e6:7.2f} MB  temporaries "
+        f"{row['temporaries_gb']:5.2f} GB  {sent or 'nothing sent'}"
     )
 
 
-def main(_):
-    options = flags.FLAGS
-    quick = options.quick
+def main(options):
+    small = options.small or options.quick
     paper = from_config_dict(swin_smt_paper.get_config()).model
-    model = collectives.small_model(8) if quick else paper
+    model = small_model(options.experts) if small else paper
+    counts = (1, 2) if options.quick else DEVICES
+    if options.small and not options.quick:
+        counts = (min(options.devices, jax.device_count()),)
     print(f"data x expert devices, one patch of {options.side}^3 on each; per device:")
-    rows = []
-    for devices in (1, 2) if quick else DEVICES:
-        for data, expert in meshes(devices):
-            rows.append(measure(model, data, expert, side=options.side))
-            print(line(rows[-1]), flush=True)
+    rows, estimates = [], []
+    for count in counts:
+        for data, expert in meshes(count):
+            if model.num_experts % expert == 0:
+                rows.append(measure(model, data, expert, side=options.side))
+                print(line(rows[-1]), flush=True)
+                save(headline(rows, []), meshes=rows)
     operations = 3 * forward_operations(paper, (FULL_SIDE,) * 3)
-    estimates = []
-    for cluster in () if quick else CLUSTERS:
+    for cluster in () if small else CLUSTERS:
         for row in rows[-len(meshes(8)) :]:
             found = expected(
                 cluster,
@@ -182,25 +267,19 @@ def main(_):
                     **found
                 )
             )
-    found = report(
+    save(
         headline(rows, estimates),
         operations_per_patch=operations,
         utilisation=options.utilisation,
         meshes=rows,
         estimates=estimates,
     )
-    write(options.json, found)
-
-
-def _run(argv):
-    if jax.config.jax_platforms in (None, "", "cpu"):
-        jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    main(argv)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "a small network on 1 and 2 devices")
+    flags.DEFINE_bool("small", False, "a network of 24 features, all devices alone")
+    flags.DEFINE_integer("devices", max(DEVICES), "virtual ones on a CPU")
+    flags.DEFINE_integer("experts", 8, "of every Soft MoE of the small network")
     flags.DEFINE_integer("side", 64, "of the patch that is compiled")
     flags.DEFINE_float("utilisation", 0.3, "share of the peak that a GPU computes at")
-    define_file("json", "also write the figures to this file")
-    app.run(_run)
+    run(main, quick="a small network on 1 and 2 devices")

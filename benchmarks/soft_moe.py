@@ -1,6 +1,8 @@
 """Time and memory of a Soft MoE's routing: dense, blockwise by autodiff, streaming.
 
     python -m benchmarks.soft_moe [--quick] [--json=FILE]
+    python -m benchmarks.soft_moe --maps_of=runs/demo [--case=...] [--block=...]
+        [--shares] [--quick] [--json=FILE]
 
 One layer with dynamic slots, float32, batch 1. Memory is XLA's, of temporaries, and is
 measured at every size; what needs more than --limit_gb is not run. "blockwise" is the
@@ -15,19 +17,27 @@ runs the forward pass of both once at 32,768: the headline's figures but for the
 gradient's time, in a minute on two cores. The JSON is written after every row, so that
 a run that is stopped keeps what it knows. What needs more memory than is free is left
 out.
+
+--maps_of shows instead which expert of a trained network looks where, on one case of a
+split, for one Soft MoE block or all. Written to <workdir>/routing are:
+- <case>_<block>_experts.nii.gz: each voxel's expert with the largest share, from 1;
+- <case>_<block>_shares.nii.gz: the shares of all experts as a fourth axis, if --shares;
+- <case>_<block>.png: CT, groups of the ground truth, and experts in two planes;
+- <case>_<block>.csv: mean share of each expert in each anatomical group.
+The JSON has these shares too, and how many experts of each block have next to no share
+in any group. --quick takes the first block alone.
 """
 
 import functools
-import json
-import time
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from benchmarks import available_gb, define_file, report, write
+from benchmarks import memory_limit_gb, routing_maps, run, save, show
+from benchmarks.programs import seconds_of
 from swinsmt_jax.layers.soft_moe import SoftMoE
 from swinsmt_jax.ops import blockwise_attention, soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
@@ -130,18 +140,6 @@ def gradient_of(function):
     return jax.grad(lambda params, x: jnp.square(function(params, x)).sum(), (0, 1))
 
 
-def seconds_of(compiled, *arguments, repeats):
-    """Return the fastest of the repeats, after one run to warm up if there are many."""
-    if repeats > 1:
-        jax.block_until_ready(compiled(*arguments))
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
 def seconds_of_a_product(tokens, channels):
     """Return the seconds of one product of tokens x slots x channels, in blocks."""
     rows, columns = blockwise_attention.CPU_BLOCK
@@ -158,8 +156,7 @@ def seconds_of_a_product(tokens, channels):
         return jax.lax.fori_loop(0, repeats, add, jnp.zeros((rows, channels)))
 
     arguments = jnp.ones((rows, columns)), jnp.ones((columns, channels))
-    jax.block_until_ready(products(*arguments))
-    seconds = seconds_of(products, *arguments, repeats=3)
+    seconds = min(seconds_of(products, *arguments, repeats=3))
     return seconds / (repeats * rows * columns) * tokens**2
 
 
@@ -174,8 +171,9 @@ def measure(tokens, what, name, *, channels, experts, limit_gb, run):
         gb = compiled.memory_analysis().temp_size_in_bytes / 1e9
         row = row._replace(temporaries_gb=gb)
         if run and gb <= limit_gb:
-            repeats = 1 if tokens >= MEASURED else 3
-            seconds = seconds_of(compiled, params, x, repeats=repeats)
+            repeats, warm = (1, 0) if tokens >= MEASURED else (3, 1)
+            times = seconds_of(compiled, params, x, repeats=repeats, warm=warm)
+            seconds = min(times)
             product = seconds_of_a_product(tokens, channels)
             share = PRODUCTS[what] * product / seconds
             row = row._replace(seconds=seconds, share_of_limit=share)
@@ -241,20 +239,13 @@ def headline(rows):
     return figures
 
 
-def main(_):
-    options, on_gpu = flags.FLAGS, jax.default_backend() == "gpu"
+def main(options):
+    if options.maps_of:
+        return routing_maps.draw_maps(options)
+    on_gpu = jax.default_backend() == "gpu"
     print(f"{jax.devices()[0].device_kind}, {options.channels} channels, float32")
-    limit = options.limit_gb
-    if jax.default_backend() == "cpu":
-        limit = min(limit, available_gb() - 1)
-    rows, more = [], {}
-
-    def save():
-        figures = headline(rows) | more
-        write(options.json, report(figures, rows=[row._asdict() for row in rows]))
-        return figures
-
-    for tokens, what, name, run in plan(quick=options.quick, on_gpu=on_gpu):
+    limit, rows = memory_limit_gb(options.limit_gb), []
+    for tokens, what, name, runs in plan(quick=options.quick, on_gpu=on_gpu):
         row = measure(
             tokens,
             what,
@@ -262,21 +253,22 @@ def main(_):
             channels=options.channels,
             experts=options.experts,
             limit_gb=limit,
-            run=run,
+            run=runs,
         )
         rows.append(row)
         print(line(row), flush=True)
-        save()
-    more["error_of_bfloat16_logits"] = error_of_bfloat16_logits(
+        save(headline(rows), rows=[row._asdict() for row in rows])
+    figures = headline(rows)
+    figures["error_of_bfloat16_logits"] = error_of_bfloat16_logits(
         1024, options.channels, options.experts
     )
-    print(json.dumps(save(), indent=1))
+    save(figures, rows=[row._asdict() for row in rows])
+    show(figures)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "the headline's figures alone")
-    define_file("json", "also write the figures to this file")
     flags.DEFINE_integer("channels", 96, "channels of a token")
     flags.DEFINE_integer("experts", 32, "experts")
     flags.DEFINE_float("limit_gb", 14.0, "run what needs no more temporaries")
-    app.run(main)
+    routing_maps.define_flags()
+    run(main, quick="the headline's figures alone, or the first block")

@@ -1,27 +1,14 @@
-"""Crops per second, files and bytes of a scan in formats that a store might have.
+"""Crops per second in formats of a store; see `benchmarks.input_pipeline`."""
 
-    python -m benchmarks.store_formats [--quick] [--json=FILE]
-
-A phantom's CT and labels are written in each format; then random crops of 96^3 of both
-are read, one after the other by one thread, from the page cache. The formats take
-turns, in several rounds, and the median round is told, so that other work on the
-machine meets all alike. --quick takes a coarser phantom, smaller crops and fewer.
-"""
-
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import tensorstore
-from absl import app, flags
 
-from benchmarks import command_line, define_file
+from benchmarks import markdown_table, save
 from swinsmt_jax.data.case import load_case
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
@@ -57,12 +44,7 @@ def chunked(array, side, codec):
         "shape": list(array.shape),
         "dtype": array.dtype.str,
         "chunks": [side] * 3,
-        "compressor": {
-            "id": "blosc",
-            "cname": codec["cname"],
-            "clevel": codec["clevel"],
-            "shuffle": 1,
-        },
+        "compressor": {"id": "blosc", **codec, "shuffle": 1},
     }
 
 
@@ -139,35 +121,17 @@ def measure(spacing, side, count, rounds):
     return rows
 
 
-def main(_):
-    options = flags.FLAGS
+def report(*, quick: bool) -> None:
+    """Measure all formats, print them and write the report."""
     settings = {"spacing": 2.5, "side": 96, "count": 60, "rounds": 5}
-    if options.quick:
+    if quick:
         settings = {"spacing": 12.0, "side": 32, "count": 5, "rounds": 2}
     rows = measure(**settings)
     print(f"Phantom of {rows[0]['shape']} voxels, crops of {settings['side']}^3\n")
-    print("| | crops/s | files, image and label | MB |\n|---|---:|---:|---:|")
-    for row in rows:
-        print(
-            f"| {row['format']} | {row['crops_per_s']:.0f} | {row['files']} | "
-            f"{row['mb']:.1f} |"
-        )
-    if options.json:
-        report = {
-            "headline": {row["format"]: row["crops_per_s"] for row in rows},
-            "rows": rows,
-            "settings": settings,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {
-                "python": platform.python_version(),
-                "tensorstore": metadata.version("tensorstore"),
-            },
-            "command": command_line(),
-        }
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "a small phantom and few crops")
-    define_file("json", "also write the figures to this file")
-    app.run(main)
+    lines = [
+        (r["format"], f"{r['crops_per_s']:.0f}", str(r["files"]), f"{r['mb']:.1f}")
+        for r in rows
+    ]
+    print(markdown_table(("", "crops/s", "files, image and label", "MB"), lines))
+    headline = {row["format"]: row["crops_per_s"] for row in rows}
+    save(headline, rows=rows, settings=settings)

@@ -4,40 +4,35 @@
     python -m benchmarks.table --measured=FILE [--trained=FILE] [--plot=FILE] ...
 
 A row for each of the configs: parameters; GFLOP of a forward pass at 128^3, counted
-from the program (see `training.operations`); compiled memory, arguments and
-temporaries, of the forward pass and of the loss with its gradient at --side; patches/s
-of both at --timed_side where --limit_gb lets them run. Batch 1, float32, nothing
-rematerialised; --as_configured keeps the config's dtype and rematerialisation, for
-GPUs. Networks of a fixed input shape are made for the side measured. --quick compiles
-and runs the forward pass at 64^3 alone, of the first network alone. --measured takes
-the rows from the JSON of an earlier run. What the authors of Swin SMT report stands in
-a table of its own. --plot draws operations and memory; the authors' Dice against their
-parameters and seconds; and with --trained=FILE the Dice that
-`benchmarks.compare --json=FILE` measured.
+from the program (see `runtime.operations`); compiled memory, arguments and temporaries,
+of the forward pass and of the loss with its gradient at --side; patches/s of both at
+--timed_side where --limit_gb lets them run. Batch 1, float32, nothing rematerialised;
+--as_configured keeps the config's dtype and rematerialisation, and
+`gradient_temporaries_gb` in the JSON is memory without the arguments. Networks of a
+fixed input shape are made for the side measured. --quick compiles and runs the forward
+pass at 64^3 alone, of the first network alone. --measured takes the rows from the JSON
+of an earlier run. What the authors of Swin SMT report stands in a table of its own.
+--plot draws operations and memory; the authors' Dice against their parameters and
+seconds; and with --trained=FILE the Dice that `benchmarks.compare --json=FILE`
+measured.
 """
 
 import dataclasses
 import importlib
 import json
-import platform
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from absl import app, flags
-from flax import nnx
+from absl import flags
 
-from benchmarks import command_line, define_file
+from benchmarks import define_file, programs, report, run, write
 from benchmarks.table_format import markdown, picture
 from swinsmt_jax import checks, models
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation import published_results
-from swinsmt_jax.models import abstract_model
 from swinsmt_jax.models.registry import NetworkConfig
-from swinsmt_jax.runtime import operations, startup
-from swinsmt_jax.training import losses
-from swinsmt_jax.training.step import loss_and_accuracy_counts
+from swinsmt_jax.runtime import operations
 
 NETWORKS = {
     "unetr": "UNETR",
@@ -83,68 +78,25 @@ def measure(name, *, side, timed_side, limit_gb, gradient, as_configured):
         if side:
             start = time.perf_counter()
             config = model_of(name, side, as_configured=as_configured)
-            compiled = lower(config, side, gradient=what == "gradient").compile()
-            row[f"{what}_gb"] = memory_gb(compiled)
+            compiled = programs.lower(config, side, what=what).compile()
+            row[f"{what}_gb"] = programs.gigabytes(compiled)
+            temporaries = compiled.memory_analysis().temp_size_in_bytes / 1e9
+            row[f"{what}_temporaries_gb"] = temporaries
             row[f"{what}_compile_s"] = time.perf_counter() - start
         if timed_side:
             config = model_of(name, timed_side, as_configured=as_configured)
-            lowered = lower(config, timed_side, gradient=what == "gradient")
-            seconds = seconds_of(lowered, limit_gb=limit_gb)
+            lowered = programs.lower(config, timed_side, what=what)
+            _, seconds = programs.seconds_within(lowered, limit_gb=limit_gb, repeats=2)
             row[f"{what}_patches_per_s"] = seconds and 1 / seconds
         jax.clear_caches()
     return row
 
 
-def lower(config, side, *, gradient=False):
-    """Lower the forward pass, or the loss with its gradient, on one cube."""
-    graphdef, params = abstract_model(config)
-    x = jax.ShapeDtypeStruct((1, side, side, side, 1), jnp.float32)
-    y = jax.ShapeDtypeStruct(x.shape[:-1], jnp.uint8)
-
-    def forward(params, x):
-        return nnx.merge(graphdef, params)(x)
-
-    def loss(params, x, y):
-        return loss_and_accuracy_counts(
-            nnx.merge(graphdef, params), x, y, loss=losses.make("dice_ce")
-        )[0]
-
-    if gradient:
-        return jax.jit(jax.value_and_grad(loss)).lower(params, x, y)
-    return jax.jit(forward).lower(params, x)
-
-
-def memory_gb(compiled):
-    """GB of arguments and temporaries of a compiled program."""
-    memory = compiled.memory_analysis()
-    return (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
-
-
-def seconds_of(lowered, *, limit_gb, repeats=2):
-    """Compile and return the fastest run after a first one, or None beyond the limit.
-
-    Parameters, image and labels are zeros: nothing here depends on them.
-    """
-    compiled = lowered.compile()
-    outputs = compiled.memory_analysis().output_size_in_bytes / 1e9
-    if memory_gb(compiled) + outputs > limit_gb:
-        return None
-    arguments = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), lowered.in_avals[0])
-    found = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        found.append(time.perf_counter() - start)
-    return min(found[1:])
-
-
-@startup.exit_on_user_error("benchmarks.table")
-def main(_):
-    options = flags.FLAGS
+def main(options):
     trained = read("trained")["rows"] if options.trained else ()
     found = read("measured") if options.measured else measure_all(options)
-    save(found)
-    text = markdown(found["rows"], NETWORKS, device=found["machine"])
+    keep(found)
+    text = markdown(found["rows"], NETWORKS, device=device_of(found["machine"]))
     print(text)
     if options.markdown:
         Path(options.markdown).write_text(text)
@@ -153,11 +105,16 @@ def main(_):
         figure.savefig(options.plot, dpi=110)
 
 
+def device_of(machine: dict | str) -> str:
+    """Return what a report was measured on, in words."""
+    return machine if isinstance(machine, str) else machine["processor"]
+
+
 def measure_all(options):
     """Measure the networks of --networks and return their report."""
     for name in options.networks:
         checks.one_of("an entry of --networks", name, NETWORKS)
-    rows = []
+    rows, found = [], {}
     for name in options.networks:
         compiles = not (options.quick and rows)
         row = measure(
@@ -170,19 +127,9 @@ def measure_all(options):
         )
         print(json.dumps(row), flush=True)
         rows.append(row)
-        save(report(rows))
-    return report(rows)
-
-
-def report(rows):
-    """Return what was measured, for the JSON file."""
-    return {
-        "headline": {row["name"]: row["parameters"] for row in rows},
-        "rows": rows,
-        "machine": f"{platform.machine()} {jax.devices()[0].device_kind}",
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "command": command_line(),
-    }
+        found = report({row["name"]: row["parameters"] for row in rows}, rows=rows)
+        keep(found)
+    return found
 
 
 def read(flag):
@@ -196,24 +143,20 @@ def read(flag):
     return json.loads(path.read_text())
 
 
-def save(found):
+def keep(found):
     """Write what was measured, and what the authors report, to the file of --json."""
-    if flags.FLAGS.json:
-        content = found | {"reported": published_results.ROWS}
-        Path(flags.FLAGS.json).write_text(json.dumps(content, indent=1) + "\n")
+    write(flags.FLAGS.json, found | {"reported": published_results.ROWS})
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("quick", False, "compile one forward pass at 64^3 alone")
     flags.DEFINE_list("networks", list(NETWORKS), "configs to measure")
     flags.DEFINE_integer("side", FULL_SIDE, "of the patch for compiled memory; 0: none")
     flags.DEFINE_integer("timed_side", 64, "of the patch that is timed; 0: none")
     flags.DEFINE_bool("gradient", True, "also compile and time the gradient")
     flags.DEFINE_float("limit_gb", 10.0, "run what needs no more memory")
     flags.DEFINE_bool("as_configured", False, "keep the config's dtype and remat")
-    define_file("json", "also write the figures to this file")
     define_file("markdown", "also write the table to this file")
     define_file("plot", "also draw the figures into this file")
     flags.DEFINE_string("measured", None, "JSON of this script, instead of measuring")
     flags.DEFINE_string("trained", None, "JSON of benchmarks.compare, to be drawn too")
-    app.run(main)
+    run(main, quick="compile one forward pass at 64^3 alone")

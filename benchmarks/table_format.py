@@ -2,6 +2,7 @@
 
 from matplotlib.figure import Figure
 
+from benchmarks import markdown_table
 from swinsmt_jax.evaluation import published_results
 
 # The networks that are the same here, by what the authors call them. Their nnU-Net has
@@ -49,7 +50,7 @@ def ours(rows, titles, *, device):
         for row in rows
     ]
     about = f"Measured here, on {device}. GFLOP of a forward pass at 128^3."
-    return f"{about}\n\n{_table(header, lines)}"
+    return f"{about}\n\n{markdown_table(header, lines)}"
 
 
 def theirs():
@@ -66,7 +67,7 @@ def theirs():
     ]
     source = f"{published_results.SOURCE}, on TotalSegmentator-V2"
     about = f"Reported by {source}: Dice in per cent."
-    return f"{about}\n\n{_table(header, lines)}"
+    return f"{about}\n\n{markdown_table(header, lines)}"
 
 
 def picture(rows, titles, *, trained=()):
@@ -145,9 +146,3 @@ def _at(sides):
 
 def _number(value, digits):
     return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _table(header, lines):
-    rule = ("---", *("---:",) * (len(header) - 1))
-    rows = (header, rule, *lines)
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)

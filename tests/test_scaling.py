@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import collectives, scaling
+from benchmarks import scaling
 from swinsmt_jax import SwinSMTConfig
 
 SMALL = SwinSMTConfig(
@@ -19,7 +19,7 @@ COUNTED = """
 
 
 def test_groups_of_one_device_send_nothing():
-    assert collectives.collectives(COUNTED) == {
+    assert scaling.collectives(COUNTED) == {
         "all-reduce": {"count": 1, "bytes": 24},
         "all-to-all": {"count": 1, "bytes": 8},
     }
@@ -61,8 +61,7 @@ def test_a_node_adds_up_experts_over_the_data_axis_alone():
 def test_a_step_adds_up_the_gradients_and_next_to_nothing_else():
     found = {n: scaling.measure(SMALL, *n, side=32) for n in ((2, 1), (4, 1), (1, 4))}
     sent = {n: r["collectives"]["all-reduce"]["bytes"] for n, r in found.items()}
-    mesh = scaling.sharding.make_mesh(scaling.MeshConfig(1, 1))
-    _, like = collectives.compile_step(SMALL, mesh, batch_size=1, patch=(32,) * 3)
+    _, like, _ = scaling.compile_step(SMALL, 1, 1, side=32)
     sizes = [np.prod(leaf.shape) for leaf in jax.tree.leaves(like.params)]
     gradients = 4 * int(sum(sizes))
     assert gradients <= sent[2, 1] < 1.01 * gradients

@@ -265,7 +265,7 @@ def sums_by_comparison(values, labels, *, num_classes):
 
 
 def sums_by_scatter(values, labels, *, num_classes):
-    """Sum by class on CPU, which would write the comparison out: benchmarks/loss.py.
+    """Sum by class on CPU, which would write the comparison out (benchmarks/loss.py).
 
     One bin per row and class keeps the float32 sums short; one per class alone would
     lose three digits where one class fills the patch.

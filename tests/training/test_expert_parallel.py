@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import collectives
+from benchmarks import scaling
 from swinsmt_jax import SwinSMTConfig, models, sharding
 from swinsmt_jax.config import MeshConfig, OptimizerConfig
 from swinsmt_jax.training import losses
@@ -31,7 +31,7 @@ def test_bytes_of_experts_fall_with_the_axis():
     for data, expert in MESHES:
         mesh = sharding.make_mesh(MeshConfig(data, expert))
         _, abstract = blueprint(SMALL, mesh)
-        held[expert] = collectives.bytes_per_device(abstract, pattern="/experts/")
+        held[expert] = scaling.bytes_per_device(abstract, pattern="/experts/")
     moe = SMALL.num_experts * sum(
         8 * c * c + 5 * c
         for c in (24, 48, 96)  # two layers of 4 C and their biases
@@ -86,9 +86,8 @@ def test_all_meshes_have_the_loss_and_gradients_of_one_device():
 
 @pytest.mark.slow
 def test_a_step_gathers_no_experts_and_sends_slots_four_times():
-    mesh = sharding.make_mesh(MeshConfig(2, 4))
-    compiled, _ = collectives.compile_step(SMALL, mesh, batch_size=8, patch=(32,) * 3)
-    found = collectives.collectives(compiled.as_text())
+    compiled, _, _ = scaling.compile_step(SMALL, 2, 4, side=32)
+    found = scaling.collectives(compiled.as_text())
     assert "all-gather" not in found
     assert found["all-to-all"]["count"] == 4 * SMALL.num_moe_stages
 
@@ -106,7 +105,7 @@ def test_experts_are_born_where_they_live():
     places = train_state.shardings_of(abstract.params)
     compiled = jax.jit(make, out_shardings=places).lower(jax.random.key(0)).compile()
     memory = compiled.memory_analysis()
-    experts = collectives.bytes_per_device(abstract.params, pattern="/experts/")
+    experts = scaling.bytes_per_device(abstract.params, pattern="/experts/")
     held = memory.temp_size_in_bytes + memory.output_size_in_bytes
     assert held < 8 * experts  # all of them would be whole on one device
     blocks = compiled(jax.random.key(0))["swinViT"]["layers4"]["blocks"]

@@ -50,7 +50,14 @@ def _collect(root, cases, index):
     size = sum(f.stat().st_size for case in cases for f in case.folder.rglob("*"))
     voxels = sum(int(np.prod(f["shape"])) for f in facts)
     splits = [case.split for case in cases]
-    per_case = {case.name: f for case, f in zip(cases, facts, strict=True)}
+
+    def each(value):  # of every case that has one
+        found = {case.name: value(f) for case, f in zip(cases, facts, strict=True)}
+        return {name: own for name, own in found.items() if own}
+
+    def spacing(f):
+        return [round(x, 4) for x in nifti.ras_spacing(f["source_affine"])]
+
     return {
         "cases": {s: splits.count(s) for s in meta.SPLITS},
         "failed": index.get("failed", {}),
@@ -58,25 +65,14 @@ def _collect(root, cases, index):
         "run": index.get("run", {"cases": 0, "seconds": 0.0}),
         "bytes": size,
         "bytes_per_voxel": size / max(1, voxels),
-        "shapes": {name: f["shape"] for name, f in per_case.items()},
-        "source_spacings": {
-            name: [round(x, 4) for x in nifti.ras_spacing(f["source_affine"])]
-            for name, f in per_case.items()
-        },
+        "shapes": each(lambda f: f["shape"]),
+        "source_spacings": each(spacing),
         "overlapping_voxels": sum(f["overlapping_voxels"] for f in facts),
-        "overlaps": {
-            name: f["overlapping_voxels"]
-            for name, f in per_case.items()
-            if f["overlapping_voxels"]
-        },
-        "notes": {name: f["notes"] for name, f in per_case.items() if f.get("notes")},
+        "overlaps": each(lambda f: f["overlapping_voxels"]),
+        "notes": each(lambda f: f.get("notes")),
         "classes": {
-            name: {
-                "voxels": int(counts[:, i].sum()),
-                "cases": int((counts[:, i] > 0).sum()),
-            }
-            for i, name in enumerate(names)
-            if i
+            name: {"voxels": int(own.sum()), "cases": int((own > 0).sum())}
+            for name, own in list(zip(names, counts.T, strict=True))[1:]
         },
     }
 

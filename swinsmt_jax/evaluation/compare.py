@@ -8,7 +8,7 @@ Holm's method; the effect size is the matched-pairs rank-biserial correlation (K
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,9 @@ class Difference:
 def compare(
     first: str | Path, second: str | Path, *, split: str = "test"
 ) -> list[Difference]:
-    """Compare two evaluations.
+    """Compare two evaluations: results.json, its folder, or that of a run.
 
-    Args:
-        first, second: results.json, its folder, or that of a run, of which
-            eval_<split> is taken.
-        split: for the folders of runs.
+    Of a run, eval_<split> is taken.
 
     Raises:
         UserError: for files that are no results, and evaluations of other splits,
@@ -94,8 +91,8 @@ def compare(
     for group, members in {**one["groups"], "overall": classes}.items():
         chosen = scores[..., [classes.index(c) for c in members if c in classes]]
         found.append(_difference(group, known_mean(chosen, axis=2)))
-    corrected = _holm([d["p"] for d in found])
-    return [Difference(**d, holm=p) for d, p in zip(found, corrected, strict=True)]
+    corrected = _holm([difference.p for difference in found])
+    return [replace(d, holm=float(p)) for d, p in zip(found, corrected, strict=True)]
 
 
 def table(differences: Sequence[Difference], *, first: str, second: str) -> str:
@@ -130,15 +127,8 @@ def _difference(group, pairs):
     change = pairs[1] - pairs[0]
     ranks = stats.rankdata(np.abs(change))
     effect = (ranks * np.sign(change)).sum() / max(ranks[change != 0].sum(), 1)
-    return {
-        "group": group,
-        "first": means[0],
-        "second": means[1],
-        "interval": _interval(change),
-        "p": _wilcoxon(change),
-        "effect": float(effect),
-        "cases": len(change),
-    }
+    p, interval = _wilcoxon(change), _interval(change)
+    return Difference(group, *means, interval, p, p, float(effect), len(change))
 
 
 def _interval(change):
@@ -172,7 +162,7 @@ def _holm(p_values):
     order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN come last
     raised = p[order] * np.arange(len(order), 0, -1)
     p[order] = np.minimum(1.0, np.maximum.accumulate(raised))
-    return p.tolist()
+    return p
 
 
 def _scores(content, cases, classes):

@@ -106,38 +106,33 @@ def chosen_metrics(
     for name in names:
         checks.one_of("metrics", name, METRICS)
     checks.require("dice" in names, f"metrics is {list(names)}, but must have 'dice'.")
-    found = []
-    for metric in METRICS.values():
-        if metric.name not in names or (metric.surfaces and surface_rule is None):
-            continue
-        if metric.surfaces:
-            compute = functools.partial(metric.compute, rule=surface_rule)
-            metric = dataclasses.replace(metric, compute=compute)
-        found.append(metric)
-    return tuple(found)
+
+    def ruled(metric):
+        compute = functools.partial(metric.compute, rule=surface_rule)
+        return dataclasses.replace(metric, compute=compute)
+
+    found = [metric for name, metric in METRICS.items() if name in names]
+    if surface_rule is None:
+        return tuple(metric for metric in found if not metric.surfaces)
+    return tuple(ruled(metric) if metric.surfaces else metric for metric in found)
 
 
 def overlap_counts(
     prediction: np.ndarray, truth: np.ndarray, *, num_classes: int
 ) -> Counts:
-    """Count the voxels of every class in both label maps, in one pass.
-
-    Args:
-        prediction: class ids, integers in [0, num_classes), any shape.
-        truth: class ids of the same shape.
-        num_classes: classes K, the background among them.
+    """Count the voxels of every class in two label maps of one shape, in one pass.
 
     Raises:
-        UserError: for different shapes, other dtypes, or ids out of range.
+        UserError: for different shapes, other dtypes than integers, or ids that are not
+            in [0, num_classes).
     """
-    prediction, truth = np.asarray(prediction), np.asarray(truth)
     checks.require(
         prediction.shape == truth.shape,
         f"prediction has shape {prediction.shape}, but truth has {truth.shape}; both "
         "must be label maps of the same voxels.",
     )
-    for name, labels in (("prediction", prediction), ("truth", truth)):
-        _check_labels(name, labels, num_classes)
+    _check_labels("prediction", prediction, num_classes)
+    _check_labels("truth", truth, num_classes)
     joint = np.zeros(num_classes**2, np.int64)
     prediction, truth = prediction.reshape(-1), truth.reshape(-1)
     for start in range(0, truth.size, CHUNK):
@@ -158,8 +153,7 @@ def dice(counts: Counts) -> np.ndarray:
 def false_positive_classes(counts: Counts) -> np.ndarray:
     """Structures predicted though absent from the truth, bool `[K]`.
 
-    Their Dice is NaN, so no mean shows them; they are counted and reported apart. The
-    background, class 0, is never among them.
+    Their Dice is NaN, so no mean shows them. The background is never among them.
     """
     wrong = (counts.truth == 0) & (counts.predicted > 0)
     wrong[0] = False

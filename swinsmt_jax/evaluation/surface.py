@@ -40,8 +40,8 @@ def surface_dice(
 ) -> np.ndarray:
     """Share of both surfaces that lies within `tolerance` of the other, by class.
 
-    Nikolov et al. 2018, arXiv:1809.04430. Arguments and result as in `by_class`, with 0
-    for a class that was missed.
+    Nikolov et al. 2018, arXiv:1809.04430. Arguments and result as in `by_class`; 0 for
+    a class that was missed.
 
     Raises:
         UserError: for other shapes, or a spacing or tolerance that is not positive.
@@ -51,10 +51,10 @@ def surface_dice(
         f"tolerance is {tolerance} mm and spacing {tuple(spacing)} mm; all must be "
         "greater than 0.",
     )
+    within = tolerance * (1 + ROUNDING)
+    measure = surface_distance.compute_surface_dice_at_tolerance
     return by_class(
-        lambda distances: surface_distance.compute_surface_dice_at_tolerance(
-            distances, tolerance * (1 + ROUNDING)
-        ),
+        lambda distances: measure(distances, within),
         prediction,
         truth,
         spacing=spacing,

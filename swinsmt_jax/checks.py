@@ -111,6 +111,11 @@ class Rule(NamedTuple):
         require(self.holds(value), f"{name} is {value!r}, but must {self.words}.")
 
 
+def entries(count: int) -> Rule:
+    """Return the rule that a tuple has this many entries."""
+    return Rule(f"have {count} entries", lambda value: len(value) == count)
+
+
 class Among(NamedTuple):
     """A rule for a field: one of the choices."""
 

@@ -18,7 +18,12 @@ from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.recompute import runner
 from swinsmt_jax.layers.swin import SwinBlock
 from swinsmt_jax.models.network import Network, dropout_key
-from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register
+from swinsmt_jax.models.registry import (
+    NetworkConfig,
+    PerStage,
+    broadcast_to_tuple,
+    register,
+)
 from swinsmt_jax.models.torch_names import UP_CONV, NameTable
 from swinsmt_jax.ops import windows
 
@@ -44,17 +49,15 @@ class NNFormerConfig(NetworkConfig):
 
     crop_size: checks.OneOrEach
     embedding_dim: checks.Positive = 192
-    depths: checks.Positives = (2, 2, 2, 2)
-    num_heads: checks.Positives = (6, 12, 24, 48)
+    depths: PerStage = (2, 2, 2, 2)
+    num_heads: PerStage = (6, 12, 24, 48)
     patch_size: checks.Positives = (2, 4, 4)
-    window_size: checks.Positives = (4, 4, 8, 4)
+    window_size: PerStage = (4, 4, 8, 4)
     drop_path_rate: checks.Share = 0.2
 
     def __post_init__(self):
         super().__post_init__()
         broadcast_to_tuple(self, "crop_size", 3)
-        for name in ("depths", "num_heads", "window_size"):
-            broadcast_to_tuple(self, name, 4)
         checks.one_of("model.patch_size", self.patch_size, [(2, 4, 4)])
         checks.spatial_shape(
             "model.crop_size", self.crop_size, [8 * p for p in self.patch_size]

@@ -44,7 +44,7 @@ class PyramidConfig(NetworkConfig):
             f"model.features_per_stage is {self.features_per_stage}, but must have at "
             "least 2 entries: a U-Net has a stage to come up from.",
         )
-        broadcast_to_tuple(self, "strides", depth)
+        checks.entries(depth)("model.strides", self.strides)
         broadcast_to_tuple(self, "n_conv_per_stage_decoder", depth - 1)
         for stride in self.strides:
             checks.one_of(f"an entry of model.strides {self.strides}", stride, (1, 2))

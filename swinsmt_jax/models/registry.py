@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 from swinsmt_jax import checks
+
+PerStage = Annotated[checks.Positives, checks.entries(4)]  # of an encoder of four
 
 
 @dataclass(frozen=True)
@@ -155,15 +157,16 @@ def entry_of(config: NetworkConfig) -> Entry:
 
 
 def broadcast_to_tuple(config: NetworkConfig, name: str, length: int) -> None:
-    """Repeat a field that is a single number, and require `length` entries.
+    """Repeat a `checks.OneOrEach` of a single number, and require `length` entries.
+
+    A single entry counts as a single number: the flag --config.model.img_size=64 makes
+    one of a tuple in the config file.
 
     Raises:
         UserError: for another number of entries.
     """
     value = getattr(config, name)
-    value = (value,) * length if isinstance(value, int) else value
+    value = (value,) if isinstance(value, int) else value
+    value = value * length if len(value) == 1 else value
+    checks.entries(length)(f"model.{name}", value)
     object.__setattr__(config, name, value)
-    checks.require(
-        len(value) == length,
-        f"model.{name} is {value}, but must have {length} entries.",
-    )

@@ -13,7 +13,7 @@ from swinsmt_jax.layers.conv import Conv, PatchConv, ResidualBlock, UpBlock
 from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, gelu
 from swinsmt_jax.layers.recompute import runner
 from swinsmt_jax.models.network import Network, dropout_key
-from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register
+from swinsmt_jax.models.registry import NetworkConfig, PerStage, register
 from swinsmt_jax.models.torch_names import (
     MONAI_LAYOUTS,
     MONAI_RENAMES,
@@ -39,8 +39,8 @@ class UXNetConfig(NetworkConfig):
         layer_scale_init_value: initial value of the blocks' layer scale.
     """
 
-    depths: checks.Positives = (2, 2, 2, 2)
-    feat_size: checks.Positives = (48, 96, 192, 384)
+    depths: PerStage = (2, 2, 2, 2)
+    feat_size: PerStage = (48, 96, 192, 384)
     hidden_size: checks.Positive = 768
     drop_path_rate: checks.Share = 0.0
     layer_scale_init_value: float = 1e-6
@@ -49,8 +49,6 @@ class UXNetConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        broadcast_to_tuple(self, "depths", 4)
-        broadcast_to_tuple(self, "feat_size", 4)
         checks.require(
             self.layer_scale_init_value > 0,
             f"model.layer_scale_init_value is {self.layer_scale_init_value}, but must "

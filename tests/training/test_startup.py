@@ -1,10 +1,13 @@
 import logging
+import sys
 
 import jax
 import pytest
+from absl import flags
 from absl import logging as absl_logging
 
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.runtime import startup
 
 
@@ -48,3 +51,17 @@ def test_a_cache_that_is_set_is_kept(monkeypatch):
 def test_words_that_belong_to_no_flag_are_refused():
     with pytest.raises(UserError, match="'false' belongs to no flag"):
         startup.start(["predict.py", "false"])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", ["n_conv_per_stage", "n_conv_per_stage_decoder"])
+def test_a_flag_gives_one_number_for_all_stages(monkeypatch, name):
+    line = ["train.py", "--config=configs/nnunet_plain.py", f"--config.model.{name}=1"]
+    monkeypatch.setattr(sys, "argv", line)
+    values = flags.FlagValues()
+    startup.define_config(values)
+    startup.parse(line, values)
+    model = from_config_dict(values.config).model
+    assert set(getattr(model, name)) == {1}
+    other = "n_conv_per_stage_decoder" if name == "n_conv_per_stage" else name[:16]
+    assert set(getattr(model, other)) == {2}

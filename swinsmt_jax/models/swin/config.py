@@ -4,14 +4,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from swinsmt_jax import checks
+from swinsmt_jax.layers.patch import OCTANTS
 from swinsmt_jax.layers.soft_moe import check_options
-from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple
+from swinsmt_jax.models.registry import NetworkConfig, PerStage, broadcast_to_tuple
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
-PATCH_MERGING = ("legacy", "octants", "octants_v2")
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class SwinUNETRConfig(NetworkConfig):
 
     feature_size: checks.Positive
     residual_conv: bool = False
-    patch_merging: str = "legacy"
-    depths: checks.Positives = (2, 2, 2, 2)
-    num_heads: checks.Positives = (3, 6, 12, 24)
+    patch_merging: Annotated[str, checks.Among(tuple(OCTANTS))] = "legacy"
+    depths: PerStage = (2, 2, 2, 2)
+    num_heads: PerStage = (3, 6, 12, 24)
     window_size: checks.OneOrEach = 7
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
@@ -62,8 +62,7 @@ class SwinUNETRConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, length in (("depths", 4), ("num_heads", 4), ("window_size", 3)):
-            broadcast_to_tuple(self, name, length)
+        broadcast_to_tuple(self, "window_size", 3)
         for stage, heads in enumerate(self.num_heads):
             channels = self.feature_size * 2**stage
             checks.require(
@@ -72,7 +71,6 @@ class SwinUNETRConfig(NetworkConfig):
                 f"{channels} channels, which {heads} attention heads do not divide; "
                 "with the default heads take a multiple of 3.",
             )
-        checks.one_of("model.patch_merging", self.patch_merging, PATCH_MERGING)
         checks.require(
             int(self.feature_size * self.mlp_ratio) >= 1,
             f"model.mlp_ratio is {self.mlp_ratio}, which gives the MLPs of "

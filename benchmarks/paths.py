@@ -10,7 +10,7 @@ function runs, and these functions by qualified name: for training from the call
 to the labels. What runs while a module is imported does not count.
 At commit 2c20246 these are 52 files and 463 functions, and 36 and 228.
 
-`--config` follows the config instead, from `main` of train.py through the calls, as the
+`--config` follows the config instead, from `main` of `swinsmt train` on, as the
 source says them (see `benchmarks.config_way`; nothing is run):
 
 - a stay is a function or class that is handed the config, a group of it, or a value
@@ -40,6 +40,7 @@ from absl import flags
 
 from benchmarks import ROOT, config_way, run, save, show
 
+START = ("swinsmt_jax.commands.train", "main")
 QUICK = {"feature_size": 12, "window_size": (2, 2, 2)}
 PATCH = (32, 32, 32)
 
@@ -129,7 +130,7 @@ def paths(root, *, quick):
 def main(options):
     root = Path(options.root).resolve()
     if options.config:
-        headline, parts = config_way.follow(root, start=("train", "main")), {}
+        headline, parts = config_way.follow(root, start=START), {}
     else:
         parts = paths(root, quick=options.quick)
         headline = {

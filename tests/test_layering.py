@@ -21,6 +21,8 @@ LAYERS = [  # a file belongs to the longest of these names that its own begins w
     ["convert"],
     ["inference"],
     ["evaluation"],
+    ["commands"],
+    ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FLAX = {"layers", "models", "sharding", "training", "convert", "evaluation"}

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
 from swinsmt_jax.training.logs import read_rows
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(__file__).parents[1]
 CONFIG = '''
 """Three steps of a small network whose experts lie on all eight devices."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import config_way
+from benchmarks import config_way, paths
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {  # at most; lower them when the ways become shorter
@@ -39,7 +39,7 @@ def test_a_step_and_a_prediction_enter_few_files_and_functions(tmp_path):
 
 
 def test_the_config_makes_few_stays_moves_and_climbs():
-    found = config_way.follow(ROOT, start=("train", "main"))
+    found = config_way.follow(ROOT, start=paths.START)
     assert set(found) == set(WAY)
     for name, most in WAY.items():
         assert 0 < found[name] <= most, name

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-import evaluate
-import train
+from swinsmt_jax.commands import evaluate, train
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.training import loop
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.slow,
     # of ml_collections, when it loads a config file

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import train
 from swinsmt_jax.phantoms import dataset as phantom
 from swinsmt_jax.training.checkpoint import load_model
 from swinsmt_jax.training.logs import read_rows
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(__file__).parents[1]
 STEPS = 120
 CONFIG = '''
 """A small network with everything that a run carries along."""

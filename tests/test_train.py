@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-import train
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.commands import train
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.runtime import memory
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(__file__).parents[1]
 # of ml_collections, when it loads a config file
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 

@@ -1,7 +1,7 @@
 """Run `swinsmt_jax.convert.command`."""
 
 from swinsmt_jax.convert import command
+from swinsmt_jax.runtime import startup
 
-__doc__ = command.__doc__  # for --help
-
-command.run()
+if __name__ == "__main__":
+    startup.run(command, program="convert")

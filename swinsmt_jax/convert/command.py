@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from swinsmt_jax import checks, convert, models, sharding
@@ -25,7 +25,7 @@ from swinsmt_jax.training import checkpoint, state
 from swinsmt_jax.training.checkpoint import origin_of
 from swinsmt_jax.training.workdir import locked, open_workdir
 
-flags.disclaim_key_flags()  # so that --help of what calls `run` lists the flags
+parse = startup.parse
 
 
 def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
@@ -74,13 +74,11 @@ def _load(model, found, *, partial):
 
 def to_torch(*, workdir: str, output: str, step: str | None) -> None:
     """Write the network of a checkpoint as .safetensors with PyTorch's names."""
-    step = int(step) if step is not None and step.isdecimal() else step
     _, model, info = checkpoint.load_model(workdir, step=step)
     files.write(output, convert.to_torch(model, buffers=True))
     print(f"step {info['step']} written to {output}")
 
 
-@startup.exit_on_user_error("convert")
 def main(arguments: list[str]) -> None:
     """Run the direction that the first argument names."""
     startup.start()
@@ -121,10 +119,3 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     text("step", "checkpoint: a number, 'best' or 'latest'")
     help = "take what fits and list the rest"
     flags.DEFINE_bool("partial", False, help, flag_values=values)
-
-
-def run(argv: list[str] | None = None) -> None:
-    """Run a command line, such as ["convert", "to_torch", "--workdir=runs/x"]."""
-    define_flags()
-    parse = startup.exit_on_user_error("convert")(startup.parse)
-    app.run(main, argv=argv, flags_parser=parse)

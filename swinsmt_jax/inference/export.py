@@ -6,11 +6,12 @@
 `inference.window_batch` windows of the training patch at a time, on CPU, CUDA and TPU.
 """
 
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from swinsmt_jax.config import ExperimentConfig
@@ -60,7 +61,13 @@ def export(model: nnx.Module, config: ExperimentConfig, path: Path, *, step=0) -
         portable.save(partial, exported, leaves, about)
 
 
-@startup.exit_on_user_error("swinsmt_jax.inference.export")
+def define_flags() -> None:
+    """Define the command line."""
+    flags.DEFINE_string("workdir", None, "folder of the training run", required=True)
+    flags.DEFINE_string("output", None, "file to write, .npz", required=True)
+    flags.DEFINE_string("step", None, "checkpoint: best, latest or a number")
+
+
 def main(arguments: list[str]) -> None:
     """Export as the flags say."""
     options = flags.FLAGS
@@ -72,7 +79,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of the training run", required=True)
-    flags.DEFINE_string("output", None, "file to write, .npz", required=True)
-    flags.DEFINE_string("step", None, "checkpoint: best, latest or a number")
-    app.run(main)
+    startup.run(sys.modules[__name__], program="swinsmt_jax.inference.export")

@@ -8,9 +8,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from logging import ERROR, WARNING, LogRecord
 from pathlib import Path
+from types import ModuleType
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from swinsmt_jax.checks import UserError, did_you_mean, require
@@ -88,6 +89,22 @@ def only_flags(arguments: Sequence[str]) -> None:
         f"{' '.join(arguments[1:])!r} belongs to no flag; write --flag=value, and "
         "--flag or --noflag for what is true or false.",
     )
+
+
+def run(command: ModuleType, *, program: str) -> None:
+    """Run a command's `main` on the flags of its `define_flags`.
+
+    Args:
+        command: its docstring is what --help says; its `parse`, if it has one, parses
+            the command line.
+        program: that says so in messages.
+    """
+    command.define_flags()
+    flags.adopt_module_key_flags(command)
+    sys.modules["__main__"].__doc__ = command.__doc__
+    with exit_on_user_error(program):
+        parse = getattr(command, "parse", app.parse_flags_with_usage)
+        app.run(command.main, flags_parser=parse)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import preprocess as script
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import meta, pipeline, preprocess, store, store_report, transforms
@@ -24,7 +23,7 @@ from swinsmt_jax.data.case import load_case
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom
 
-ROOT = Path(script.__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

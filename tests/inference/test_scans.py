@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from nibabel import orientations
 
-import predict as script
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.commands import predict as script
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import label_table
 from swinsmt_jax.inference import segmenter as prediction

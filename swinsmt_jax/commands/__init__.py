@@ -1,0 +1,1 @@
+"""The commands of `swinsmt`, one a file; `cli` starts them."""

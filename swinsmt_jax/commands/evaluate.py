@@ -1,0 +1,190 @@
+"""Evaluate a trained network on a split: Dice by group, by class and by case.
+
+    python evaluate.py --workdir=runs/demo --split=test
+
+reads configuration and parameters from the checkpoint, segments every case by a
+sliding window of the training patch's shape, prints the Dice table with its surface
+Dice and 95 % bootstrap intervals over cases, and writes
+per_class.csv, per_case.csv, results.json, overview.png and report.html to
+<workdir>/eval_<split>.
+
+    python evaluate.py --predictions=out --data_root=data/x --output=results
+
+evaluates files of labels, or folders of masks, that predict.py or any other tool wrote,
+on the same footing.
+
+    python evaluate.py --compare runs/a runs/b
+
+compares two evaluations case by case: differences by group with 95 % intervals,
+Wilcoxon's signed-rank test with Holm's correction, and effect sizes.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from absl import flags
+
+from swinsmt_jax import checks, labels
+from swinsmt_jax.checks import DTYPES
+from swinsmt_jax.data import pipeline
+from swinsmt_jax.data.meta import SPLITS
+from swinsmt_jax.evaluation import compare
+from swinsmt_jax.evaluation.averages import AVERAGES
+from swinsmt_jax.evaluation.evaluate_split import evaluate_split
+from swinsmt_jax.evaluation.metrics import METRICS
+from swinsmt_jax.evaluation.predictions import evaluate_predictions
+from swinsmt_jax.evaluation.surface import SurfaceRule
+from swinsmt_jax.inference.segment import computing_in
+from swinsmt_jax.inference.sliding_window import ACCUMULATE
+from swinsmt_jax.inference.windows import BLENDS
+from swinsmt_jax.runtime import distributed, processes, startup
+from swinsmt_jax.training.checkpoint import load_model
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command line; the config's values hold where a flag is not given."""
+
+    def text(name, default, help):
+        flags.DEFINE_string(name, default, help, flag_values=values)
+
+    def choice(name, default, choices, help):
+        flags.DEFINE_enum(name, default, choices, help, flag_values=values)
+
+    text("workdir", None, "folder of the training run")
+    choice("split", "test", SPLITS, "cases to evaluate")
+    text("step", None, "checkpoint: best (if there was validation), latest or a number")
+    text("data_root", None, "data folder, if not the training's")
+    text("output", None, "folder for the results; by default <workdir>/eval_<split>")
+    choice(
+        "average",
+        "over_classes",
+        list(AVERAGES),
+        "the average that counts as the result",
+    )
+    help = "what is measured of each class"
+    flags.DEFINE_list("metrics", list(METRICS), help, flag_values=values)
+    help = "mm within which surfaces count as one; 0 leaves surface Dice out"
+    flags.DEFINE_float(
+        "surface_tolerance", 3.0, help, lower_bound=0, flag_values=values
+    )
+    help = "rules of another tool's evaluation script, instead of the two flags above"
+    choice("protocol", None, ["totalseg"], help)
+    text("groups", None, "JSON file {group: [class ids or names]} for the table")
+    flags.DEFINE_integer("limit", 0, "first cases only; 0: all", flag_values=values)
+    flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
+    choice("blend", None, BLENDS, "weights of a window's voxels")
+    flags.DEFINE_integer(
+        "window_batch", None, "windows per call, over all devices", flag_values=values
+    )
+    help = "where logits are summed up: in memory of the host or of the device"
+    choice("accumulate", None, ACCUMULATE, help)
+    help = "of --data_root with --predictions: a JSON file, v1 or v2; see preprocess.py"
+    text("description", "", help)
+    help = "average over windows and their mirror images; twice the time"
+    flags.DEFINE_bool("mirror", False, help, flag_values=values)
+    choice("dtype", None, DTYPES, "of matrix products, if not the training's")
+    help = "folder of label files <case>.nii.gz, or folders <case> of masks"
+    text("predictions", None, help)
+    help = "processes for --predictions; 0: one for each CPU core, up to 8"
+    flags.DEFINE_integer("workers", 0, help, lower_bound=0, flag_values=values)
+    help = "two runs or folders of results, to compare case by case"
+    flags.DEFINE_list("compare", [], help, flag_values=values)
+    distributed.define_flags(values)
+
+
+def scoring(options: flags.FlagValues) -> dict:
+    """Return the average, the metrics and the rule for surfaces that flags ask for.
+
+    TotalSegmentator's resources/evaluate.py takes the mean over cases of each class and
+    then over classes, and compares surfaces at 3 mm as if voxels measured 1.5 mm.
+    """
+    if options.protocol == "totalseg":
+        for name, rule in (("average", "over_classes"), ("surface_tolerance", 3.0)):
+            checks.require(
+                options[name].value == rule,
+                f"--protocol=totalseg sets --{name}={rule}, but --{name}="
+                f"{options[name].value} was given too; leave one of them out.",
+            )
+    tolerance, names = options.surface_tolerance, options.metrics
+    surfaces = any(m.surfaces for n, m in METRICS.items() if n in names)
+    spacing = (1.5, 1.5, 1.5) if options.protocol == "totalseg" else None
+    return {
+        "rule": options.average,
+        "metrics": names,
+        "surface_rule": SurfaceRule(tolerance, spacing)
+        if tolerance and surfaces
+        else None,
+    }
+
+
+def evaluate(options: flags.FlagValues) -> str:
+    """Evaluate as the flags say; write the files and return the table."""
+    workdir = Path(options.workdir)
+    config, model, info = load_model(workdir, step=options.step)
+    network, model = computing_in(options.dtype, config.model, model)
+    inference = ("overlap", "blend", "window_batch", "accumulate")
+    given = {name: getattr(options, name) for name in inference}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(
+        config,
+        model=network,
+        inference=dataclasses.replace(config.inference, **given),
+        data=dataclasses.replace(
+            config.data, root=options.data_root or config.data.root
+        ),
+    )
+    groups = pipeline.class_map(config.data).groups
+    if options.groups:
+        names = pipeline.class_names(config.data)
+        groups = labels.load_groups(options.groups, names=names)
+    return evaluate_split(
+        model,
+        config,
+        split=options.split,
+        groups=groups,
+        **scoring(options),
+        output=Path(options.output or workdir / f"eval_{options.split}"),
+        limit=options.limit,
+        step=info["step"],
+        mirror=options.mirror,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate as the flags say, and print the table."""
+    options = flags.FLAGS
+    startup.start(arguments[:1] if options.compare else arguments)
+    if options.predictions:
+        checks.require(
+            bool(options.data_root and options.output),
+            "--predictions needs --data_root, for the truth, and --output.",
+        )
+        table = evaluate_predictions(
+            Path(options.predictions),
+            root=options.data_root,
+            split=options.split,
+            groups=options.groups,
+            description=options.description,
+            **scoring(options),
+            output=Path(options.output),
+            limit=options.limit,
+            workers=options.workers,
+        )
+        print(table)
+        return
+    if options.compare:
+        folders = [*options.compare, *arguments[1:]]
+        checks.require(
+            len(folders) == 2,
+            f"--compare takes two folders, but got {', '.join(folders)}; give them "
+            "after all other flags.",
+        )
+        first, second = folders
+        found = compare.compare(first, second, split=options.split)
+        print(compare.table(found, first=first, second=second))
+        return
+    checks.require(bool(options.workdir), "--workdir is missing; see --help.")
+    distributed.start()
+    table = evaluate(flags.FLAGS)
+    if processes.is_first():
+        print(table)

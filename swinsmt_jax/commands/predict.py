@@ -1,0 +1,104 @@
+"""Segment CT scans with a trained network.
+
+    python predict.py --workdir=runs/x --input=scan.nii.gz --output=out
+    python predict.py --workdir=runs/x --input=scans/,more/s1.nii.gz --output=out \
+        --statistics --preview --roi=liver,spleen
+
+An input is a NIfTI file, a folder, of which all .nii and .nii.gz are taken, or a folder
+with a DICOM series, which needs the extra "dicom"; commas separate several. For each
+scan out/<name>.nii.gz holds the label ids on the scan's own grid, with names and
+colours in its header; --masks writes out/<name>/<class>.nii.gz instead. Files appear
+when complete. What is there stays, unless --overwrite is given, and a scan of which all
+is there is skipped. A scan that fails does not stop the others; the exit status is then
+1, and out/summary.json says why.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from swinsmt_jax import checks
+from swinsmt_jax.checks import DTYPES
+from swinsmt_jax.inference import segmenter as prediction
+from swinsmt_jax.inference.outputs import OutputOptions
+from swinsmt_jax.inference.scans import find_scans, segment_scans
+from swinsmt_jax.inference.sliding_window import ACCUMULATE
+from swinsmt_jax.inference.windows import BLENDS
+from swinsmt_jax.runtime import startup
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command line; the config's values hold where a flag is not given."""
+
+    def text(name, help):
+        flags.DEFINE_string(name, None, help, flag_values=values)
+
+    def switch(name, help):
+        flags.DEFINE_bool(name, False, help, flag_values=values)
+
+    text("workdir", "folder of the training run")
+    flags.DEFINE_list("input", None, "files and folders", flag_values=values)
+    text("output", "folder for the results")
+    text("step", "checkpoint: best (if there was validation), latest or a number")
+    help = "write only these classes; others become background"
+    flags.DEFINE_list("roi", [], help, flag_values=values)
+    switch("masks", "a file for each class instead of one file of labels")
+    switch("statistics", "also write volume and mean HU of each class as CSV")
+    switch("preview", "also write a picture")
+    switch("overwrite", "segment again what is there")
+    switch("fast", "overlap of windows 0.25: about a third of the time, less smooth")
+    switch("mirror", "average over windows and their mirror images; twice the time")
+    switch("half", "keep logits in half precision: half the memory")
+    flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
+    help = "weights of a window's voxels"
+    flags.DEFINE_enum("blend", None, BLENDS, help, flag_values=values)
+    help = "of matrix products, if not the training's"
+    flags.DEFINE_enum("dtype", None, DTYPES, help, flag_values=values)
+    help = "windows per call, over all devices"
+    flags.DEFINE_integer("window_batch", None, help, flag_values=values)
+    help = "where logits are summed up: in memory of the host or of the device"
+    flags.DEFINE_enum("accumulate", None, ACCUMULATE, help, flag_values=values)
+    for name in ("workdir", "input", "output"):
+        flags.mark_flag_as_required(name, flag_values=values)
+
+
+def main(arguments: list[str]) -> None:
+    """Segment as the flags say."""
+    options = flags.FLAGS
+    startup.start(arguments)
+    checks.require(
+        not (options.fast and options.overlap is not None),
+        "--fast stands for --overlap=0.25; give one of them.",
+    )
+    overlap = 0.25 if options.fast else options.overlap
+    given = {"overlap": overlap} | {
+        name: getattr(options, name) for name in ("blend", "window_batch", "accumulate")
+    }
+    scans = find_scans(options.input)
+    segmenter = prediction.load(
+        options.workdir,
+        step=options.step,
+        sums="float16" if options.half else "float32",
+        mirror=options.mirror,
+        dtype=options.dtype,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    output_options = OutputOptions(
+        roi=tuple(options.roi),
+        masks=options.masks,
+        statistics=options.statistics,
+        preview=options.preview,
+        overwrite=options.overwrite,
+    )
+    summary = segment_scans(segmenter, scans, Path(options.output), output_options)
+    failed = {name: s["error"] for name, s in summary.items() if "error" in s}
+    done = sum("seconds" in s for s in summary.values())
+    skipped = len(summary) - done - len(failed)
+    print(
+        f"{done} segmented, {skipped} skipped as they were there, {len(failed)} failed"
+    )
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    if failed:
+        sys.exit(1)

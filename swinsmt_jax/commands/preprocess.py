@@ -1,0 +1,61 @@
+"""Preprocess a dataset once, so that training reads crops instead of 117 files a case.
+
+    python preprocess.py --source=data/Totalsegmentator_dataset_v201 --store=data/ts15 \
+        --spacing=1.5 --workers=8
+
+The source is in the TotalSegmentator-V2 layout, or in nnU-Net's (dataset.json), or in
+that of a JSON file given by --description; docs/data.md tells how. Each case becomes
+one folder of the store: CT and merged labels in RAS orientation, resampled to cubic
+voxels if a spacing is given, chunked and compressed. Give the store to train.py as
+--config.data.root. The same command again continues, and makes cases that failed anew.
+A case that cannot be used is named with its reason, the others go on, and the exit
+status is 1. At the end report.html and report.json in the store show what is in it.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from swinsmt_jax.data import store_report
+from swinsmt_jax.data.preprocess import preprocess
+from swinsmt_jax.runtime import startup
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command line."""
+    flags.DEFINE_string("source", None, "folder of the dataset", flag_values=values)
+    flags.DEFINE_string("store", None, "folder to make", flag_values=values)
+    help = "voxel side in mm; 0 keeps each scan's own"
+    flags.DEFINE_float("spacing", 0.0, help, 0.0, 100.0, flag_values=values)
+    help = "JSON file that describes the source, or v1 or v2 of TotalSegmentator"
+    flags.DEFINE_string("description", "", help, flag_values=values)
+    help = "names of the classes to keep; without it all"
+    flags.DEFINE_list("classes", [], help, flag_values=values)
+    help = "processes; each needs some 20 bytes a voxel"
+    flags.DEFINE_integer("workers", 1, help, 1, flag_values=values)
+    help = "ids of cases to leave out, such as those with known wrong labels"
+    flags.DEFINE_list("exclude", [], help, flag_values=values)
+    for name in ("source", "store"):
+        flags.mark_flag_as_required(name, flag_values=values)
+
+
+def main(arguments: list[str]) -> None:
+    """Preprocess as the flags say."""
+    startup.only_flags(arguments)
+    options = flags.FLAGS
+    root = Path(options.store)
+    failed = preprocess(
+        options.source,
+        root,
+        spacing=options.spacing,
+        description=options.description,
+        classes=options.classes,
+        workers=options.workers,
+        exclude=options.exclude,
+        progress=True,
+    )
+    print(store_report.write(root))
+    if failed:
+        print(f"{len(failed)} cases are left out; {root / 'report.html'} says why")
+        sys.exit(1)

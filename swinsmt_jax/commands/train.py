@@ -1,0 +1,57 @@
+"""Train a network, or continue a run: the same command again.
+
+    python train.py --config=configs/demo.py --workdir=runs/demo
+
+Values of the config are changed by name: --config.optimizer.learning_rate=1e-3. The
+files in configs/ say what they train, on what, and what to expect. The workdir then
+holds config.json, run.json, metrics.jsonl, tensorboard/ and checkpoints/, for
+evaluate.py.
+
+SIGTERM and Ctrl-C finish the step, save, and exit with status 75 and 130. Status 2 is
+an error that you can mend, said in one line. docs/training.md tells of resuming,
+faults, memory, other weights and profiles, docs/multi_node.md of several hosts.
+"""
+
+import functools
+
+from absl import flags
+
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.convert import starting_point
+from swinsmt_jax.evaluation import pictures, validation
+from swinsmt_jax.runtime import distributed, startup
+from swinsmt_jax.training import loop
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the command line."""
+    startup.define_config(values)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    help = "weights to begin a new run with: a workdir, .pt, .pth or .safetensors"
+    flags.DEFINE_string("start_from", None, help, flag_values=values)
+    help = "steps to trace into <workdir>/profile"
+    flags.DEFINE_integer("profile", 0, help, lower_bound=0, flag_values=values)
+    distributed.define_flags(values)
+    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+
+
+parse = startup.parse
+
+
+def main(arguments: list[str]) -> None:
+    """Train as the flags say."""
+    startup.start(arguments)
+    distributed.start()
+    config = from_config_dict(flags.FLAGS.config)
+    start_from = None
+    if flags.FLAGS.start_from:
+        start_from = functools.partial(
+            starting_point.start_from, flags.FLAGS.start_from
+        )
+    loop.train(
+        config,
+        workdir=flags.FLAGS.workdir,
+        validate=functools.partial(validation.validate, draw=pictures.panel),
+        profile_steps=flags.FLAGS.profile,
+        start_from=start_from,
+    )

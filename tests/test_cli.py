@@ -1,0 +1,79 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swinsmt_jax import cli
+
+ROOT = Path(__file__).parents[1]
+CALL = "from swinsmt_jax import cli; cli.main()"
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/swinsmt", *arguments])
+    cli.main()
+
+
+def loaded_by(program, *arguments):
+    """Return the modules that a program in a process of its own has loaded."""
+    program += "\nfinally:\n    import sys; print('loaded', *sys.modules)"
+    program = "try:\n    " + program
+    command = [sys.executable, "-c", program, *arguments]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(out.stdout.split("loaded", 1)[1].split())
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_all_commands_are_listed(monkeypatch, capsys, arguments):
+    call(monkeypatch, *arguments)
+    listed = capsys.readouterr().out.splitlines()
+    for name, (_, words) in cli.COMMANDS.items():
+        assert f"  {name:12} {words}" in listed
+
+
+def test_an_unknown_command_is_refused(monkeypatch):
+    with pytest.raises(SystemExit, match="swinsmt: .* Did you mean 'predict'"):
+        call(monkeypatch, "predikt")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_command_is_there(name):
+    module = importlib.import_module(f"swinsmt_jax.{cli.COMMANDS[name][0]}")
+    assert callable(module.main) and module.__doc__
+
+
+def test_help_lists_the_flags_of_a_command():
+    command = [sys.executable, "-c", CALL, "convert", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "Weights of PyTorch to a workdir" in result.stdout
+    for flag in ("config", "weights", "workdir"):
+        assert f"\n  --{flag}: " in result.stdout
+
+
+def test_errors_name_the_command(tmp_path):
+    command = [sys.executable, "-c", CALL, "export", f"--workdir={tmp_path}"]
+    result = subprocess.run(
+        [*command, "--output=x.npz"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"swinsmt export: {tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["phantoms", "import-scan"])
+def test_light_commands_load_no_jax(name):
+    assert "jax" not in loaded_by(CALL, name, "--help")
+
+
+@pytest.mark.parametrize(
+    "program, absent",
+    [
+        ("import swinsmt_jax", {"jax", "numpy"}),
+        ("from swinsmt_jax import SwinSMTConfig", {"grain", "nibabel"}),
+    ],
+)
+def test_the_package_loads_what_is_asked_for_alone(program, absent):
+    loaded = loaded_by(program)
+    assert "swinsmt_jax" in loaded
+    assert not loaded & ({"matplotlib", "tensorboardX", "orbax"} | absent)

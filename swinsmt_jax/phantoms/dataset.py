@@ -27,7 +27,7 @@ from swinsmt_jax.runtime import files
 from swinsmt_jax.runtime.workers import run_each
 
 MARKER = "phantoms.json"
-MOST_VARIATION, MOST_SEED = 5, 10**9
+MAX_VARIATION, MAX_SEED = 5, 10**9
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI")  # of the files, in turn
 
 
@@ -70,8 +70,8 @@ def write_dataset(
     for name, count in (("train", train), ("val", val), ("test", test)):
         checks.in_range(name, count, 0, 100_000)
     checks.in_range("spacing", spacing, *SPACING)
-    checks.in_range("variation", variation, 0, MOST_VARIATION)
-    checks.in_range("seed", seed, 0, MOST_SEED)
+    checks.in_range("variation", variation, 0, MAX_VARIATION)
+    checks.in_range("seed", seed, 0, MAX_SEED)
     checks.positive("workers", workers)
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     checks.positive("the number of cases", len(splits))
@@ -162,26 +162,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variation", type=float, default=1.0)
     parser.add_argument("--masks", action="store_true", help="117 masks per case")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    a = parser.parse_args(argv)
+    options = vars(parser.parse_args(argv))
+    cases, held_out = options.pop("cases"), options["val"] + options["test"]
     try:
-        checks.in_range("val + test", a.val + a.test, 0, a.cases)
-        write_dataset(
-            a.root,
-            train=a.cases - a.val - a.test,
-            val=a.val,
-            test=a.test,
-            spacing=a.spacing,
-            seed=a.seed,
-            variation=a.variation,
-            masks=a.masks,
-            workers=a.workers,
-            progress=True,
-        )
+        checks.in_range("val + test", held_out, 0, cases)
+        write_dataset(**options, train=cases - held_out, progress=True)
     except checks.UserError as error:
         parser.exit(1, f"error: {error}\n")
     except OSError as error:
         parser.exit(
             1,
-            f"error: {a.root} cannot be written: {error}; mend its permissions, make "
+            f"error: {options['root']} cannot be written: {error}; mend its permissions, make "
             "room, or choose another --root.\n",
         )

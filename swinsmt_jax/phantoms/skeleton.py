@@ -14,57 +14,58 @@ from swinsmt_jax.phantoms.frame import (
 )
 from swinsmt_jax.phantoms.solids import Solid
 
+# fmt: off
+# Of the muscles along the spine: height, distance behind it, half width, half depth.
+AUTOCHTHON = np.array([
+    (-45, 42, 14, 12), (0, 48, 26, 18), (60, 52, 33, 22), (120, 50, 32, 21),
+    (200, 46, 27, 17), (280, 42, 24, 14), (360, 40, 22, 13), (430, 36, 22, 15),
+    (480, 32, 20, 15), (545, 28, 15, 12),
+])
+PSOAS = [
+    (30, -8, 145), (44, 5, 70), (58, 15, 0), (78, 28, -60), (92, 22, -115),
+    (98, -5, -155),
+]
+GLUTEI = {  # centre, radii, turn, and how far it moves
+    "maximus": ((88, -60, -85), (66, 22, 70), (12, 0, 18), 4),
+    "medius": ((128, -10, -38), (18, 52, 62), (0, 10, -25), 4),
+    "minimus": ((117, 8, -58), (11, 36, 42), (0, 10, -25), 2),
+}
+ARM_UP = [(172, -18, 425), (180, -14, 490), (176, -6, 580), (162, 4, 670)]
+ARM_DOWN = [(175, -20, 410), (190, -22, 360), (193, -22, 260), (198, -12, 135)]
+# fmt: on
+
 
 def draw_muscles(p: Painter) -> None:
     """Draw the muscles of back, hip and buttocks."""
-    heights = [-45, 0, 60, 120, 200, 280, 360, 430, 480, 545]
-    behind = np.array([42, 48, 52, 50, 46, 42, 40, 36, 32, 28])
-    width = np.array([14, 26, 33, 32, 27, 24, 22, 22, 20, 15])
-    depth = np.array([12, 18, 22, 21, 17, 14, 13, 15, 15, 12])
 
     def autochthon() -> Solid:
-        y = np.array([spine_y(z) for z in heights]) - behind
+        z, behind, width, depth = AUTOCHTHON.T
+        y = np.array([spine_y(height) for height in z]) - behind
         w, d = p.wide(width * p.size()), p.wide(depth * p.size())
-        return solids.stack(heights, np.stack([width + 3, y, w, d], axis=1))
+        return solids.stack(np.stack([z, width + 3, y, w, d], axis=1))
 
     def iliopsoas() -> Solid:
-        psoas = [(30, -8, 145), (44, 5, 70), (58, 15, 0), (78, 28, -60), (92, 22, -115)]
-        psoas = p.vessel([*psoas, (98, -5, -155)], [8, 20, 23, 21, 16, 10])
+        psoas = p.vessel(PSOAS, [8, 20, 23, 21, 16, 10])
         return solids.union(psoas, p.blob((92, 8, -25), (15, 40, 42), (0, 0, -36)))
 
     p.pair("autochthon", autochthon, "muscle")
     p.pair("iliopsoas", iliopsoas, "muscle")
-    p.pair(
-        "gluteus_maximus",
-        lambda: p.blob((88, -60, -85), (66, 22, 70), (12, 0, 18)),
-        "muscle",
-    )
-    p.pair(
-        "gluteus_medius",
-        lambda: p.blob((128, -10, -38), (18, 52, 62), (0, 10, -25)),
-        "muscle",
-    )
-    p.pair(
-        "gluteus_minimus",
-        lambda: p.blob((117, 8, -58), (11, 36, 42), (0, 10, -25), sd=2),
-        "muscle",
-    )
+    for name, (*place, sd) in GLUTEI.items():
+        p.pair(f"gluteus_{name}", lambda a=place, sd=sd: p.blob(*a, sd=sd), "muscle")
 
 
 def draw_spine(p: Painter) -> None:
     """Draw discs, vertebrae, sacrum and the cord in its canal."""
     heights = [-5, *VERTEBRAE.values()]
-    discs = [(0, spine_y(z), *(0.92 * s for s in _body(z))) for z in heights]
-    p.fill(solids.stack(heights, discs), "disc", erase=True)
+    discs = [(z, 0, spine_y(z), *(0.92 * s for s in _body(z))) for z in heights]
+    p.fill(solids.stack(discs), "disc", erase=True)
     p.bone("sacrum", _sacrum(p))
     s1 = solids.ellipsoid((0, -28, -12), p.wide((32, 19, 17)), turn=p.turn(-30))
     wings = solids.ellipsoid((0, -40, -12), p.wide((34, 14, 12)), turn=p.turn(-30))
     p.bone("vertebrae_S1", solids.union(s1, wings))
-    names = list(VERTEBRAE)
-    for name, z in VERTEBRAE.items():
-        i = names.index(name)
-        height = np.diff(list(VERTEBRAE.values()))[min(i, len(names) - 2)]
-        p.bone(f"vertebrae_{name}", _vertebra(p, z, 0.88 * height))
+    steps = np.diff(list(VERTEBRAE.values()))
+    for (name, z), step in zip(VERTEBRAE.items(), [*steps, steps[-1]], strict=True):
+        p.bone(f"vertebrae_{name}", _vertebra(p, z, 0.88 * step))
     canal = [(0, spine_y(z) - _body(z)[1] - 11, z) for z in (-10, *heights[1:], 580)]
     p.put("spinal_cord", solids.tube(canal, p.wide(6.5)), "cord")
 
@@ -76,9 +77,8 @@ def draw_rib_cage(p: Painter) -> None:
         ends = {}
         for n in range(1, 13):
             path = _rib(n) + p.move(1.5)
-            path[:, 2] += (
-                p.variation * p.rng.normal(0, 2) * np.linspace(0, 1, len(path))
-            )
+            fall = p.variation * p.rng.normal(0, 2)
+            path[:, 2] += fall * np.linspace(0, 1, len(path))
             rib = solids.tube(path, p.wide(5.5))
             ends[n] = path[-1]
             p.bone(f"rib_{side}_{n}", solids.mirror(rib) if flip else rib, shell=4)
@@ -107,10 +107,7 @@ def draw_shoulders(p: Painter, *, arms_up: bool) -> None:
         return p.vessel(points, [9, 6.5, 6.5, 7])
 
     def humerus() -> Solid:
-        if arms_up:
-            shaft = [(172, -18, 425), (180, -14, 490), (176, -6, 580), (162, 4, 670)]
-        else:
-            shaft = [(175, -20, 410), (190, -22, 360), (193, -22, 260), (198, -12, 135)]
+        shaft = ARM_UP if arms_up else ARM_DOWN
         head = solids.ellipsoid((168, -22, 416), p.wide((24, 24, 24)))
         return solids.union(head, p.vessel(shaft, [18, 13, 12, 14], sd=3))
 
@@ -128,11 +125,11 @@ def draw_pelvis(p: Painter) -> None:
         socket = solids.tube([(100, 2, -70), (92, -4, -108)], p.wide((16, 26)))
         seat = [(95, -25, -120), (80, -42, -150), (55, -25, -165), (18, 30, -142)]
         pubis = [(18, 34, -140), (50, 36, -118), (88, 8, -105)]
-        ring = [
+        seat, pubis = (
             solids.tube(seat, p.wide((15, 16, 9, 11))),
             solids.tube(pubis, p.wide(9)),
-        ]
-        return solids.union(wing, socket, *ring)
+        )
+        return solids.union(wing, socket, seat, pubis)
 
     def femur() -> Solid:
         head = solids.ellipsoid((90, -3, -116), p.wide((23, 23, 23)))
@@ -170,14 +167,10 @@ def _vertebra(p: Painter, z: float, height: float) -> Solid:
     y = spine_y(z)
     back = y - d
     half = max(height / 2, p.thinnest)
-    body = solids.stack([z - half, z + half], [(0, y, w, d)] * 2)
+    body = solids.stack([(z - half, 0, y, w, d), (z + half, 0, y, w, d)])
     r = p.wide(min(5.5, height / 3))
-    lamina = [
-        (0.75 * w, back + 3, z + 2),
-        (0.8 * w, back - 14, z),
-        (0, back - 25, z - 4),
-    ]
-    lamina = solids.tube(lamina, r)
+    arch = [(0.75 * w, back + 3, z + 2), (0.8 * w, back - 14, z)]
+    lamina = solids.tube([*arch, (0, back - 25, z - 4)], r)
     process = [(0.75 * w, back - 6, z + 2), (w + 16, back - 12, z + 2)]
     process = solids.tube(process, r)
     thorn = solids.tube([(0, back - 24, z - 4), (0, back - 38, z - 12)], r)
@@ -198,14 +191,9 @@ def _rib(n: int) -> np.ndarray:
     back = spine_y(z) - 44
     angle = np.radians(np.linspace(14, RIB_END[n - 1], 12))
     share = np.linspace(0, 1, 12)
-    arc = np.stack(
-        [
-            width * np.sin(angle),
-            (front + back) / 2 - (front - back) / 2 * np.cos(angle),
-            z + 6 - fall * share**1.15,
-        ],
-        axis=1,
-    )
+    x = width * np.sin(angle)
+    y = (front + back) / 2 - (front - back) / 2 * np.cos(angle)
+    arc = np.stack([x, y, z + 6 - fall * share**1.15], axis=1)
     return np.concatenate([[(16, spine_y(z) - 14, z + 8)], arc])
 
 

@@ -1,6 +1,7 @@
 """Implicit solids in millimetres: a distance function, negative inside, and a box."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -60,13 +61,14 @@ def tube(points: Sequence[Point], radii: float | Sequence[float]) -> Solid:
     return union(*(_capsule(*end) for end in ends))
 
 
-def stack(z: Sequence[float], sections: Sequence[Sequence[float]], *, shrink=0.0):
-    """Solid of elliptic sections: at height z[i], (centre x, centre y, width, depth).
+def stack(rows: Sequence[Sequence[float]], *, shrink: float = 0.0) -> Solid:
+    """Solid of elliptic sections: rows of (height, centre x, centre y, width, depth).
 
-    Width and depth are half axes, less `shrink`; between the heights all four are
-    interpolated.
+    Heights grow. Width and depth are half axes, less `shrink`; between the heights all
+    four are interpolated.
     """
-    z, sections = np.asarray(z, float), np.asarray(sections, float)
+    rows = np.asarray(rows, float)
+    z, sections = rows[:, 0], rows[:, 1:]
 
     def distance(x, y, height):
         cx, cy, w, d = (np.interp(height, z, c).astype(np.float32) for c in sections.T)
@@ -126,40 +128,43 @@ def difference(solid: Solid, *others: Solid) -> Solid:
 
 def inset(solid: Solid, depth: float) -> Solid:
     """Points deeper than `depth` mm under the surface."""
-    parts = tuple(inset(part, depth) for part in solid.parts)
-    return Solid(
-        lambda x, y, z: solid.distance(x, y, z) + np.float32(depth),
-        solid.low,
-        solid.high,
-        parts,
-    )
+    depth = np.float32(depth)
+    return _derived(solid, lambda distance, x, y, z: distance(x, y, z) + depth)
 
 
 def mirror(solid: Solid) -> Solid:
     """The same solid on the other side of the plane x = 0."""
-    low, high = np.array(solid.low), np.array(solid.high)
-    low[0], high[0] = -high[0], -low[0]
-    parts = tuple(mirror(part) for part in solid.parts)
-    return Solid(lambda x, y, z: solid.distance(-x, y, z), low, high, parts)
+
+    def box(low, high):
+        return np.array([-high[0], *low[1:]]), np.array([-low[0], *high[1:]])
+
+    return _derived(solid, lambda distance, x, y, z: distance(-x, y, z), box)
 
 
 def shift(solid: Solid, offset: Point) -> Solid:
     """The same solid moved by `offset`."""
     dx, dy, dz = (np.float32(c) for c in offset)
-    return Solid(
-        lambda x, y, z: solid.distance(x - dx, y - dy, z - dz),
-        solid.low + offset,
-        solid.high + offset,
-        tuple(shift(part, offset) for part in solid.parts),
+    return _derived(
+        solid,
+        lambda distance, x, y, z: distance(x - dx, y - dy, z - dz),
+        lambda low, high: (low + offset, high + offset),
     )
+
+
+def _derived(
+    solid: Solid,
+    distance: Callable[..., Array],
+    box: Callable[[Array, Array], tuple[Array, Array]] = lambda low, high: (low, high),
+) -> Solid:
+    """Change the distance and the box of a solid and of each of its parts."""
+    parts = tuple(_derived(part, distance, box) for part in solid.parts)
+    return Solid(partial(distance, solid.distance), *box(solid.low, solid.high), parts)
 
 
 def rotation(degrees: Point) -> Array:
     """Rotation matrix [3, 3] about x, then y, then z."""
-    (cx, cy, cz), (sx, sy, sz) = (
-        np.cos(np.radians(degrees)),
-        np.sin(np.radians(degrees)),
-    )
+    radians = np.radians(degrees)
+    (cx, cy, cz), (sx, sy, sz) = np.cos(radians), np.sin(radians)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     return np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]]) @ about_y @ about_x

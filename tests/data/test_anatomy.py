@@ -33,7 +33,7 @@ VOLUMES = {
         solids.slab((0, 1, 0), (8, 6, 10), turn=(10, 20, 30), round=0.01),
         16 * 12 * 20,
     ),
-    "stack": (solids.stack([-10, 10], [(0, 1, 8, 5)] * 2), np.pi * 40 * 20),
+    "stack": (solids.stack([(z, 0, 1, 8, 5) for z in (-10, 10)]), np.pi * 40 * 20),
 }
 
 

@@ -130,13 +130,10 @@ def _merge_masks(
         "structure needs an empty mask, so download the case again.",
     )
     ids = {name: i for i, name in enumerate(kept.names)}
-    label, claimed = None, 0
     start = wanted.index(kept.names[1])  # background on background changes nothing
-    for name in (name for name in wanted[start:] if name in names):
-        mask = nifti.load_mask(f"{first}{name}{last}", on=ct).array
-        label, again = nifti.merge(label, mask, ids.get(name, 0))
-        claimed += again
-    return np.ascontiguousarray(label), claimed
+    merged = [name for name in wanted[start:] if name in names]
+    files = {f"{first}{name}{last}": ids.get(name, 0) for name in merged}
+    return nifti.load_masks(files, on=ct)
 
 
 def _title(classes):

@@ -27,9 +27,7 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
             or classes.
     """
     if not path.is_dir():
-        volume = nifti.load_labels(path, classes=classes)
-        nifti.require_same_grid(volume, like)
-        return volume.array
+        return nifti.load_labels(path, classes=classes, on=like).array
     masks, wanted = masks_in(path), classes.names[1:]
     for name, file in masks.items():
         checks.require(
@@ -47,13 +45,9 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
             ", ".join(missing[:5]),
             ", ..." if len(missing) > 5 else "",
         )
-    labels = None
-    for number, name in enumerate(classes.names):
-        if name in masks:
-            mask = nifti.load_mask(masks[name])
-            nifti.require_same_grid(mask, like)
-            labels, _ = nifti.merge(labels, mask.array, number)
-    return np.ascontiguousarray(labels)
+    ids = {name: i for i, name in enumerate(classes.names)}
+    files = {masks[name]: ids[name] for name in wanted if name in masks}
+    return nifti.load_masks(files, on=like)[0]
 
 
 def masks_in(folder: Path) -> dict[str, Path]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swinsmt_jax.data import nifti, transforms
+from swinsmt_jax.data.sample import foreground_box
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def network_view(
     image, own = hu, affine
     if spacing:
         image, own = nifti.resample(hu, affine, spacing=spacing, order=1)
-    foreground = transforms.foreground_box(image, air=hu_range[0])
+    foreground = foreground_box(image, air=hu_range[0])
     start = np.eye(4)
     start[:3, 3] = [part.start for part in foreground]
     image = transforms.scaled(image[foreground], hu_range=hu_range)[..., None]

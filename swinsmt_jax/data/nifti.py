@@ -1,5 +1,6 @@
 """NIfTI volumes in RAS orientation: load, resample, save. Owns the affine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,26 +138,30 @@ def load_mask(path: str | Path, *, on: Volume | None = None) -> Volume:
     return replace(volume, array=volume.array > 0)
 
 
-def merge(
-    labels: np.ndarray | None, mask: np.ndarray, value: int
+def load_masks(
+    values: Mapping[str | Path, int], *, on: Volume
 ) -> tuple[np.ndarray, int]:
-    """Give the voxels of a mask a value; also count those that had one.
-
-    Indexing runs along the last axis, and is ten times as fast where that lies densely
-    in memory. In a NIfTI file it is the first axis that does.
+    """Merge masks; where they overlap, the later one wins.
 
     Args:
-        labels: uint8 `[X, Y, Z]`, written to; None for zeros, in memory as the mask.
-        mask: bool of the same shape.
-        value: from 0 to 255.
+        values: {file: label id of its voxels}.
+        on: what the masks must lie on.
+
+    Returns:
+        uint8 [X, Y, Z], and how often a mask claims a voxel that is labelled.
     """
-    if labels is None:
-        labels = np.zeros_like(mask, np.uint8)
-    order = np.argsort(np.abs(mask.strides))[::-1]
-    dense, inside = labels.transpose(order), mask.transpose(order)
-    claimed = int(np.count_nonzero(dense[inside]))
-    dense[inside] = value
-    return labels, claimed
+    label, claimed = None, 0
+    for file, value in values.items():
+        mask = load_mask(file, on=on).array
+        if label is None:
+            label = np.zeros_like(mask, np.uint8)
+        # Indexing runs along the last axis, and is ten times as fast where that lies
+        # densely in memory. In a NIfTI file it is the first axis that does.
+        order = np.argsort(np.abs(mask.strides))[::-1]
+        dense, inside = label.transpose(order), mask.transpose(order)
+        claimed += int(np.count_nonzero(dense[inside]))
+        dense[inside] = value
+    return np.ascontiguousarray(label), claimed
 
 
 def require_same_grid(volume: Volume, reference: Volume) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import ndimage
 
 DRAWS = 256  # voxels tried at random before all voxels are searched
 
@@ -63,3 +64,9 @@ class Sample:
         return replace(
             self, image=self.image[box], label=self.label[box], affine=affine
         )
+
+
+def foreground_box(image: np.ndarray, *, air: float) -> tuple[slice, ...]:
+    """Return the smallest box around the voxels > air; all of an image without any."""
+    found = ndimage.find_objects((image > air).view(np.uint8))
+    return found[0] if found else tuple(slice(0, n) for n in image.shape)

@@ -25,7 +25,7 @@ from absl import logging
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import meta, volume_file
-from swinsmt_jax.data.sample import Sample
+from swinsmt_jax.data.sample import Sample, foreground_box
 from swinsmt_jax.runtime import files
 
 FORMAT = 1
@@ -82,12 +82,6 @@ class StoredCase:
         """Sides in voxels."""
         return tuple(self.facts["shape"])
 
-    @property
-    def voxels(self) -> Mapping[str, np.ndarray]:
-        """All samples of voxels, as `write_case` draws them."""
-        with _readable(self.folder / VOXELS), np.load(self.folder / VOXELS) as file:
-            return dict(file)
-
     def draw_centre(
         self, rng: np.random.Generator, *, labelled: bool, air: float
     ) -> Sequence[int] | None:
@@ -124,8 +118,10 @@ class StoredCase:
         For an `air` not among `FOREGROUND_THRESHOLDS_HU` the whole image is read, once
         in a process.
         """
-        found = self.facts["boxes"].get(f"{air:g}") or self._boxes.get(air)
-        if found is None:
+        stored = self.facts["boxes"].get(f"{air:g}")
+        if stored:
+            return tuple(slice(*ends) for ends in stored)
+        if air not in self._boxes:
             logging.log_first_n(
                 logging.WARNING,
                 "the store knows the foreground above %s HU, but hu_range begins at "
@@ -136,8 +132,8 @@ class StoredCase:
             )
             with _readable(self.folder):
                 image = volume_file.opened(self.folder / "image").read().result()
-            found = self._boxes[air] = _box(image > air)
-        return tuple(slice(*ends) for ends in found)
+            self._boxes[air] = foreground_box(image, air=air)
+        return self._boxes[air]
 
     @functools.cached_property
     def _boxes(self) -> dict:
@@ -274,7 +270,7 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
             "affine": sample.affine.tolist(),
             "counts": counts.tolist(),
             "boxes": {
-                f"{air:g}": _box(sample.image > air) for air in FOREGROUND_THRESHOLDS_HU
+                f"{air:g}": _box(sample, air) for air in FOREGROUND_THRESHOLDS_HU
             },
         }
         (partial / CASE).write_text(json.dumps(content, indent=1) + "\n")
@@ -282,43 +278,28 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
 
 
 def _voxels(sample):
-    """Draw samples of the labelled voxels, of each class, and of the rest."""
+    """Draw samples of the labelled voxels and of the rest."""
     rng = np.random.default_rng(
         int(hashlib.sha256(sample.name.encode()).hexdigest(), 16)
     )
-    flat, shape = sample.label.reshape(-1), sample.label.shape
 
-    def drawn(indices, most):
-        if indices.size > most:
-            indices = rng.choice(indices, most, replace=False)
-        places = np.stack(np.unravel_index(np.sort(indices), shape), axis=1)
-        return places.astype(np.int16)
+    def drawn(wanted):
+        indices = np.flatnonzero(wanted)
+        if indices.size > SAMPLES:
+            indices = rng.choice(indices, SAMPLES, replace=False)
+        places = np.unravel_index(np.sort(indices), wanted.shape)
+        return np.stack(places, axis=1).astype(np.int16)
 
-    labelled = np.flatnonzero(flat)
-    order = labelled[np.argsort(flat[labelled], kind="stable")]
-    ends = np.cumsum(np.bincount(flat[labelled], minlength=256))
-    parts = {}
-    for number in np.unique(flat[labelled]).tolist():
-        indices = order[ends[number - 1] : ends[number]]
-        parts[number] = drawn(indices, SAMPLES // 20)
-    rest = drawn(np.flatnonzero(flat == 0), SAMPLES)
+    rest = drawn(sample.label == 0)
     return {
-        "foreground": drawn(labelled, SAMPLES),
+        "foreground": drawn(sample.label > 0),
         "background": rest,
         "background_hu": sample.image[tuple(rest.T)],
-        **{f"class_{number}": places for number, places in parts.items()},
     }
 
 
-def _box(mask):
-    """Return [[first, end], ...] of the true voxels; the whole if there are none."""
-    box = []
-    for axis in range(3):
-        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        if hit.size == 0:
-            return [[0, n] for n in mask.shape]
-        box.append([int(hit[0]), int(hit[-1]) + 1])
-    return box
+def _box(sample, air):
+    return [[side.start, side.stop] for side in foreground_box(sample.image, air=air)]
 
 
 def read_json(file: Path):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from swinsmt_jax.data.interpolation import interpolate
-from swinsmt_jax.data.sample import Sample
+from swinsmt_jax.data.sample import Sample, foreground_box
 from swinsmt_jax.data.store import StoredCase
 
 
@@ -34,19 +34,6 @@ def crop_foreground(sample: Sample, *, air: float = 0.0) -> Sample:
     """Crop to the `foreground_box`."""
     box = foreground_box(sample.image, air=air)
     return sample.read(box)
-
-
-def foreground_box(image: np.ndarray, *, air: float) -> tuple[slice, ...]:
-    """Return the smallest box around the voxels > air; all of an image without any."""
-    above = image > air
-    box = []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        hit = np.flatnonzero(above.any(axis=others))
-        if hit.size == 0:
-            return tuple(slice(0, n) for n in image.shape)
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-    return tuple(box)
 
 
 def balanced_crop(

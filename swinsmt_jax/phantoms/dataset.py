@@ -172,6 +172,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         parser.exit(
             1,
-            f"error: {options['root']} cannot be written: {error}; mend its permissions, make "
-            "room, or choose another --root.\n",
+            f"error: {options['root']} cannot be written: {error}; mend its "
+            "permissions, make room, or choose another --root.\n",
         )

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import programs, save
-from swinsmt_jax.ops.convolution import pointwise_conv
 from swinsmt_jax.training import losses
 from swinsmt_jax.training.losses import SMOOTH, VOXELS
 
@@ -37,7 +36,7 @@ def compared(logits, labels):
 
 
 def head_and_loss(features, kernel, bias, labels):
-    return dice_cross_entropy(pointwise_conv(features, kernel, bias), labels)
+    return dice_cross_entropy(features @ kernel + bias, labels)
 
 
 def measured(form, *arguments, repeats):

@@ -39,7 +39,7 @@ from flax import nnx
 from benchmarks import memory_limit_gb, routing_maps, run, save, show
 from benchmarks.programs import seconds_of
 from swinsmt_jax.layers.soft_moe import SoftMoE
-from swinsmt_jax.ops import blockwise_attention, soft_routing
+from swinsmt_jax.ops import by_platform, soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
 
 SIZES = (4096, 8192, 32768, 110592)  # 64^3, ~ 80^3, 128^3 and 192^3 patches
@@ -142,9 +142,8 @@ def gradient_of(function):
 
 def seconds_of_a_product(tokens, channels):
     """Return the seconds of one product of tokens x slots x channels, in blocks."""
-    rows, columns = blockwise_attention.CPU_BLOCK
-    if jax.default_backend() != "cpu":
-        rows, columns = blockwise_attention.ACCELERATOR_BLOCK
+    platform = "cpu" if jax.default_backend() == "cpu" else "default"
+    rows, columns = by_platform.ATTENTION_BLOCK[platform]
     columns = min(columns, tokens)
     repeats = max(1, 2**26 // (rows * columns))
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.linear import Linear, dropout, fold_in
-from swinsmt_jax.ops import window_attention, windows
+from swinsmt_jax.ops import by_platform, window_attention, windows
 
 PositionIndex = Callable[[windows.Triple], np.ndarray]
 
@@ -197,7 +197,7 @@ def _attend(q, k, v, *, bias, regions=None, rate=0.0, key=None):
     """Attention within windows: q, k and v are [B, W, n, h, C / h]."""
     regions = None if regions is None else jnp.asarray(regions)
     if not rate or key is None:
-        return window_attention.attend(q, k, v, bias, regions)
+        return by_platform.attend_within_windows(q, k, v, bias, regions)
     weights = window_attention.weights(q, k, bias, regions)
     weights = dropout(weights, rate=rate, key=key)
     return window_attention.average(weights, v)

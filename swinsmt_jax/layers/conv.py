@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax.layers import initializers
-from swinsmt_jax.ops import convolution
+from swinsmt_jax.ops import by_platform, convolution
 from swinsmt_jax.ops.normalization import standardize
 
 Initializer = Callable[..., nnx.Param]
@@ -54,14 +54,13 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        bias = None if self.bias is None else self.bias[...].astype(self.dtype)
-        if len(kernel) == 1 and self.strides == (1, 1, 1):
-            return convolution.pointwise_conv(x, kernel[0, 0, 0], bias)
         if self.strides != (1, 1, 1):
-            y = convolution.strided_conv(x, kernel, self.strides)
+            y = by_platform.strided_conv(x, kernel, self.strides)
+        elif len(kernel) == 1:
+            y = x @ kernel[0, 0, 0]
         else:
-            y = convolution.conv3x3x3(x, kernel)
-        return y if bias is None else y + bias
+            y = by_platform.conv3x3x3(x, kernel)
+        return y if self.bias is None else _add(y, self.bias[...])
 
 
 class PatchConv(nnx.Module):
@@ -86,7 +85,7 @@ class PatchConv(nnx.Module):
         """Embed the patches of `x`."""
         kernel = self.kernel[...].astype(self.dtype)
         y = convolution.patchify(x.astype(self.dtype), kernel)
-        return y + self.bias[...].astype(self.dtype)
+        return _add(y, self.bias[...])
 
 
 class UpConv(nnx.Module):
@@ -122,7 +121,13 @@ class UpConv(nnx.Module):
         """Map [B, D, H, W, C] to [B, D s, H s, W s, O]."""
         kernel = self.kernel[...].astype(self.dtype)
         y = convolution.unpatchify(x.astype(self.dtype), kernel)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else _add(y, self.bias[...])
+
+
+def _add(y, bias):
+    """Add the bias rounded to the dtype of `y`; its gradient is a sum in float32."""
+    bias = bias.astype(y.dtype).astype(jnp.float32)
+    return (y + bias).astype(y.dtype)
 
 
 def _bias(features, initializer, *, fan_in, rngs, wanted):

@@ -12,17 +12,11 @@ from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.experts import Experts
 from swinsmt_jax.layers.linear import fold_in
-from swinsmt_jax.ops import soft_routing
+from swinsmt_jax.ops import by_platform, soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
 
 ROUTING = ("dense", "streaming", "auto", "cudnn")
 SLOTS = ("dynamic", "learned")
-
-# Weights of a sample above which "auto" streams: those of 1,448 tokens with dynamic
-# slots on a CPU, where streaming is faster from there on (benchmarks/soft_moe.py), and
-# of 4,096 tokens, a 64^3 patch, on an accelerator: not measured.
-DENSE_ON_CPU = 2**21
-DENSE_ON_ACCELERATOR = 2**24
 
 Routing = soft_routing.RoutingWeights | soft_routing.RoutingStatistics
 
@@ -39,9 +33,9 @@ class SoftMoE(nnx.Module):
         slots_per_expert: S of learned slots.
         routing: "dense" makes the weights of all tokens and slots; "streaming" never
             holds more than a block of them, forward and backward; "auto" streams
-            above `DENSE_ON_CPU` or `DENSE_ON_ACCELERATOR` weights of a sample. Equal up
-            to rounding. "cudnn" streams by cuDNN's kernel, with logits of bfloat16
-            operands, where its limits allow.
+            where `by_platform.attend_densely` says no. Equal up to rounding. "cudnn"
+            streams by cuDNN's kernel, with logits of bfloat16 operands, where its
+            limits allow.
         hidden: channels inside an expert; 4 C if not given.
         dropout_rate: inside the experts.
         dtype: of the experts and of the weighted averages; routing is float32.
@@ -96,17 +90,14 @@ class SoftMoE(nnx.Module):
             rngs=rngs,
         )
 
-    def slot_embeddings(
-        self, tokens: jax.Array, *, mask: jax.Array | None = None
-    ) -> jax.Array:
+    def slot_embeddings(self, tokens: jax.Array) -> jax.Array:
         """Return the slots [B, E, S, C] of normalised tokens [B, N, C], in float32."""
         if self.slots == "learned":
             slots = rms_norm(self.slot_embeds[...], self.slot_norm_gamma[...])
             return jnp.broadcast_to(slots, (tokens.shape[0], *slots.shape))
-        means = soft_routing.slot_means(tokens, self.num_experts, mask=mask)
         slots = jnp.einsum(
             "bsc,ced->besd",
-            means,
+            soft_routing.slot_means(tokens, self.num_experts),
             self.slot_kernel[...],
             precision=jax.lax.Precision.HIGHEST,
         )
@@ -116,7 +107,6 @@ class SoftMoE(nnx.Module):
         self,
         x: jax.Array,
         *,
-        mask: jax.Array | None = None,
         key: jax.Array | None = None,
         return_routing: bool | str = False,
     ) -> jax.Array | tuple[jax.Array, Routing]:
@@ -124,41 +114,32 @@ class SoftMoE(nnx.Module):
 
         Args:
             x: the tokens.
-            mask: bool [B, N]; tokens that are False are in no slot and become zero,
-                and dynamic slots that have none but them are left out.
             key: switches dropout on.
             return_routing: True also returns the `RoutingWeights`, for which the
                 routing is dense; "statistics" the `RoutingStatistics`, which stream.
 
         Raises:
-            UserError: for a wrong shape of tokens or mask, and fewer tokens than
-                experts.
+            UserError: for a wrong shape, and fewer tokens than experts.
         """
-        self._check(x, mask, return_routing)
+        self._check(x, return_routing)
         with jax.named_scope("routing"):
             tokens = rms_norm(x, self.gamma[...])
-            slots = self.slot_embeddings(tokens, mask=mask)
-            slot_mask = None
-            if mask is not None and self.slots == "dynamic":
-                slot_mask = soft_routing.slot_mask(mask, self.num_experts)
-        masks = {"token_mask": mask, "slot_mask": slot_mask}
+            slots = self.slot_embeddings(tokens)
         key, routing = fold_in(key, 0), None
-        if return_routing is True or not self._streams(slots.shape, x.shape[1]):
-            y, routing = self._dense(tokens, slots, key, **masks)
+        if return_routing is True or self._is_dense(slots.shape, x.shape[1]):
+            y, routing = self._dense(tokens, slots, key)
         else:
-            y = self._streaming(tokens, slots, key, **masks)
-        if mask is not None:
-            y = jnp.where(mask[..., None], y, 0)
+            y = self._streaming(tokens, slots, key)
         if return_routing == "statistics":
-            routing = soft_routing.statistics(tokens, slots, **masks)
+            routing = soft_routing.statistics(tokens, slots)
         return (y, routing) if return_routing else y
 
-    def _dense(self, tokens, slots, key, *, token_mask, slot_mask):
+    def _dense(self, tokens, slots, key):
         with jax.named_scope("routing"):
             logits = soft_routing.logits(tokens, slots)
             weights = soft_routing.RoutingWeights(
-                dispatch=soft_routing.dispatch_weights(logits, token_mask=token_mask),
-                combine=soft_routing.combine_weights(logits, slot_mask=slot_mask),
+                dispatch=soft_routing.dispatch_weights(logits),
+                combine=soft_routing.combine_weights(logits),
             )
         with jax.named_scope("dispatch"):
             inputs = soft_routing.dispatch(weights.dispatch, tokens.astype(self.dtype))
@@ -167,38 +148,27 @@ class SoftMoE(nnx.Module):
         with jax.named_scope("combine"):
             return soft_routing.combine(weights.combine, outputs), weights
 
-    def _streaming(self, tokens, slots, key, *, token_mask, slot_mask):
+    def _streaming(self, tokens, slots, key):
         cudnn = self.routing == "cudnn"
         with jax.named_scope("dispatch"):
             values = tokens.astype(self.dtype)
-            inputs = soft_routing.dispatch_streaming(
-                tokens, slots, values, token_mask=token_mask, cudnn=cudnn
-            )
+            inputs = soft_routing.dispatch_streaming(tokens, slots, values, cudnn=cudnn)
         with jax.named_scope("experts"):
             outputs = self.experts(inputs, key=key, sparing=True)
         with jax.named_scope("combine"):
-            return soft_routing.combine_streaming(
-                tokens, slots, outputs, slot_mask=slot_mask, cudnn=cudnn
-            )
+            return soft_routing.combine_streaming(tokens, slots, outputs, cudnn=cudnn)
 
-    def _streams(self, slots_shape, tokens):
+    def _is_dense(self, slots_shape, tokens):
         if self.routing != "auto":
-            return self.routing != "dense"
+            return self.routing == "dense"
         _, e, s, _ = slots_shape
-        limit = DENSE_ON_CPU if jax.default_backend() == "cpu" else DENSE_ON_ACCELERATOR
-        return tokens * e * s > limit
+        return by_platform.attend_densely(tokens * e * s)
 
-    def _check(self, x, mask, return_routing):
+    def _check(self, x, return_routing):
         checks.require(
             x.ndim == 3 and x.shape[2] == self.channels and 0 not in x.shape,
             f"tokens have shape {x.shape}, but must be [B, N, C] with C = "
             f"{self.channels} channels, and at least one of each.",
-        )
-        given = (getattr(mask, "dtype", None), getattr(mask, "shape", None))
-        checks.require(
-            mask is None or given == (bool, x.shape[:2]),
-            f"mask is of dtype and shape {given}, but must be bool [B, N] = "
-            f"{x.shape[:2]}.",
         )
         checks.require(
             self.slots == "learned" or x.shape[1] >= self.num_experts,

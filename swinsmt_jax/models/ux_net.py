@@ -20,7 +20,7 @@ from swinsmt_jax.models.torch_names import (
     Layout,
     NameTable,
 )
-from swinsmt_jax.ops import convolution
+from swinsmt_jax.ops import by_platform
 
 KERNEL = 7
 EXPANSION = 4
@@ -69,7 +69,7 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to the same shape."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = convolution.depthwise_conv(x.astype(self.dtype), kernel)
+        y = by_platform.depthwise_conv(x.astype(self.dtype), kernel)
         return y + self.bias[...].astype(self.dtype)
 
 

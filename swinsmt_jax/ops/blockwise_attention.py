@@ -6,20 +6,13 @@ each block from the saved maxima and sums, as FlashAttention does (Dao et al. 20
 Axes: b batch, q queries, k keys, c channels, v channels of the values.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from swinsmt_jax.ops.manual_axes import vary_alike
-from swinsmt_jax.ops.tracing import traced_once
-
-# Queries and keys of a block. A CPU wants it in its cache, an accelerator wants few
-# and large matrix products; benchmarks/soft_moe.py measures.
-CPU_BLOCK = (512, 1024)
-ACCELERATOR_BLOCK = (4096, 4096)
+Block = tuple[int, int]  # queries and keys of a block of the matrix
 IN_FLOAT32 = {"preferred_element_type": jnp.float32}
 LOWEST = -1e30  # below every logit; finite, so that a difference of two is not NaN
 
@@ -36,50 +29,16 @@ class Softmax(NamedTuple):
     total: jax.Array
 
     def greatest_weight(self) -> jax.Array:
-        """Weight of the key of the largest logit, and 0 without keys, [B, Q]."""
-        return _inverse(self.total)
+        """Weight of the key of the largest logit, [B, Q]."""
+        return 1 / self.total
 
     def entropy(self, mean_logit: jax.Array) -> jax.Array:
         """Entropy of the weights, given their average of the logits, [B, Q].
 
-        That is logsumexp(logits) - mean_logit. Where large logits make the difference
-        a rounding below 0, and for a query without keys, it is 0.
+        That is logsumexp(logits) - mean_logit, and 0 where large logits make the
+        difference a rounding below 0.
         """
-        entropy = self.largest - mean_logit + jnp.log(jnp.maximum(self.total, 1))
-        return jnp.where(self.total > 0, jnp.maximum(entropy, 0), 0)
-
-
-def attend(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    *,
-    key_mask: jax.Array | None = None,
-) -> jax.Array:
-    """Average the values with the weights softmax over keys of (queries . keys).
-
-    The logits are not scaled, and are float32 in full precision whatever the operands.
-    Products with values take operands in the values' dtype and add up in float32.
-    Memory grows with Q + K, forward and backward.
-
-    Args:
-        queries: [B, Q, C].
-        keys: [B, K, C].
-        values: [B, K, V].
-        key_mask: bool [B, K]; keys that are False get no weight. A query all of whose
-            keys are masked gets zeros.
-
-    Returns:
-        [B, Q, V] in the values' dtype.
-    """
-    return _attend(*vary_alike(queries, keys, values, key_mask))
-
-
-def attend_with_softmax(queries, keys, values, *, key_mask=None):
-    """Return `attend`'s averages, in float32, and the `Softmax`; not differentiable."""
-    operands = vary_alike(queries, keys, values, key_mask)
-    out, softmax = _on_each_platform(_forward, *operands)
-    return lax.stop_gradient(out), lax.stop_gradient(softmax)
+        return jnp.maximum(self.largest - mean_logit + jnp.log(self.total), 0)
 
 
 def logits_of(queries: jax.Array, keys: jax.Array) -> jax.Array:
@@ -96,55 +55,35 @@ def logits_of(queries: jax.Array, keys: jax.Array) -> jax.Array:
     )
 
 
-@jax.custom_vjp
-def _attend(queries, keys, values, key_mask):
-    return _attend_forward(queries, keys, values, key_mask)[0]
+def average(
+    block: Block, queries: jax.Array, keys: jax.Array, values: jax.Array
+) -> tuple[jax.Array, Softmax]:
+    """Average the values with the weights softmax over keys of (queries . keys).
 
+    For each block of queries, one pass over the blocks of keys. The logits are not
+    scaled. Products with values take operands in the values' dtype and add up in
+    float32. Memory grows with Q + K.
 
-def _attend_forward(queries, keys, values, key_mask):
-    out, softmax = _on_each_platform(_forward, queries, keys, values, key_mask)
-    out = out.astype(values.dtype)
-    return out, (queries, keys, values, key_mask, out, softmax)
+    Args:
+        block: queries and keys of a block.
+        queries: [B, Q, C].
+        keys: [B, K, C].
+        values: [B, K, V].
 
-
-def _attend_backward(saved, cotangent):
-    return *_on_each_platform(_backward, *saved, cotangent), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _on_each_platform(function, *arguments):
-    """Call with the block of the platform that the program is lowered for."""
-    return _in_either_block(function, (CPU_BLOCK, ACCELERATOR_BLOCK), *arguments)
-
-
-@functools.partial(traced_once, static_argnums=(0, 1))
-def _in_either_block(function, blocks, *arguments):
-    return lax.platform_dependent(
-        *arguments,
-        cpu=functools.partial(function, blocks[0]),
-        default=functools.partial(function, blocks[1]),
-    )
-
-
-def _forward(block, queries, keys, values, key_mask):
-    """For each block of queries, one pass over the blocks of keys."""
-    b, q, _ = queries.shape
+    Returns:
+        float32 [B, Q, V], and the softmax.
+    """
+    q = queries.shape[1]
     query_block, key_block = _fit(block, q, keys.shape[1])
-    key_blocks = _key_blocks(keys, values, key_mask, key_block)
+    columns = _key_blocks(keys, values, key_block)
 
     def of_queries(rows):
         def add_keys(carry, columns):
             largest, total, out = carry
-            key, value, kept = columns
-            logits = logits_of(rows, key)
-            if kept is not None:
-                logits = jnp.where(kept[:, None], logits, LOWEST)
+            key, value, exists = columns
+            logits = _where(exists, logits_of(rows, key), LOWEST)
             new = jnp.maximum(largest, logits.max(-1))
             weights = jnp.exp(logits - new[..., None])
-            if kept is not None:
-                weights = jnp.where(kept[:, None], weights, 0)
             shrink = jnp.exp(largest - new)
             out = out * shrink[..., None] + _product("bqk,bkv->bqv", weights, value)
             return (new, total * shrink + weights.sum(-1), out), None
@@ -152,39 +91,55 @@ def _forward(block, queries, keys, values, key_mask):
         zeros = jnp.zeros_like(rows[..., 0], jnp.float32)  # varies as the rows do
         out = jnp.broadcast_to(zeros[..., None], (*zeros.shape, values.shape[-1]))
         start = (jnp.full_like(zeros, LOWEST), zeros, out)
-        (largest, total, out), _ = lax.scan(add_keys, start, key_blocks)
-        return out * _inverse(total)[..., None], largest, total
+        (largest, total, out), _ = lax.scan(add_keys, start, columns)
+        return out / total[..., None], largest, total
 
-    rows = _split(queries, query_block)
-    out, largest, total = lax.map(of_queries, rows)
-    return _join(out, q), Softmax(_join(largest, q), _join(total, q))
+    found = lax.map(of_queries, _split(queries, query_block))
+    out, *softmax = (_join(a, q) for a in found)
+    return out, Softmax(*softmax)
 
 
-def _backward(block, queries, keys, values, key_mask, out, softmax, cotangent):
-    """For each block of keys, one pass over the blocks of queries.
+def forward(
+    block: Block, queries: jax.Array, keys: jax.Array, values: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Softmax]]:
+    """Return the `average` in the values' dtype, and what `backward` needs."""
+    out, softmax = average(block, queries, keys, values)
+    out = out.astype(values.dtype)
+    return out, (out, softmax)
 
-    With weights p, cotangent g and their inner product with the output, d = g . out,
-    the gradient of the logits is p (g . value - d). The queries' gradient is added up
-    over the passes. The other two are transposed, [B, C, K], so that the large operand
-    of no product is: that costs a CPU more than twice the time.
+
+def backward(
+    block: Block,
+    operands: tuple[jax.Array, jax.Array, jax.Array],
+    kept: tuple[jax.Array, Softmax],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of `forward` in queries, keys and values.
+
+    For each block of keys, one pass over the blocks of queries. With weights p,
+    cotangent g and their inner product with the output, d = g . out, the gradient of
+    the logits is p (g . value - d). The queries' gradient is added up over the passes.
+    The other two accumulate transposed, [B, C, K], so no large operand has to be
+    transposed: that costs a CPU more than twice the time.
     """
+    queries, keys, values = operands
+    out, softmax = kept
     q, k = queries.shape[1], keys.shape[1]
     query_block, key_block = _fit(block, q, k)
     mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), -1)
-    per_query = (queries, cotangent.astype(values.dtype), mean, *softmax)
-    query, g, mean, largest, total = (_split(a, query_block) for a in per_query)
-    rows = (query, g, mean, largest, _inverse(total))
+    g = cotangent.astype(values.dtype)
+    # Padded queries have an inverse of 0, so they weigh nothing.
+    per_query = (queries, g, mean, softmax.largest, 1 / softmax.total)
+    rows = tuple(_split(a, query_block) for a in per_query)
 
     def of_keys(query_gradients, columns):
-        key, value, kept = columns
+        key, value, exists = columns
 
         def add_queries(carry, row):
             key_gradient, value_gradient = carry
             query, g, mean, largest, inverse, query_gradient = row
-            logits = logits_of(query, key)
-            weights = jnp.exp(logits - largest[..., None]) * inverse[..., None]
-            if kept is not None:
-                weights = jnp.where(kept[:, None], weights, 0)
+            weights = jnp.exp(logits_of(query, key) - largest[..., None])
+            weights = _where(exists, weights * inverse[..., None], 0)
             value_gradient += _product("bqv,bqk->bvk", g, weights)
             slope = jnp.einsum("bqv,bkv->bqk", g, value, **IN_FLOAT32)
             slope = (weights * (slope - mean[..., None])).astype(values.dtype)
@@ -200,9 +155,10 @@ def _backward(block, queries, keys, values, key_mask, out, softmax, cotangent):
         )
         return query_gradients, tuple(jnp.swapaxes(a, 1, 2) for a in gradients)
 
-    columns = _key_blocks(keys, values, key_mask, key_block)
     query_gradients, (key_gradients, value_gradients) = lax.scan(
-        of_keys, jnp.zeros_like(query, jnp.float32), columns
+        of_keys,
+        jnp.zeros_like(rows[0], jnp.float32),
+        _key_blocks(keys, values, key_block),
     )
     return (
         _join(query_gradients, q).astype(queries.dtype),
@@ -217,11 +173,6 @@ def _product(subscripts, a, b):
     return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype), **IN_FLOAT32)
 
 
-def _inverse(total):
-    """1 / total, and 0 for a query whose keys are all masked."""
-    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-
-
 def _fit(block, queries, keys):
     """Shrink a block to the axes, in equal parts, so that little of it is padding."""
     return tuple(
@@ -229,13 +180,16 @@ def _fit(block, queries, keys):
     )
 
 
-def _key_blocks(keys, values, key_mask, size):
-    """Blocks of keys, values and the mask; None for a mask that would keep all."""
-    b, k, _ = keys.shape
-    if key_mask is None and k % size:
-        key_mask = jnp.ones((b, k), bool)
-    mask = None if key_mask is None else _split(key_mask, size)
-    return _split(keys, size), _split(values, size), mask
+def _key_blocks(keys, values, size):
+    """Blocks of keys, of values, and of which exist rather than pad."""
+    k = keys.shape[1]
+    exists = (jnp.arange(k + -k % size) < k).reshape(-1, size) if k % size else None
+    return _split(keys, size), _split(values, size), exists
+
+
+def _where(exists, values, otherwise):
+    """Replace the columns of keys that are padding; None says that none are."""
+    return values if exists is None else jnp.where(exists, values, otherwise)
 
 
 def _split(array, size):

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from swinsmt_jax.ops import blockwise_attention, cudnn_attention
+from swinsmt_jax.ops import by_platform
+from swinsmt_jax.ops.blockwise_attention import logits_of
 
 
 class RoutingWeights(NamedTuple):
@@ -24,7 +25,6 @@ class RoutingWeights(NamedTuple):
 class RoutingStatistics(NamedTuple):
     """What a Soft MoE's routing looks like, float32; entropies in nats.
 
-    Tokens that the mask leaves out have zeros, and so has a sample without any other.
     No gradient flows from here: make losses of `RoutingWeights`.
 
     Attributes:
@@ -43,57 +43,26 @@ class RoutingStatistics(NamedTuple):
 
     def importance(self) -> jax.Array:
         """Share of all tokens' combine weight that each expert has, [B, E]."""
-        return self._average(self.expert_share)
+        return self.expert_share.mean(1)
 
     def load(self) -> jax.Array:
         """Share of the tokens whose largest `expert_share` is the expert's, [B, E]."""
         experts = self.expert_share.shape[-1]
-        return self._average(jax.nn.one_hot(self.expert_share.argmax(-1), experts))
-
-    def _average(self, by_token):
-        """Average [B, N, E] over the tokens that the mask keeps."""
-        kept = self.expert_share.any(-1, keepdims=True)
-        return jnp.where(kept, by_token, 0).sum(1) / jnp.maximum(kept.sum(1), 1)
+        return jax.nn.one_hot(self.expert_share.argmax(-1), experts).mean(1)
 
 
-def slot_means(
-    tokens: jax.Array, num_experts: int, *, mask: jax.Array | None = None
-) -> jax.Array:
+def slot_means(tokens: jax.Array, num_experts: int) -> jax.Array:
     """Average every `num_experts` consecutive tokens; the last mean may have fewer.
 
-    With N tokens and E experts there are S = ceil(N / E) means, so that E S slots
-    are about as many as the tokens ("dynamic slots").
-
-    Args:
-        tokens: [B, N, C].
-        num_experts: E.
-        mask: bool [B, N]; tokens that are False are left out of their mean, and a mean
-            of none is zero.
-
-    Returns:
-        [B, S, C].
+    With N tokens [B, N, C] and E experts there are S = ceil(N / E) means [B, S, C], so
+    that E S slots are about as many as the tokens ("dynamic slots").
     """
     b, n, c = tokens.shape
     slots = -(-n // num_experts)
-    padding = (0, slots * num_experts - n)
-    if mask is None:
-        count = jnp.minimum(num_experts, n - num_experts * jnp.arange(slots))
-    else:
-        tokens = jnp.where(mask[..., None], tokens, 0)
-        kept = jnp.pad(mask, ((0, 0), padding)).reshape(b, slots, num_experts)
-        count = jnp.maximum(kept.sum(axis=2), 1)
-    padded = jnp.pad(tokens, ((0, 0), padding, (0, 0)))
+    padded = jnp.pad(tokens, ((0, 0), (0, slots * num_experts - n), (0, 0)))
     total = padded.reshape(b, slots, num_experts, c).sum(axis=2)
-    return total / count[..., None].astype(total.dtype)
-
-
-def slot_mask(mask: jax.Array, num_experts: int) -> jax.Array:
-    """Return which dynamic slots have a token: bool [B, N] -> [B, E, S]."""
-    b, n = mask.shape
-    slots = -(-n // num_experts)
-    kept = jnp.pad(mask, ((0, 0), (0, slots * num_experts - n)))
-    filled = kept.reshape(b, 1, slots, num_experts).any(-1)
-    return jnp.broadcast_to(filled, (b, num_experts, slots))
+    count = jnp.minimum(num_experts, n - num_experts * jnp.arange(slots))
+    return total / count[:, None].astype(total.dtype)
 
 
 def logits(tokens: jax.Array, slot_embeddings: jax.Array) -> jax.Array:
@@ -102,30 +71,17 @@ def logits(tokens: jax.Array, slot_embeddings: jax.Array) -> jax.Array:
     In full float32 whatever the operands: see `blockwise_attention.logits_of`.
     """
     b, e, s, _ = slot_embeddings.shape
-    flat = blockwise_attention.logits_of(tokens, _flat(slot_embeddings))
-    return flat.reshape(b, -1, e, s)
+    return logits_of(tokens, _flat(slot_embeddings)).reshape(b, -1, e, s)
 
 
-def dispatch_weights(
-    logits: jax.Array, *, token_mask: jax.Array | None = None
-) -> jax.Array:
-    """Softmax of [B, N, E, S] over the tokens: how each slot averages them.
-
-    Tokens that are False in `token_mask`, bool [B, N], get no weight.
-    """
-    mask = None if token_mask is None else token_mask[:, :, None, None]
-    return _softmax(logits, mask, axis=1)
+def dispatch_weights(logits: jax.Array) -> jax.Array:
+    """Softmax of [B, N, E, S] over the tokens: how each slot averages them."""
+    return jax.nn.softmax(logits, axis=1)
 
 
-def combine_weights(
-    logits: jax.Array, *, slot_mask: jax.Array | None = None
-) -> jax.Array:
-    """Softmax of [B, N, E, S] over all slots: how each token averages the experts.
-
-    Slots that are False in `slot_mask`, bool [B, E, S], get no weight.
-    """
-    mask = None if slot_mask is None else slot_mask[:, None]
-    return _softmax(logits, mask, axis=(2, 3))
+def combine_weights(logits: jax.Array) -> jax.Array:
+    """Softmax of [B, N, E, S] over all slots: how each token averages the experts."""
+    return jax.nn.softmax(logits, axis=(2, 3))
 
 
 def dispatch(weights: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -143,7 +99,6 @@ def dispatch_streaming(
     slot_embeddings: jax.Array,
     values: jax.Array,
     *,
-    token_mask: jax.Array | None = None,
     cudnn: bool = False,
 ) -> jax.Array:
     """Do `dispatch_weights` and `dispatch` in memory that grows with N + E S.
@@ -152,14 +107,12 @@ def dispatch_streaming(
         tokens: [B, N, C], of which the logits are made.
         slot_embeddings: [B, E, S, C].
         values: [B, N, V], what the slots average.
-        token_mask: bool [B, N]; tokens that are False get no weight.
-        cudnn: take cuDNN's kernel with bfloat16 logits where its limits allow.
+        cudnn: see `by_platform.attend`.
 
     Returns:
         [B, E, S, V] in the values' dtype.
     """
-    attend = (cudnn_attention if cudnn else blockwise_attention).attend
-    out = attend(_flat(slot_embeddings), tokens, values, key_mask=token_mask)
+    out = by_platform.attend(_flat(slot_embeddings), tokens, values, cudnn=cudnn)
     return out.reshape(*slot_embeddings.shape[:3], -1)
 
 
@@ -168,7 +121,6 @@ def combine_streaming(
     slot_embeddings: jax.Array,
     outputs: jax.Array,
     *,
-    slot_mask: jax.Array | None = None,
     cudnn: bool = False,
 ) -> jax.Array:
     """Do `combine_weights` and `combine` in memory that grows with N + E S.
@@ -177,25 +129,16 @@ def combine_streaming(
         tokens: [B, N, C].
         slot_embeddings: [B, E, S, C].
         outputs: of the experts, [B, E, S, V].
-        slot_mask: bool [B, E, S]; slots that are False get no weight.
-        cudnn: take cuDNN's kernel with bfloat16 logits where its limits allow.
+        cudnn: see `by_platform.attend`.
 
     Returns:
         [B, N, V] in the outputs' dtype.
     """
-    attend = (cudnn_attention if cudnn else blockwise_attention).attend
-    return attend(
-        tokens, _flat(slot_embeddings), _flat(outputs), key_mask=_flat(slot_mask)
-    )
+    slots, outputs = _flat(slot_embeddings), _flat(outputs)
+    return by_platform.attend(tokens, slots, outputs, cudnn=cudnn)
 
 
-def statistics(
-    tokens: jax.Array,
-    slot_embeddings: jax.Array,
-    *,
-    token_mask: jax.Array | None = None,
-    slot_mask: jax.Array | None = None,
-) -> RoutingStatistics:
+def statistics(tokens: jax.Array, slot_embeddings: jax.Array) -> RoutingStatistics:
     """Return the routing's statistics without ever holding its weights.
 
     The entropy of a softmax with weights p of logits l is logsumexp(l) - sum p l, and
@@ -205,42 +148,22 @@ def statistics(
     Args:
         tokens: [B, N, C].
         slot_embeddings: [B, E, S, C].
-        token_mask, slot_mask: bool [B, N] and [B, E, S], as in dispatch and combine.
     """
     b, e, s, c = slot_embeddings.shape
     tokens, slots = jax.lax.stop_gradient((tokens, _flat(slot_embeddings)))
     tokens, slots = tokens.astype(jnp.float32), slots.astype(jnp.float32)
-    attend = blockwise_attention.attend_with_softmax
-    mean_token, over_tokens = attend(slots, tokens, tokens, key_mask=token_mask)
+    mean_token, over_tokens = by_platform.attend_with_softmax(slots, tokens, tokens)
     expert = jnp.broadcast_to(jnp.repeat(jnp.eye(e), s, axis=0), (b, e * s, e))
     values = jnp.concatenate([slots, expert], axis=-1)
-    mean, over_slots = attend(tokens, slots, values, key_mask=_flat(slot_mask))
-    dispatch_entropy = over_tokens.entropy(_inner(slots, mean_token))
+    mean, over_slots = by_platform.attend_with_softmax(tokens, slots, values)
     return RoutingStatistics(
-        dispatch_entropy=dispatch_entropy.reshape(b, e, s),
-        dispatch_max=over_tokens.greatest_weight().reshape(b, e, s),
-        combine_entropy=_kept(
-            over_slots.entropy(_inner(tokens, mean[..., :c])), token_mask
+        dispatch_entropy=over_tokens.entropy(_inner(slots, mean_token)).reshape(
+            b, e, s
         ),
-        combine_max=_kept(over_slots.greatest_weight(), token_mask),
-        expert_share=_kept(mean[..., c:], token_mask),
-    )
-
-
-def statistics_of(
-    weights: RoutingWeights, *, token_mask: jax.Array | None = None
-) -> RoutingStatistics:
-    """Return the statistics of dense routing weights, for the mask they were made with.
-
-    Constants to `jax.grad`, like `statistics`.
-    """
-    dispatch, combine = jax.lax.stop_gradient(weights)
-    return RoutingStatistics(
-        dispatch_entropy=jax.scipy.special.entr(dispatch).sum(1),
-        dispatch_max=dispatch.max(1),
-        combine_entropy=_kept(jax.scipy.special.entr(combine).sum((2, 3)), token_mask),
-        combine_max=_kept(combine.max((2, 3)), token_mask),
-        expert_share=_kept(combine.sum(3), token_mask),
+        dispatch_max=over_tokens.greatest_weight().reshape(b, e, s),
+        combine_entropy=over_slots.entropy(_inner(tokens, mean[..., :c])),
+        combine_max=over_slots.greatest_weight(),
+        expert_share=mean[..., c:],
     )
 
 
@@ -248,27 +171,7 @@ def _inner(a, b):
     return jnp.einsum("bqc,bqc->bq", a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _kept(by_token, mask):
-    """Zeros for the tokens of [B, N, ...] that the mask leaves out."""
-    if mask is None:
-        return by_token
-    mask = jnp.expand_dims(mask, tuple(range(2, by_token.ndim)))
-    return jnp.where(mask, by_token, 0)
-
-
-def _softmax(logits, mask, *, axis):
-    """Softmax in which masked entries weigh nothing, all of them zeros if need be."""
-    if mask is None:
-        return jax.nn.softmax(logits, axis=axis)
-    weights = jax.nn.softmax(
-        jnp.where(mask, logits, blockwise_attention.LOWEST), axis=axis
-    )
-    return jnp.where(mask, weights, 0)
-
-
 def _flat(by_expert):
-    """[B, E, S, ...] -> [B, E S, ...]; None stays None."""
-    if by_expert is None:
-        return None
+    """[B, E, S, ...] -> [B, E S, ...]."""
     b, e, s = by_expert.shape[:3]
     return by_expert.reshape(b, e * s, *by_expert.shape[3:])

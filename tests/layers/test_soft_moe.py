@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.layers.soft_moe import SoftMoE
-from swinsmt_jax.ops import blockwise_attention
+from swinsmt_jax.ops import blockwise_attention, by_platform
 
 
 @pytest.fixture
@@ -62,23 +62,15 @@ def test_refuses_tokens_of_another_shape(moe, shape):
         moe(jnp.zeros(shape))
 
 
-@pytest.mark.parametrize(
-    "mask", [np.ones((2, 4), bool), np.ones(5, bool), np.ones((2, 5)), [[True] * 5] * 2]
-)
-def test_refuses_a_mask_of_another_shape_or_type(moe, mask):
-    with pytest.raises(UserError, match=r"must be bool \[B, N\] = \(2, 5\)"):
-        moe(jnp.zeros((2, 5, 6)), mask=mask)
-
-
 def with_routing(routing, **options):
     options = {"num_experts": 3, **options}
     return SoftMoE(6, routing=routing, rngs=nnx.Rngs(0), **options)
 
 
-def value_and_gradients(moe, x, *, mask=None, weights=None, wrap=lambda f: f):
+def value_and_gradients(moe, x, *, weights=None, wrap=lambda f: f):
     """Output, and gradients of its product with weights by parameters and tokens."""
     graphdef, params = nnx.split(moe)
-    apply = wrap(lambda params, x: nnx.merge(graphdef, params)(x, mask=mask))
+    apply = wrap(lambda params, x: nnx.merge(graphdef, params)(x))
 
     def loss(params, x):
         y = apply(params, x)
@@ -100,10 +92,8 @@ LEARNED = {"slots": "learned", "slots_per_expert": 2}
 @pytest.mark.parametrize("slots", [{}, LEARNED])
 def test_streaming_equals_dense_with_gradients(rng, slots):
     x = jnp.asarray(rng.standard_normal((2, 11, 6)), jnp.float32)
-    mask = jnp.asarray(np.arange(11) < np.asarray([[11], [7]]))
     ours, theirs = (
-        value_and_gradients(with_routing(r, **slots), x, mask=mask)
-        for r in ("streaming", "dense")
+        value_and_gradients(with_routing(r, **slots), x) for r in ("streaming", "dense")
     )
     assert_same(ours, theirs)
 
@@ -113,27 +103,25 @@ def test_streaming_equals_dense_with_gradients(rng, slots):
     seed=st.integers(0, 1000),
     tokens=st.sampled_from([3, 17, 40]),
     slots=st.sampled_from([{}, LEARNED]),
-    masked=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     scale=st.sampled_from([0.3, 1.0, 3.0, 100.0]),
 )
-def test_streaming_equals_dense_for_any_shape_mask_and_logits(
-    seed, tokens, slots, masked, scale
-):
+def test_streaming_equals_dense_for_any_shape_and_logits(seed, tokens, slots, scale):
     # Logits reach 6 scale^2: C, nine times and ten thousand times as much. There their
     # rounding, some 0.01, is a relative error of the weights.
     rng = np.random.default_rng(seed)
     x, weights = rng.standard_normal((2, 2, tokens, 6)).astype("f4")
-    mask = jnp.asarray(rng.random((2, tokens)) >= masked) if masked else None
 
     def run(routing):
         moe = with_routing(routing, **slots)
         moe.gamma[...] *= scale
         gamma = moe.slot_gamma if not slots else moe.slot_norm_gamma
         gamma[...] *= scale
-        return value_and_gradients(moe, x, mask=mask, weights=weights)
+        return value_and_gradients(moe, x, weights=weights)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise_attention, "CPU_BLOCK", (8, 16))
+        blocks = {"cpu": (8, 16), "default": (8, 16)}
+        attend = by_platform.blocked(blockwise_attention, blocks)
+        patch.setattr(by_platform, "attend", lambda *a, cudnn: attend(*a))
         ours, theirs = run("streaming"), run("dense")
     assert all(bool(jnp.isfinite(a).all()) for a in (*ours, *theirs))
     if scale < 100:
@@ -152,16 +140,6 @@ def test_rematerialisation_and_vmap_change_nothing(rng, routing):
     expected = value_and_gradients(moe, x)
     assert_same(value_and_gradients(moe, x, wrap=jax.checkpoint), expected)
     assert_same(value_and_gradients(moe, x, wrap=mapped), expected)
-
-
-@pytest.mark.parametrize("routing", ["dense", "streaming"])
-def test_masked_tokens_are_as_if_absent(rng, routing):
-    moe = with_routing(routing)
-    x = jnp.asarray(rng.standard_normal((1, 9, 6)), jnp.float32)
-    mask = jnp.arange(9)[None] < 6
-    y = moe(x, mask=mask)
-    np.testing.assert_allclose(y[:, :6], moe(x[:, :6]), atol=1e-6)
-    assert not y[:, 6:].any()
 
 
 def test_statistics_stream_and_weights_are_dense(rng):

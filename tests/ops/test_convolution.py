@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from swinsmt_jax.ops import convolution
+from swinsmt_jax.ops import by_platform, convolution
 
 
 def draw(rng, *shape):
@@ -23,7 +23,7 @@ def convolve_3d(x, kernel):
 def test_conv3x3x3_equals_the_direct_convolution_with_its_gradients(rng, shape):
     x, kernel = draw(rng, *shape), draw(rng, 3, 3, 3, shape[-1], 5)
     cotangent = draw(rng, *shape[:4], 5)
-    ours, pullback = jax.vjp(convolution.conv3x3x3, x, kernel)
+    ours, pullback = jax.vjp(by_platform.conv3x3x3, x, kernel)
     theirs, expected = jax.vjp(convolve_3d, x, kernel)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
     for a, b in zip(pullback(cotangent), expected(cotangent), strict=True):
@@ -32,7 +32,7 @@ def test_conv3x3x3_equals_the_direct_convolution_with_its_gradients(rng, shape):
 
 def test_conv3x3x3_is_a_3d_convolution_on_accelerators_and_2d_on_cpu(rng):
     x, kernel = draw(rng, 1, 4, 4, 4, 2), draw(rng, 3, 3, 3, 2, 2)
-    program = jax.jit(convolution.conv3x3x3)
+    program = jax.jit(by_platform.conv3x3x3)
     cuda = jax.export.export(program, platforms=("cuda",))(x, kernel).mlir_module()
     cpu = jax.export.export(program, platforms=("cpu",))(x, kernel).mlir_module()
     assert "[b, 0, 1, 2, f]" in cuda and "[b, 0, 1, f]" not in cuda
@@ -52,7 +52,7 @@ def test_strided_conv_equals_the_direct_convolution_with_its_gradients(
         )
 
     def ours(x, kernel):
-        return convolution.strided_conv(x, kernel, strides)
+        return by_platform.strided_conv(x, kernel, strides)
 
     @jax.jit
     def run(x, kernel):
@@ -82,12 +82,12 @@ def test_depthwise_conv_equals_the_grouped_convolution_with_its_gradients(rng):
     @jax.jit
     def run(x, kernel):
         wanted, expected = jax.vjp(grouped, x, kernel)
-        result, pullback = jax.vjp(convolution.depthwise_conv, x, kernel)
+        result, pullback = jax.vjp(by_platform.depthwise_conv, x, kernel)
         return (wanted, *expected(wanted)), (result, *pullback(wanted))
 
     for a, b in zip(*run(x, kernel), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * jnp.abs(a).max())
-    program = jax.export.export(jax.jit(convolution.depthwise_conv), platforms=("tpu",))
+    program = jax.export.export(jax.jit(by_platform.depthwise_conv), platforms=("tpu",))
     assert "feature_group_count = 3" in program(x, kernel).mlir_module()
 
 
@@ -105,15 +105,3 @@ def test_unpatchify_is_the_adjoint_of_patchify(rng):
     left = jnp.vdot(convolution.patchify(x, kernel), y)
     right = jnp.vdot(x, convolution.unpatchify(y, kernel.swapaxes(3, 4)))
     np.testing.assert_allclose(left, right, rtol=1e-4)
-
-
-@pytest.mark.parametrize("biased", [True, False])
-def test_pointwise_conv_equals_a_matrix_product_with_its_gradients(rng, biased):
-    x, kernel, bias = draw(rng, 2, 3, 4, 5, 6), draw(rng, 6, 7), draw(rng, 7)
-    operands = (x, kernel, bias) if biased else (x, kernel)
-    cotangent = draw(rng, 2, 3, 4, 5, 7)
-    ours, pullback = jax.vjp(convolution.pointwise_conv, *operands)
-    theirs, expected = jax.vjp(lambda x, k, b=0: x @ k + b, *operands)
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    for a, b in zip(pullback(cotangent), expected(cotangent), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)

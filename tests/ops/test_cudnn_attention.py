@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swinsmt_jax.ops import blockwise_attention, cudnn_attention
+from swinsmt_jax.ops import by_platform
+from swinsmt_jax.ops.gpu import cudnn_attention
 
 
 def operands(rng, *, channels=16, dtype="bfloat16"):
@@ -15,10 +16,10 @@ def operands(rng, *, channels=16, dtype="bfloat16"):
 
 def test_elsewhere_it_streams_with_one_log_line(rng, caplog):
     q, k, v = operands(rng)
-    found = [cudnn_attention.attend(q, k, v) for _ in range(2)]
+    found = [by_platform.attend(q, k, v, cudnn=True) for _ in range(2)]
     lines = [r for r in caplog.records if "routing=cudnn streams" in r.getMessage()]
     assert len(lines) == 1 and "the platform is cpu" in lines[0].getMessage()
-    expected = blockwise_attention.attend(q, k, v)
+    expected = by_platform.attend(q, k, v)
     for out in found:
         np.testing.assert_array_equal(out, expected)
 
@@ -26,33 +27,30 @@ def test_elsewhere_it_streams_with_one_log_line(rng, caplog):
 def test_its_arithmetic_differs_by_the_rounding_of_bfloat16(rng):
     q, k, v = operands(rng)
     out = cudnn_attention.attend(q, k, v, implementation="xla")
-    exact = np.asarray(blockwise_attention.attend(q, k, v), np.float32)
+    exact = np.asarray(by_platform.attend(q, k, v), np.float32)
     error = np.linalg.norm(np.asarray(out, np.float32) - exact)
     assert out.dtype == v.dtype and 0 < error < 0.02 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(
-    "options, mask, capability, words",
+    "options, capability, words",
     [
-        ({"dtype": "float32"}, None, "8.0", "values are float32"),
-        ({"channels": 12}, None, "8.0", "12 channels"),
-        ({"channels": 136}, None, "8.6", "not a multiple of 8 up to 128"),
-        ({"channels": 136}, None, "10.0", "136 channels"),
-        ({"channels": 264}, None, "9.0", "not a multiple of 8 up to 256"),
-        ({}, np.ones((2, 14), bool), "9.0", "mask"),
-        ({}, None, "7.5", "compute capability is 7.5, and it needs 8.0"),
-        ({}, None, "gfx90a", "capability is gfx90a"),
-        ({}, None, None, "capability is None"),
-        ({}, None, "8.0", None),
-        ({"channels": 192}, None, "9.0", None),
-        ({}, None, "12.0", None),
+        ({"dtype": "float32"}, "8.0", "values are float32"),
+        ({"channels": 12}, "8.0", "12 channels"),
+        ({"channels": 136}, "8.6", "not a multiple of 8 up to 128"),
+        ({"channels": 136}, "10.0", "136 channels"),
+        ({"channels": 264}, "9.0", "not a multiple of 8 up to 256"),
+        ({}, "7.5", "compute capability is 7.5, and it needs 8.0"),
+        ({}, "gfx90a", "capability is gfx90a"),
+        ({}, None, "capability is None"),
+        ({}, "8.0", None),
+        ({"channels": 192}, "9.0", None),
+        ({}, "12.0", None),
     ],
 )
-def test_knows_the_limits_of_cudnn(rng, options, mask, capability, words):
+def test_knows_the_limits_of_cudnn(rng, options, capability, words):
     device = cudnn_attention.Device("gpu", capability)
-    found = cudnn_attention.refusal(
-        *operands(rng, **options), key_mask=mask, device=device
-    )
+    found = cudnn_attention.refusal(*operands(rng, **options), device=device)
     assert found is None if words is None else words in found
 
 

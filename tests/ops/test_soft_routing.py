@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swinsmt_jax.ops import soft_routing
+from swinsmt_jax.ops import blockwise_attention, by_platform, soft_routing
 
 
 @settings(deadline=None, max_examples=8)
@@ -48,76 +48,49 @@ def test_routing_follows_a_naive_loop_under_strict_promotion(rng, dtype):
         np.testing.assert_allclose(logits[b, n, e, s], x[b, n] @ slots[b, e, s], 1e-5)
 
 
-def masks(rng, *, tokens, experts):
-    mask = np.ones((2, tokens), bool)
-    mask[1, 3:] = False
-    mask = jnp.asarray(mask)
-    return mask, soft_routing.slot_mask(mask, experts)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_streaming_equals_dense(rng, masked, monkeypatch):
-    monkeypatch.setattr(soft_routing.blockwise_attention, "CPU_BLOCK", (4, 8))
+def test_streaming_equals_dense(rng, monkeypatch):
+    blocks = {"cpu": (4, 8), "default": (4, 8)}
+    attend = by_platform.blocked(blockwise_attention, blocks)
+    monkeypatch.setattr(by_platform, "attend", lambda *a, cudnn: attend(*a))
     x = jnp.asarray(rng.standard_normal((2, 11, 6)), jnp.float32)
     slots = jnp.asarray(rng.standard_normal((2, 3, 4, 6)), jnp.float32)
-    tokens, filled = masks(rng, tokens=11, experts=3) if masked else (None, None)
     logits = soft_routing.logits(x, slots)
-    weights = soft_routing.RoutingWeights(
-        soft_routing.dispatch_weights(logits, token_mask=tokens),
-        soft_routing.combine_weights(logits, slot_mask=filled),
-    )
-    dispatched = soft_routing.dispatch_streaming(x, slots, x, token_mask=tokens)
-    expected = soft_routing.dispatch(weights.dispatch, x)
+    dispatch = soft_routing.dispatch_weights(logits)
+    combine = soft_routing.combine_weights(logits)
+    dispatched = soft_routing.dispatch_streaming(x, slots, x)
+    expected = soft_routing.dispatch(dispatch, x)
     np.testing.assert_allclose(dispatched, expected, atol=1e-5)
-    combined = soft_routing.combine_streaming(x, slots, expected, slot_mask=filled)
+    combined = soft_routing.combine_streaming(x, slots, expected)
     np.testing.assert_allclose(
-        combined, soft_routing.combine(weights.combine, expected), atol=1e-5
+        combined, soft_routing.combine(combine, expected), atol=1e-5
     )
-    ours = soft_routing.statistics(x, slots, token_mask=tokens, slot_mask=filled)
-    theirs = soft_routing.statistics_of(weights, token_mask=tokens)
-    for name, a, b in zip(ours._fields, ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(ours.importance().sum(-1), 1, atol=1e-6)
-    np.testing.assert_allclose(ours.importance(), theirs.importance(), atol=1e-6)
-    np.testing.assert_allclose(ours.load(), theirs.load(), atol=1e-6)
 
 
-def test_masked_slot_means_leave_tokens_out(rng):
-    x = jnp.asarray(rng.standard_normal((1, 5, 2)), jnp.float32)
-    mask = jnp.asarray([[True, False, True, False, False]])
-    means = soft_routing.slot_means(x, 3, mask=mask)
-    np.testing.assert_allclose(means[0, 0], (x[0, 0] + x[0, 2]) / 2, rtol=1e-6)
-    assert not means[0, 1].any()
-    assert soft_routing.slot_mask(mask, 3)[0].tolist() == [[True, False]] * 3
+def test_statistics_are_those_of_the_dense_weights(rng):
+    x, slots = drawn(rng, (2, 11, 6), (2, 3, 4, 6))
+    logits = soft_routing.logits(x, slots)
+    dispatch = soft_routing.dispatch_weights(logits)
+    combine = soft_routing.combine_weights(logits)
+    found = soft_routing.statistics(x, slots)
+    expected = {
+        "dispatch_entropy": jax.scipy.special.entr(dispatch).sum(1),
+        "dispatch_max": dispatch.max(1),
+        "combine_entropy": jax.scipy.special.entr(combine).sum((2, 3)),
+        "combine_max": combine.max((2, 3)),
+        "expert_share": combine.sum(3),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(
+            getattr(found, name), values, atol=1e-5, err_msg=name
+        )
+    share = combine.sum(3)
+    np.testing.assert_allclose(found.importance(), share.mean(1), atol=1e-6)
+    load = (share == share.max(-1, keepdims=True)).mean(1)
+    np.testing.assert_allclose(found.load(), load, atol=1e-6)
 
 
 def drawn(rng, *shapes, size=1.0):
     return [jnp.asarray(size * rng.standard_normal(s), jnp.float32) for s in shapes]
-
-
-def test_statistics_are_those_of_the_tokens_that_the_mask_keeps(rng):
-    x, slots = drawn(rng, (1, 9, 6), (1, 3, 2, 6))
-    mask = jnp.arange(9)[None] < 5
-    ours = soft_routing.statistics(x, slots, token_mask=mask)
-    kept = soft_routing.statistics(x[:, :5], slots)
-    np.testing.assert_allclose(ours.importance(), kept.importance(), atol=1e-6)
-    np.testing.assert_allclose(ours.load(), kept.load(), atol=1e-6)
-    np.testing.assert_allclose(ours.dispatch_entropy, kept.dispatch_entropy, atol=1e-5)
-    for name in ("combine_entropy", "combine_max", "expert_share"):
-        by_token = getattr(ours, name)
-        np.testing.assert_allclose(by_token[:, :5], getattr(kept, name), atol=1e-5)
-        assert not by_token[:, 5:].any(), name
-
-
-def test_a_sample_masked_as_a_whole_has_zeros_for_statistics(rng):
-    x, slots = drawn(rng, (2, 6, 6), (2, 3, 2, 6))
-    mask = jnp.asarray([[True] * 6, [False] * 6])
-    filled = soft_routing.slot_mask(mask, 3)
-    found = soft_routing.statistics(x, slots, token_mask=mask, slot_mask=filled)
-    for name, of_samples in found._asdict().items():
-        assert bool(jnp.isfinite(of_samples).all()), name
-        assert of_samples[0].any() and not of_samples[1].any(), name
-    assert not found.importance()[1].any() and not found.load()[1].any()
 
 
 def test_no_gradient_flows_through_statistics(rng):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swinsmt_jax.ops import window_attention
+from swinsmt_jax.ops import by_platform, window_attention
 
 
 def draw(rng, *shape):
@@ -38,7 +38,9 @@ def test_attend_is_softmax_attention_with_its_gradients(rng, windows, tokens, ma
         out, pullback = jax.vjp(lambda *a: attend(*a, regions), q, k, v, bias)
         return out, *pullback(cotangent)
 
-    for ours, theirs in zip(both(window_attention.attend), both(plain), strict=True):
+    for ours, theirs in zip(
+        both(by_platform.attend_within_windows), both(plain), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -47,7 +49,9 @@ def test_attend_keeps_no_attention_matrix(rng):
     q, k, v = (jnp.zeros((1, 8, 1024, 1, 2)) for _ in range(3))
 
     def loss(q, k, v):
-        return window_attention.attend(q, k, v, jnp.zeros((1, 1024, 1024))).sum()
+        return by_platform.attend_within_windows(
+            q, k, v, jnp.zeros((1, 1024, 1024))
+        ).sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 24e6
@@ -59,7 +63,7 @@ def test_an_accelerator_takes_windows_in_blocks_too():
     bias = jax.ShapeDtypeStruct((3, 343, 343), jnp.float32)
 
     def loss(q, k, v, bias):
-        return window_attention.attend(q, k, v, bias).sum()
+        return by_platform.attend_within_windows(q, k, v, bias).sum()
 
     traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(tokens, tokens, tokens, bias)
     for platform, most in (("cuda", 2**26), ("tpu", 2**26), ("cpu", 2**20)):
@@ -69,9 +73,13 @@ def test_an_accelerator_takes_windows_in_blocks_too():
         assert most / 4 < max(sizes) <= most, platform
 
 
-def test_runs_inside_a_users_shard_map(rng, monkeypatch):
+def test_runs_inside_a_users_shard_map(rng):
     """Windows are divided by sample, the bias is the same on every device."""
-    monkeypatch.setattr(window_attention, "CPU_BLOCK", 100)
+    blocked = by_platform.blocked(window_attention, {"cpu": 100, "default": 100})
+
+    def attend(*operands):
+        return blocked(*operands, None)
+
     mesh = jax.make_mesh(
         (2,),
         ("data",),
@@ -81,7 +89,7 @@ def test_runs_inside_a_users_shard_map(rng, monkeypatch):
     q, k, v, cotangent = (draw(rng, 2, 3, 5, 2, 3) for _ in range(4))
     bias, divided = draw(rng, 2, 5, 5), jax.P("data")
     mapped = jax.shard_map(
-        window_attention.attend,
+        attend,
         mesh=mesh,
         in_specs=(divided, divided, divided, jax.P()),
         out_specs=divided,
@@ -91,7 +99,5 @@ def test_runs_inside_a_users_shard_map(rng, monkeypatch):
         out, pullback = jax.vjp(f, q, k, v, bias)
         return out, *pullback(cotangent)
 
-    for ours, theirs in zip(
-        run(jax.jit(mapped)), run(window_attention.attend), strict=True
-    ):
+    for ours, theirs in zip(run(jax.jit(mapped)), run(attend), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)

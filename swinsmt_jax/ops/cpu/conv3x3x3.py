@@ -46,16 +46,11 @@ def _plane_by_plane(x, kernel):
         one = _conv_2d(three, planes)[:, None]
         return lax.dynamic_update_slice_in_dim(y, one, index, axis=1)
 
-    return lax.fori_loop(0, x.shape[1], plane, buffer(x, kernel.shape[-1]))
-
-
-def buffer(x: jax.Array, channels: int) -> jax.Array:
-    """Return [B, D, H, W, channels] of any values, for a loop to overwrite.
-
-    Made of `x`, since XLA makes constants at the start of the program, where they take
-    memory until they are used.
-    """
-    return jnp.broadcast_to(x[:, :1, :1, :1, :1], (*x.shape[:-1], channels))
+    # Made of `x`: XLA makes constants at the start of the program, where they take
+    # memory until they are used.
+    shape = (*x.shape[:-1], kernel.shape[-1])
+    buffer = jnp.broadcast_to(x[:, :1, :1, :1, :1], shape)
+    return lax.fori_loop(0, x.shape[1], plane, buffer)
 
 
 def _conv_2d(x, kernel):
@@ -64,7 +59,7 @@ def _conv_2d(x, kernel):
     )
 
 
-def kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+def kernel_gradient(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
     """Gradient in the kernel of a 3 x 3 x 3 convolution.
 
     For a few planes at a time, the 9 shifts within a plane of the operand with fewer
@@ -73,10 +68,11 @@ def kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
 
     Args:
         x: [B, D, H, W, C].
+        kernel: [3, 3, 3, C, O].
         cotangent: [B, D, H, W, O] of the convolution's result.
 
     Returns:
-        [3, 3, 3, C, O], float32.
+        [3, 3, 3, C, O] in the kernel's dtype.
     """
     b, d, h, w, c = x.shape
     o = cotangent.shape[-1]
@@ -96,7 +92,7 @@ def kernel_gradient(x: jax.Array, cotangent: jax.Array) -> jax.Array:
     # Sums stay apart by sample, so by device, until the end.
     shape = (b, 3, 9 * c, o) if shifts_x else (b, 3, c, 9 * o)
     taps, _ = lax.scan(add, jnp.zeros(shape), depth * jnp.arange(d // depth))
-    taps = taps.sum(0)
+    taps = taps.sum(0).astype(kernel.dtype)
     if shifts_x:
         return taps.reshape(3, 3, 3, c, o)
     # Shifting the result one way is shifting the input the other way.
@@ -110,40 +106,6 @@ def _depth_taps(ours, theirs):
     views = [ours[:, i : i + depth] for i in range(3)]
     taps = [_product(view.reshape(b, -1, view.shape[-1]), theirs) for view in views]
     return jnp.stack(taps, axis=1)
-
-
-def pointwise(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Multiply [B, D, H, W, C] with [C, O] and add [O], plane by plane."""
-
-    def plane(index, y):
-        one = lax.dynamic_slice_in_dim(x, index, 1, axis=1) @ kernel
-        one = one if bias is None else one + bias
-        return lax.dynamic_update_slice_in_dim(y, one, index, axis=1)
-
-    return lax.fori_loop(0, x.shape[1], plane, buffer(x, kernel.shape[-1]))
-
-
-def pointwise_gradients(
-    x: jax.Array, kernel: jax.Array, cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of `pointwise` in input, kernel and bias, the last two in float32."""
-    b, o = x.shape[0], kernel.shape[-1]
-
-    def plane(index, found):
-        dx, dkernel, dbias = found
-        inside = lax.dynamic_slice_in_dim(x, index, 1, axis=1)
-        g = lax.dynamic_slice_in_dim(cotangent, index, 1, axis=1)
-        dx = lax.dynamic_update_slice_in_dim(dx, g @ kernel.T, index, axis=1)
-        dkernel += _product(inside.reshape(b, -1, x.shape[-1]), g.reshape(b, -1, o))
-        return dx, dkernel, dbias + g.sum((1, 2, 3), dtype=jnp.float32)
-
-    found = (
-        buffer(x, x.shape[-1]),
-        jnp.zeros((b, *kernel.shape), jnp.float32),
-        jnp.zeros((b, o), jnp.float32),
-    )
-    dx, dkernel, dbias = lax.fori_loop(0, x.shape[1], plane, found)
-    return dx, dkernel.sum(0), dbias.sum(0)
 
 
 def _product(a, b):

@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
-
-from swinsmt_jax.ops import blockwise_attention
 
 
 class Device(NamedTuple):
@@ -38,7 +35,6 @@ def refusal(
     keys: jax.Array,
     values: jax.Array,
     *,
-    key_mask: jax.Array | None = None,
     device: Device,
 ) -> str | None:
     """Return why cuDNN cannot take these [B, N, C] on a device, or None if it can."""
@@ -56,8 +52,6 @@ def refusal(
         return f"values have {values.shape[-1]} channels and keys {channels}"
     if channels % 8 or channels > most:
         return f"{channels} channels are not a multiple of 8 up to {most}"
-    if key_mask is not None:
-        return "there is a mask"
     return None
 
 
@@ -75,28 +69,20 @@ def attend(
     keys: jax.Array,
     values: jax.Array,
     *,
-    key_mask: jax.Array | None = None,
     implementation: str = "cudnn",
 ) -> jax.Array:
-    """Do `blockwise_attention.attend` by cuDNN, or by itself with one line in the log.
+    """Average values [B, K, C] with weights softmax over keys of (queries . keys).
 
     Args:
         queries: [B, Q, C].
         keys: [B, K, C].
         values: [B, K, C].
-        key_mask: bool [B, K], or None.
         implementation: of `jax.nn.dot_product_attention`; "xla" rounds alike on any
             platform, and holds the whole matrix.
 
     Returns:
         [B, Q, C] in the values' dtype.
     """
-    reason = refusal(queries, keys, values, key_mask=key_mask, device=this_device())
-    if reason and implementation == "cudnn":
-        logging.log_first_n(
-            logging.WARNING, "routing=cudnn streams instead: %s", 1, reason
-        )
-        return blockwise_attention.attend(queries, keys, values, key_mask=key_mask)
     one_head = [x.astype(jnp.bfloat16)[:, :, None] for x in (queries, keys, values)]
     out = jax.nn.dot_product_attention(
         *one_head, scale=1.0, implementation=implementation

@@ -1,0 +1,222 @@
+"""The form of each operation that a platform gets: the one place where it is chosen.
+
+The choice is made when a program is lowered, so one exported program serves several
+platforms. The forms of an operation are equal up to rounding, but for cuDNN's
+attention, which has to be asked for.
+"""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from jax import lax
+
+from swinsmt_jax.ops import blockwise_attention, convolution, window_attention
+from swinsmt_jax.ops.cpu import conv3x3x3 as conv3x3x3_on_cpu
+from swinsmt_jax.ops.cpu import depthwise_conv as depthwise_conv_on_cpu
+from swinsmt_jax.ops.cpu import strided_conv as strided_conv_on_cpu
+from swinsmt_jax.ops.gpu import cudnn_attention
+from swinsmt_jax.ops.manual_axes import vary_alike
+from swinsmt_jax.ops.tracing import traced_once
+
+# Queries and keys of a block of attention. A CPU wants it in its cache, an accelerator
+# wants few and large matrix products; benchmarks/soft_moe.py measures.
+ATTENTION_BLOCK = {"cpu": (512, 1024), "default": (4096, 4096)}
+# Entries of the attention matrices of one sample's windows that are made at a time: on
+# a CPU 4 MB of float32, which stay in its cache; on an accelerator 256 MB, of which
+# forward and backward hold a few. All windows of a 128^3 patch would be 1.4 GB each.
+WINDOWS_BLOCK = {"cpu": 2**20, "default": 2**26}
+# Routing weights of a sample up to which a Soft MoE is dense. On a CPU those of 1,448
+# tokens with dynamic slots, from where on streaming is faster (benchmarks/soft_moe.py);
+# on an accelerator those of 4,096 tokens, a 64^3 patch: not measured.
+DENSE = {"cpu": 2**21, "default": 2**24}
+
+
+class Form(NamedTuple):
+    """One way to compute an operation and its gradients.
+
+    Attributes:
+        forward: operands -> (result, what backward needs besides the operands).
+        backward: (operands, that, cotangent) -> gradients of the operands.
+    """
+
+    forward: Callable[..., tuple[Any, Any]]
+    backward: Callable[[tuple, Any, Any], tuple]
+
+
+def choose(*, default: Form, cpu: Form) -> Callable:
+    """Return the differentiable operation of which each platform gets its own form.
+
+    A network calls it many times on operands of one shape: it is traced once.
+    """
+
+    @traced_once
+    def forward(*operands):
+        return lax.platform_dependent(
+            *operands, cpu=cpu.forward, default=default.forward
+        )
+
+    @traced_once
+    def backward(operands, kept, cotangent):
+        return lax.platform_dependent(
+            operands, kept, cotangent, cpu=cpu.backward, default=default.backward
+        )
+
+    @jax.custom_vjp
+    def operation(*operands):
+        return forward(*operands)[0]
+
+    def save(*operands):
+        result, kept = forward(*operands)
+        return result, (operands, kept)
+
+    operation.defvjp(save, lambda saved, cotangent: backward(*saved, cotangent))
+    return operation
+
+
+def _differentiated(function):
+    """Return the form with the gradients that jax derives."""
+    return Form(
+        lambda *operands: (function(*operands), ()),
+        lambda operands, _, cotangent: jax.vjp(function, *operands)[1](cotangent),
+    )
+
+
+def _convolution(convolve, kernel_gradient=None):
+    """Return the form of a convolution of stride 1: the input's gradient is another.
+
+    Args:
+        convolve: (x, kernel) -> result.
+        kernel_gradient: (x, kernel, cotangent) -> gradient; jax's own if not given.
+    """
+
+    def by_autodiff(x, kernel, cotangent):
+        return jax.vjp(lambda k: convolve(x, k), kernel)[1](cotangent)[0]
+
+    def backward(operands, _, cotangent):
+        x, kernel = operands
+        flipped = kernel[::-1, ::-1, ::-1]
+        if kernel.ndim == 5:  # input and output channels change places
+            flipped = flipped.swapaxes(3, 4)
+        gradient = kernel_gradient or by_autodiff
+        return convolve(cotangent, flipped), gradient(x, kernel, cotangent)
+
+    return Form(lambda *operands: (convolve(*operands), ()), backward)
+
+
+def blocked(attention: ModuleType, blocks: dict[str, Any]) -> Callable:
+    """Return an attention that is made in blocks of a size for each platform.
+
+    Args:
+        attention: module with `forward` and `backward`, which take a block first.
+        blocks: of the platforms "cpu" and "default".
+    """
+    operation = choose(
+        **{
+            platform: Form(
+                functools.partial(attention.forward, block),
+                functools.partial(attention.backward, block),
+            )
+            for platform, block in blocks.items()
+        }
+    )
+    return lambda *operands: operation(*vary_alike(*operands))
+
+
+conv3x3x3 = choose(
+    default=_convolution(convolution.conv),
+    cpu=_convolution(conv3x3x3_on_cpu.convolve, conv3x3x3_on_cpu.kernel_gradient),
+)
+depthwise_conv = choose(
+    default=_convolution(convolution.depthwise_conv),
+    cpu=_convolution(
+        depthwise_conv_on_cpu.depthwise_conv, depthwise_conv_on_cpu.kernel_gradient
+    ),
+)
+_attend = blocked(blockwise_attention, ATTENTION_BLOCK)
+_attend_within_windows = blocked(window_attention, WINDOWS_BLOCK)
+
+
+@functools.cache
+def _strided_conv(strides):
+    forms = convolution.conv, strided_conv_on_cpu.strided_conv
+    default, cpu = (
+        _differentiated(functools.partial(form, strides=strides)) for form in forms
+    )
+    return choose(default=default, cpu=cpu)
+
+
+def strided_conv(
+    x: jax.Array, kernel: jax.Array, strides: convolution.Strides
+) -> jax.Array:
+    """Convolve with an odd kernel and strides of 1 or 2, zero padded by half of it.
+
+    Args:
+        x: [B, D, H, W, C], even along axes of stride 2.
+        kernel: [p, q, r, C, O] with odd p, q, r.
+        strides: (D, H, W), each 1 or 2.
+
+    Returns:
+        [B, D / s, H / s, W / s, O].
+    """
+    return _strided_conv(strides)(x, kernel)
+
+
+def attend_within_windows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array,
+    regions: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of each window's tokens to one another: see `window_attention`."""
+    return _attend_within_windows(q, k, v, bias, regions)
+
+
+def attend(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, *, cudnn: bool = False
+) -> jax.Array:
+    """Average values [B, K, V] with weights softmax over keys of (queries . keys).
+
+    Memory grows with Q + K, forward and backward: see `blockwise_attention`. With
+    `cudnn`, cuDNN's kernel with bfloat16 logits is taken where its limits allow, else
+    the log says once why not.
+
+    Args:
+        queries: [B, Q, C].
+        keys: [B, K, C].
+        values: [B, K, V].
+        cudnn: see above.
+
+    Returns:
+        [B, Q, V] in the values' dtype.
+    """
+    if cudnn:
+        device = cudnn_attention.this_device()
+        reason = cudnn_attention.refusal(queries, keys, values, device=device)
+        if reason is None:
+            return cudnn_attention.attend(queries, keys, values)
+        logging.log_first_n(
+            logging.WARNING, "routing=cudnn streams instead: %s", 1, reason
+        )
+    return _attend(queries, keys, values)
+
+
+def attend_with_softmax(
+    queries: jax.Array, keys: jax.Array, values: jax.Array
+) -> tuple[jax.Array, blockwise_attention.Softmax]:
+    """Return `attend`'s averages, in float32, and the softmax; not differentiable."""
+    forms = {
+        name: functools.partial(blockwise_attention.average, block)
+        for name, block in ATTENTION_BLOCK.items()
+    }
+    found = lax.platform_dependent(*vary_alike(queries, keys, values), **forms)
+    return lax.stop_gradient(found)
+
+
+def attend_densely(weights: int) -> bool:
+    """Whether a Soft MoE with so many routing weights a sample is faster dense."""
+    return weights <= DENSE["cpu" if jax.default_backend() == "cpu" else "default"]

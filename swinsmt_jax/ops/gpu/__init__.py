@@ -1,0 +1,1 @@
+"""Forms of operations that only a GPU has."""

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from swinsmt_jax.layers import initializers
-from swinsmt_jax.layers.linear import Linear, dropout, fold_in
+from swinsmt_jax.layers.linear import dropout, fold_in, linear
 from swinsmt_jax.ops import by_platform, window_attention, windows
 
 PositionIndex = Callable[[windows.Triple], np.ndarray]
@@ -39,10 +39,10 @@ class SelfAttention(nnx.Module):
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
         self.dtype = dtype
-        self.qkv = Linear(
+        self.qkv = linear(
             channels, 3 * channels, use_bias=qkv_bias, dtype=dtype, rngs=rngs
         )
-        self.out_proj = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.out_proj = linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map tokens [B, N, C] to [B, N, C]; the key switches dropout on."""
@@ -91,10 +91,10 @@ class WindowAttention(nnx.Module):
         self.projection_dropout = projection_dropout
         self.position_index = position_index
         self.dtype = dtype
-        self.qkv = Linear(
+        self.qkv = linear(
             channels, 3 * channels, use_bias=qkv_bias, dtype=dtype, rngs=rngs
         )
-        self.proj = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.proj = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.relative_position_bias_table = _table(window_size, num_heads, rngs=rngs)
 
     def relative_position_index(self) -> np.ndarray:
@@ -159,8 +159,8 @@ class SkipAttention(nnx.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         self.position_index = position_index
-        self.kv = Linear(channels, 2 * channels, dtype=dtype, rngs=rngs)
-        self.proj = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.kv = linear(channels, 2 * channels, dtype=dtype, rngs=rngs)
+        self.proj = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.relative_position_bias_table = _table(window_size, num_heads, rngs=rngs)
 
     def relative_position_index(self) -> np.ndarray:

@@ -2,45 +2,44 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from swinsmt_jax.ops.tracing import traced_once
+
+def uniform(fan_in: int) -> Callable[..., jax.Array]:
+    """Return (key, shape, dtype) -> float32 array of U(-bound, bound).
+
+    The bound is 1 / sqrt(fan_in), as in `kaiming_uniform_(a=sqrt(5))` of weights and
+    the default of biases in PyTorch's linear and convolution layers.
+    """
+    bound = np.float32(1 / np.sqrt(fan_in))
+    return lambda key, shape, dtype=None: bound * _uniform(key, shape)
 
 
 def uniform_fan_in(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
-    """Draw a parameter from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-
-    This is `kaiming_uniform_(a=sqrt(5))` of weights and the default of biases in
-    PyTorch's linear and convolution layers.
-    """
-    bound = np.float32(1 / np.sqrt(fan_in))
-    return nnx.Param(bound * _uniform(rngs.params(), shape))
+    """Draw a parameter from `uniform(fan_in)`."""
+    return nnx.Param(uniform(fan_in)(rngs.params(), shape))
 
 
 def he_normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
     """Draw a parameter from N(0, 2 / fan_in), as nnU-Net does (He et al. 2015)."""
-    # The hash gives -1 too, of which the inverse error function is infinite.
-    draw = jax.lax.erf_inv((1 - 2.0**-23) * _uniform(rngs.params(), shape))
-    return nnx.Param(np.float32(2 / np.sqrt(fan_in)) * draw)
+    return _normal(rngs, shape, stddev=np.sqrt(2 / fan_in))
 
 
 def truncated_normal(
     rngs: nnx.Rngs, shape: tuple[int, ...], *, stddev: float
 ) -> nnx.Param:
     """Draw a parameter from a normal distribution, cut at two standard deviations."""
-    cut = math.erf(2 / math.sqrt(2))
-    draw = jax.lax.erf_inv(cut * _uniform(rngs.params(), shape))
-    return nnx.Param(np.float32(stddev * np.sqrt(2)) * draw)
+    return _normal(rngs, shape, stddev=stddev, within=math.erf(2 / math.sqrt(2)))
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
     """Draw a parameter from the standard normal distribution."""
-    centred = _uniform(rngs.params(), shape) + np.float32(2.0**-24)  # never -1
-    return nnx.Param(np.float32(np.sqrt(2)) * jax.lax.erf_inv(centred))
+    return _normal(rngs, shape, stddev=1)
 
 
 def constant(value: float, shape: tuple[int, ...]) -> nnx.Param:
@@ -48,15 +47,21 @@ def constant(value: float, shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32))
 
 
+def _normal(rngs, shape, *, stddev, within=1 - 2.0**-23):
+    """Draw from the part `within` a normal distribution: by default, all but inf."""
+    draw = jax.lax.erf_inv(within * _uniform(rngs.params(), shape))
+    return nnx.Param(np.float32(stddev * np.sqrt(2)) * draw)
+
+
 @functools.partial(jax.jit, static_argnames="shape")
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draw from U[-1, 1) by hashing each element's index with the key.
 
-    A network has some 250 parameters: a hash of each is a few instructions to compile,
-    a threefry generator a loop of rounds. Unlike the hardware generators ("rbg") it
-    gives the same values on every backend and under every sharding. The mixing
-    function has the constants of "triple32" (C. Wellons, "Prospecting for Hash
-    Functions", 2018).
+    In place of `jax.nn.initializers`, whose threefry generator makes the program that
+    initialises a network of 169 parameters three times as long and five times as slow
+    to compile (benchmarks/NOTES.md, entry 10). Unlike "rbg" it gives the same values on
+    every backend and under every sharding. The mixing function has the constants of
+    "triple32" (C. Wellons, "Prospecting for Hash Functions", 2018).
     """
     words = jax.random.key_data(key)
     index, stride = jnp.zeros(shape, jnp.uint32), 1
@@ -67,7 +72,6 @@ def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * np.float32(2.0**-23) - 1
 
 
-@traced_once
 def _mix(x):
     x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
     x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)

@@ -10,36 +10,33 @@ from swinsmt_jax.layers import initializers
 from swinsmt_jax.ops.normalization import standardize
 
 
-class Linear(nnx.Module):
-    """Affine map of the last axis, [..., C] -> [..., O], in `dtype`."""
-
-    def __init__(
-        self,
-        channels: int,
-        features: int,
-        *,
-        use_bias: bool = True,
-        dtype: str = "float32",
-        rngs: nnx.Rngs,
-    ):
-        self.dtype = dtype
-        self.kernel = initializers.uniform_fan_in(
-            rngs, (channels, features), fan_in=channels
-        )
-        self.bias = (
-            initializers.uniform_fan_in(rngs, (features,), fan_in=channels)
-            if use_bias
-            else None
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return `x @ kernel + bias`."""
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+def linear(
+    channels: int,
+    features: int,
+    *,
+    use_bias: bool = True,
+    dtype: str = "float32",
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """Make an affine map of the last axis, [..., C] -> [..., O], in `dtype`."""
+    draw = initializers.uniform(channels)
+    return nnx.Linear(
+        channels,
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=draw,
+        bias_init=draw,
+        rngs=rngs,
+    )
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm of the last axis with scale and bias; statistics in float32."""
+    """Layer norm of the last axis with scale and bias; statistics in float32.
+
+    In place of `nnx.LayerNorm`, which keeps three float32 arrays as large as the input
+    for the backward pass: this one keeps the input and one.
+    """
 
     def __init__(self, channels: int, *, epsilon: float = 1e-5, dtype: str = "float32"):
         self.epsilon = epsilon
@@ -73,23 +70,16 @@ def _gelu_jvp(primals, tangents):
 
 def dropout(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
     """Zero entries with probability `rate` and enlarge the rest; no key, no dropout."""
-    return _drop(x, rate=rate, key=key, shape=x.shape)
+    return x if key is None else nnx.Dropout(rate)(x, rngs=key)
 
 
 def drop_path(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
     """Zero whole samples of [B, ...] (stochastic depth, Huang et al. 2016)."""
-    return _drop(x, rate=rate, key=key, shape=(x.shape[0],) + (1,) * (x.ndim - 1))
+    if key is None:
+        return x
+    return nnx.Dropout(rate, broadcast_dims=range(1, x.ndim))(x, rngs=key)
 
 
 def fold_in(key: jax.Array | None, number: int) -> jax.Array | None:
     """Derive the key of a part; None stays None."""
     return None if key is None else jax.random.fold_in(key, number)
-
-
-def _drop(x, *, rate, key, shape):
-    if key is None or rate == 0.0:
-        return x
-    if rate == 1.0:
-        return jnp.zeros_like(x)
-    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

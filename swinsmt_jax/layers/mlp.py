@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from swinsmt_jax.layers.linear import Linear, dropout, fold_in, gelu
+from swinsmt_jax.layers.linear import dropout, fold_in, gelu, linear
 
 
 class MLP(nnx.Module):
@@ -19,8 +19,8 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dropout_rate = dropout_rate
-        self.linear1 = Linear(channels, hidden, dtype=dtype, rngs=rngs)
-        self.linear2 = Linear(hidden, channels, dtype=dtype, rngs=rngs)
+        self.linear1 = linear(channels, hidden, dtype=dtype, rngs=rngs)
+        self.linear2 = linear(hidden, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map [..., C] to [..., C]."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax.layers.conv import PatchConv
-from swinsmt_jax.layers.linear import LayerNorm, Linear
+from swinsmt_jax.layers.linear import LayerNorm, linear
 
 # Offsets (d, h, w) of the eight octants, in the order of their concatenation.
 OCTANTS = {
@@ -47,7 +47,7 @@ class PatchMerging(nnx.Module):
     ):
         self.mode = mode
         self.norm = LayerNorm(8 * channels, dtype=dtype)
-        self.reduction = Linear(
+        self.reduction = linear(
             8 * channels, 2 * channels, use_bias=False, dtype=dtype, rngs=rngs
         )
 

@@ -8,7 +8,7 @@ from swinsmt_jax.ops.normalization import rms_norm, standardize
 
 
 def test_initial_weights_are_uniform_within_pytorchs_bound():
-    layer = linear.Linear(400, 300, rngs=nnx.Rngs(0))
+    layer = linear.linear(400, 300, rngs=nnx.Rngs(0))
     for values in (layer.kernel[...], layer.bias[...]):
         assert float(jnp.abs(values).max()) <= 0.05
         np.testing.assert_allclose(values.std(), 0.05 / 3**0.5, rtol=0.1)

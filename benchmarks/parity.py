@@ -39,7 +39,7 @@ from swinsmt_jax import convert
 from swinsmt_jax.inference.sliding_window import sliding_window
 from swinsmt_jax.layers.mlp import MLP
 from swinsmt_jax.layers.patch import PatchMerging
-from swinsmt_jax.layers.soft_moe import SoftMoE
+from swinsmt_jax.layers.soft_moe import SoftMoE, SoftMoEConfig
 from swinsmt_jax.layers.swin import SwinBlock
 from swinsmt_jax.models.swin.torch_names import TORCH_NAMES
 from swinsmt_jax.training import losses
@@ -145,7 +145,11 @@ def module_figures(golden: Mapping) -> list[Figure]:
     stage, moe = "swinViT.layers1.0.blocks.0.", "swinViT.layers1.0.blocks.0.mlp."
     merging = "swinViT.layers1.0.downsample."
     figures = _module(
-        golden, "soft_moe", SoftMoE(24, num_experts=4, rngs=rngs), moe, _call
+        golden,
+        "soft_moe",
+        SoftMoE(24, SoftMoEConfig(num_experts=4), rngs=rngs),
+        moe,
+        _call,
     )
     for name, shift in (("plain_block", (0, 0, 0)), ("shifted_block", (3, 3, 3))):
         figures += _module(golden, name, block(shift), stage, run_block)

@@ -38,7 +38,7 @@ from flax import nnx
 
 from benchmarks import memory_limit_gb, routing_maps, run, save, show
 from benchmarks.programs import seconds_of
-from swinsmt_jax.layers.soft_moe import SoftMoE
+from swinsmt_jax.layers.soft_moe import SoftMoE, SoftMoEConfig
 from swinsmt_jax.ops import by_platform, soft_routing
 from swinsmt_jax.ops.normalization import rms_norm
 
@@ -76,8 +76,7 @@ def form(name, channels, num_experts):
     routing, dtype = ROUTING[name]
     moe = SoftMoE(
         channels,
-        num_experts=num_experts,
-        routing=routing,
+        SoftMoEConfig(num_experts=num_experts, routing=routing),
         dtype=dtype,
         rngs=nnx.Rngs(0),
     )
@@ -119,7 +118,8 @@ def error_of_bfloat16_logits(tokens, channels, num_experts):
 
     That is what the fused attention of cuDNN takes.
     """
-    moe = SoftMoE(channels, num_experts=num_experts, routing="dense", rngs=nnx.Rngs(0))
+    options = SoftMoEConfig(num_experts=num_experts, routing="dense")
+    moe = SoftMoE(channels, options, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, tokens, channels))
 
     @functools.partial(jax.jit, static_argnums=0)

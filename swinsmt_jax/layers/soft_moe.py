@@ -4,6 +4,8 @@ Dynamic slots are made from the tokens themselves, as in the published Swin SMT:
 mean of every E consecutive tokens is projected to one slot embedding per expert.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,70 +23,82 @@ SLOTS = ("dynamic", "learned")
 Routing = soft_routing.RoutingWeights | soft_routing.RoutingStatistics
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoftMoEConfig:
+    """Options of a Soft MoE, which the configs of networks inherit.
+
+    Attributes:
+        num_experts: experts E of every Soft MoE.
+        routing: "dense" makes the weights of all tokens and slots, "streaming" never
+            holds more than a block of them, forward and backward; "auto" takes the
+            faster. Equal up to rounding. "cudnn" streams by cuDNN's kernel, with logits
+            of bfloat16 operands, where its limits allow.
+        slots: "dynamic" makes as many slots as tokens, S = ceil(N / E) per expert, from
+            the tokens, as in the published Swin SMT; "learned" has parameters for
+            `slots_per_expert`, as in the Soft MoE paper.
+        slots_per_expert: S of learned slots.
+    """
+
+    num_experts: checks.Positive
+    routing: str = "auto"
+    slots: str = "dynamic"
+    slots_per_expert: int = 0
+
+    def __post_init__(self):
+        checks.typed_fields("model", self)
+        checks.one_of("model.routing", self.routing, ROUTING)
+        checks.one_of("model.slots", self.slots, SLOTS)
+        if self.slots == "learned":
+            checks.positive("model.slots_per_expert", self.slots_per_expert)
+        checks.require(
+            self.slots == "learned" or self.slots_per_expert == 0,
+            f"model.slots_per_expert is {self.slots_per_expert}, but dynamic slots are "
+            'as many as the tokens; set slots="learned" or leave it out.',
+        )
+
+
 class SoftMoE(nnx.Module):
     """Soft MoE over a set of tokens, [B, N, C] -> [B, N, C].
 
     Args:
         channels: C.
-        num_experts: E.
-        slots: "dynamic" makes S = ceil(N / E) slots per expert from the tokens, as in
-            the published Swin SMT; "learned" has parameters for `slots_per_expert`, as
-            in the Soft MoE paper.
-        slots_per_expert: S of learned slots.
-        routing: "dense" makes the weights of all tokens and slots; "streaming" never
-            holds more than a block of them, forward and backward; "auto" streams
-            where `by_platform.attend_densely` says no. Equal up to rounding. "cudnn"
-            streams by cuDNN's kernel, with logits of bfloat16 operands, where its
-            limits allow.
+        config: its options.
         hidden: channels inside an expert; 4 C if not given.
         dropout_rate: inside the experts.
         dtype: of the experts and of the weighted averages; routing is float32.
         rngs: initialises the parameters.
-
-    Raises:
-        UserError: for an option that is impossible.
     """
 
     def __init__(
         self,
         channels: int,
+        config: SoftMoEConfig,
         *,
-        num_experts: int,
-        slots: str = "dynamic",
-        slots_per_expert: int = 0,
-        routing: str = "auto",
         hidden: int | None = None,
         dropout_rate: float = 0.0,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        checks.positive("channels", channels)
-        checks.positive("num_experts", num_experts)
-        check_options(routing=routing, slots=slots, slots_per_expert=slots_per_expert)
-        hidden = 4 * channels if hidden is None else hidden
-        checks.positive("hidden", hidden)
-        checks.in_range("dropout_rate", dropout_rate, 0.0, 1.0)
-        dtype = checks.dtype_name("dtype", dtype)
         self.channels = channels
-        self.num_experts = num_experts
-        self.slots = slots
-        self.routing = routing
+        self.num_experts = e = config.num_experts
+        self.slots = config.slots
+        self.routing = config.routing
         self.dtype = dtype
         self.gamma = initializers.constant(1.0, (channels,))
-        if slots == "dynamic":
+        if self.slots == "dynamic":
             self.slot_kernel = initializers.uniform_fan_in(
-                rngs, (channels, num_experts, channels), fan_in=channels
+                rngs, (channels, e, channels), fan_in=channels
             )
             self.slot_gamma = initializers.constant(1.0, (channels,))
         else:
             self.slot_embeds = initializers.normal(
-                rngs, (num_experts, slots_per_expert, channels)
+                rngs, (e, config.slots_per_expert, channels)
             )
             self.slot_norm_gamma = initializers.constant(1.0, (channels,))
         self.experts = Experts(
             channels,
-            num_experts=num_experts,
-            hidden=hidden,
+            num_experts=e,
+            hidden=4 * channels if hidden is None else hidden,
             dropout_rate=dropout_rate,
             dtype=dtype,
             rngs=rngs,
@@ -177,22 +191,3 @@ class SoftMoE(nnx.Module):
             "experts.",
         )
         checks.one_of("return_routing", return_routing, (False, True, "statistics"))
-
-
-def check_options(
-    prefix: str = "", *, routing: str, slots: str, slots_per_expert: int
-) -> None:
-    """Raise `UserError` for an unknown option, and a count that `slots` forbids.
-
-    Learned slots have a count, dynamic ones none. `prefix` stands before the names.
-    """
-    checks.one_of(f"{prefix}routing", routing, ROUTING)
-    checks.one_of(f"{prefix}slots", slots, SLOTS)
-    name = f"{prefix}slots_per_expert"
-    if slots == "learned":
-        checks.positive(name, slots_per_expert)
-    checks.require(
-        slots == "learned" or slots_per_expert == 0,
-        f"{name} is {slots_per_expert}, but dynamic slots are as many as the tokens; "
-        'set slots="learned" or leave it out.',
-    )

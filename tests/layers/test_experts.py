@@ -12,7 +12,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import MeshConfig
 from swinsmt_jax.layers import experts as experts_layer
 from swinsmt_jax.layers.experts import Experts
-from swinsmt_jax.layers.soft_moe import SoftMoE
+from swinsmt_jax.layers.soft_moe import SoftMoE, SoftMoEConfig
 
 COLLECTIVE = r" (all-to-all|all-gather|all-reduce|collective-permute)(?:-start)?\("
 
@@ -36,7 +36,7 @@ def test_sparing_changes_only_the_memory(rng, monkeypatch):
 @pytest.mark.parametrize("routing", ["dense", "streaming"])
 def test_every_mesh_gives_the_gradients_of_one_device(rng, routing):
     graphdef, params = nnx.split(
-        SoftMoE(6, num_experts=8, routing=routing, rngs=nnx.Rngs(0))
+        SoftMoE(6, SoftMoEConfig(num_experts=8, routing=routing), rngs=nnx.Rngs(0))
     )
     params = nnx.to_pure_dict(params)
     x = jnp.asarray(rng.standard_normal((8, 16, 6)), jnp.float32)

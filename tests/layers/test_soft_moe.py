@@ -7,13 +7,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.layers.soft_moe import SoftMoE
+from swinsmt_jax.layers.soft_moe import SoftMoE, SoftMoEConfig
 from swinsmt_jax.ops import blockwise_attention, by_platform
+from tests import recipes
 
 
 @pytest.fixture
 def moe():
-    return SoftMoE(6, num_experts=3, rngs=nnx.Rngs(0))
+    return with_routing("auto")
 
 
 def test_output_mixes_the_experts_by_the_routing_weights(moe, rng):
@@ -43,7 +44,8 @@ def test_zero_tokens_have_finite_gradients(moe):
 
 
 def test_dropout_needs_a_key(rng):
-    moe = SoftMoE(6, num_experts=2, dropout_rate=0.5, rngs=nnx.Rngs(0))
+    options = SoftMoEConfig(num_experts=2)
+    moe = SoftMoE(6, options, dropout_rate=0.5, rngs=nnx.Rngs(0))
     x = jnp.asarray(rng.standard_normal((1, 7, 6)), jnp.float32)
     np.testing.assert_array_equal(moe(x), moe(x))
     dropped = [moe(x, key=jax.random.key(k)) for k in (0, 1)]
@@ -53,7 +55,7 @@ def test_dropout_needs_a_key(rng):
 @pytest.mark.parametrize("experts", [0, -2, 1.5])
 def test_refuses_an_impossible_number_of_experts(experts):
     with pytest.raises(UserError, match=f"num_experts is {experts}"):
-        SoftMoE(6, num_experts=experts, rngs=nnx.Rngs(0))
+        SoftMoEConfig(num_experts=experts)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2, 2, 6), (2, 5, 7), (0, 5, 6), (2, 0, 6)])
@@ -63,8 +65,8 @@ def test_refuses_tokens_of_another_shape(moe, shape):
 
 
 def with_routing(routing, **options):
-    options = {"num_experts": 3, **options}
-    return SoftMoE(6, routing=routing, rngs=nnx.Rngs(0), **options)
+    options = SoftMoEConfig(num_experts=3, routing=routing, **options)
+    return SoftMoE(6, options, rngs=nnx.Rngs(0))
 
 
 def value_and_gradients(moe, x, *, weights=None, wrap=lambda f: f):
@@ -181,24 +183,33 @@ def test_learned_slots_are_parameters(rng):
         ({"slots": 0}, "slots is 0"),
         ({"slots": "learned", "slots_per_expert": 0}, "slots_per_expert is 0"),
         ({"slots_per_expert": 2}, "slots_per_expert is 2, but dynamic slots"),
-        ({"channels": 0}, "channels is 0"),
-        ({"hidden": 0}, "hidden is 0"),
-        ({"dropout_rate": 2}, r"dropout_rate is 2, but must lie in .0, 1."),
-        ({"dtype": "float16"}, "dtype is 'float16'.*'bfloat16'"),
     ],
 )
 def test_refuses_impossible_options(options, words):
     with pytest.raises(UserError, match=words):
-        SoftMoE(**{"channels": 6, "num_experts": 2, **options}, rngs=nnx.Rngs(0))
-
-
-def test_takes_the_dtypes_of_jax_and_numpy():
-    x = jnp.ones((1, 4, 6))
-    for dtype in (jnp.bfloat16, np.float32, jnp.dtype("bfloat16")):
-        moe = SoftMoE(6, num_experts=2, dtype=dtype, rngs=nnx.Rngs(0))
-        assert moe(x).dtype == jnp.dtype(dtype)
+        SoftMoEConfig(num_experts=2, **options)
 
 
 def test_refuses_fewer_tokens_than_experts(moe):
     with pytest.raises(UserError, match="2 tokens for num_experts = 3"):
         moe(jnp.zeros((1, 2, 6)))
+
+
+@pytest.mark.parametrize("routing", ["dense", "streaming"])
+def test_the_recipe_of_an_option(rng, routing):
+    recipe = recipes.load("An option of the routing")
+
+    def tempered(temperature):
+        options = recipe.TemperedConfig(num_experts=3, routing=routing, tempered=True)
+        moe = recipe.TemperedSoftMoE(6, options, rngs=nnx.Rngs(0))
+        moe.temperature[...] *= temperature
+        return moe
+
+    x = jnp.asarray(rng.standard_normal((1, 11, 6)), jnp.float32)
+    y = with_routing(routing)(x)
+    np.testing.assert_allclose(tempered(1)(x), y, atol=1e-6)
+    graphdef, params = nnx.split(tempered(2))
+    gradient = jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p)(x)).sum())(params)
+    assert abs(float(gradient.temperature[...][0])) > 1e-4
+    _, statistics = tempered(1e6)(x, return_routing="statistics")
+    np.testing.assert_allclose(statistics.dispatch_max, 1 / 11, rtol=1e-4)

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from swinsmt_jax import checks
 from swinsmt_jax.layers.patch import OCTANTS
-from swinsmt_jax.layers.soft_moe import check_options
+from swinsmt_jax.layers.soft_moe import SoftMoEConfig
 from swinsmt_jax.models.registry import NetworkConfig, PerStage, broadcast_to_tuple
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
@@ -85,40 +85,23 @@ class SwinUNETRConfig(NetworkConfig):
 
 
 @dataclass(frozen=True)
-class SwinSMTConfig(SwinUNETRConfig):
+class SwinSMTConfig(SoftMoEConfig, SwinUNETRConfig):
     """Swin SMT (Plotka et al., MICCAI 2024): Soft MoE in Swin UNETR's last stages.
 
     Attributes:
-        num_experts: experts E of every Soft MoE.
         num_moe_stages: in how many of the last stages the MLP is a Soft MoE.
-        routing: "dense" makes the weights of all tokens and slots, "streaming" never
-            holds more than a block of them, "auto" takes the faster. Equal up to
-            rounding. "cudnn" streams by cuDNN's kernel, with logits of bfloat16
-            operands, where its limits allow.
-        slots: "dynamic" makes as many slots as tokens, from the tokens, as published;
-            "learned" has parameters for `slots_per_expert`, as in the Soft MoE paper.
-        slots_per_expert: number of learned slots of each expert.
     """
 
-    num_experts: checks.Positive = dataclasses.field(kw_only=True)
     num_moe_stages: int = dataclasses.field(kw_only=True)
-    routing: str = "auto"
-    slots: str = "dynamic"
-    slots_per_expert: int = 0
 
     def __post_init__(self):
-        super().__post_init__()
+        SwinUNETRConfig.__post_init__(self)
+        SoftMoEConfig.__post_init__(self)
         checks.require(
             1 <= self.num_moe_stages <= len(self.depths),
             f"model.num_moe_stages is {self.num_moe_stages!r}, but must be a whole "
             f"number from 1 to {len(self.depths)}, the number of stages; a network "
             "without experts is SwinUNETRConfig.",
-        )
-        check_options(
-            "model.",
-            routing=self.routing,
-            slots=self.slots,
-            slots_per_expert=self.slots_per_expert,
         )
 
     @property

@@ -136,11 +136,4 @@ def _mlp(config, *, stage, channels, rngs):
     )
     if stage < len(config.depths) - config.num_moe_stages:
         return MLP(channels, **shared)
-    return SoftMoE(
-        channels,
-        num_experts=config.num_experts,
-        slots=config.slots,
-        slots_per_expert=config.slots_per_expert,
-        routing=config.routing,
-        **shared,
-    )
+    return SoftMoE(channels, config, **shared)

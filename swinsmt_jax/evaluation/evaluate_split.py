@@ -74,7 +74,7 @@ def evaluate_split(
 
     def segment():
         bar = tqdm(
-            processes.share(cases),
+            processes.shard(cases),
             desc=f"evaluating {split}",
             unit="case",
             disable=not processes.is_first(),
@@ -90,9 +90,9 @@ def evaluate_split(
         )
         return [(case.result, views_of(case)) for case in segmented]
 
-    cases = processes.together(find)
+    cases = processes.run_on_all(find)
     processes.require_same({"cases": [case.name for case in cases]})
-    found = processes.unshare(processes.together(segment))
+    found = processes.unshard(processes.run_on_all(segment))
     results, views = zip(*found, strict=True)
     groups = known_groups(groups, num_classes)
     about = {

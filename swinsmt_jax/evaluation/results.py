@@ -57,7 +57,7 @@ def write_results(
         files.write_text(output / "report.html", page)
 
     first = processes.is_first()
-    processes.together(lambda: write() if first else None)
+    processes.run_on_all(lambda: write() if first else None)
     return table
 
 

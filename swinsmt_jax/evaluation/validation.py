@@ -124,7 +124,7 @@ def validate(
     pictures = {}
 
     def segment():
-        own, found = processes.share(cases), []
+        own, found = processes.shard(cases), []
         segmented = segment_cases(
             predict,
             own,
@@ -139,7 +139,7 @@ def validate(
             found.append(case.result)
         return found
 
-    results = processes.unshare(processes.together(segment))
+    results = processes.unshard(processes.run_on_all(segment))
     if groups is None:
         groups = pipeline.class_map(data).groups
     evaluation = Evaluation(results, known_groups(groups, num_classes))

@@ -1,7 +1,7 @@
 """What several processes do together: wait, gather, share work and fail.
 
 Each process runs the same script. What concerns a file or the screen is done by the
-first one; what may fail on one alone runs in `together`, so that none waits in vain.
+first one; what may fail on one alone runs in `run_on_all`, so that none waits in vain.
 """
 
 import itertools
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 LONGEST_WAIT_MS = 24 * 3600 * 1000  # for the slowest process, such as in validation
 
-_meetings = itertools.count()
+_barriers = itertools.count()
 
 
 class SharedError(checks.UserError):
@@ -34,7 +34,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all processes are here.
 
     Needed before collectives of processes that may be minutes apart: on CPU, these wait
@@ -42,8 +42,8 @@ def meet() -> None:
     """
     if jax.process_count() == 1:
         return
-    barrier = multihost.get_barrier_sync_fn()
-    barrier(key=f"swinsmt_jax.{next(_meetings)}", timeout_ms=LONGEST_WAIT_MS)
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f"swinsmt_jax.{next(_barriers)}", timeout_ms=LONGEST_WAIT_MS)
 
 
 def compiled(function: jax.stages.Wrapped, *arguments) -> jax.stages.Compiled:
@@ -52,7 +52,7 @@ def compiled(function: jax.stages.Wrapped, *arguments) -> jax.stages.Compiled:
     Some find the program in the cache and some do not.
     """
     program = function.lower(*arguments).compile()
-    meet()
+    barrier()
     return program
 
 
@@ -63,7 +63,7 @@ def gather(value: T) -> list[T]:
     """
     if jax.process_count() == 1:
         return [value]
-    meet()
+    barrier()
     own = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(own.size)).ravel()
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few shapes
@@ -76,7 +76,7 @@ def gather(value: T) -> list[T]:
     ]
 
 
-def together(function: Callable[[], T]) -> T:
+def run_on_all(function: Callable[[], T]) -> T:
     """Call in all processes; return this one's result if none raised a `UserError`.
 
     Raises:
@@ -98,16 +98,16 @@ def together(function: Callable[[], T]) -> T:
 
 def on_first(function: Callable[[], object]) -> None:
     """Call in the first process alone; the others wait, and raise its `UserError`."""
-    together(lambda: function() if is_first() else None)
+    run_on_all(lambda: function() if is_first() else None)
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """Return this process's part of the items: every n-th for n processes."""
     return items[jax.process_index() :: jax.process_count()]
 
 
-def unshare(own: Sequence[T]) -> list[T]:
-    """Return what all processes made of their `share` of items, in the items' order."""
+def unshard(own: Sequence[T]) -> list[T]:
+    """Return what all processes made of their `shard` of items, in the items' order."""
     parts = gather(list(own))
     longest = max(len(part) for part in parts)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from swinsmt_jax.checks import UserError, did_you_mean, require
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.data.augmentation import Augmentations
-from swinsmt_jax.runtime import interrupts, processes
+from swinsmt_jax.runtime import processes, signals
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 
@@ -111,12 +111,12 @@ def run(command: ModuleType, *, program: str) -> None:
 def exit_on_user_error(script: str) -> Iterator[None]:
     """Make a `UserError` one line on stderr and exit status 2, without traceback.
 
-    A run that ended at a signal exits with `interrupts.STATUS`.
+    A run that ended at a signal exits with `signals.STATUS`.
     Of several processes, one that fails alone does not wait for the others.
     """
     try:
         yield
-    except interrupts.Interrupted as error:
+    except signals.Interrupted as error:
         if processes.is_first():
             print(f"{script}: {error}", file=sys.stderr)
         sys.exit(error.status)

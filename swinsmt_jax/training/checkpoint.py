@@ -213,7 +213,7 @@ def _restore(folder, like, *, origin):
         except DamagedError as error:
             return None, str(error)
 
-    state, damage = processes.together(attempt)
+    state, damage = processes.run_on_all(attempt)
     return state, next(filter(None, processes.gather(damage)), None)
 
 

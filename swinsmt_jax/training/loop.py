@@ -17,7 +17,7 @@ from absl import logging
 from swinsmt_jax import checks, sharding
 from swinsmt_jax.config import ExperimentConfig, TrainingConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.runtime import cost, interrupts, memory, processes, record
+from swinsmt_jax.runtime import cost, memory, processes, record, signals
 from swinsmt_jax.runtime.profile import Profile
 from swinsmt_jax.training import logs, setup
 from swinsmt_jax.training.checkpoint import Checkpoints, open_checkpoints, origin_of
@@ -64,12 +64,12 @@ def train(
         batch_size=config.data.batch_size,
         accumulate=training.accumulate,
     )
-    data, cases, held_out = processes.together(
+    data, cases, held_out = processes.run_on_all(
         lambda: setup.find_cases(
             config.data, num_classes=num_classes, validated=validate is not None
         )
     )
-    fingerprint = processes.together(lambda: pipeline.fingerprint(cases))
+    fingerprint = processes.run_on_all(lambda: pipeline.fingerprint(cases))
     processes.require_same({"the fingerprint of the training cases": fingerprint})
     config = dataclasses.replace(config, data=data)
     with locked(workdir):
@@ -93,7 +93,7 @@ def train(
             change = setup.read_start(start_from, resumed=state is not None)
             facts = {"mesh": dict(mesh.shape), "data": fingerprint}
             facts["first_step"] = done + 1
-            processes.together(lambda: record.add_start(workdir, facts))
+            processes.run_on_all(lambda: record.add_start(workdir, facts))
             if state is None:
                 state = start(change)
             if validate:
@@ -162,7 +162,7 @@ def _take_steps(run, state, train_step, *, batches, measure, profile_steps):
     """
     start, stop = int(state.step), run.training.num_steps
     with (
-        interrupts.listening() as listener,
+        signals.listening() as listener,
         contextlib.closing(batches),
         open_log(run.workdir, start=start, stop=stop) as log,
         Profile(
@@ -206,8 +206,8 @@ def _take_steps(run, state, train_step, *, batches, measure, profile_steps):
             # Stop.
             if signal and (validates or step < stop):
                 run.checkpoints.wait()
-                processes.meet()  # the launcher may end all with the first one
-                raise interrupts.Interrupted(signal, step=step, stop=stop)
+                processes.barrier()  # the launcher may end all with the first one
+                raise signals.Interrupted(signal, step=step, stop=stop)
             run.checkpoints.check()
 
             # Next.
@@ -296,7 +296,7 @@ def _validate(run, log, listener, state, values):
     poll = functools.partial(listener.poll, step, run.training.num_steps)
     try:
         result = run.validate(state.evaluated_params, poll)
-    except interrupts.Interrupted:
+    except signals.Interrupted:
         _record(run, log, step, values)
         run.checkpoints.wait()
         raise

@@ -113,7 +113,7 @@ def read_start(
         if processes.is_first():
             logging.warning("--start_from is ignored, since the run continues")
         return None
-    return processes.together(start_from)
+    return processes.run_on_all(start_from)
 
 
 def batches_after(

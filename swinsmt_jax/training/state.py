@@ -89,7 +89,7 @@ def changed(
     What `change` returns is logged; of several processes all call it.
     """
     model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.params))
-    for line in str(processes.together(lambda: change(model))).splitlines():
+    for line in str(processes.run_on_all(lambda: change(model))).splitlines():
         logging.info("%s", line)
     params = jax.device_put(models.split(model)[1], shardings_of(state.params))
     average = jax.tree.map(jnp.copy, params) if state.average else {}

@@ -68,7 +68,7 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
     keys = _flat(to_dict(config)).items()
     processes.require_same({k: v for k, v in keys if k not in MAY_DIFFER})
     processes.on_first(lambda: _claim(workdir, config))
-    processes.together(
+    processes.run_on_all(
         lambda: checks.require(
             (workdir / CONFIG).exists(),
             f"the workdir {workdir} is not the same folder for all processes; give a "

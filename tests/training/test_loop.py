@@ -12,7 +12,7 @@ import pytest
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.evaluation import validation
-from swinsmt_jax.runtime import interrupts
+from swinsmt_jax.runtime import signals
 from swinsmt_jax.training import checkpoint, logs, loop, losses
 from swinsmt_jax.training.logs import read_rows
 
@@ -190,7 +190,7 @@ def test_a_signal_saves_and_the_run_continues(
     with monkeypatch.context() as patch:
         patch.setattr(logs.Log, "row", signals_after_3)
         words = f"{number.name} received: stopped after step 4 of 7, which is saved"
-        with pytest.raises(interrupts.Interrupted, match=words) as error:
+        with pytest.raises(signals.Interrupted, match=words) as error:
             loop.train(config, workdir=tmp_path / "cut")
     assert error.value.status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
     assert list(by_step(tmp_path / "cut")) == [1, 2, 3, 4]
@@ -227,7 +227,7 @@ def test_a_signal_does_not_wait_for_validation(tmp_path, make_config, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(logs.Log, "row", signals_before)
         step = 4 if at == "in the last" else 2
-        with pytest.raises(interrupts.Interrupted, match=f"step {step} of 4, which is"):
+        with pytest.raises(signals.Interrupted, match=f"step {step} of 4, which is"):
             loop.train(config, workdir=tmp_path / "cut", validate=signals_within)
     assert len(validated) == (at != "before validation")
     assert checkpoint.load_model(tmp_path / "cut")[2] == {"step": step, "metrics": {}}

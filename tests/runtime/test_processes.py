@@ -6,15 +6,15 @@ from swinsmt_jax.runtime import processes
 
 def test_one_process_has_all_of_the_work():
     items = list(range(5))
-    assert processes.share(items) == items == processes.unshare(items)
+    assert processes.shard(items) == items == processes.unshard(items)
     assert processes.gather("x") == ["x"]
-    assert processes.together(lambda: 3) == 3
+    assert processes.run_on_all(lambda: 3) == 3
 
     def fail():
         raise UserError("bad file")
 
     with pytest.raises(UserError, match="bad file"):
-        processes.together(fail)
+        processes.run_on_all(fail)
 
 
 @pytest.fixture
@@ -35,17 +35,17 @@ def test_shared_items_come_back_in_order(as_process, count):
     parts = []
     for i in range(3):
         as_process(i, None)
-        parts.append(processes.share(items))
+        parts.append(processes.shard(items))
     as_process(1, parts)
-    assert processes.unshare(parts[1]) == items
+    assert processes.unshard(parts[1]) == items
 
 
 def test_an_error_of_one_process_is_raised_in_all(as_process):
     as_process(1, [None, None, "bad file in the last"])
     with pytest.raises(processes.SharedError, match="bad file in the last"):
-        processes.together(lambda: 3)
+        processes.run_on_all(lambda: 3)
     as_process(1, [None, None, None])
-    assert processes.together(lambda: 3) == 3
+    assert processes.run_on_all(lambda: 3) == 3
 
 
 def test_processes_with_other_values_are_refused(as_process):

@@ -12,12 +12,10 @@ train.py as --start_from.
 
 from pathlib import Path
 
-import jax
 import optax
 from absl import flags
-from flax import nnx
 
-from swinsmt_jax import checks, convert, models, sharding
+from swinsmt_jax import checks, convert, sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
 from swinsmt_jax.convert import files, starting_point
 from swinsmt_jax.runtime import record, startup
@@ -30,17 +28,17 @@ parse = startup.parse
 
 def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
     """Write a workdir whose only checkpoint, of step 0, holds the weights."""
-    model = models.create(config.model, rngs=nnx.Rngs(config.training.seed))
-    found = files.read(weights)
-    print(_load(model, found, partial=partial))
-    mesh = sharding.make_mesh(MeshConfig(data=1, expert=1))
-    _, abstract = state.abstract_state(config.model, optax.identity(), mesh=mesh)
-    fresh = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
-    _, params = models.split(model)
-    average = params if config.training.ema_decay else {}
-    first = state.TrainState(
-        fresh.step, params, fresh.opt_state, average, fresh.skipped
+    found, optimizer = files.read(weights), optax.identity()
+    graphdef, abstract = state.abstract_state(
+        config.model,
+        optimizer,
+        mesh=sharding.make_mesh(MeshConfig(data=1, expert=1)),
+        averaged=config.training.ema_decay > 0,
     )
+    first = state.initialize(
+        config.model, optimizer, seed=config.training.seed, abstract=abstract
+    )
+    first = state.changed(first, graphdef, lambda model: _load(model, found, partial))
     with locked(workdir):
         folder = open_workdir(workdir, config)
         with checkpoint.open_checkpoints(folder) as checkpoints:
@@ -54,10 +52,11 @@ def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
     print(f"written to {folder}")
 
 
-def _load(model, found, *, partial):
-    """Load the weights and return what to say of that."""
+def _load(model, found, partial):
+    """Load the weights, and say what became of them."""
     if partial:
-        return starting_point.load_what_fits(model, found)
+        print(starting_point.load_what_fits(model, found))
+        return ""
     try:
         convert.load_torch(model, found)
     except checks.UserError as error:
@@ -66,10 +65,11 @@ def _load(model, found, *, partial):
         ) from error
     known = convert.to_torch(model)
     more = len([name for name in found if name.removeprefix("module.") not in known])
-    return (
+    print(
         f"{len(found) - more} parameters loaded, and all that the network has; {more} "
         "buffers of the weights not needed"
     )
+    return ""
 
 
 def to_torch(*, workdir: str, output: str, step: str | None) -> None:

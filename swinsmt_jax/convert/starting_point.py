@@ -113,7 +113,10 @@ def _as_published(state_dict, own):
     )
     if encoder_alone and any(n.startswith("patch_embed.") for n in names):
         names = [f"swinViT.{name}" for name in names]
-    names = [re.sub(r"\.fc([12])\.", r".linear\1.", name) for name in names]
+    names = [
+        name if name in own else re.sub(r"\.fc([12])\.", r".linear\1.", name)
+        for name in names
+    ]
     arrays = dict(zip(names, state_dict.values(), strict=True))
     return {
         name: array

@@ -5,6 +5,7 @@ from flax import nnx
 
 from swinsmt_jax import SwinSMTConfig, convert, models
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.models import registry
 from swinsmt_jax.models.nnformer import NNFormerConfig
 from swinsmt_jax.models.nnunet import PlainConvUNetConfig
 
@@ -48,6 +49,17 @@ def test_a_scalar_stays_a_scalar(model, state_dict):
     assert written["temperature"].shape == ()
     convert.load_torch(model, state_dict | {"temperature": np.float32(0.5)})
     assert model.temperature[...] == 0.5 and model.temperature.shape == ()
+
+
+def test_names_that_are_the_networks_own_are_kept():
+    entry = registry.entry("nnformer")  # with fc1 and fc2, as MONAI's older Swin
+    config = entry.config(in_channels=1, out_channels=2, **entry.tiny)
+    graphdef, shapes = nnx.split(
+        nnx.eval_shape(lambda: models.create(config, rngs=nnx.Rngs(0)))
+    )
+    model = nnx.merge(graphdef, jax.tree.map(lambda a: np.ones(a.shape, "f4"), shapes))
+    report = convert.load_what_fits(model, convert.to_torch(model))
+    assert not report.missing and not report.unused
 
 
 def test_expert_e_is_row_e(model, state_dict):

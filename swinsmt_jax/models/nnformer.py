@@ -92,19 +92,9 @@ class Project(nnx.Module):
     """
 
     def __init__(self, channels, features, *, strides, last, dtype, rngs):
-        def conv(inputs, strides):
-            return Conv(
-                inputs,
-                features,
-                kernel_size=3,
-                strides=strides,
-                use_bias=True,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-        self.conv1 = conv(channels, strides)
-        self.conv2 = conv(features, 1)
+        common = {"kernel_size": 3, "use_bias": True, "dtype": dtype, "rngs": rngs}
+        self.conv1 = Conv(channels, features, strides=strides, **common)
+        self.conv2 = Conv(features, features, **common)
         self.norm1 = LayerNorm(features, dtype=dtype)
         self.norm2 = None if last else LayerNorm(features, dtype=dtype)
 
@@ -118,19 +108,11 @@ class ConvEmbed(nnx.Module):
     """Convolutions that turn patches of 2 x 4 x 4 voxels into tokens."""
 
     def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
-        size, dtype = config.embedding_dim, config.dtype
-        self.proj1 = Project(
-            config.in_channels,
-            size // 2,
-            strides=(2, 2, 2),
-            last=False,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.proj2 = Project(
-            size // 2, size, strides=(1, 2, 2), last=True, dtype=dtype, rngs=rngs
-        )
-        self.norm = LayerNorm(size, dtype=dtype)
+        size, common = config.embedding_dim, {"dtype": config.dtype, "rngs": rngs}
+        channels, half = config.in_channels, size // 2
+        self.proj1 = Project(channels, half, strides=(2, 2, 2), last=False, **common)
+        self.proj2 = Project(half, size, strides=(1, 2, 2), last=True, **common)
+        self.norm = LayerNorm(size, dtype=config.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C_in] to tokens [B, D/2, H/4, W/4, C]."""
@@ -141,16 +123,9 @@ class Downsample(nnx.Module):
     """GELU, layer norm and a convolution that halves the grid."""
 
     def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
+        common = {"kernel_size": 3, "use_bias": True, "dtype": dtype, "rngs": rngs}
         self.norm = LayerNorm(channels, dtype=dtype)
-        self.reduction = Conv(
-            channels,
-            2 * channels,
-            kernel_size=3,
-            strides=2,
-            use_bias=True,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.reduction = Conv(channels, 2 * channels, strides=2, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to [B, D/2, H/2, W/2, 2C]."""
@@ -207,11 +182,7 @@ class SkipBlock(nnx.Module):
 class EncoderStage(nnx.Module):
     """Blocks without and with shift in turn; then the grid is halved, but for the last.
 
-    Args:
-        config: the network's.
-        stage: 0-based index.
-        rates: of drop path, one a block.
-        rngs: initialises the parameters.
+    `stage` is the 0-based index, `rates` are those of drop path, one a block.
     """
 
     def __init__(self, config: NNFormerConfig, *, stage: int, rates, rngs: nnx.Rngs):
@@ -233,10 +204,7 @@ class EncoderStage(nnx.Module):
 
 
 class DecoderStage(nnx.Module):
-    """Double the grid, attend to the skip, then blocks with shift.
-
-    Args: as of `EncoderStage`.
-    """
+    """Double the grid, attend to the skip, then blocks with shift."""
 
     def __init__(self, config: NNFormerConfig, *, stage: int, rates, rngs: nnx.Rngs):
         channels, dtype = config.embedding_dim * 2**stage, config.dtype
@@ -312,24 +280,6 @@ class Decoder(nnx.Module):
         return x
 
 
-class Expand(nnx.Module):
-    """A transposed convolution from tokens to the logits of their voxels."""
-
-    def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
-        self.up = UpConv(
-            config.embedding_dim,
-            config.out_channels,
-            strides=config.patch_size,
-            use_bias=True,
-            dtype=config.dtype,
-            rngs=rngs,
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, D/2, H/4, W/4, C] to [B, D, H, W, K]."""
-        return self.up(x)
-
-
 class NNFormer(Network):
     """nnFormer. Its last layer is a transposed convolution, so it has no `head`."""
 
@@ -337,7 +287,15 @@ class NNFormer(Network):
         super().__init__(config)
         self.model_down = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-        self.final = Expand(config, rngs=rngs)
+        up = UpConv(
+            config.embedding_dim,
+            config.out_channels,
+            strides=config.patch_size,
+            use_bias=True,
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+        self.final = nnx.Dict(up=up)
 
     def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Segment a batch of volumes; see `Network`."""
@@ -346,7 +304,7 @@ class NNFormer(Network):
         skips = self.model_down(x, key=fold_in(key, 0))
         x = self.decoder(skips, key=fold_in(key, 1))
         with jax.named_scope("head"):
-            return self.final(x).astype(jnp.float32)
+            return self.final.up(x).astype(jnp.float32)
 
 
 def _rates(depths, highest):

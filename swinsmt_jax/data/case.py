@@ -9,7 +9,7 @@ import numpy as np
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
-from swinsmt_jax.data import nifti
+from swinsmt_jax.data import nifti, resampling
 from swinsmt_jax.data.sample import Sample
 
 CLASS = "{class}"  # stands for the name of a class in the path of masks
@@ -154,8 +154,10 @@ def resampled(sample: Sample, spacing: float) -> Sample:
     """Return a sample of cubic voxels of this side in mm; 0 keeps its own."""
     if spacing == 0:
         return sample
-    image, affine = nifti.resample(
+    image, affine = resampling.resample(
         sample.image, sample.affine, spacing=spacing, order=1
     )
-    label, _ = nifti.resample(sample.label, sample.affine, spacing=spacing, order=0)
+    label, _ = resampling.resample(
+        sample.label, sample.affine, spacing=spacing, order=0
+    )
     return replace(sample, image=image, label=label, affine=affine)

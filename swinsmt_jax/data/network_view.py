@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swinsmt_jax.data import nifti, transforms
-from swinsmt_jax.data.sample import foreground_box
+from swinsmt_jax.data import resampling, transforms
+from swinsmt_jax.data.sample import foreground_box, voxel_step
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,13 @@ def network_view(
     """
     image, own = hu, affine
     if spacing:
-        image, own = nifti.resample(hu, affine, spacing=spacing, order=1)
+        image, own = resampling.resample(hu, affine, spacing=spacing, order=1)
     foreground = foreground_box(image, air=hu_range[0])
-    start = np.eye(4)
-    start[:3, 3] = [part.start for part in foreground]
+    start = voxel_step([part.start for part in foreground])
     image = transforms.scaled(image[foreground], hu_range=hu_range)[..., None]
     if own is affine:
         return NetworkView(image, hu.shape, foreground, None)
-    positions = nifti.positions(hu.shape, affine, on=own @ start)
+    positions = resampling.positions(hu.shape, affine, on=own @ start)
     box = tuple(
         slice(*np.searchsorted(axis, (-0.5, n - 0.5)).tolist())
         for axis, n in zip(positions, image.shape, strict=False)

@@ -1,4 +1,4 @@
-"""NIfTI volumes in RAS orientation: load, resample, save. Owns the affine."""
+"""NIfTI volumes in RAS orientation: load and save. Owns the affine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,12 +7,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
-from scipy import ndimage
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.data import nifti_file
-from swinsmt_jax.data.label_resampling import fill_most
+from swinsmt_jax.data.resampling import fill_most
 from swinsmt_jax.runtime.files import replacing
 
 GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
@@ -184,76 +183,6 @@ def require_same_grid(volume: Volume, reference: Volume) -> None:
         f"from those of {reference.path}, more than the {GRID_TOLERANCE} allowed; a "
         "segmentation must lie on the voxel grid of its CT: resample it.",
     )
-
-
-def resample(
-    array: np.ndarray, affine: np.ndarray, *, spacing: float, order: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resample to cubic voxels of side `spacing` mm, keeping the outer edges in place.
-
-    Args:
-        array: [X, Y, Z].
-        affine: [4, 4] of the array.
-        spacing: voxel side in mm.
-        order: 0 for label ids: each new voxel has the id that fills most of it; 1 for
-            linear interpolation (CT), after smoothing with a standard deviation of half
-            of what a voxel grows by.
-
-    Returns:
-        The new array and its affine.
-
-    Raises:
-        UserError: for a new shape of absurd size.
-    """
-    ratio = spacing / np.array(spacing_of(affine))
-    if np.allclose(ratio, 1.0, atol=1e-4):
-        return array, affine
-    shape = [
-        int(max(1, np.rint(n / r))) for n, r in zip(array.shape, ratio, strict=True)
-    ]
-    sides = " x ".join(f"{side:g}" for side in spacing_of(affine))
-    checks.require(
-        nifti_file.is_possible(shape),
-        f"a scan of {array.shape} voxels of {sides} mm would have {tuple(shape)} at "
-        f"{spacing:g} mm, but may have at most {nifti_file.MAX_VOXELS}, and "
-        f"{nifti_file.MAX_SIDE} along an axis; mend the spacing in its header, or "
-        "leave the scan out.",
-    )
-    offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
-    if order > 0 and (ratio > 1).any():  # what the new grid cannot show must not alias
-        sigma = np.maximum(0, (ratio - 1) / 2)
-        smooth = ndimage.gaussian_filter(
-            array.astype(np.float32), sigma, mode="nearest"
-        )
-        whole = np.issubdtype(array.dtype, np.integer)
-        array = np.rint(smooth).astype(array.dtype) if whole else smooth
-    if order == 0:
-        resampled = fill_most(array, ratio, offset, shape)
-    else:
-        resampled = ndimage.affine_transform(
-            array, ratio, offset, tuple(shape), order=order, mode="nearest"
-        )
-    step = np.eye(4)
-    step[:3, :3] = np.diag(ratio)
-    step[:3, 3] = offset
-    return resampled, affine @ step
-
-
-def positions(
-    shape: tuple[int, ...], affine: np.ndarray, *, on: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Return where the voxels of one grid lie on another with the same axes.
-
-    Args:
-        shape: of the grid.
-        affine: [4, 4] of the grid.
-        on: affine [4, 4] of the other grid.
-
-    Returns:
-        For each axis the positions in voxels of the other grid, float64.
-    """
-    step = np.linalg.inv(on) @ affine
-    return tuple(step[a, a] * np.arange(n) + step[a, 3] for a, n in enumerate(shape))
 
 
 def save_labels(

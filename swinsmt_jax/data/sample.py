@@ -58,9 +58,8 @@ class Sample:
 
     def read(self, box: Sequence[slice]) -> "Sample":
         """Return the voxels of a box."""
-        box, step = tuple(box), np.eye(4)
-        step[:3, 3] = [part.start for part in box]
-        affine = self.affine @ step
+        box = tuple(box)
+        affine = self.affine @ voxel_step([part.start for part in box])
         return replace(
             self, image=self.image[box], label=self.label[box], affine=affine
         )
@@ -70,3 +69,12 @@ def foreground_box(image: np.ndarray, *, air: float) -> tuple[slice, ...]:
     """Return the smallest box around the voxels > air; all of an image without any."""
     found = ndimage.find_objects((image > air).view(np.uint8))
     return found[0] if found else tuple(slice(0, n) for n in image.shape)
+
+
+def voxel_step(
+    offset: Sequence[float], scale: Sequence[float] = (1.0, 1.0, 1.0)
+) -> np.ndarray:
+    """Return the affine [4, 4] from the voxels of a new grid to those of an old one."""
+    step = np.diag([*scale, 1.0])
+    step[:3, 3] = offset
+    return step

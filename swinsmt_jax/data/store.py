@@ -25,7 +25,7 @@ from absl import logging
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import meta, volume_file
-from swinsmt_jax.data.sample import Sample, foreground_box
+from swinsmt_jax.data.sample import Sample, foreground_box, voxel_step
 from swinsmt_jax.runtime import files
 
 FORMAT = 1
@@ -108,9 +108,8 @@ class StoredCase:
                 for p in ("image", "label")
             ]
             image, label = (part.result() for part in parts)
-        step = np.eye(4)
-        step[:3, 3] = [part.start or 0 for part in box]
-        return Sample(image, label, self.affine @ step, self.name)
+        affine = self.affine @ voxel_step([part.start or 0 for part in box])
+        return Sample(image, label, affine, self.name)
 
     def bounds(self, air: float) -> tuple[slice, slice, slice]:
         """Return the smallest box around the voxels with HU > air: crops lie in it.

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from swinsmt_jax.data.interpolation import interpolate
-from swinsmt_jax.data.sample import Sample, foreground_box
+from swinsmt_jax.data.sample import Sample, foreground_box, voxel_step
 from swinsmt_jax.data.store import StoredCase
 
 
@@ -82,7 +82,7 @@ def enlarge(sample: Sample, *, shape: Sequence[int]) -> Sample:
     label = sample.label
     for axis in (2, 1, 0):
         label = label.take(np.floor(places[axis] + 0.5).astype(int), axis)
-    affine = sample.affine @ _step(ratio, offset)
+    affine = sample.affine @ voxel_step(offset, ratio)
     return replace(sample, image=image, label=label, affine=affine)
 
 
@@ -93,15 +93,7 @@ def pad(sample: Sample, *, shape: Sequence[int], air: float) -> Sample:
         return sample
     width = [(m // 2, m - m // 2) for m in missing]
     image = np.pad(sample.image, width, constant_values=air)
-    affine = sample.affine @ _step(np.ones(3), -np.array([w[0] for w in width], float))
+    affine = sample.affine @ voxel_step([-w[0] for w in width])
     return replace(
         sample, image=image, label=np.pad(sample.label, width), affine=affine
     )
-
-
-def _step(scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Affine [4, 4] that maps new voxel indices to old ones."""
-    step = np.eye(4)
-    step[:3, :3] = np.diag(scale)
-    step[:3, 3] = offset
-    return step

@@ -9,7 +9,7 @@ import pytest
 from nibabel import orientations
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import nifti
+from swinsmt_jax.data import nifti, resampling
 
 SHAPE = (5, 6, 7)
 AFFINE = np.array([[2.0, 0, 0, -5], [0, 2, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
@@ -60,7 +60,9 @@ def test_resampled_labels_return_to_the_grid_of_their_file(tmp_path, write):
     array = np.kron(np.arange(27).reshape(3, 3, 3), np.ones((4, 4, 4))).astype(np.uint8)
     affine = np.diag([-1.0, 1, 1, 1])
     like = nifti.load_labels(write(tmp_path / "fine.nii.gz", array, affine))
-    coarse, coarse_affine = nifti.resample(like.array, like.affine, spacing=2, order=0)
+    coarse, coarse_affine = resampling.resample(
+        like.array, like.affine, spacing=2, order=0
+    )
     assert coarse.shape == (6, 6, 6)
     like = replace(like, array=coarse, affine=coarse_affine)
     nifti.save_labels(tmp_path / "back.nii.gz", coarse, like=like)
@@ -75,7 +77,7 @@ def test_resampling_keeps_every_voxel_at_its_place_in_the_world():
     world = affine[:3, :3] @ index + affine[:3, 3:]
     ramp = (world[0] + 2 * world[1] - world[2]).reshape(20, 24, 16).astype(np.float32)
     for spacing in (1.5, 2.0, 3.3):
-        new, new_affine = nifti.resample(ramp, affine, spacing=spacing, order=1)
+        new, new_affine = resampling.resample(ramp, affine, spacing=spacing, order=1)
         np.testing.assert_allclose(nifti.spacing_of(new_affine), spacing)
         index = np.indices(new.shape).reshape(3, -1)
         world = new_affine[:3, :3] @ index + new_affine[:3, 3:]
@@ -89,7 +91,8 @@ def test_resampling_keeps_every_voxel_at_its_place_in_the_world():
 def test_resampling_to_the_own_spacing_changes_nothing():
     array = np.zeros((3, 3, 3), np.uint8)
     assert (
-        nifti.resample(array, np.diag([2.0, 2, 2, 1]), spacing=2, order=0)[0] is array
+        resampling.resample(array, np.diag([2.0, 2, 2, 1]), spacing=2, order=0)[0]
+        is array
     )
 
 
@@ -254,7 +257,7 @@ def test_resampled_labels_neither_move_nor_grow(rng, ratio):
             first = rng.integers(3, 8, 3) + (x, 0, 0)
             end = first + rng.integers(14, 21, 3)
             label[tuple(slice(a, b) for a, b in zip(first, end, strict=True))] = number
-        new, affine = nifti.resample(label, np.eye(4), spacing=ratio, order=0)
+        new, affine = resampling.resample(label, np.eye(4), spacing=ratio, order=0)
         assert set(np.unique(new)) == {0, 1, 2}
         for number in (1, 2):
             before, after = (np.argwhere(a == number) for a in (label, new))
@@ -268,12 +271,12 @@ def test_resampled_labels_neither_move_nor_grow(rng, ratio):
 def test_labels_at_a_border_halfway_are_shared(tmp_path):
     label = np.zeros((8, 8, 8), np.uint8)
     label[3:] = 1
-    new, _ = nifti.resample(label, np.eye(4), spacing=2, order=0)
+    new, _ = resampling.resample(label, np.eye(4), spacing=2, order=0)
     assert (new[0] == 0).all() and (new[2:] == 1).all()
     assert new[1].sum() == 8  # of 16
     label[:] = 0
     label[7, 7, 7] = 5  # beyond the new grid of 2 voxels
-    new, _ = nifti.resample(label, np.eye(4), spacing=3.4, order=0)
+    new, _ = resampling.resample(label, np.eye(4), spacing=3.4, order=0)
     assert new.shape == (2, 2, 2) and not new.any()
 
 
@@ -282,7 +285,7 @@ def test_resampling_to_absurd_size_is_refused():
     for order in (0, 1):
         with pytest.raises(checks.UserError, match="900 mm would have .3600, 3600"):
             affine = np.diag([900.0, 900, 900, 1])
-            nifti.resample(array, affine, spacing=1.5, order=order)
+            resampling.resample(array, affine, spacing=1.5, order=order)
 
 
 @pytest.mark.parametrize(

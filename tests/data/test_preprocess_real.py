@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from swinsmt_jax.data import import_scan, nifti, preprocess, store
+from swinsmt_jax.data import import_scan, nifti, preprocess, resampling, store
 
 SPACING = 1.5
 
@@ -36,7 +36,9 @@ def test_real_structures_return_from_another_spacing(imported, tmp_path):
     case = stored(source, tmp_path / "store", spacing=SPACING)
     assert min(case.shape) > 180
     sample, (spacing, *_) = case.read(), truth.spacing
-    back, affine = nifti.resample(sample.label, sample.affine, spacing=spacing, order=0)
+    back, affine = resampling.resample(
+        sample.label, sample.affine, spacing=spacing, order=0
+    )
     np.testing.assert_allclose(affine, truth.affine, atol=1e-3)
     counts = np.bincount(truth.array.ravel(), minlength=118)
     large = np.flatnonzero(counts > 1000)[1:]

@@ -1,0 +1,126 @@
+"""Scans and label ids on another grid."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage, sparse
+
+from swinsmt_jax import checks
+from swinsmt_jax.data import nifti_file
+from swinsmt_jax.data.sample import voxel_step
+
+TIE = 1e-5  # shares of a voxel that differ by less are equal
+
+
+def resample(
+    array: np.ndarray, affine: np.ndarray, *, spacing: float, order: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resample to cubic voxels of side `spacing` mm, keeping the outer edges in place.
+
+    Args:
+        array: [X, Y, Z].
+        affine: [4, 4] of the array.
+        spacing: voxel side in mm.
+        order: 0 for label ids: each new voxel has the id that fills most of it; 1 for
+            linear interpolation (CT), after smoothing with a standard deviation of half
+            of what a voxel grows by.
+
+    Returns:
+        The new array and its affine.
+
+    Raises:
+        UserError: for a new shape of absurd size.
+    """
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    ratio = spacing / sides
+    if np.allclose(ratio, 1.0, atol=1e-4):
+        return array, affine
+    shape = [
+        int(max(1, np.rint(n / r))) for n, r in zip(array.shape, ratio, strict=True)
+    ]
+    checks.require(
+        nifti_file.is_possible(shape),
+        f"a scan of {array.shape} voxels of {' x '.join(f'{s:g}' for s in sides)} mm "
+        f"would have {tuple(shape)} at {spacing:g} mm, but may have at most "
+        f"{nifti_file.MAX_VOXELS}, and {nifti_file.MAX_SIDE} along an axis; mend the "
+        "spacing in its header, or leave the scan out.",
+    )
+    offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
+    if order == 0:
+        resampled = fill_most(array, ratio, offset, shape)
+        return resampled, affine @ voxel_step(offset, ratio)
+    if (ratio > 1).any():  # what the new grid cannot show must not alias
+        sigma = np.maximum(0, (ratio - 1) / 2)
+        smooth = ndimage.gaussian_filter(
+            array.astype(np.float32), sigma, mode="nearest"
+        )
+        whole = np.issubdtype(array.dtype, np.integer)
+        array = np.rint(smooth).astype(array.dtype) if whole else smooth
+    resampled = ndimage.affine_transform(
+        array, ratio, offset, tuple(shape), order=order, mode="nearest"
+    )
+    return resampled, affine @ voxel_step(offset, ratio)
+
+
+def positions(
+    shape: tuple[int, ...], affine: np.ndarray, *, on: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Return where the voxels of one grid lie on another with the same axes.
+
+    Args:
+        shape: of the grid.
+        affine: [4, 4] of the grid.
+        on: affine [4, 4] of the other grid.
+
+    Returns:
+        For each axis the positions in voxels of the other grid, float64.
+    """
+    step = np.linalg.inv(on) @ affine
+    return tuple(step[a, a] * np.arange(n) + step[a, 3] for a, n in enumerate(shape))
+
+
+def fill_most(
+    array: np.ndarray,
+    step: Sequence[float],
+    offset: Sequence[float],
+    shape: Sequence[int],
+) -> np.ndarray:
+    """Return for each voxel of another grid the label id that fills most of it.
+
+    Step and offset as in `ndimage.affine_transform`. Where two ids fill equal shares,
+    as at every second face when voxels double, one wins in the even voxels and the
+    other in the odd ones, like a chessboard: nothing moves, grows or shrinks.
+    """
+    grids = zip(array.shape, shape, step, offset, strict=True)
+    shares = [_overlaps(*grid) for grid in grids]
+    found, best = np.zeros(shape, array.dtype), np.zeros(shape, np.float32)
+    background = np.ones(shape, np.float32)
+    signs = [(1 - np.arange(n) % 2 * 2).astype(np.float32) for n in shape]
+    margin = TIE * np.einsum("i,j,k->ijk", *signs)
+    for number, box in enumerate(ndimage.find_objects(array), start=1):
+        if box is None:
+            continue
+        parts = [weights[:, side] for weights, side in zip(shares, box, strict=True)]
+        hits = [np.flatnonzero(np.diff(part.indptr)) for part in parts]
+        if not all(map(len, hits)):  # beyond the new grid
+            continue
+        place = tuple(slice(hit[0], hit[-1] + 1) for hit in hits)
+        share = (array[box] == number).astype(np.float32)
+        for part, rows in zip(parts, place, strict=True):  # each axis in turn is first
+            share = (part[rows] @ share.reshape(part.shape[1], -1)).T
+        share = share.reshape(best[place].shape)
+        background[place] -= share
+        wins = share > best[place] + margin[place]
+        found[place][wins], best[place][wins] = number, share[wins]
+    found[background > best + margin] = 0
+    return found
+
+
+def _overlaps(n, new, step, offset):
+    """Return which share [new, n] of each new voxel each old one has, along an axis."""
+    centre = np.clip(np.arange(new) * step + offset + 0.5, 0, n)[:, None]
+    first, end = np.clip((centre - step / 2, centre + step / 2), 0, n)
+    edge = np.arange(n)
+    width = np.clip(np.minimum(end, edge + 1) - np.maximum(first, edge), 0, None)
+    width[width < TIE * step] = 0
+    return sparse.csr_array((width / width.sum(1, keepdims=True)).astype(np.float32))

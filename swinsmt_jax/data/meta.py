@@ -74,6 +74,9 @@ def read(root: Path, *, refused: dict[str, str] | None = None) -> dict[str, str]
         UserError: for a file that is no such table, and as `collect`.
     """
     path = root / META
+    checks.require(
+        path.is_file(), f"{path} does not exist, but names the split of every case."
+    )
     columns, rows = _table(path)
     needed = ("image_id", "split")
     for column in needed:

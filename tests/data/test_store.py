@@ -262,6 +262,10 @@ def test_what_cannot_be_a_store_is_refused(source, root, tmp_path):
     with pytest.raises(checks.UserError, match="holds other files"):
         write_all(source, tmp_path)
     (tmp_path / "store.json").write_text('{"format": 9, "options": {}}')
+    lost = shutil.copytree(root, tmp_path / "lost")
+    (lost / "meta.csv").unlink()
+    with pytest.raises(checks.UserError, match="meta.csv does not exist"):
+        store.find_cases(lost, split="train")
     with pytest.raises(checks.UserError, match="format 9, but this version reads 1"):
         store.find_cases(tmp_path, split="train")
 

@@ -73,10 +73,6 @@ def _splits(root, splits, refused, *, where):
     """Return {case: split}, from meta.csv or from lists of cases."""
     checks.require(root.is_dir(), f"data folder {root} does not exist.")
     if splits == meta.META:
-        checks.require(
-            (root / meta.META).is_file(),
-            f"{where}: splits is {splits!r}, but {root} has no such file.",
-        )
         return meta.read(root, refused=refused)
     checks.require(
         isinstance(splits, dict) and all(isinstance(x, list) for x in splits.values()),

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from swinsmt_jax.data import nifti
 from swinsmt_jax.evaluation.metrics import DICE
-from swinsmt_jax.evaluation.validation import Segmented
+from swinsmt_jax.evaluation.scoring import Segmented
 from swinsmt_jax.inference.pictures import (
     INK,
     PLANES,
@@ -78,7 +79,8 @@ def panel(case: Segmented) -> np.ndarray:
 
 
 def _view(case: Segmented, plane: str) -> View:
-    return cut(plane, case.image, case.truth, case.prediction, case.spacing)
+    scan, spacing = case.scan, nifti.spacing_of(case.scan.affine)
+    return cut(plane, scan.image, scan.label, case.prediction, spacing)
 
 
 def _panels(rows: Sequence[Sequence[View]], *, scale: float):

@@ -13,12 +13,11 @@ from swinsmt_jax.data import nifti
 from swinsmt_jax.data.case import Case, load_case
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
-from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.metrics import chosen_metrics
+from swinsmt_jax.evaluation.pictures import views_of
 from swinsmt_jax.evaluation.results import about_surfaces, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation, score
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.evaluation.validation import Segmented
 from swinsmt_jax.runtime.files import make_folder
 from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
 
@@ -105,18 +104,15 @@ def _evaluate(case, *, folder, classes, metrics, threads):
         truth.image, truth.affine, truth.source_affine, truth.source_shape, case.ct
     )
     prediction = load_prediction(_file(folder, case), classes=classes, like=scan)
-    result = score(
-        case.name,
+    case = score(
+        truth,
         prediction,
-        truth.label,
         seconds=math.nan,
-        spacing=scan.spacing,
         num_classes=classes.num_classes,
         metrics=metrics,
         workers=threads,
     )
-    segmented = Segmented(result, truth.image, truth.label, prediction, scan.spacing)
-    return result, pictures.views_of(segmented)
+    return case.result, views_of(case)
 
 
 def _file(folder: Path, case: Case) -> Path:

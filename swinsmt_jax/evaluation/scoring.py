@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from swinsmt_jax import labels
+from swinsmt_jax.data import nifti
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation.averages import averages, group_averages
 from swinsmt_jax.evaluation.metrics import (
     METRICS,
@@ -44,6 +46,15 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
+class Segmented:
+    """A scan with its labels, a prediction of them `[X, Y, Z]`, and what is right."""
+
+    scan: Sample
+    prediction: np.ndarray
+    result: CaseResult
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The results of cases, and how their scores are averaged and named.
 
@@ -79,20 +90,20 @@ class Evaluation:
 
 
 def score(
-    name: str,
+    scan: Sample,
     prediction: np.ndarray,
-    truth: np.ndarray,
     *,
     seconds: float,
-    spacing: Sequence[float],
     num_classes: int,
     metrics: Sequence[Metric],
     workers: int | None = None,
-) -> CaseResult:
-    """Compare two label maps `[X, Y, Z]` of a case.
+) -> Segmented:
+    """Compare a prediction `[X, Y, Z]` with a scan's labels.
 
     Arguments as in `Pair` and `CaseResult`; `metrics` as from `chosen_metrics`.
     """
-    counts = overlap_counts(prediction, truth, num_classes=num_classes)
-    pair = Pair(prediction, truth, counts, spacing, workers)
-    return CaseResult(name, counts, seconds, {m.name: m.compute(pair) for m in metrics})
+    counts = overlap_counts(prediction, scan.label, num_classes=num_classes)
+    spacing = nifti.spacing_of(scan.affine)
+    pair = Pair(prediction, scan.label, counts, spacing, workers)
+    scores = {metric.name: metric.compute(pair) for metric in metrics}
+    return Segmented(scan, prediction, CaseResult(scan.name, counts, seconds, scores))

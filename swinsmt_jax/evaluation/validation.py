@@ -2,42 +2,22 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig, InferenceConfig
-from swinsmt_jax.data import nifti, pipeline
+from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.network_view import network_view
 from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.metrics import DICE, Metric
-from swinsmt_jax.evaluation.scoring import CaseResult, Evaluation, score
+from swinsmt_jax.evaluation.scoring import Evaluation, Segmented, score
 from swinsmt_jax.inference.segment import segment
 from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.runtime import processes
 
 PICTURES = 3  # cases drawn in a validation
-
-
-@dataclass(frozen=True)
-class Segmented:
-    """A case with its prediction; volumes are `[D, H, W]` in RAS orientation.
-
-    Attributes:
-        result: the counts.
-        image: HU, int16.
-        truth: class ids, uint8.
-        prediction: class ids, uint8.
-        spacing: sides of a voxel in mm.
-    """
-
-    result: CaseResult
-    image: np.ndarray
-    truth: np.ndarray
-    prediction: np.ndarray
-    spacing: tuple[float, ...]
 
 
 def segment_cases(
@@ -83,18 +63,13 @@ def segment_cases(
             inference=inference,
             sharding=sharding,
         )
-        seconds = time.perf_counter() - start
-        spacing = nifti.spacing_of(scan.affine)
-        result = score(
-            case.name,
+        yield score(
+            scan,
             prediction,
-            scan.label,
-            seconds=seconds,
-            spacing=spacing,
+            seconds=time.perf_counter() - start,
             num_classes=num_classes,
             metrics=metrics,
         )
-        yield Segmented(result, scan.image, scan.label, prediction, spacing)
 
 
 def validate(

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.metrics import DICE
 from swinsmt_jax.evaluation.scoring import score
-from swinsmt_jax.evaluation.validation import Segmented
 from swinsmt_jax.inference.pictures import colors_of
 
 RIGHT, LEFT, HEAD, FRONT = 1, 2, 3, 4
@@ -20,10 +20,9 @@ def body(name="s0001", errors=0, spacing=(2.0, 1.0, 3.0)):
     truth[8:12, 12:, 10:14] = FRONT
     prediction = truth.copy()
     prediction[16 : 16 + errors] = 0
-    options = dict(seconds=1.0, spacing=spacing, num_classes=5, metrics=[DICE])
-    result = score(name, prediction, truth, **options)
     image = np.full(truth.shape, 40, np.int16)
-    return Segmented(result, image, truth, prediction, spacing)
+    scan = Sample(image, truth, np.diag([*spacing, 1.0]), name)
+    return score(scan, prediction, seconds=1.0, num_classes=5, metrics=[DICE])
 
 
 def centre(labels, number):
@@ -60,7 +59,7 @@ def test_the_planes_with_most_structures_are_cut():
 
 def test_a_scan_without_any_label_has_views():
     empty = body()
-    empty.truth[:] = 0
+    empty.scan.label[:] = 0
     assert len(pictures.views_of(empty).views) == 3
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import labels
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import tables
 from swinsmt_jax.evaluation.metrics import DICE
 from swinsmt_jax.evaluation.results import write_json, write_per_case, write_per_class
@@ -16,15 +17,10 @@ GROUPS = {"organs": (1, 2), "ribs": (3,)}
 
 
 def scored(name, prediction, truth, *, seconds=1.0, num_classes=4):
-    return score(
-        name,
-        np.array(prediction),
-        np.array(truth),
-        seconds=seconds,
-        spacing=(1.0, 1.0, 1.0),
-        num_classes=num_classes,
-        metrics=[DICE],
-    )
+    prediction, truth = (np.array(x)[:, None, None] for x in (prediction, truth))
+    scan = Sample(truth, truth, np.eye(4), name)
+    options = dict(seconds=seconds, num_classes=num_classes, metrics=[DICE])
+    return score(scan, prediction, **options).result
 
 
 @pytest.fixture

@@ -88,10 +88,9 @@ def test_what_is_absent_and_predicted_is_counted_but_not_averaged(cases):
 def test_segmented_cases_carry_what_pictures_need(cases):
     for case, source in zip(segmented(cases), cases, strict=True):
         assert case.result.name == source.name and case.result.seconds > 0
-        assert case.image.shape == case.truth.shape == case.prediction.shape
+        assert case.scan is source
         np.testing.assert_array_equal(case.prediction, source.label)
         assert case.prediction.dtype == np.uint8
-        assert case.spacing == (2.0, 3.0, 4.0)
 
 
 @pytest.mark.parametrize("window_batch, batch", [(1, 8), (8, 8), (11, 16)])
@@ -130,5 +129,5 @@ def test_outside_the_foreground_is_background(cases):
     inside[2:30, :, 3:] = True
     cases[0].image[~inside] = -1024
     (case,) = segmented(cases[:1])
-    assert case.truth[~inside].any()
-    np.testing.assert_array_equal(case.prediction, np.where(inside, case.truth, 0))
+    assert case.scan.label[~inside].any()
+    np.testing.assert_array_equal(case.prediction, np.where(inside, case.scan.label, 0))

@@ -35,7 +35,7 @@ from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import validation
 from swinsmt_jax.evaluation.averages import group_averages, known_groups
 from swinsmt_jax.evaluation.metrics import DICE
-from swinsmt_jax.inference.segment import predict_fn
+from swinsmt_jax.inference.segmenter import predict_fn
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.runtime import operations, startup
 from swinsmt_jax.training import loop

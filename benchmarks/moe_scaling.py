@@ -37,7 +37,7 @@ from swinsmt_jax import models
 from swinsmt_jax.config import ExperimentConfig, from_config_dict
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import validation
-from swinsmt_jax.inference.segment import predict_fn
+from swinsmt_jax.inference.segmenter import predict_fn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime.operations import forward_operations
 from swinsmt_jax.training import loop

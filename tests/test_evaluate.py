@@ -21,8 +21,7 @@ from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.outputs import OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
-from swinsmt_jax.inference.segment import predict_fn
-from swinsmt_jax.inference.segmenter import Segmenter
+from swinsmt_jax.inference.segmenter import Segmenter, predict_fn
 
 ROOT = Path(__file__).parents[1]
 FILES = ["overview.png", "per_case.csv", "per_class.csv", "report.html", "results.json"]

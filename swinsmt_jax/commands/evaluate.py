@@ -34,7 +34,7 @@ from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.metrics import METRICS
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.inference.segment import computing_in
+from swinsmt_jax.inference.segmenter import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
 from swinsmt_jax.runtime import distributed, processes, startup

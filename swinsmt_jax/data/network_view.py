@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swinsmt_jax.data import resampling, transforms
+from swinsmt_jax.data import resampling
 from swinsmt_jax.data.sample import foreground_box, voxel_step
 
 
@@ -43,7 +43,7 @@ def network_view(
         image, own = resampling.resample(hu, affine, spacing=spacing, order=1)
     foreground = foreground_box(image, air=hu_range[0])
     start = voxel_step([part.start for part in foreground])
-    image = transforms.scaled(image[foreground], hu_range=hu_range)[..., None]
+    image = scaled(image[foreground], hu_range=hu_range)[..., None]
     if own is affine:
         return NetworkView(image, hu.shape, foreground, None)
     positions = resampling.positions(hu.shape, affine, on=own @ start)
@@ -53,3 +53,12 @@ def network_view(
     )
     inside = tuple(axis[part] for axis, part in zip(positions, box, strict=True))
     return NetworkView(image, hu.shape, box, inside)
+
+
+def scaled(hu: np.ndarray, *, hu_range: Sequence[float]) -> np.ndarray:
+    """Map HU linearly from `hu_range` to [0, 1] and clip, as float32."""
+    low, high = hu_range
+    image = hu.astype(np.float32)
+    image -= np.float32(low)
+    image /= np.float32(high - low)
+    return np.clip(image, 0.0, 1.0, out=image)

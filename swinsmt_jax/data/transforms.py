@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from swinsmt_jax.data.interpolation import interpolate
+from swinsmt_jax.data.network_view import scaled
 from swinsmt_jax.data.sample import Sample, foreground_box, voxel_step
 from swinsmt_jax.data.store import StoredCase
 
@@ -19,15 +20,6 @@ from swinsmt_jax.data.store import StoredCase
 def scale_hu(sample: Sample, *, hu_range: Sequence[float]) -> Sample:
     """Map HU linearly from `hu_range` to [0, 1] and clip, as float32."""
     return replace(sample, image=scaled(sample.image, hu_range=hu_range))
-
-
-def scaled(hu: np.ndarray, *, hu_range: Sequence[float]) -> np.ndarray:
-    """Return `scale_hu` of an image alone."""
-    low, high = hu_range
-    image = hu.astype(np.float32)
-    image -= np.float32(low)
-    image /= np.float32(high - low)
-    return np.clip(image, 0.0, 1.0, out=image)
 
 
 def crop_foreground(sample: Sample, *, air: float = 0.0) -> Sample:

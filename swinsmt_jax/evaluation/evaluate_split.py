@@ -17,7 +17,7 @@ from swinsmt_jax.evaluation.results import about_surfaces, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.evaluation.validation import segment_cases
-from swinsmt_jax.inference.segment import batch_sharding, left_right_swap, predict_fn
+from swinsmt_jax.inference.segmenter import batch_sharding, left_right_swap, predict_fn
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.files import make_folder
 from swinsmt_jax.runtime.operations import forward_operations

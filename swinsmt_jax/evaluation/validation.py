@@ -13,7 +13,7 @@ from swinsmt_jax.data.network_view import network_view
 from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.metrics import DICE, Metric
 from swinsmt_jax.evaluation.scoring import Evaluation, Segmented, score
-from swinsmt_jax.inference.segment import segment
+from swinsmt_jax.inference.segmenter import segment
 from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.runtime import processes
 
@@ -36,7 +36,7 @@ def segment_cases(
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
         cases: as from `pipeline.find_cases`.
         data: of the experiment whose network `predict` is.
-        inference, num_classes, sharding: as in `inference.segment`.
+        inference, num_classes, sharding: as in `inference.segmenter.segment`.
         metrics: what is measured.
 
     Raises:

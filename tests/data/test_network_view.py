@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax.data import transforms
-from swinsmt_jax.data.network_view import network_view
+from swinsmt_jax.data.network_view import network_view, scaled
 
 AFFINE = np.diag([3.0, 3.0, 5.0, 1.0])
 AFFINE[:3, 3] = -40, 7, 11
@@ -47,7 +47,7 @@ def test_positions_lead_back_to_the_voxels_of_the_scan(hu, spacing):
             [p.clip(0, n - 1) for p, n in zip(view.positions, size, strict=True)],
         )
         inner = (slice(3, -3),) * 3
-        expected = transforms.scaled(ramp, hu_range=HU_RANGE)
+        expected = scaled(ramp, hu_range=HU_RANGE)
         np.testing.assert_allclose(found[inner], expected[inner], atol=1e-4)
 
 

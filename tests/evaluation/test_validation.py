@@ -7,7 +7,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import averages, validation
-from swinsmt_jax.inference.segment import batch_sharding
+from swinsmt_jax.inference.segmenter import batch_sharding
 
 CLASSES = 4
 

@@ -12,7 +12,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.inference import portable
 from swinsmt_jax.inference.export import export
-from swinsmt_jax.inference.segment import predict_fn
+from swinsmt_jax.inference.segmenter import predict_fn
 from swinsmt_jax.inference.sliding_window import predict_labels
 
 ROOT = Path(portable.__file__).parents[2]

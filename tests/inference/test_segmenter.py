@@ -6,7 +6,7 @@ from flax import nnx
 
 from swinsmt_jax import SwinUNETRConfig
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.inference.segment import computing_in, left_right_swap, predict_fn
+from swinsmt_jax.inference.segmenter import computing_in, left_right_swap, predict_fn
 from swinsmt_jax.labels import CLASS_NAMES
 from swinsmt_jax.models import abstract_model
 

@@ -1,7 +1,7 @@
 """Segment the cases of a split and score what comes out, on the scans' own grids."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -79,7 +79,6 @@ def validate(
     data: DataConfig,
     inference: InferenceConfig,
     num_classes: int,
-    groups: Mapping[str, Sequence[int]] | None = None,
     sharding: jax.sharding.Sharding | None = None,
     draw: Callable[[Segmented], np.ndarray] | None = None,
 ) -> dict:
@@ -115,9 +114,8 @@ def validate(
         return found
 
     results = processes.unshard(processes.run_on_all(segment))
-    if groups is None:
-        groups = pipeline.class_map(data).groups
-    evaluation = Evaluation(results, known_groups(groups, num_classes))
+    groups = known_groups(pipeline.class_map(data).groups, num_classes)
+    evaluation = Evaluation(results, groups)
     dice = evaluation.means(DICE)
     return {
         "dice": dice.pop("overall"),

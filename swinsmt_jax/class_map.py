@@ -8,7 +8,7 @@ import numpy as np
 
 from swinsmt_jax import checks, labels
 
-MOST = 255  # classes: label ids are uint8
+MAX_CLASSES = 255  # label ids are uint8
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ClassMap:
         """Return for each label id that of the other side's structure, or its own.
 
         uint8 [256]. Sides are the words left and right, l and r, lt and rt of a name,
-        in any case: kidney_left, "Right kidney", kidney-L, KidneyRight. What is sided
-        in name alone keeps it (`_one_of_its_kind`).
+        in any case: kidney_left, "Right kidney", kidney-L, KidneyRight. Names with left
+        or right but no counterpart are not swapped (`_one_of_its_kind`).
 
         Raises:
             UserError: for sided classes without exactly one counterpart.
@@ -116,8 +116,9 @@ def make(
     checks.require(
         isinstance(names, Sequence)
         and not isinstance(names, str)
-        and 1 <= len(names) <= MOST,
-        f"{where}: classes is {names!r}, but must be a list of 1 to {MOST} names.",
+        and 1 <= len(names) <= MAX_CLASSES,
+        f"{where}: classes is {names!r}, but must be a list of 1 to "
+        f"{MAX_CLASSES} names.",
     )
     for name in names:
         checks.require(

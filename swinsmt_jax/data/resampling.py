@@ -87,9 +87,8 @@ def fill_most(
 ) -> np.ndarray:
     """Return for each voxel of another grid the label id that fills most of it.
 
-    Step and offset as in `ndimage.affine_transform`. Where two ids fill equal shares,
-    as at every second face when voxels double, one wins in the even voxels and the
-    other in the odd ones, like a chessboard: nothing moves, grows or shrinks.
+    Step and offset as in `ndimage.affine_transform`. Ties, as at every second face when
+    voxels double, alternate in a checkerboard, so borders do not shift.
     """
     grids = zip(array.shape, shape, step, offset, strict=True)
     shares = [_overlaps(*grid) for grid in grids]

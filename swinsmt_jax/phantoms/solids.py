@@ -151,11 +151,7 @@ def shift(solid: Solid, offset: Point) -> Solid:
     )
 
 
-def _derived(
-    solid: Solid,
-    distance: Callable[..., Array],
-    box: Callable[[Array, Array], tuple[Array, Array]] = lambda low, high: (low, high),
-) -> Solid:
+def _derived(solid, distance, box=lambda low, high: (low, high)) -> Solid:
     """Change the distance and the box of a solid and of each of its parts."""
     parts = tuple(_derived(part, distance, box) for part in solid.parts)
     return Solid(partial(distance, solid.distance), *box(solid.low, solid.high), parts)

@@ -117,7 +117,9 @@ def test_what_helps_against_lack_of_memory_can_be_given(parse, devices):
     given = [f"--config={ROOT}/configs/demo.py", "--workdir=x"]
     given.append("--config.data.batch_size=4")
     config = from_config_dict(parse(*given).config)
-    said = memory.what_helps(config, devices=devices)
+    said = memory.what_helps(
+        config.model, config.data, accumulate=1, devices=devices, expert=1
+    )
     found = [word.rstrip(",.;") for word in shlex.split(said) if "--config" in word]
     assert len(found) == 5 + 2 * (devices == 2)
     for flag in found:

@@ -1,13 +1,13 @@
 """What to do when a device's memory is not enough."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import jax
 
 from swinsmt_jax import checks
-from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.models.registry import NetworkConfig
 
 
 class TooLargeError(checks.UserError):
@@ -15,8 +15,8 @@ class TooLargeError(checks.UserError):
 
 
 @contextlib.contextmanager
-def remedies(config: ExperimentConfig, *, devices: int) -> Iterator[None]:
-    """Say what helps where a device runs out of memory, or would.
+def remedies(what_helps: str) -> Iterator[None]:
+    """Add what helps to the error of a device that runs out of memory, or would.
 
     Raises:
         UserError: for a `TooLargeError` and what JAX raises on such a device.
@@ -24,28 +24,36 @@ def remedies(config: ExperimentConfig, *, devices: int) -> Iterator[None]:
     try:
         yield
     except TooLargeError as error:
-        raise checks.UserError(
-            f"{error} {what_helps(config, devices=devices)}"
-        ) from error
+        raise checks.UserError(f"{error} {what_helps}") from error
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if error.error_code_string != "RESOURCE_EXHAUSTED":
             raise
-        reason = " ".join(str(error).split())[:200]
         raise checks.UserError(
-            f"a device has run out of memory ({reason}). "
-            f"{what_helps(config, devices=devices)}"
+            f"a device has run out of memory ({checks.one_line(error)}). {what_helps}"
         ) from error
 
 
-def what_helps(config: ExperimentConfig, *, devices: int) -> str:
+def what_helps(
+    model: NetworkConfig,
+    data: DataConfig,
+    *,
+    accumulate: int,
+    devices: int,
+    expert: int,
+) -> str:
     """Name the flags, ready to be given, that lower the memory of a training step.
 
     The first ones leave the experiment as it is, so a run may continue with them.
+
+    Args:
+        model, data: of the experiment.
+        accumulate: parts of a batch, one after the other.
+        devices: of the mesh.
+        expert: the mesh's side of that name.
     """
-    model, data = config.model, config.data
     same = []
     share = data.batch_size // devices
-    more = [n for n in checks.divisors(share) if n > config.training.accumulate]
+    more = [n for n in checks.divisors(share) if n > accumulate]
     if more:
         same.append(f"--config.training.accumulate={more[0]}")
     if set(model.remat) < set(model.remat_parts):
@@ -56,9 +64,9 @@ def what_helps(config: ExperimentConfig, *, devices: int) -> str:
     fewer = [n for n in checks.divisors(share) if n < share]
     if fewer:
         other.append(f"--config.data.batch_size={fewer[-1] * devices}")
-    if smaller := _smaller_patch(config):
+    if smaller := _smaller_patch(model, data.patch_shape):
         other.append(f'--config.data.patch_shape="{smaller}"')
-    spread = [n for n in checks.divisors(devices) if n > config.mesh.expert]
+    spread = [n for n in checks.divisors(devices) if n > expert]
     spread = [n for n in spread if model.num_experts and model.num_experts % n == 0]
     if spread:
         same.append(f"--config.mesh.data=-1 --config.mesh.expert={spread[0]}")
@@ -78,15 +86,14 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _smaller_patch(config):
+def _smaller_patch(model, shape):
     """Return the patch with its longest side one stride shorter, if that is allowed."""
-    sides, stride = list(config.data.patch_shape), config.model.total_stride
+    sides, stride = list(shape), model.total_stride
     longest = max(range(3), key=lambda i: sides[i])
     strides = (stride,) * 3 if isinstance(stride, int) else stride
     sides[longest] -= strides[longest]
     try:
-        data = dataclasses.replace(config.data, patch_shape=tuple(sides))
-        dataclasses.replace(config, data=data)
+        model.check_patch("data.patch_shape", tuple(sides))
     except checks.UserError:
         return None
     return tuple(sides)

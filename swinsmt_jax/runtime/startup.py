@@ -147,7 +147,8 @@ def _quieter(hook):
     """Leave out what reads that Orbax gave up have to say, hundreds at a time."""
 
     def quiet(event):
-        if str(event.exc_value) != "Event loop is closed":
+        frames = traceback.extract_tb(event.exc_traceback)
+        if not frames or frames[-1].name != "_check_closed":  # of asyncio's event loop
             hook(event)
 
     return quiet

@@ -77,10 +77,16 @@ def train(
         abstract, start, train_step, predict = setup.make_network(
             config.model, config.optimizer, training, mesh=mesh
         )
-        with (
-            open_checkpoints(workdir) as checkpoints,
-            memory.remedies(config, devices=mesh.size),
-        ):
+        remedies = memory.remedies(
+            memory.what_helps(
+                config.model,
+                data,
+                accumulate=training.accumulate,
+                devices=mesh.size,
+                expert=config.mesh.expert,
+            )
+        )
+        with open_checkpoints(workdir) as checkpoints, remedies:
             origin = origin_of(config, data=fingerprint)
             state = checkpoints.restore_latest(abstract, origin=origin)
             done = 0 if state is None else int(state.step)

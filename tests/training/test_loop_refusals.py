@@ -4,6 +4,7 @@ import shutil
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from swinsmt_jax import SwinSMTConfig
@@ -49,7 +50,7 @@ def test_a_step_beyond_the_memory_is_refused_with_remedies(
 
 
 def full(*_, **__):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory on GPU_0")
+    jax.block_until_ready(jax.jit(jnp.ones, static_argnums=0)((1 << 44,)))
 
 
 class FullWhenCalled:
@@ -74,7 +75,9 @@ def test_a_device_that_runs_out_of_memory_is_told_with_remedies(
     tmp_path, make_config, monkeypatch, module, name, replacement
 ):
     monkeypatch.setattr(module, name, replacement)
-    words = "run out of memory .*GPU_0.*What helps: --config.training.accumulate=2"
+    words = (
+        "run out of memory .*RESOURCE_EX.*What helps: --config.training.accumulate=2"
+    )
     with pytest.raises(UserError, match=words):
         loop.train(make_config(), workdir=tmp_path / "run")
 

@@ -58,7 +58,25 @@ class SelfAttention(nnx.Module):
         return dropout(y, rate=self.dropout_rate, key=fold_in(key, 1))
 
 
-class WindowAttention(nnx.Module):
+class PositionBias:
+    """What attentions within windows have in common: the bias of relative positions."""
+
+    def relative_position_index(self) -> np.ndarray:
+        """Row of the table for every pair of tokens, int32 [n, n]."""
+        return self.position_index(self.window_size)
+
+    def position_bias(self, tokens: int) -> jax.Array:
+        """Bias [h, n, n] of the first n tokens of a full window.
+
+        For a window that shrank to n tokens this is not their true relative position:
+        the published network indexes so, and pretrained weights rely on it.
+        """
+        index = self.relative_position_index()[:tokens, :tokens]
+        rows = self.relative_position_bias_table[...][index.reshape(-1)]
+        return rows.reshape(*index.shape, -1).transpose(2, 0, 1)
+
+
+class WindowAttention(PositionBias, nnx.Module):
     """Self-attention of the tokens of each window (Liu et al. 2021).
 
     Args:
@@ -97,19 +115,6 @@ class WindowAttention(nnx.Module):
         self.proj = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.relative_position_bias_table = _table(window_size, num_heads, rngs=rngs)
 
-    def relative_position_index(self) -> np.ndarray:
-        """Row of the table for every pair of tokens, int32 [n, n]."""
-        return self.position_index(self.window_size)
-
-    def position_bias(self, tokens: int) -> jax.Array:
-        """Bias [h, n, n] of the first n tokens of a full window.
-
-        For a window that shrank to n tokens this is not their true relative position:
-        the published network indexes so, and pretrained weights rely on it.
-        """
-        index = self.relative_position_index()[:tokens, :tokens]
-        return _bias(self.relative_position_bias_table[...], index)
-
     def __call__(
         self, x: jax.Array, *, regions=None, key: jax.Array | None = None
     ) -> jax.Array:
@@ -136,7 +141,7 @@ class WindowAttention(nnx.Module):
         return dropout(y, rate=self.projection_dropout, key=fold_in(key, 1))
 
 
-class SkipAttention(nnx.Module):
+class SkipAttention(PositionBias, nnx.Module):
     """Attention of a window's tokens to those of the skip (Zhou et al. 2023).
 
     The queries are the tokens themselves, without a projection.
@@ -163,21 +168,16 @@ class SkipAttention(nnx.Module):
         self.proj = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.relative_position_bias_table = _table(window_size, num_heads, rngs=rngs)
 
-    def relative_position_index(self) -> np.ndarray:
-        """Row of the table for every pair of tokens, int32 [n, n]."""
-        return self.position_index(self.window_size)
-
     def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
         """Map windows of queries and of the skip, both [B, W, n, C], to the same."""
         b, w, n, c = x.shape
         heads = (self.num_heads, c // self.num_heads)
         kv = self.kv(skip).reshape(b, w, n, 2, *heads)
-        table = self.relative_position_bias_table[...]
         y = _attend(
             x.reshape(b, w, n, *heads),
             kv[..., 0, :, :],
             kv[..., 1, :, :],
-            bias=_bias(table, self.relative_position_index()),
+            bias=self.position_bias(n),
         )
         return self.proj(y.reshape(b, w, n, c))
 
@@ -186,11 +186,6 @@ def _table(window_size, num_heads, *, rngs):
     d, h, w = window_size
     offsets = (2 * d - 1) * (2 * h - 1) * (2 * w - 1)
     return initializers.truncated_normal(rngs, (offsets, num_heads), stddev=0.02)
-
-
-def _bias(table, index):
-    """Bias [h, n, n] from the table [offsets, h] and its rows [n, n]."""
-    return table[index.reshape(-1)].reshape(*index.shape, -1).transpose(2, 0, 1)
 
 
 def _attend(q, k, v, *, bias, regions=None, rate=0.0, key=None):

@@ -93,13 +93,9 @@ def relative_position_index(window: Triple) -> np.ndarray:
     Returns:
         int32 [n, n] with entries below prod(2 w - 1).
     """
-    axes = np.meshgrid(*(np.arange(n) for n in window), indexing="ij")
-    tokens = np.stack([a.ravel() for a in axes])  # [3, n]
-    offset = tokens[:, :, None] - tokens[:, None, :]  # [3, n, n]
-    index = np.zeros(offset.shape[1:], np.int32)
-    for difference, n in zip(offset, window, strict=True):
-        index = index * (2 * n - 1) + difference + n - 1
-    return index.astype(np.int32)
+    d, h, w = _offsets(window)
+    _, q, r = window
+    return ((d * (2 * q - 1) + h) * (2 * r - 1) + w).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=64)
@@ -112,9 +108,12 @@ def nnformer_position_index(window: Triple) -> np.ndarray:
     Returns:
         int32 [n, n] with entries below prod(2 w - 1).
     """
-    axes = np.meshgrid(*(np.arange(n) for n in window), indexing="ij")
-    tokens = np.stack([a.ravel() for a in axes])  # [3, n]
-    offset = tokens[:, :, None] - tokens[:, None, :]  # [3, n, n]
-    d, h, w = (o + n - 1 for o, n in zip(offset, window, strict=True))
-    index = d * (3 * window[1] - 1) + h * (2 * window[1] - 1) + w
-    return index.astype(np.int32)
+    d, h, w = _offsets(window)
+    q = window[1]
+    return (d * (3 * q - 1) + h * (2 * q - 1) + w).astype(np.int32)
+
+
+def _offsets(window):
+    """How far one token is from another on each axis, from 0 on, [3, n, n]."""
+    tokens = np.indices(window).reshape(3, -1)
+    return tokens[:, :, None] - tokens[:, None] + np.reshape(window, (3, 1, 1)) - 1

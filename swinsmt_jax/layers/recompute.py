@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 
-def runner(recompute: bool) -> Callable[..., jax.Array]:
+def maybe_remat(recompute: bool) -> Callable[..., jax.Array]:
     """Return f(module, *inputs) = module(*inputs).
 
     With `recompute`, its activations are not kept but computed anew in the backward

@@ -15,7 +15,7 @@ from swinsmt_jax.layers.attention import SkipAttention
 from swinsmt_jax.layers.conv import Conv, UpConv
 from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, gelu
 from swinsmt_jax.layers.mlp import MLP
-from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.layers.recompute import maybe_remat
 from swinsmt_jax.layers.swin import SwinBlock
 from swinsmt_jax.models.network import Network, dropout_key
 from swinsmt_jax.models.registry import (
@@ -251,7 +251,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None) -> list[jax.Array]:
         """Return the normed tokens of every stage, the finest first."""
-        run = runner(self.recompute)
+        run = maybe_remat(self.recompute)
         x, results = run(self.patch_embed, x), []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"encoder{i}"):
@@ -273,7 +273,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, skips: list[jax.Array], *, key: jax.Array | None) -> jax.Array:
         """Return the tokens of the finest stage."""
-        run, x = runner(self.recompute), skips[-1]
+        run, x = maybe_remat(self.recompute), skips[-1]
         for i in range(len(self.layers))[::-1]:
             with jax.named_scope(f"decoder{i}"):
                 x = run(self.layers[i], x, skips[i], fold_in(key, i))

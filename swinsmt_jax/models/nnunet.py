@@ -15,7 +15,7 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.conv import Conv, InstanceNorm, UpConv, leaky_relu
-from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.layers.recompute import maybe_remat
 from swinsmt_jax.models.network import Network
 from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register
 from swinsmt_jax.models.torch_names import UP_CONV, NameTable
@@ -229,7 +229,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """Return the result of every stage, the finest first."""
-        run = runner(self.recompute)
+        run = maybe_remat(self.recompute)
         x = x if self.stem is None else run(self.stem, x)
         results = []
         for i, stage in enumerate(self.stages):

@@ -16,7 +16,7 @@ from swinsmt_jax.layers.attention import SelfAttention
 from swinsmt_jax.layers.conv import Conv, PatchConv, ResidualBlock, UpBlock, UpConv
 from swinsmt_jax.layers.linear import LayerNorm, dropout, fold_in
 from swinsmt_jax.layers.mlp import MLP
-from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.layers.recompute import maybe_remat
 from swinsmt_jax.models.network import Network, dropout_key
 from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register
 from swinsmt_jax.models.torch_names import (
@@ -139,7 +139,7 @@ class VisionTransformer(nnx.Module):
         self, x: jax.Array, *, key: jax.Array | None = None
     ) -> list[jax.Array]:
         """Return the tokens [B, N, C] of the layers `SKIPS` and the normed result."""
-        run = runner(self.recompute)
+        run = maybe_remat(self.recompute)
         x, results = self.patch_embedding(x, key=fold_in(key, NUM_LAYERS)), []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block{i}"):
@@ -205,7 +205,7 @@ class UNETR(Network):
         with jax.named_scope("transformer"):
             tokens = self.vit(x, key=dropout_key(rngs))
         coarse = [t.reshape(t.shape[0], *grid, t.shape[-1]) for t in tokens]
-        run = runner("encoder" in self.config.remat)
+        run = maybe_remat("encoder" in self.config.remat)
         with jax.named_scope("encoder"):
             skips = [
                 run(self.encoder1, x),
@@ -213,7 +213,7 @@ class UNETR(Network):
                 run(self.encoder3, coarse[1]),
                 run(self.encoder4, coarse[2]),
             ]
-        y, run = coarse[3], runner("decoder" in self.config.remat)
+        y, run = coarse[3], maybe_remat("decoder" in self.config.remat)
         for level in (5, 4, 3, 2):
             with jax.named_scope(f"decoder{level}"):
                 y = run(getattr(self, f"decoder{level}"), y, skips[level - 2])

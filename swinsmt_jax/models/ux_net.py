@@ -11,7 +11,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.conv import Conv, PatchConv, ResidualBlock, UpBlock
 from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, gelu
-from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.layers.recompute import maybe_remat
 from swinsmt_jax.models.network import Network, dropout_key
 from swinsmt_jax.models.registry import NetworkConfig, PerStage, register
 from swinsmt_jax.models.torch_names import (
@@ -165,7 +165,7 @@ class UXEncoder(nnx.Module):
         self, x: jax.Array, *, key: jax.Array | None = None
     ) -> list[jax.Array]:
         """Return the normed results of the stages, at 1/2, 1/4, 1/8 and 1/16."""
-        run, results, number = runner(self.recompute), [], 0
+        run, results, number = maybe_remat(self.recompute), [], 0
         for i, (down, blocks) in enumerate(
             zip(self.downsample_layers, self.stages, strict=True)
         ):
@@ -210,13 +210,13 @@ class UXNet(Network):
         """Return what the head is applied to, [B, D, H, W, F]."""
         self.check_input(x)
         stages = [x, *self.uxnet_3d(x, key=dropout_key(rngs))]
-        run = runner("encoder" in self.config.remat)
+        run = maybe_remat("encoder" in self.config.remat)
         with jax.named_scope("encoder"):
             *skips, y = (
                 run(getattr(self, f"encoder{i + 1}"), stage)
                 for i, stage in enumerate(stages)
             )
-        run = runner("decoder" in self.config.remat)
+        run = maybe_remat("decoder" in self.config.remat)
         for level in (5, 4, 3, 2):
             with jax.named_scope(f"decoder{level}"):
                 y = run(getattr(self, f"decoder{level}"), y, skips[level - 2])

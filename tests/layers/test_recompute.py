@@ -12,7 +12,7 @@ def test_recomputation_spares_memory_and_changes_no_gradient():
     x = jax.random.normal(jax.random.key(0), (1, 16, 16, 16, 4))
 
     def gradient(spares):
-        run = recompute.runner(spares)
+        run = recompute.maybe_remat(spares)
 
         def loss(params, x):
             for block in nnx.merge(graphdef, params):

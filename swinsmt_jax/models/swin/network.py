@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax.layers.conv import Conv, ResidualBlock, UpBlock
-from swinsmt_jax.layers.recompute import runner
+from swinsmt_jax.layers.recompute import maybe_remat
 from swinsmt_jax.layers.soft_moe import Routing
 from swinsmt_jax.models.network import Network, dropout_key
 from swinsmt_jax.models.swin.config import SwinUNETRConfig
@@ -81,7 +81,7 @@ class SwinUNETR(Network):
         hidden, routing = self.swinViT(
             x, key=dropout_key(rngs), return_routing=return_routing
         )
-        run = runner("encoder" in self.config.remat)
+        run = maybe_remat("encoder" in self.config.remat)
         with jax.named_scope("encoder"):
             skips = [
                 run(self.encoder1, x),
@@ -91,7 +91,7 @@ class SwinUNETR(Network):
                 hidden[3],
             ]
             y = run(self.encoder10, hidden[4])
-        run = runner("decoder" in self.config.remat)
+        run = maybe_remat("decoder" in self.config.remat)
         for level in (5, 4, 3, 2, 1):
             with jax.named_scope(f"decoder{level}"):
                 y = run(getattr(self, f"decoder{level}"), y, skips[level - 1])

@@ -360,3 +360,35 @@ def test_a_worker_that_is_killed_is_told(config, cases):
     ):
         for _ in range(100):
             next(batches)
+
+
+ORPHANED = """
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import pipeline
+
+if __name__ == "__main__":
+    config = DataConfig({root!r}, (8, 8, 8), 1, num_workers=1, classes={classes})
+    cases = pipeline.find_cases(config, split="train")
+    batches = pipeline.training_batches(config, cases, seed=0)
+    next(batches)
+    print("ready", flush=True)
+    input()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_worker_processes_end_with_a_parent_that_is_killed(linked, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANED.format(root=linked.root, classes=linked.classes))
+    environment = os.environ | {"PYTHONPATH": str(Path(pipeline.__file__).parents[2])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, env=environment, **pipes) as parent:
+        assert parent.stdout.readline() == b"ready\n"
+        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{child}").exists() for child in listed.split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -130,17 +130,10 @@ class ConvNorm(nnx.Module):
 class ConvStack(nnx.Module):
     """`count` convolutions in a row, of which the first has the stride."""
 
-    def __init__(self, channels, features, *, count, strides=1, dtype, rngs):
-        self.convs = nnx.List(
-            ConvNorm(
-                features if i else channels,
-                features,
-                strides=1 if i else strides,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            for i in range(count)
-        )
+    def __init__(self, channels, features, *, count, strides=1, **common):
+        first = ConvNorm(channels, features, strides=strides, **common)
+        rest = (ConvNorm(features, features, **common) for _ in range(count - 1))
+        self.convs = nnx.List([first, *rest])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""
@@ -188,17 +181,13 @@ class ResidualConvs(nnx.Module):
 class ResidualStack(nnx.Module):
     """`count` residual blocks in a row, of which the first has the stride."""
 
-    def __init__(self, channels, features, *, count, strides, dtype, rngs):
-        self.blocks = nnx.List(
-            ResidualConvs(
-                features if i else channels,
-                features,
-                strides=1 if i else strides,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            for i in range(count)
+    def __init__(self, channels, features, *, count, strides, **common):
+        first = ResidualConvs(channels, features, strides=strides, **common)
+        rest = (
+            ResidualConvs(features, features, strides=1, **common)
+            for _ in range(count - 1)
         )
+        self.blocks = nnx.List([first, *rest])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""

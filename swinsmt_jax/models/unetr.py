@@ -77,12 +77,9 @@ class PatchEmbedding(nnx.Module):
     def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout_rate
         stride = config.total_stride
+        channels, common = config.in_channels, {"dtype": config.dtype, "rngs": rngs}
         self.patch_embeddings = PatchConv(
-            config.in_channels,
-            config.hidden_size,
-            patch_size=stride,
-            dtype=config.dtype,
-            rngs=rngs,
+            channels, config.hidden_size, patch_size=stride, **common
         )
         d, h, w = (side // stride for side in config.img_size)
         self.position_embeddings = initializers.truncated_normal(
@@ -101,18 +98,12 @@ class TransformerBlock(nnx.Module):
     """Self-attention and an MLP, each normed before and added."""
 
     def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
-        size, rate, dtype = config.hidden_size, config.dropout_rate, config.dtype
-        self.mlp = MLP(
-            size, hidden=config.mlp_dim, dropout_rate=rate, dtype=dtype, rngs=rngs
-        )
+        size, dtype = config.hidden_size, config.dtype
+        common = {"dropout_rate": config.dropout_rate, "dtype": dtype, "rngs": rngs}
+        self.mlp = MLP(size, hidden=config.mlp_dim, **common)
         self.norm1 = LayerNorm(size, dtype=dtype)
         self.attn = SelfAttention(
-            size,
-            num_heads=config.num_heads,
-            qkv_bias=config.qkv_bias,
-            dropout_rate=rate,
-            dtype=dtype,
-            rngs=rngs,
+            size, num_heads=config.num_heads, qkv_bias=config.qkv_bias, **common
         )
         self.norm2 = LayerNorm(size, dtype=dtype)
         # MONAI makes it for cross-attention, which UNETR has none of.
@@ -153,13 +144,11 @@ class ProjectedUp(nnx.Module):
     """Bring a coarse skip to its stage: each step doubles the grid."""
 
     def __init__(self, channels, features, *, count, dtype, rngs):
-        self.transp_conv_init = UpConv(channels, features, dtype=dtype, rngs=rngs)
+        common = {"dtype": dtype, "rngs": rngs}
+        self.transp_conv_init = UpConv(channels, features, **common)
         self.blocks = nnx.List(
             nnx.List(
-                [
-                    UpConv(features, features, dtype=dtype, rngs=rngs),
-                    ResidualBlock(features, features, dtype=dtype, rngs=rngs),
-                ]
+                layer(features, features, **common) for layer in (UpConv, ResidualBlock)
             )
             for _ in range(count)
         )
@@ -177,26 +166,18 @@ class UNETR(Network):
 
     def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
-        f, hidden, dtype = config.feature_size, config.hidden_size, config.dtype
-
-        def skip(features, count):
-            return ProjectedUp(hidden, features, count=count, dtype=dtype, rngs=rngs)
-
-        def up(channels, features):
-            return UpBlock(channels, features, dtype=dtype, rngs=rngs)
-
+        f, hidden = config.feature_size, config.hidden_size
+        common = {"dtype": config.dtype, "rngs": rngs}
         self.vit = VisionTransformer(config, rngs=rngs)
-        self.encoder1 = ResidualBlock(config.in_channels, f, dtype=dtype, rngs=rngs)
-        self.encoder2 = skip(2 * f, 2)
-        self.encoder3 = skip(4 * f, 1)
-        self.encoder4 = skip(8 * f, 0)
-        self.decoder5 = up(hidden, 8 * f)
-        self.decoder4 = up(8 * f, 4 * f)
-        self.decoder3 = up(4 * f, 2 * f)
-        self.decoder2 = up(2 * f, f)
-        self.out = Conv(
-            f, config.out_channels, kernel_size=1, use_bias=True, dtype=dtype, rngs=rngs
-        )
+        self.encoder1 = ResidualBlock(config.in_channels, f, **common)
+        self.encoder2 = ProjectedUp(hidden, 2 * f, count=2, **common)
+        self.encoder3 = ProjectedUp(hidden, 4 * f, count=1, **common)
+        self.encoder4 = ProjectedUp(hidden, 8 * f, count=0, **common)
+        self.decoder5 = UpBlock(hidden, 8 * f, **common)
+        self.decoder4 = UpBlock(8 * f, 4 * f, **common)
+        self.decoder3 = UpBlock(4 * f, 2 * f, **common)
+        self.decoder2 = UpBlock(2 * f, f, **common)
+        self.out = Conv(f, config.out_channels, kernel_size=1, use_bias=True, **common)
 
     def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Return what the head is applied to, [B, D, H, W, F]."""

@@ -140,15 +140,10 @@ class UXEncoder(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.downsample_layers = nnx.List(
-            [
-                nnx.List([stem, norm(sizes[0])]),
-                *(
-                    nnx.List([norm(before), halve(before, after)])
-                    for before, after in zip(sizes, sizes[1:], strict=False)
-                ),
-            ]
-        )
+        downs = [[stem, norm(sizes[0])]]
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            downs.append([norm(before), halve(before, after)])
+        self.downsample_layers = nnx.List(map(nnx.List, downs))
         step = config.drop_path_rate / max(1, sum(config.depths) - 1)
         rates = iter(step * i for i in range(sum(config.depths)))
         self.stages = nnx.List(
@@ -184,26 +179,17 @@ class UXNet(Network):
 
     def __init__(self, config: UXNetConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
-        sizes, dtype = (*config.feat_size, config.hidden_size), config.dtype
-
-        def block(channels, features):
-            return ResidualBlock(channels, features, dtype=dtype, rngs=rngs)
-
+        sizes = (config.in_channels, *config.feat_size, config.hidden_size)
+        first, common = sizes[1], {"dtype": config.dtype, "rngs": rngs}
         self.uxnet_3d = UXEncoder(config, rngs=rngs)
-        channels = (config.in_channels, *sizes)
-        for i in range(5):
-            setattr(self, f"encoder{i + 1}", block(channels[i], channels[i + 1]))
-        for i in range(4):
-            up = UpBlock(sizes[i + 1], sizes[i], dtype=dtype, rngs=rngs)
-            setattr(self, f"decoder{i + 2}", up)
-        self.decoder1 = block(sizes[0], sizes[0])
+        for i in range(1, 6):
+            block = ResidualBlock(sizes[i - 1], sizes[i], **common)
+            setattr(self, f"encoder{i}", block)
+        for i in range(2, 6):
+            setattr(self, f"decoder{i}", UpBlock(sizes[i], sizes[i - 1], **common))
+        self.decoder1 = ResidualBlock(first, first, **common)
         self.out = Conv(
-            sizes[0],
-            config.out_channels,
-            kernel_size=1,
-            use_bias=True,
-            dtype=dtype,
-            rngs=rngs,
+            first, config.out_channels, kernel_size=1, use_bias=True, **common
         )
 
     def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -21,28 +21,19 @@ class SwinUNETR(Network):
 
     def __init__(self, config: SwinUNETRConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
-        f, dtype = config.feature_size, config.dtype
-
-        def block(channels, features):
-            return ResidualBlock(channels, features, dtype=dtype, rngs=rngs)
-
-        def up(channels, features):
-            return UpBlock(channels, features, dtype=dtype, rngs=rngs)
-
+        f, common = config.feature_size, {"dtype": config.dtype, "rngs": rngs}
         self.swinViT = SwinTransformer(config, rngs=rngs)
-        self.encoder1 = block(config.in_channels, f)
-        self.encoder2 = block(f, f)
-        self.encoder3 = block(2 * f, 2 * f)
-        self.encoder4 = block(4 * f, 4 * f)
-        self.encoder10 = block(16 * f, 16 * f)
-        self.decoder5 = up(16 * f, 8 * f)
-        self.decoder4 = up(8 * f, 4 * f)
-        self.decoder3 = up(4 * f, 2 * f)
-        self.decoder2 = up(2 * f, f)
-        self.decoder1 = up(f, f)
-        self.out = Conv(
-            f, config.out_channels, kernel_size=1, use_bias=True, dtype=dtype, rngs=rngs
-        )
+        self.encoder1 = ResidualBlock(config.in_channels, f, **common)
+        self.encoder2 = ResidualBlock(f, f, **common)
+        self.encoder3 = ResidualBlock(2 * f, 2 * f, **common)
+        self.encoder4 = ResidualBlock(4 * f, 4 * f, **common)
+        self.encoder10 = ResidualBlock(16 * f, 16 * f, **common)
+        self.decoder5 = UpBlock(16 * f, 8 * f, **common)
+        self.decoder4 = UpBlock(8 * f, 4 * f, **common)
+        self.decoder3 = UpBlock(4 * f, 2 * f, **common)
+        self.decoder2 = UpBlock(2 * f, f, **common)
+        self.decoder1 = UpBlock(f, f, **common)
+        self.out = Conv(f, config.out_channels, kernel_size=1, use_bias=True, **common)
 
     def hidden_states(
         self, x: jax.Array, *, rngs: nnx.Rngs | None = None

@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -91,6 +93,12 @@ def test_layer_decay_needs_encoder_stages():
 def test_a_group_is_no_value():
     with pytest.raises(UserError, match="config key data must be a group of keys"):
         config.from_config_dict(EXPERIMENT | {"data": 3})
+
+
+def test_configs_load_no_jax():
+    """The processes that make crops import them."""
+    code = "import sys, swinsmt_jax.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_missing_key_is_named():

@@ -8,7 +8,7 @@ segments a scan by `load` and `Segmenter.segment`, each in a process of its own 
 function runs, and these functions by qualified name: for training from the call of
 `train` to its return, tracing and one checkpoint included; for prediction from `load`
 to the labels. What runs while a module is imported does not count.
-At commit 2c20246 these are 52 files and 463 functions, and 36 and 228.
+At commit 2c20246 these are 52 files and 458 functions, and 37 and 271 (--quick).
 
 `--config` follows the config instead, from `main` of `swinsmt train` on, as the
 source says them (see `benchmarks.config_way`; nothing is run):
@@ -23,7 +23,8 @@ source says them (see `benchmarks.config_way`; nothing is run):
 At commit 2c20246 these are 98 stays (39 of the whole), 39 moves and 28 climbs.
 
 `--root` counts in another checkout, whose modules have the names of this one.
-`--quick` trains a narrower network on smaller patches: it enters the same functions.
+`--quick` trains a narrower network on smaller patches, which enters the same files and
+all but a few of the functions.
 """
 
 import collections

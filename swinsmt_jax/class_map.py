@@ -53,24 +53,44 @@ class ClassMap:
     def left_right_swap(self) -> np.ndarray:
         """Return for each label id that of the other side's structure, or its own.
 
-        uint8 [256]. Sides are the words left and right, l and r, lt and rt of a name,
-        in any case: kidney_left, "Right kidney", kidney-L, KidneyRight. Names with left
-        or right but no counterpart are not swapped (`_one_of_its_kind`).
+        uint8 [256]. Sides are words of a name (kidney_left, "Right kidney", kidney-L,
+        LKidney, ctx-lh-insula, Eye_AL), or the first or last letter of a word where the
+        name with the other letter is there too (lkid and rkid). What only one side of
+        the body has stays as it is (`_one_of_its_kind`).
 
         Raises:
-            UserError: for sided classes without exactly one counterpart.
+            UserError: for a name that has or may have a side, without exactly one
+                counterpart, and for names that say nothing, as conversion gives them.
         """
+        nameless = [name for name in self.names if re.fullmatch(r"class_\d+", name)]
+        checks.require(
+            not nameless,
+            "right and left cannot be exchanged, since classes without known names, "
+            f"such as {', '.join(nameless[:1])}, may have sides; do without mirroring, "
+            "or name the classes in data.classes.",
+        )
         words = [_words(name) for name in self.names]
         ids = {parts: number for number, parts in enumerate(words)}
         table, lone = np.arange(256, dtype=np.uint8), []
         for number, parts in enumerate(words):
-            mirrored = tuple(_OTHER.get(part, part) for part in parts)
-            told = "left" in "".join(parts) or "right" in "".join(parts)
-            if not told or _one_of_its_kind(parts):
+            if _one_of_its_kind(parts):
                 continue
-            table[number] = ids.get(mirrored, number)
-            if table[number] == number or ids[parts] != number:
-                lone.append(self.names[number])
+            others = {ids[other] for other in _mirrored(parts) if other in ids}
+            if len(others) == 1 and ids[parts] == number:
+                (table[number],) = others
+            elif others or _may_have_side(parts):
+                lone.append(number)
+        # L1 and R1 are ribs where L2 and R2 are there too, and else perhaps a vertebra.
+        series = [re.sub(r"\d+", "#", " ".join(parts)) for parts in words]
+        paired = {series[i] for i in range(len(words)) if table[i] != i}
+        lone += [
+            number
+            for number, parts in enumerate(words)
+            if table[number] == number
+            and series[number] in paired
+            and not _one_of_its_kind(parts)
+        ]
+        lone = [self.names[number] for number in sorted(set(lone))]
         checks.require(
             not lone,
             "right and left cannot be exchanged, since among the classes the other "
@@ -81,14 +101,45 @@ class ClassMap:
         return table
 
 
-_SIDES = {"l": "left", "lt": "left", "r": "right", "rt": "right"}
-_OTHER = {"left": "right", "right": "left"}
+_SIDES = {  # how words for sides are written: (left, right)
+    "left": ("left", "l", "lt", "lft", "lh", "sinister", "sinistra"),
+    "right": ("right", "r", "rt", "rgt", "rh", "dexter", "dextra"),
+}
+_SIDE = {word: side for side, words in _SIDES.items() for word in words}
+_OTHER = {"left": "right", "right": "left", "l": "r", "r": "l"}
+_PAIRED = "kid|lung|adr|eye|fem|hum|scap|clav|hip|breast|ovar|testi|psoas|parot|orbit"
 
 
 def _words(name):
-    """Return a name's words in lower case, sides written out."""
-    parts = re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", name)
-    return tuple(_SIDES.get(part, part) for part in map(str.lower, parts))
+    """Return a name's words in lower case, those for sides written out."""
+    parts = re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", name)
+    return tuple(_SIDE.get(part, part) for part in map(str.lower, parts) if part)
+
+
+def _mirrored(words):
+    """Return the words of names that the other side's structure may have.
+
+    Where no word is or holds a side, one letter at an end of a word is exchanged.
+    """
+    swapped = tuple(
+        re.sub("left|right", lambda found: _OTHER[found[0]], word) for word in words
+    )
+    if swapped != words:
+        return [swapped]
+    found = []
+    for i, word in enumerate(words):
+        first, last = _OTHER.get(word[0]), _OTHER.get(word[-1])
+        ends = ([first + word[1:]] if first else []) + (
+            [word[:-1] + last] if last else []
+        )
+        found += [(*words[:i], other, *words[i + 1 :]) for other in ends]
+    return found
+
+
+def _may_have_side(words):
+    """Whether a name is of one side by its spelling alone."""
+    sided = rf"\w*(left|right)\w*|[apsi][lr]|[lr]({_PAIRED})\w*|({_PAIRED})[lr]"
+    return any(re.fullmatch(sided, word) for word in words)
 
 
 def _one_of_its_kind(words):
@@ -98,7 +149,7 @@ def _one_of_its_kind(words):
     the thick wall (those of the brain are called lateral). Only the right lung has a
     middle lobe.
     """
-    heart = {"atrium", "atrial"} & {*words} or (
+    heart = {"atrium", "atrial", "lv", "rv", "la", "ra"} & {*words} or (
         "ventricle" in words and "lateral" not in words
     )
     return bool(heart) or {"middle", "lobe"} <= {*words}

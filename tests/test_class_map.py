@@ -49,6 +49,15 @@ def test_sides_are_exchanged_by_name():
         ("KIDNEY L", "KIDNEY R"),
         ("kidneyLeft", "kidneyRight"),
         ("left-lateral-ventricle", "right-lateral-ventricle"),
+        ("lkid", "rkid"),
+        ("LKidney", "RKidney"),
+        ("KIDNEYL", "KIDNEYR"),
+        ("kidneyleft", "kidneyright"),
+        ("Eye_AL", "Eye_AR"),
+        ("ctx-lh-insula", "ctx-rh-insula"),
+        ("hippocampus_lh", "hippocampus_rh"),
+        ("rib_left1", "rib_right1"),
+        ("Rib_L1", "Rib_R1"),
     ],
 )
 def test_sides_are_known_however_they_are_written(pair):
@@ -79,7 +88,11 @@ def test_chambers_of_the_heart_are_no_sides():
     "names",
     [
         ["kidney_left"],
-        ["kidneyleft", "kidneyright"],
+        ["kidneyleft"],
+        ["lkid"],
+        ["LKidney"],
+        ["kidney_lh"],
+        ["kidney_AL"],
         ["kidney_left", "right_kidney"],
         ["kidney_l", "kidney_left", "kidney_right"],
     ],
@@ -87,9 +100,23 @@ def test_chambers_of_the_heart_are_no_sides():
 def test_sides_without_one_counterpart_are_not_exchanged(names):
     own = class_map.make([*names, "nose"], {}, where="x")
     with pytest.raises(
-        checks.UserError, match="side of .*kidney.* is missing or there"
+        checks.UserError, match="(?i)side of .*kid.* is missing or there"
     ):
         own.left_right_swap()
+
+
+def test_letters_that_may_be_sides_are_no_sides_unless_both_are_there():
+    own = class_map.make(["lung", "rectum", "vertebrae_L1", "LV", "RV"], {}, where="x")
+    np.testing.assert_array_equal(own.left_right_swap(), np.arange(256))
+    spine = class_map.make(["L1", "L2", "R1", "nose"], {}, where="x")
+    with pytest.raises(checks.UserError, match="other side of L2 is missing"):
+        spine.left_right_swap()
+
+
+def test_classes_without_names_are_not_exchanged():
+    unknown = class_map.make(["class_1", "class_2"], {}, where="x")
+    with pytest.raises(checks.UserError, match="without known names, such as class_1"):
+        unknown.left_right_swap()
 
 
 @pytest.mark.parametrize(

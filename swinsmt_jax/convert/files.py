@@ -93,7 +93,7 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
 
 
 def _unreadable(path, error):
-    reason = " ".join(str(error).split())[:200]
+    reason = checks.one_line(error)
     return checks.UserError(
         f"{path} cannot be read as weights; it is damaged, or was written by PyTorch "
         f"before 1.6 ({reason}). Copy it again, or load and save it with a newer "

@@ -26,7 +26,7 @@ def named(path: Path) -> Iterator[None]:
     except (checks.UserError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = checks.one_line(error)
         kinds = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
         if isinstance(error, kinds):
             raise checks.UserError(

@@ -312,7 +312,7 @@ def _readable(path):
     try:
         yield
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = checks.one_line(error)
         raise checks.UserError(
             f"{path} of the store cannot be read ({reason}); remove this case's folder "
             "and run preprocess.py again."

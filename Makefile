@@ -1,8 +1,4 @@
-# make docs: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
-	$(BIN)/python -m mkdocs build --strict --site-dir=$(VENV)/site
-
-demo: install, make phantom scans, train, evaluate, print the table.
+# make demo: install, make phantom scans, train, evaluate, print the table.
 # make test: install, run the tests. Nothing but Python >= 3.11 is needed for either.
 PYTHON ?= python3
 VENV ?= .venv

@@ -10,12 +10,13 @@ lists the rest. The new workdir is for evaluate.py; to train from weights, give 
 train.py as --start_from.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import optax
 from absl import flags
 
-from swinsmt_jax import checks, convert, sharding
+from swinsmt_jax import checks, convert, labels, sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
 from swinsmt_jax.convert import files, starting_point
 from swinsmt_jax.runtime import record, startup
@@ -28,6 +29,7 @@ parse = startup.parse
 
 def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
     """Write a workdir whose only checkpoint, of step 0, holds the weights."""
+    config = _with_names(config)
     found, optimizer = files.read(weights), optax.identity()
     graphdef, abstract = state.abstract_state(
         config.model,
@@ -50,6 +52,24 @@ def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
             record.add_start(folder, {"weights": str(Path(weights).absolute())})
             checkpoints.save(first, origin=origin_of(config, data=""))
     print(f"written to {folder}")
+
+
+def _with_names(config):
+    """Return a config that names every class of the network as told, or neutrally."""
+    given, count = config.data.classes, config.model.out_channels - 1
+    checks.require(
+        not given or len(given) == count,
+        f"data.classes has {len(given)} names, but the network gives {count} classes "
+        "besides the background; name them all, in the order of their ids.",
+    )
+    if given or count == labels.NUM_CLASSES - 1:
+        return config
+    print(
+        f"The {count} classes are called class_1 to class_{count}, as weights do not "
+        "tell names; give them as --config.data.classes=\"('spleen', ...)\"."
+    )
+    names = tuple(labels.names_by_id((), num_classes=count + 1).values())
+    return replace(config, data=replace(config.data, classes=names))
 
 
 def _load(model, found, partial):

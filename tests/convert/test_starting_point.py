@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from swinsmt_jax import SwinUNETRConfig, convert, models
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.convert import command, files, starting_point
+from swinsmt_jax.inference import segmenter
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.training.checkpoint import load_model
 
@@ -101,6 +103,29 @@ def test_a_converted_workdir_says_what_it_holds(
     with caplog.at_level("INFO", logger="absl"):
         report = starting_point.start_from(tmp_path / "run")(make(seed=4))
     assert len(report.loaded) == own and "weights of step 0 of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [((), {1: "class_1", 2: "class_2"}), (("ear", "nose"), {1: "ear", 2: "nose"})],
+)
+def test_conversion_names_no_class_by_guess(make, tmp_path, experiment, classes, names):
+    files.write(tmp_path / "w.safetensors", convert.to_torch(make()))
+    data = dataclasses.replace(experiment.data, classes=classes)
+    experiment = dataclasses.replace(experiment, data=data)
+    arguments = {"weights": str(tmp_path / "w.safetensors"), "partial": False}
+    command.from_torch(experiment, **arguments, workdir=str(tmp_path / "run"))
+    assert segmenter.load(tmp_path / "run").class_names == names
+    if not classes:
+        with pytest.raises(UserError, match="classes without known names"):
+            segmenter.load(tmp_path / "run", mirror=True)
+
+
+def test_conversion_wants_a_name_for_every_class(tmp_path, experiment):
+    data = dataclasses.replace(experiment.data, classes=("ear",))
+    experiment = dataclasses.replace(experiment, data=data)
+    with pytest.raises(UserError, match="has 1 names, but the network gives 2 classes"):
+        command.from_torch(experiment, weights="", workdir="", partial=False)
 
 
 def test_weights_that_lack_something_point_to_partial(make, tmp_path, experiment):

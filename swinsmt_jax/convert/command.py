@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import optax
-from absl import flags
+from absl import flags, logging
 
 from swinsmt_jax import checks, convert, labels, sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
@@ -64,9 +64,10 @@ def _with_names(config):
     )
     if given or count == labels.NUM_CLASSES - 1:
         return config
-    print(
-        f"The {count} classes are called class_1 to class_{count}, as weights do not "
-        "tell names; give them as --config.data.classes=\"('spleen', ...)\"."
+    logging.warning(
+        "The %d classes are called class_1, class_2 and so on, as weights do not tell "
+        "names; give them as --config.data.classes=\"('spleen', ...)\".",
+        count,
     )
     names = tuple(labels.names_by_id((), num_classes=count + 1).values())
     return replace(config, data=replace(config.data, classes=names))

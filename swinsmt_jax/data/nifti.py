@@ -10,7 +10,7 @@ from nibabel import orientations
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
-from swinsmt_jax.data import nifti_file
+from swinsmt_jax.data import geometry, nifti_file
 from swinsmt_jax.data.resampling import fill_most
 from swinsmt_jax.runtime.files import replacing
 
@@ -24,10 +24,11 @@ class Volume:
     Attributes:
         array: [X, Y, Z].
         affine: [4, 4], voxel indices of `array` to world millimetres.
-        source_affine: [4, 4] of the file.
-        source_shape: shape of the file's array.
+        source_affine: [4, 4] of the file, in mm whatever its unit.
+        source_shape: shape of the file's volume.
         path: the file, for messages.
         notes: what a user should know about the file, in sentences.
+        header: of the file if it is NIfTI, whose place in space outputs keep.
     """
 
     array: np.ndarray
@@ -36,6 +37,7 @@ class Volume:
     source_shape: tuple[int, int, int]
     path: Path
     notes: tuple[str, ...] = ()
+    header: nib.Nifti1Header | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -75,13 +77,14 @@ def from_array(
 
     Messages call it `path`.
     """
-    return _as_ct(_checked(path, np.asarray(hu), affine, ()))
+    volume = _checked(path, np.asarray(hu), affine)
+    notes = geometry.sheared_note(path, volume.source_affine)
+    return _as_ct(replace(volume, notes=notes))
 
 
-def grid_of(path: str | Path) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return affine and shape of a NIfTI file, in its own axes, from its header."""
-    volume, _ = _open(path)
-    return volume.source_affine, volume.source_shape
+def grid_of(path: str | Path) -> Volume:
+    """Return what the header of a NIfTI file says; voxels are 0 and take no memory."""
+    return _open(path)[0]
 
 
 def _as_ct(volume: Volume) -> Volume:
@@ -176,7 +179,7 @@ def require_same_grid(volume: Volume, reference: Volume) -> None:
         "on the voxel grid of its CT: resample it.",
     )
     to_voxels = np.linalg.inv(reference.affine) @ volume.affine
-    miss = nifti_file.corner_distance(reference.array.shape, to_voxels, np.eye(4))
+    miss = geometry.corner_distance(reference.array.shape, to_voxels, np.eye(4))
     checks.require(
         miss <= GRID_TOLERANCE,
         f"the affine of {volume.path} places its voxels up to {miss:.2f} voxels away "
@@ -213,7 +216,7 @@ def save(
     extension, such as `label_table.xml`.
     """
     array = in_file_axes(array, like)
-    write(path, array, like.source_affine, description=description)
+    write(path, array, like.source_affine, header=like.header, description=description)
 
 
 def in_file_axes(array: np.ndarray, like: Volume) -> np.ndarray:
@@ -224,13 +227,22 @@ def in_file_axes(array: np.ndarray, like: Volume) -> np.ndarray:
 
 
 def write(
-    path: str | Path, array: np.ndarray, affine: np.ndarray, *, description: str = ""
+    path: str | Path,
+    array: np.ndarray,
+    affine: np.ndarray,
+    *,
+    header: nib.Nifti1Header | None = None,
+    description: str = "",
 ) -> None:
-    """Write an array and its affine as NIfTI; atomic: a temporary name, then rename."""
+    """Write an array as NIfTI; atomic: a temporary name, then rename.
+
+    It lies where `affine` says, in mm, or where a file with this `header` does.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(np.ascontiguousarray(array), affine)
-    image.header.set_xyzt_units("mm")
+    header = geometry.header_like(header, affine, array.shape)
+    header.set_data_dtype(array.dtype)
+    image = nib.Nifti1Image(np.ascontiguousarray(array), None, header)
     if description:
         extension = nib.nifti1.Nifti1Extension(0, description.encode())
         image.header.extensions.append(extension)
@@ -256,8 +268,9 @@ def _load(path: str | Path, on: Volume | None = None) -> Volume:
     if on is not None:
         require_same_grid(grid, on)
     with nifti_file.named(grid.path):
-        array = nifti_file.voxels(image)
-    return _checked(grid.path, array, image.affine, grid.notes)
+        array = nifti_file.voxels(image).reshape(grid.source_shape)
+    volume = _checked(grid.path, array, grid.source_affine)
+    return replace(volume, notes=grid.notes, header=grid.header)
 
 
 def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
@@ -269,11 +282,14 @@ def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
         if not isinstance(image, nib.Nifti1Pair):
             raise nib.filebasedimages.ImageFileError(f"but {type(image).__name__}")
         nifti_file.require_possible(path, image)
-        zeros = np.broadcast_to(np.zeros((), image.dataobj.dtype), image.shape)
-        return _checked(path, zeros, image.affine, nifti_file.notes(path, image)), image
+        shape = nifti_file.without_last_ones(image.shape)
+        zeros = np.broadcast_to(np.zeros((), image.dataobj.dtype), shape)
+        notes = geometry.notes(path, image, shape)
+        volume = _checked(path, zeros, geometry.affine_in_mm(image))
+        return replace(volume, notes=notes, header=image.header), image
 
 
-def _checked(path, array, affine, notes) -> Volume:
+def _checked(path, array, affine) -> Volume:
     """Bring a scalar volume with a usable affine to RAS orientation."""
     checks.require(
         array.dtype.kind in "iufb",
@@ -294,7 +310,7 @@ def _checked(path, array, affine, notes) -> Volume:
     to_ras = orientations.io_orientation(affine)
     ras = affine @ orientations.inv_ornt_aff(to_ras, array.shape)
     array_ras = orientations.apply_orientation(array, to_ras)
-    return Volume(array_ras, ras, affine, array.shape, path, notes)
+    return Volume(array_ras, ras, affine, array.shape, path)
 
 
 def _require_finite(volume: Volume) -> None:

@@ -57,6 +57,15 @@ def voxels(image: nib.Nifti1Pair) -> np.ndarray:
     return array
 
 
+def without_last_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape without axes of one behind the third: of one volume, not a series.
+
+    FSL, SPM and MATLAB write such.
+    """
+    shape = tuple(shape)
+    return shape[:3] if set(shape[3:]) <= {1} else shape
+
+
 def is_possible(shape: Sequence[int]) -> bool:
     """Whether a volume of this shape can be a scan."""
     return math.prod(shape) <= MAX_VOXELS and max(shape, default=0) <= MAX_SIDE
@@ -86,31 +95,3 @@ def require_possible(path: Path, image: nib.Nifti1Pair) -> None:
         f"{tuple(shape)} that its header claims: it is truncated or its header is "
         "damaged; copy or download it again.",
     )
-
-
-def notes(path: Path, image: nib.Nifti1Pair) -> tuple[str, ...]:
-    """Say if a file gives two different places for its voxels, or none."""
-    sform, qform = image.get_sform(coded=True)[0], image.get_qform(coded=True)[0]
-    if sform is None and qform is None:
-        return (
-            f"{path}: its sform and qform have code 0, so its orientation is unknown; "
-            "the axes are taken to run to left, front and head: check left and right.",
-        )
-    if sform is None or qform is None or len(image.shape) != 3:
-        return ()
-    miss = corner_distance(image.shape, sform, qform)
-    if miss < 0.1:
-        return ()
-    return (
-        f"{path}: its sform and qform disagree by up to {miss:.1f} mm; the sform is "
-        "taken, so check left and right.",
-    )
-
-
-def corner_distance(
-    shape: Sequence[int], affine: np.ndarray, other: np.ndarray
-) -> float:
-    """Return the largest distance on an axis between two places of a corner."""
-    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(shape) - 1)
-    corners = np.concatenate([corners, np.ones((8, 1))], axis=1)
-    return float(np.abs(corners @ (affine - other).T).max())

@@ -159,7 +159,7 @@ def load_scan(path: str | Path) -> Volume:
 def save(
     path: str | Path, labels: np.ndarray, *, like: str | Path, names: dict | None = None
 ) -> None:
-    """Write labels in the axes of a scan with its affine, as NIfTI.
+    """Write labels where a scan lies, in its axes, as NIfTI.
 
     Args:
         path: .nii.gz or .nii; appears when complete.
@@ -167,17 +167,15 @@ def save(
         like: the scan, a NIfTI file or a folder with a DICOM series.
         names: {label id: name} for the header, as `Segmenter.class_names`.
     """
-    if Path(like).is_dir():
-        volume = dicom.load_series(like)
-        affine, shape = volume.source_affine, volume.source_shape
-    else:
-        affine, shape = nifti.grid_of(like)
+    directory = Path(like).is_dir()
+    scan = dicom.load_series(like) if directory else nifti.grid_of(like)
     checks.require(
-        labels.shape == shape,
-        f"labels for {path} have shape {labels.shape}, but {like} has {shape}.",
+        labels.shape == scan.source_shape,
+        f"labels for {path} have shape {labels.shape}, but {like} has "
+        f"{scan.source_shape}.",
     )
-    description = label_table.xml(names) if names else ""
-    nifti.write(path, labels, affine, description=description)
+    table = label_table.xml(names) if names else ""
+    nifti.write(path, labels, scan.source_affine, header=scan.header, description=table)
 
 
 def segment(

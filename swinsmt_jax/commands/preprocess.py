@@ -36,6 +36,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("workers", 1, help, 1, flag_values=values)
     help = "ids of cases to leave out, such as those with known wrong labels"
     flags.DEFINE_list("exclude", [], help, flag_values=values)
+    help = "read the cases of the store whole, and make damaged ones anew"
+    flags.DEFINE_bool("verify", False, help, flag_values=values)
     for name in ("source", "store"):
         flags.mark_flag_as_required(name, flag_values=values)
 
@@ -54,6 +56,7 @@ def main(arguments: list[str]) -> None:
         workers=options.workers,
         exclude=options.exclude,
         progress=True,
+        verify=options.verify,
     )
     print(store_report.write(root))
     if failed:

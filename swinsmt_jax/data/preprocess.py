@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import logging
 from tqdm import tqdm
 
 from swinsmt_jax import checks
@@ -35,6 +36,7 @@ def preprocess(
     workers: int = 1,
     exclude: Sequence[str] = (),
     progress: bool = False,
+    verify: bool = False,
 ) -> dict[str, str]:
     """Write the cases of a dataset to a store.
 
@@ -47,6 +49,7 @@ def preprocess(
         workers: processes, each of which holds one scan; one is this process itself.
         exclude: ids of cases to leave out, such as those with known wrong labels.
         progress: show a bar.
+        verify: read finished cases whole; those that are damaged are made anew.
 
     Returns:
         {case: reason} of those that failed, or {line of meta.csv: reason} where a line
@@ -73,7 +76,7 @@ def preprocess(
     options = Options(spacing, kept)
     with files.writable(root), store.opened(root, options):
         _list_cases(root, rows)
-        waiting = [name for name in rows if not (root / name / store.CASE).is_file()]
+        waiting = [name for name in rows if not _is_finished(root / name, verify)]
         job = functools.partial(write, root, options=options, classes=found.classes)
         start = time.monotonic()
         failed = _run(job, found, waiting, rows, workers, progress)
@@ -85,6 +88,15 @@ def preprocess(
         }
         files.write_json(root / store.INDEX, index)
     return index["failed"]
+
+
+def _is_finished(folder, verify):
+    if not folder.exists():
+        return False
+    damage = store.damage(folder, whole=verify)
+    if damage:
+        logging.warning("%s is made anew: %s", folder.name, damage)
+    return damage is None
 
 
 def _run(job, dataset, waiting, rows, workers, progress):

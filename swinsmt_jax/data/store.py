@@ -30,6 +30,7 @@ from swinsmt_jax.runtime import files
 
 FORMAT = 1
 INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
+VOLUMES = ("image", "label")
 LOCK = ".lock"
 SAMPLES = 20_000  # voxels of a kind kept at most
 # HU above which the boxes of the foreground are found beforehand
@@ -103,12 +104,12 @@ class StoredCase:
         """
         box = tuple(box or (slice(None),) * 3)
         with _readable(self.folder):
-            parts = [
-                volume_file.opened(self.folder / p)[box].read()
-                for p in ("image", "label")
-            ]
+            volumes = [volume_file.opened(self.folder / part) for part in VOLUMES]
+            parts = [volume[box].read() for volume in volumes]
             image, label = (part.result() for part in parts)
-        affine = self.affine @ voxel_step([part.start or 0 for part in box])
+            facts = self.facts
+            _require_whole(self.folder, facts, volumes)
+            affine = facts["affine"] @ voxel_step([part.start or 0 for part in box])
         return Sample(image, label, affine, self.name)
 
     def bounds(self, air: float) -> tuple[slice, slice, slice]:
@@ -129,9 +130,7 @@ class StoredCase:
                 ", ".join(map(str, FOREGROUND_THRESHOLDS_HU)),
                 air,
             )
-            with _readable(self.folder):
-                image = volume_file.opened(self.folder / "image").read().result()
-            self._boxes[air] = foreground_box(image, air=air)
+            self._boxes[air] = foreground_box(self.read().image, air=air)
         return self._boxes[air]
 
     @functools.cached_property
@@ -220,18 +219,70 @@ def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
     rows = meta.read(root)
     failed = read_json(root / INDEX).get("failed", {})
     names = [n for n, s in rows.items() if s == split and n not in failed]
-    lost = [name for name in names if not (root / name / CASE).is_file()]
+    lost = [f"{name} ({file})" for name in names if (file := _lost_file(root / name))]
     checks.require(
         not lost,
-        f"the store {root} lacks {len(lost)} cases of its meta.csv, such as "
-        f"{', '.join(lost[:3])}: it is not finished, or lost them. Run preprocess.py "
-        "again with the same flags; what is there is kept.",
+        f"the store {root} lacks {len(lost)} cases of its meta.csv, or files of theirs,"
+        f" such as {', '.join(lost[:3])}: it is not finished, or lost them. Run "
+        "preprocess.py again with the same flags; what is there is kept.",
     )
     if not names:
         raise meta.EmptySplitError(
             f"the store {root} holds no case of the split {split!r}."
         )
     return tuple(StoredCase(name, split, root / name) for name in names)
+
+
+def damage(folder: Path, *, whole: bool) -> str | None:
+    """Say what a case lacks, or what of it cannot be read; None if it is sound.
+
+    Args:
+        folder: of the case in the store.
+        whole: read all voxels, and compare the labels with the counts of case.json.
+    """
+    try:
+        with _readable(folder):
+            volumes = [volume_file.open_volume(folder / part) for part in VOLUMES]
+            facts = read_json(folder / CASE)
+            _require_whole(folder, facts, volumes)
+            with ZipFile(folder / VOXELS) as members:
+                for name in members.namelist():
+                    members.read(name)
+            if whole:
+                _, label = (volume.read().result() for volume in volumes)
+                counts = np.bincount(label.reshape(-1), minlength=len(facts["counts"]))
+                if counts.tolist() != facts["counts"]:
+                    raise ValueError(f"its labels are not those that {CASE} counts")
+    except checks.UserError as error:
+        return str(error)
+    return None
+
+
+def _require_whole(folder, facts, volumes):
+    """Raise `ValueError` if a case lacks a file, or its volumes have other shapes."""
+    lost = _lost_file(folder)  # asked after reading, for it may have just vanished
+    if lost:
+        raise ValueError(f"{lost.relative_to(folder)} is missing")
+    for name, volume in zip(VOLUMES, volumes, strict=True):
+        if list(volume.shape) != facts["shape"]:
+            raise ValueError(
+                f"{name} has shape {volume.shape}, but {CASE} says {facts['shape']}"
+            )
+
+
+def _lost_file(folder):
+    """Return a file that a case lacks; None if all are there.
+
+    Stores of earlier versions have no shard of labels where nothing is labelled.
+    """
+    image, label = (folder / part / volume_file.SHARD for part in VOLUMES)
+    metadata = (folder / part / volume_file.METADATA for part in VOLUMES)
+    for file in (folder / CASE, folder / VOXELS, *metadata, image):
+        if not file.is_file():
+            return file
+    if not label.is_file() and any(read_json(folder / CASE)["counts"][1:]):
+        return label
+    return None
 
 
 def _int16(members, name):
@@ -312,8 +363,7 @@ def _readable(path):
     try:
         yield
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        reason = checks.one_line(error)
         raise checks.UserError(
-            f"{path} of the store cannot be read ({reason}); remove this case's folder "
-            "and run preprocess.py again."
+            f"{path} of the store cannot be read ({checks.one_line(error, 600)}); "
+            "remove this case's folder and run preprocess.py again."
         ) from error

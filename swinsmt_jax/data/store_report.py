@@ -18,13 +18,13 @@ def write(root: Path) -> str:
     Raises:
         UserError: for a store that cannot be read, or written.
     """
-    rows = meta.read(root)
+    rows, index = meta.read(root), store.read_json(root / store.INDEX)
     cases = [
         StoredCase(name, split, root / name)
         for name, split in rows.items()
-        if (root / name / store.CASE).is_file()
+        if (root / name / store.CASE).is_file() and name not in index["failed"]
     ]
-    report = _collect(root, cases, store.read_json(root / store.INDEX))
+    report = _collect(root, cases, index)
     files.write_json(root / "report.json", report)
     files.write_text(root / "report.html", _page(report, cases))
     return f"{_summary(report)}\n{root / 'report.html'}"

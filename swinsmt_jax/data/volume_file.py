@@ -1,7 +1,8 @@
 """Volumes on disk of which boxes are read alone.
 
-One Zarr v3 array in one file: a shard of chunks of CHUNK^3 voxels, blosc lz4, read by
-byte range.
+One Zarr v3 array in one file: a shard of chunks of CHUNK^3 voxels, blosc lz4 with a
+checksum, read by byte range. Volumes of earlier versions have no checksums, and no
+chunks of zeros.
 """
 
 import functools
@@ -11,6 +12,8 @@ import numpy as np
 import tensorstore
 
 CHUNK = 32  # measured: as fast as larger ones; see docs/data.md
+METADATA, SHARD = "zarr.json", "c/0/0/0"  # the files of a volume
+CHECKSUM = {"name": "crc32c"}
 
 
 def write(path: Path, array: np.ndarray) -> None:
@@ -25,8 +28,8 @@ def write(path: Path, array: np.ndarray) -> None:
     lz4 = {"cname": "lz4", "clevel": 5, "shuffle": "shuffle"}
     sharding = {
         "chunk_shape": [CHUNK] * 3,
-        "codecs": [*plain, {"name": "blosc", "configuration": lz4}],
-        "index_codecs": [*plain, {"name": "crc32c"}],
+        "codecs": [*plain, {"name": "blosc", "configuration": lz4}, CHECKSUM],
+        "index_codecs": [*plain, CHECKSUM],
     }
     metadata = {
         "shape": list(array.shape),
@@ -34,18 +37,32 @@ def write(path: Path, array: np.ndarray) -> None:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    spec = {**_spec(path), "metadata": metadata, "create": True}
+    spec = {
+        **_spec(path),
+        **{"metadata": metadata, "create": True},
+        "store_data_equal_to_fill_value": True,  # so that a missing chunk is a lost one
+    }
     tensorstore.open(spec).result().write(array).result()
 
 
-@functools.lru_cache(maxsize=256)  # 10 kB each; opening takes 0.3 ms
-def opened(path: Path) -> tensorstore.TensorStore:
-    """Open a volume; `opened(path)[box].read().result()` is an array.
+def open_volume(path: Path) -> tensorstore.TensorStore:
+    """Open a volume; `open_volume(path)[box].read().result()` is an array.
+
+    A chunk that is missing or damaged raises, but in volumes of earlier versions:
+    there, a missing one reads as zeros, and so does a missing shard.
 
     Raises:
         ValueError: for what is missing or damaged.
     """
+    strict = {**_spec(path), "fill_missing_data_reads": False}
+    volume = tensorstore.open(strict, read=True).result()
+    (sharding,) = volume.codec.to_json()["codecs"]
+    if CHECKSUM in sharding["configuration"]["codecs"]:
+        return volume
     return tensorstore.open(_spec(path), read=True).result()
+
+
+opened = functools.lru_cache(maxsize=256)(open_volume)  # 10 kB each; takes 0.3 ms
 
 
 def _spec(path):

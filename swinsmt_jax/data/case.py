@@ -88,10 +88,10 @@ def load_case(
         UserError: as `nifti.load_ct`; for a missing mask, a mask of no known class, and
             labels that do not lie on the CT's voxel grid.
     """
-    ct, overlapping = nifti.load_ct(case.ct), 0
+    ct, overlapping, notes = nifti.load_ct(case.ct), 0, ()
     kept = kept or classes
     if CLASS in str(case.segmentation):
-        label, overlapping = _merge_masks(case.segmentation, ct, classes, kept)
+        label, overlapping, notes = _merge_masks(case.segmentation, ct, classes, kept)
     else:
         label = nifti.load_labels(case.segmentation, classes=classes, on=ct).array
         if kept != classes:
@@ -106,14 +106,14 @@ def load_case(
         overlapping,
         ct.source_shape,
         ct.source_affine,
-        ct.notes,
+        ct.notes + notes,
     )
 
 
 def _merge_masks(
     masks: Path, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
-) -> tuple[np.ndarray, int]:
-    """Return the labels, and how often a mask claims a voxel that is labelled."""
+) -> tuple[np.ndarray, int, tuple[str, ...]]:
+    """Return the labels, how often a mask claims a labelled voxel, and notes."""
     wanted, first, last = classes.names[1:], *str(masks).split(CLASS)
     names = [str(p).removeprefix(first).removesuffix(last) for p in _files(masks)]
     for name in names:

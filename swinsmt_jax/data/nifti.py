@@ -10,7 +10,7 @@ from nibabel import orientations
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
-from swinsmt_jax.data import geometry, nifti_file
+from swinsmt_jax.data import geometry, nifti_file, voxels
 from swinsmt_jax.data.resampling import fill_most
 from swinsmt_jax.runtime.files import replacing
 
@@ -88,12 +88,7 @@ def grid_of(path: str | Path) -> Volume:
 
 
 def _as_ct(volume: Volume) -> Volume:
-    _require_finite(volume)
-    limits = np.iinfo(np.int16)
-    array = volume.array
-    if array.dtype != np.int16:
-        array = np.clip(np.rint(array), limits.min, limits.max).astype(np.int16)
-    return replace(volume, array=np.ascontiguousarray(array))
+    return replace(volume, array=voxels.hounsfield(volume.path, volume.array))
 
 
 def load_labels(
@@ -106,7 +101,7 @@ def load_labels(
             Where `on` is given, as `require_same_grid`, before voxels are read.
     """
     volume = _load(path, on)
-    _require_finite(volume)
+    voxels.require_finite(volume.path, volume.array)
     array, last = volume.array, classes.num_classes - 1
     if array.dtype.kind == "f":
         checks.require(
@@ -129,20 +124,22 @@ def load_labels(
 
 
 def load_mask(path: str | Path, *, on: Volume | None = None) -> Volume:
-    """Read one structure's mask as bool (voxel > 0) in RAS orientation.
+    """Read one structure's mask as bool in RAS orientation; see `voxels.mask`.
+
+    Its notes are of its values alone.
 
     Raises:
-        UserError: as `load_ct`. Where `on` is given, as `require_same_grid`, before
-            voxels are read.
+        UserError: as `load_ct` and `voxels.mask`. Where `on` is given, as
+            `require_same_grid`, before voxels are read.
     """
     volume = _load(path, on)
-    _require_finite(volume)
-    return replace(volume, array=volume.array > 0)
+    array, notes = voxels.mask(volume.path, volume.array)
+    return replace(volume, array=array, notes=notes)
 
 
 def load_masks(
     values: Mapping[str | Path, int], *, on: Volume
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, int, tuple[str, ...]]:
     """Merge masks; where they overlap, the later one wins.
 
     Args:
@@ -150,11 +147,12 @@ def load_masks(
         on: what the masks must lie on.
 
     Returns:
-        uint8 [X, Y, Z], and how often a mask claims a voxel that is labelled.
+        uint8 [X, Y, Z], how often a mask claims a voxel that is labelled, and notes.
     """
-    label, claimed = None, 0
+    label, claimed, notes = None, 0, ()
     for file, value in values.items():
-        mask = load_mask(file, on=on).array
+        volume = load_mask(file, on=on)
+        mask, notes = volume.array, notes + volume.notes
         if label is None:
             label = np.zeros_like(mask, np.uint8)
         # Indexing runs along the last axis, and is ten times as fast where that lies
@@ -163,7 +161,7 @@ def load_masks(
         dense, inside = label.transpose(order), mask.transpose(order)
         claimed += int(np.count_nonzero(dense[inside]))
         dense[inside] = value
-    return np.ascontiguousarray(label), claimed
+    return np.ascontiguousarray(label), claimed, notes
 
 
 def require_same_grid(volume: Volume, reference: Volume) -> None:
@@ -201,7 +199,7 @@ def save_labels(
         f"labels for {path} have shape {array.shape}, but the volume of {like.path} "
         f"has {like.array.shape}.",
     )
-    array = np.asarray(array).astype(np.uint8)
+    array = voxels.label_ids(path, array)
     if not np.allclose(like.affine, _ras_affine(like)):
         array = _on_file(array, like)
     save(path, array, like=like, description=description)
@@ -237,8 +235,15 @@ def write(
     """Write an array as NIfTI; atomic: a temporary name, then rename.
 
     It lies where `affine` says, in mm, or where a file with this `header` does.
+
+    Raises:
+        UserError: for another suffix than .nii and .nii.gz.
     """
     path = Path(path)
+    checks.require(
+        path.name.endswith((".nii", ".nii.gz")),
+        f"{path} cannot be written: the name of NIfTI ends with .nii or .nii.gz.",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     header = geometry.header_like(header, affine, array.shape)
     header.set_data_dtype(array.dtype)
@@ -291,11 +296,7 @@ def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
 
 def _checked(path, array, affine) -> Volume:
     """Bring a scalar volume with a usable affine to RAS orientation."""
-    checks.require(
-        array.dtype.kind in "iufb",
-        f"{path} holds voxels of type {array.dtype}, but one real number a voxel is "
-        "needed; RGB and complex images are not CTs or label maps.",
-    )
+    voxels.require_real(path, array)
     checks.require(
         array.ndim == 3 and array.size > 0,
         f"{path} has shape {array.shape}, but must be 3-D with no empty axis; take one "
@@ -311,14 +312,3 @@ def _checked(path, array, affine) -> Volume:
     ras = affine @ orientations.inv_ornt_aff(to_ras, array.shape)
     array_ras = orientations.apply_orientation(array, to_ras)
     return Volume(array_ras, ras, affine, array.shape, path)
-
-
-def _require_finite(volume: Volume) -> None:
-    if volume.array.dtype.kind != "f":
-        return
-    bad = int(volume.array.size - np.isfinite(volume.array).sum())
-    checks.require(
-        bad == 0,
-        f"{volume.path} has {bad} voxels that are NaN or infinite; replace them, for a "
-        "CT with -1024 HU (air).",
-    )

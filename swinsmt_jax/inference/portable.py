@@ -23,6 +23,7 @@ import jax.export
 import numpy as np
 
 from swinsmt_jax import checks
+from swinsmt_jax.data import voxels
 from swinsmt_jax.inference.sliding_window import predict_labels
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -61,10 +62,11 @@ class Portable:
                 as training does: a window of air tells the network nothing.
 
         Raises:
-            UserError: for another rank.
+            UserError: for another rank, and voxels that are no finite numbers.
         """
         hu = np.asarray(hu)
         checks.require(hu.ndim == 3, f"hu has shape {hu.shape}, but must be [X, Y, Z].")
+        hu = voxels.hounsfield("hu", hu)
         low, high = self.about["hu_range"]
         image = np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1)[..., None]
         return predict_labels(

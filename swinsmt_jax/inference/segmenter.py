@@ -20,7 +20,7 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig, InferenceConfig
-from swinsmt_jax.data import dicom, label_table, nifti, pipeline
+from swinsmt_jax.data import dicom, label_table, nifti, pipeline, voxels
 from swinsmt_jax.data.network_view import NetworkView, network_view
 from swinsmt_jax.data.nifti import Volume
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
@@ -163,10 +163,14 @@ def save(
 
     Args:
         path: .nii.gz or .nii; appears when complete.
-        labels: uint8, from `Segmenter.segment(like)`.
+        labels: bool or integers of at most 255, as `Segmenter.segment(like)` gives.
         like: the scan, a NIfTI file or a folder with a DICOM series.
         names: {label id: name} for the header, as `Segmenter.class_names`.
+
+    Raises:
+        UserError: for another suffix, dtype, value or shape.
     """
+    labels = voxels.label_ids(path, labels)
     directory = Path(like).is_dir()
     scan = dicom.load_series(like) if directory else nifti.grid_of(like)
     checks.require(

@@ -110,3 +110,8 @@ def test_a_program_is_compiled_once_for_all_scans(rng):
     for size in (9, 12):
         assert (network.segment(np.full((size, 8, 8), 2)) == 1).all()
     assert traced == [(2, 8, 8, 8, 1)]
+    for bad in (np.nan, np.inf):
+        with pytest.raises(UserError, match="hu has 512 voxels that are NaN or"):
+            network.segment(np.full((8, 8, 8), bad))
+    with pytest.raises(UserError, match="one real number a voxel"):
+        network.segment(np.full((8, 8, 8), 1j))

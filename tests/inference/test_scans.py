@@ -181,6 +181,26 @@ def test_labels_are_written_on_the_scans_own_grid_with_names(tmp_path, hu):
     np.testing.assert_array_equal(again, brightness(hu))
 
 
+def test_what_one_makes_of_labels_is_saved_or_refused_whole(tmp_path, hu):
+    ct = write(tmp_path / "ct.nii.gz", hu)
+    labels = brightness(hu)
+    for kind in (bool, np.int64, np.uint16):
+        prediction.save(tmp_path / "x.nii.gz", (labels == 2).astype(kind), like=ct)
+        saved = np.asarray(nib.load(tmp_path / "x.nii.gz").dataobj)
+        assert saved.dtype == np.uint8
+        np.testing.assert_array_equal(saved, labels == 2)
+    before = sorted(tmp_path.iterdir())
+    for name, array, words in (
+        ("y.nii.gz", labels / 2, "type float64, but they must be bool or integers"),
+        ("y.nii.gz", labels.astype(int) + 255, "from 255 to 258"),
+        ("y.img", labels, "ends with .nii"),
+        ("y", labels, "ends with .nii"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prediction.save(tmp_path / name, array, like=ct)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_one_failure_does_not_stop_the_rest_and_what_is_there_stays(tmp_path, hu):
     scans = {
         "bad": write(tmp_path / "bad.nii", np.zeros((4, 4, 4, 2), np.int16)),

@@ -1,0 +1,92 @@
+"""What voxels may hold: one gate for images, one for masks and one for label ids.
+
+Whatever comes in, from a file, an array or for an exported network, goes through them.
+"""
+
+import numpy as np
+
+from swinsmt_jax import checks
+
+OVERSHOOT = 0.25  # of splines beyond a mask's 0 and 1
+RESIDUE = 1e-3  # that resampling leaves of nothing
+
+
+def require_real(name: object, array: np.ndarray) -> None:
+    """Raise `UserError` unless the voxels are one real number each."""
+    checks.require(
+        array.dtype.kind in "iufb",
+        f"{name} holds voxels of type {array.dtype}, but one real number a voxel is "
+        "needed; RGB and complex images are not CTs or label maps.",
+    )
+
+
+def require_finite(name: object, array: np.ndarray) -> None:
+    """Raise `UserError` for voxels that are NaN or infinite."""
+    bad = 0
+    if array.dtype.kind == "f":
+        bad = int(array.size - np.isfinite(array).sum())
+    checks.require(
+        bad == 0,
+        f"{name} has {bad} voxels that are NaN or infinite; replace them, for a CT "
+        "with -1024 HU (air).",
+    )
+
+
+def hounsfield(name: object, array: np.ndarray) -> np.ndarray:
+    """Return Hounsfield units rounded to int16.
+
+    Raises:
+        UserError: for voxels that are no finite numbers; the message begins with name.
+    """
+    require_real(name, array)
+    require_finite(name, array)
+    limits = np.iinfo(np.int16)
+    if array.dtype != np.int16:
+        array = np.clip(np.rint(array), limits.min, limits.max).astype(np.int16)
+    return np.ascontiguousarray(array)
+
+
+def mask(name: object, array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return a mask as bool, and notes if it had to be thresholded at 0.5.
+
+    Raises:
+        UserError: for values other than 0, 1 and what resampling makes of them.
+    """
+    require_finite(name, array)
+    low, high = float(array.min()), float(array.max())
+    checks.require(
+        -OVERSHOOT <= low and high <= 1 + OVERSHOOT,
+        f"{name} holds values from {low:g} to {high:g}, but a mask holds 0 and 1; is "
+        "this a label map or the CT?",
+    )
+    checks.require(
+        high >= 0.5 or high <= RESIDUE,
+        f"{name} holds values from {low:g} to {high:g}, but a mask holds 0 and 1, and "
+        "a resampled one at least 0.5 inside; write it again.",
+    )
+    inside = array >= 0.5
+    if array.dtype.kind != "f" or np.array_equal(array, inside):
+        return inside, ()
+    note = f"{name} holds values between 0 and 1; those of at least 0.5 are inside."
+    return inside, (note,)
+
+
+def label_ids(name: object, array: np.ndarray) -> np.ndarray:
+    """Return label ids as uint8.
+
+    Raises:
+        UserError: for another dtype than bool and integers, and values beyond 0 to 255.
+    """
+    array = np.asarray(array)
+    checks.require(
+        array.dtype.kind in "iub",
+        f"{name} would hold labels of type {array.dtype}, but they must be bool or "
+        "integers; round them with .astype(int).",
+    )
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    checks.require(
+        0 <= low and high <= 255,
+        f"{name} would hold labels from {low} to {high}, but they must lie in "
+        "[0, 255].",
+    )
+    return array.astype(np.uint8)

@@ -9,6 +9,7 @@ import numpy as np
 from swinsmt_jax import checks, labels
 
 MAX_CLASSES = 255  # label ids are uint8
+UNSAFE = "/\\:;,{}\0"  # what a name must not have, to be part of file names and lists
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class ClassMap:
         """Number of label ids, background included."""
         return len(self.names)
 
+    def ids_by_key(self) -> dict[str, int]:
+        """Return {`class_key` of a name: label id}; of equal keys the first counts."""
+        return {class_key(n): i for i, n in reversed([*enumerate(self.names)])}
+
     def subset(self, kept: Sequence[str]) -> "ClassMap":
         """Return some of the classes, in this map's order, with ids from 1 on.
 
@@ -35,6 +40,7 @@ class ClassMap:
             UserError: for no class, a class named twice, and one that is unknown.
         """
         checks.require(len(kept) > 0, "the list of classes is empty; name at least one")
+        kept = [name if name in self.names else safe_name(name) for name in kept]
         for name in kept:
             checks.one_of("a name of classes", name, self.names[1:])
             checks.require(
@@ -155,14 +161,27 @@ def _one_of_its_kind(words):
     return bool(heart) or {"middle", "lobe"} <= {*words}
 
 
+def class_key(name: str) -> str:
+    """Return what two spellings of a class' name share: its words in lower case."""
+    return re.sub(r"[\W_]+", "_", name).strip("_").casefold()
+
+
+def safe_name(name: str) -> str:
+    """Return a class' name as part of a file name: prostate_uterus, prostate/uterus."""
+    return re.sub(rf"\s*[{re.escape(UNSAFE)}]+\s*", "_", name).strip(". ")
+
+
 def make(
     names: Sequence[str], groups: Mapping[str, Sequence[str]], *, where: str
 ) -> ClassMap:
     """Build the map of classes named from id 1 on, with groups of names.
 
+    What file names cannot have becomes _: a dataset's names are not the user's to
+    change.
+
     Raises:
-        UserError: for names that are no plain file names or repeated, too many of them,
-            and groups of unknown classes; the message begins with `where`.
+        UserError: for names that are empty or repeated, too many of them, and groups
+            of unknown classes; the message begins with `where`.
     """
     checks.require(
         isinstance(names, Sequence)
@@ -171,16 +190,15 @@ def make(
         f"{where}: classes is {names!r}, but must be a list of 1 to "
         f"{MAX_CLASSES} names.",
     )
+    checks.require(
+        all(isinstance(name, str) and safe_name(name).strip("_") for name in names),
+        f"{where}: classes is {list(names)!r}, but each must be a name with letters or "
+        "digits.",
+    )
+    given, names = list(names), [safe_name(name) for name in names]
     for name in names:
         checks.require(
-            isinstance(name, str)
-            and name.strip(". ") == name != ""
-            and not set(name) & set("/\\:;,{}\0"),
-            f"{where}: classes holds {name!r}, but a name becomes part of file names: "
-            "letters, digits, _ and - without slashes.",
-        )
-        checks.require(
-            name != "background" and list(names).count(name) == 1,
+            name != "background" and names.count(name) == 1,
             f"{where}: classes holds {name!r} more than once, or the background, which "
             "is id 0 without being named.",
         )
@@ -195,8 +213,8 @@ def make(
             f"{where}: the group {group!r} is {members!r}, but must list names.",
         )
         for name in members:
-            checks.one_of(f"{where}: a class of the group {group!r}", name, names)
-        found[group] = tuple(list(names).index(name) + 1 for name in members)
+            checks.one_of(f"{where}: a class of the group {group!r}", name, given)
+        found[group] = tuple(given.index(name) + 1 for name in members)
     return ClassMap(("background", *names), found)
 
 

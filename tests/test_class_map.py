@@ -123,7 +123,9 @@ def test_classes_without_names_are_not_exchanged():
     ("names", "groups", "words"),
     [
         ("liver", {}, "list of 1 to 255 names"),
-        (["a/b"], {}, "'a/b', but a name becomes part of file names"),
+        (["a", " / "], {}, "must be a name with letters or digits"),
+        (["a", 3], {}, "must be a name with letters or digits"),
+        (["a/b", "a_b"], {}, "'a_b' more than once"),
         (["a", "a"], {}, "'a' more than once"),
         (["background"], {}, "the background, which is id 0"),
         (["a"], {"g": ["b"]}, "a class of the group 'g' is 'b'"),
@@ -135,6 +137,15 @@ def test_bad_classes_are_refused(names, groups, words):
     with pytest.raises(checks.UserError, match=words) as told:
         class_map.make(names, groups, where="file.json")
     assert "file.json" in str(told.value)
+
+
+def test_names_become_safe_file_names():
+    given = ["prostate/uterus", "vein: portal, splenic", ".hidden", "C:\\x", "L5 {a}"]
+    own = class_map.make(given, {"g": given[:2]}, where="x")
+    wanted = ("prostate_uterus", "vein_portal_splenic", "hidden", "C_x", "L5_a_")
+    assert own.names[1:] == wanted and own.groups == {"g": (1, 2)}
+    assert own.subset(given[:1]).names[1:] == wanted[:1]
+    assert class_map.from_json(class_map.to_json(own), where="x") == own
 
 
 def test_a_map_survives_json():

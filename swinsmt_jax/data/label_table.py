@@ -6,9 +6,14 @@ which 3D Slicer, ITK-SNAP's converters and TotalSegmentator's own tools read.
 
 import colorsys
 from collections.abc import Mapping
+from pathlib import Path
 from xml.etree import ElementTree
 
+import nibabel as nib
 import numpy as np
+
+from swinsmt_jax import checks
+from swinsmt_jax.class_map import ClassMap, class_key
 
 GOLDEN = 0.6180339887  # turns of the colour circle between neighbouring ids
 
@@ -40,7 +45,58 @@ def xml(names: Mapping[int, str]) -> str:
 def read(text: str) -> dict[int, str]:
     """Return {label id: name} of a label table."""
     labels = ElementTree.fromstring(text.rstrip("\0")).iter("Label")
-    return {int(label.get("Key")): label.text for label in labels}
+    return {int(label.get("Key")): (label.text or "").strip() for label in labels}
+
+
+def of_header(header: nib.Nifti1Header) -> dict[int, str]:
+    """Return {label id: name} that a header carries, {} without a label table."""
+    for extension in header.extensions:
+        content = extension.get_content()
+        try:
+            text = content.decode() if isinstance(content, bytes) else str(content)
+            return read(text)
+        except (ElementTree.ParseError, ValueError, TypeError):
+            continue  # something else, of another tool
+    return {}
+
+
+def ids_by_name(
+    path: str | Path, array: np.ndarray, header: nib.Nifti1Header, classes: ClassMap
+) -> np.ndarray:
+    """Return label ids of the class map, of a file that may name its own in its header.
+
+    Args:
+        path: of the file, for messages.
+        array: its ids, whole numbers.
+        header: of the file.
+        classes: the class map.
+
+    Raises:
+        UserError: for an id that the file holds, whose name no class has, or which has
+            none while others differ from the class map's.
+    """
+    names, ids = of_header(header), classes.ids_by_key()
+    wanted = {i: ids.get(class_key(name)) for i, name in names.items() if i > 0}
+    if all(i == number for i, number in wanted.items()):
+        return array
+    found = np.zeros(array.shape, np.uint8)
+    for number in map(int, np.unique(array)):
+        if number == 0:
+            continue
+        checks.require(
+            number in names,
+            f"{path} has voxels of the label id {number}, which its header does not "
+            "name, though it names others unlike the class map; name it there too.",
+        )
+        name, own = names[number], dict(enumerate(classes.names)).get(number)
+        checks.require(
+            wanted[number] is not None,
+            f"{path} calls its label id {number} {name!r} in its header, but the class "
+            f"map has {own!r} there and no class {name!r}."
+            f"{checks.did_you_mean(name, classes.names)} Give labels of its classes.",
+        )
+        found[array == number] = wanted[number]
+    return found
 
 
 def colour(number: int) -> tuple[float, float, float]:

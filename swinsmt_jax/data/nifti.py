@@ -10,10 +10,11 @@ from nibabel import orientations
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
-from swinsmt_jax.data import geometry, nifti_file, voxels
+from swinsmt_jax.data import geometry, label_table, nifti_file, voxels
 from swinsmt_jax.data.resampling import fill_most
 from swinsmt_jax.runtime.files import replacing
 
+ROUNDING = 1e-3  # of label ids that a file stores with a slope
 GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
 
 
@@ -96,19 +97,24 @@ def load_labels(
 ) -> Volume:
     """Read a multi-label segmentation as uint8 label ids in RAS orientation.
 
+    Where the header names the ids, they become those of the classes with these names.
+
     Raises:
-        UserError: as `load_ct`, and for values that are not label ids of the classes.
-            Where `on` is given, as `require_same_grid`, before voxels are read.
+        UserError: as `load_ct`, and for values that are not label ids of the classes,
+            or have names in the header that no class has. Where `on` is given, as
+            `require_same_grid`, before voxels are read.
     """
     volume = _load(path, on)
     voxels.require_finite(volume.path, volume.array)
     array, last = volume.array, classes.num_classes - 1
     if array.dtype.kind == "f":
+        array = np.rint(array)
         checks.require(
-            bool(np.all(array == np.rint(array))),
+            bool(np.abs(array - volume.array).max() <= ROUNDING),
             f"{path} holds values that are not whole numbers, but a segmentation holds "
             f"label ids from 0 to {last}; is this the CT?",
         )
+    array = label_table.ids_by_name(path, array, volume.header, classes)
     low, high = array.min(), array.max()
     checks.require(
         low >= 0 and high <= last,

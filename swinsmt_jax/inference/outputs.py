@@ -5,7 +5,6 @@ import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from xml.etree.ElementTree import ParseError
 
 import nibabel as nib
 import numpy as np
@@ -166,9 +165,6 @@ def _classes_in(path):
     if not path.name.endswith(SUFFIXES):
         return None
     try:
-        (content,) = (e.get_content() for e in nib.load(path).header.extensions)
-        return set(label_table.read(content.decode()).values())
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError):
+        return set(label_table.of_header(nib.load(path).header).values()) or None
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError):
         return None  # damaged
-    except (ValueError, AttributeError, ParseError):
-        return None  # no table of names, or another tool's

@@ -1,6 +1,6 @@
 """NIfTI volumes in RAS orientation: load and save. Owns the affine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,14 +51,23 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
 
 
+def ras_grid(
+    affine: np.ndarray, shape: Sequence[int]
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return affine [4, 4] and shape in RAS orientation of a grid in any axes."""
+    affine = np.array(affine, np.float64)
+    to_ras = orientations.io_orientation(affine)
+    ras = affine @ orientations.inv_ornt_aff(to_ras, shape)
+    return ras, tuple(shape[i] for i in np.argsort(to_ras[:, 0]))
+
+
 def ras_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     """Return the voxel sides in mm to the right, front and head, of axes in any order.
 
     Args:
         affine: [4, 4] of a file.
     """
-    order = np.argsort(orientations.io_orientation(np.array(affine))[:, 0])
-    return tuple(spacing_of(np.array(affine))[i] for i in order)
+    return spacing_of(ras_grid(affine, (1, 1, 1))[0])
 
 
 def load_ct(path: str | Path) -> Volume:
@@ -206,8 +215,10 @@ def save_labels(
         f"has {like.array.shape}.",
     )
     array = voxels.label_ids(path, array)
-    if not np.allclose(like.affine, _ras_affine(like)):
-        array = _on_file(array, like)
+    affine, shape = ras_grid(like.source_affine, like.source_shape)
+    if not np.allclose(like.affine, affine):
+        to_grid = np.linalg.inv(like.affine) @ affine
+        array = fill_most(array, np.diag(to_grid)[:3], to_grid[:3, 3], shape)
     save(path, array, like=like, description=description)
 
 
@@ -261,19 +272,6 @@ def write(
         nib.save(image, partial)
 
 
-def _ras_affine(volume: Volume) -> np.ndarray:
-    to_ras = orientations.io_orientation(volume.source_affine)
-    return volume.source_affine @ orientations.inv_ornt_aff(to_ras, volume.source_shape)
-
-
-def _on_file(array: np.ndarray, like: Volume) -> np.ndarray:
-    """Bring labels on the grid of `like` to the voxels of its file, in RAS."""
-    to_grid = np.linalg.inv(like.affine) @ _ras_affine(like)
-    to_ras = orientations.io_orientation(like.source_affine)
-    shape = tuple(like.source_shape[i] for i in np.argsort(to_ras[:, 0]))
-    return fill_most(array, np.diag(to_grid)[:3], to_grid[:3, 3], shape)
-
-
 def _load(path: str | Path, on: Volume | None = None) -> Volume:
     grid, image = _open(path)
     if on is not None:
@@ -314,7 +312,6 @@ def _checked(path, array, affine) -> Volume:
         f"{path} has the affine {affine[:3].tolist()}, which cannot be inverted, so "
         "orientation and spacing are unknown; mend its sform and qform.",
     )
-    to_ras = orientations.io_orientation(affine)
-    ras = affine @ orientations.inv_ornt_aff(to_ras, array.shape)
-    array_ras = orientations.apply_orientation(array, to_ras)
-    return Volume(array_ras, ras, affine, array.shape, path)
+    in_ras = orientations.apply_orientation(array, orientations.io_orientation(affine))
+    ras, _ = ras_grid(affine, array.shape)
+    return Volume(in_ras, ras, affine, array.shape, path)

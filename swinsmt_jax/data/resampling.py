@@ -10,12 +10,37 @@ from swinsmt_jax.data import nifti_file
 from swinsmt_jax.data.sample import voxel_step
 
 TIE = 1e-5  # shares of a voxel that differ by less are equal
+ROUNDING = 1e-6  # of an axis' length: headers hold spacings in float32
+
+
+def covering_grid(
+    shape: Sequence[int], affine: np.ndarray, *, spacing: float
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """Return shape and affine of the grid of cubic voxels that covers another grid.
+
+    It has the other's axes and begins at its outer edge, half a voxel before the centre
+    of its first voxel. It ends at the other's last outer edge, or less than one of the
+    new voxels behind it. So the centre of each voxel of the other grid lies in a voxel
+    of this one. A grid whose voxels have these sides already covers itself.
+
+    Args:
+        shape: of the other grid.
+        affine: [4, 4] of the other grid.
+        spacing: voxel side in mm.
+    """
+    ratio = spacing / np.linalg.norm(affine[:3, :3], axis=0)
+    if np.allclose(ratio, 1.0, atol=1e-4):
+        return tuple(shape), affine
+    new = np.ceil(np.array(shape) / ratio * (1 - ROUNDING)).astype(int)
+    return tuple(new.tolist()), affine @ voxel_step(0.5 * ratio - 0.5, ratio)
 
 
 def resample(
     array: np.ndarray, affine: np.ndarray, *, spacing: float, order: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resample to cubic voxels of side `spacing` mm, keeping the outer edges in place.
+    """Resample to the `covering_grid` of cubic voxels of side `spacing` mm.
+
+    A voxel that reaches beyond the end is filled from the part of it that lies within.
 
     Args:
         array: [X, Y, Z].
@@ -31,24 +56,21 @@ def resample(
     Raises:
         UserError: for a new shape of absurd size.
     """
-    sides = np.linalg.norm(affine[:3, :3], axis=0)
-    ratio = spacing / sides
-    if np.allclose(ratio, 1.0, atol=1e-4):
+    shape, new_affine = covering_grid(array.shape, affine, spacing=spacing)
+    if new_affine is affine:
         return array, affine
-    shape = [
-        int(max(1, np.rint(n / r))) for n, r in zip(array.shape, ratio, strict=True)
-    ]
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
     checks.require(
         nifti_file.is_possible(shape),
         f"a scan of {array.shape} voxels of {' x '.join(f'{s:g}' for s in sides)} mm "
-        f"would have {tuple(shape)} at {spacing:g} mm, but may have at most "
+        f"would have {shape} at {spacing:g} mm, but may have at most "
         f"{nifti_file.MAX_VOXELS}, and {nifti_file.MAX_SIDE} along an axis; mend the "
         "spacing in its header, or leave the scan out.",
     )
+    ratio = spacing / sides
     offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
     if order == 0:
-        resampled = fill_most(array, ratio, offset, shape)
-        return resampled, affine @ voxel_step(offset, ratio)
+        return fill_most(array, ratio, offset, shape), new_affine
     if (ratio > 1).any():  # what the new grid cannot show must not alias
         sigma = np.maximum(0, (ratio - 1) / 2)
         smooth = ndimage.gaussian_filter(
@@ -57,9 +79,9 @@ def resample(
         whole = np.issubdtype(array.dtype, np.integer)
         array = np.rint(smooth).astype(array.dtype) if whole else smooth
     resampled = ndimage.affine_transform(
-        array, ratio, offset, tuple(shape), order=order, mode="nearest"
+        array, ratio, offset, shape, order=order, mode="nearest"
     )
-    return resampled, affine @ voxel_step(offset, ratio)
+    return resampled, new_affine
 
 
 def positions(
@@ -116,9 +138,15 @@ def fill_most(
 
 
 def _overlaps(n, new, step, offset):
-    """Return which share [new, n] of each new voxel each old one has, along an axis."""
-    centre = np.clip(np.arange(new) * step + offset + 0.5, 0, n)[:, None]
+    """Return which share [new, n] of each new voxel each old one has, along an axis.
+
+    Shares are of the part that lies on the old axis; beyond it is its last voxel.
+    """
+    centre = (np.arange(new) * step + offset + 0.5)[:, None]
     first, end = np.clip((centre - step / 2, centre + step / 2), 0, n)
+    beyond = end - first < TIE * step
+    first = np.where(beyond, np.clip(np.floor(centre), 0, n - 1), first)
+    end = np.where(beyond, first + 1, end)
     edge = np.arange(n)
     width = np.clip(np.minimum(end, edge + 1) - np.maximum(first, edge), 0, None)
     width[width < TIE * step] = 0

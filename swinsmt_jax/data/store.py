@@ -24,7 +24,8 @@ from absl import logging
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import meta, volume_file
+from swinsmt_jax.data import meta, nifti, volume_file
+from swinsmt_jax.data.resampling import covering_grid
 from swinsmt_jax.data.sample import Sample, foreground_box, voxel_step
 from swinsmt_jax.runtime import files
 
@@ -82,6 +83,19 @@ class StoredCase:
     def shape(self) -> tuple[int, int, int]:
         """Sides in voxels."""
         return tuple(self.facts["shape"])
+
+    @property
+    def lacks_end(self) -> bool:
+        """Whether its voxels end before its scan does, as those made before could."""
+        facts = self.facts
+        if "source_shape" not in facts:  # of no file
+            return False
+        affine, shape = nifti.ras_grid(facts["source_affine"], facts["source_shape"])
+        spacing = nifti.spacing_of(self.affine)
+        if np.allclose(spacing, nifti.spacing_of(affine), rtol=1e-4):
+            return False
+        covering, _ = covering_grid(shape, affine, spacing=spacing[0])
+        return any(np.less(facts["shape"], covering))
 
     def draw_centre(
         self, rng: np.random.Generator, *, labelled: bool, air: float
@@ -230,7 +244,16 @@ def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
         raise meta.EmptySplitError(
             f"the store {root} holds no case of the split {split!r}."
         )
-    return tuple(StoredCase(name, split, root / name) for name in names)
+    cases = tuple(StoredCase(name, split, root / name) for name in names)
+    cut = [case.name for case in cases if case.lacks_end]
+    if cut:
+        logging.warning(
+            "the store %s was made before grids covered scans: %d of %d cases of %r "
+            "lack up to half a voxel at the end of an axis, such as %s; preprocess to "
+            "another --store to train on it.",
+            *(root, len(cut), len(cases), split, ", ".join(cut[:3])),
+        )
+    return cases
 
 
 def damage(folder: Path, *, whole: bool) -> str | None:

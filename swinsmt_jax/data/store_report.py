@@ -10,6 +10,7 @@ from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.runtime import files, html
 
 SHOWN = 4  # cases drawn
+CUT = "its grid ends before the scan does, as grids did before; preprocess it anew."
 
 
 def write(root: Path) -> str:
@@ -34,12 +35,14 @@ def _summary(report):
     count, run = sum(report["cases"].values()), report["run"]
     size = report["bytes"] / 1e6
     speed = 60 * run["cases"] / max(run["seconds"], 1e-3)
+    cut = len(report["ends_before_scan"])
     return (
         f"{count} cases ({_splits(report)}), {size:.1f} MB, "
         f"{size / max(1, count):.2f} MB a case, "
         f"{report['bytes_per_voxel']:.2f} bytes a voxel; "
         f"{len(report['failed'])} failed, {len(report['excluded'])} excluded; "
         f"{run['cases']} written now, {speed:.1f} cases/minute"
+        + (f"; {cut} end before their scan" if cut else "")
     )
 
 
@@ -70,6 +73,7 @@ def _collect(root, cases, index):
         "overlapping_voxels": sum(f["overlapping_voxels"] for f in facts),
         "overlaps": each(lambda f: f["overlapping_voxels"]),
         "notes": each(lambda f: f.get("notes")),
+        "ends_before_scan": [case.name for case in cases if case.lacks_end],
         "classes": {
             name: {"voxels": int(own.sum()), "cases": int((own > 0).sum())}
             for name, own in list(zip(names, counts.T, strict=True))[1:]
@@ -79,13 +83,16 @@ def _collect(root, cases, index):
 
 def _page(report, cases):
     shown = cases[:: max(1, len(cases) // SHOWN)][:SHOWN]
+    notes = {name: " ".join(found) for name, found in report["notes"].items()}
+    for name in report["ends_before_scan"]:
+        notes[name] = f"{notes.get(name, '')} {CUT}".strip()
     return html.render(
         "store.html",
         title="Preprocessed cases",
         report=report,
         splits=_splits(report),
         excluded=dict.fromkeys(report["excluded"], "--exclude"),
-        notes={name: " ".join(found) for name, found in report["notes"].items()},
+        notes=notes,
         overlaps={n: f"{count:,} voxels" for n, count in report["overlaps"].items()},
         histograms=html.png(_histograms(report), dpi=90),
         pictures=[(case, html.png(_slices(case), dpi=90)) for case in shown],

@@ -84,8 +84,8 @@ def test_resampling_keeps_every_voxel_at_its_place_in_the_world():
         expected = (world[0] + 2 * world[1] - world[2]).reshape(new.shape)
         inner = (slice(2, -2),) * 3
         np.testing.assert_allclose(new[inner], expected[inner], atol=1e-3)
-        extent = np.array(new.shape) * spacing
-        assert np.all(np.abs(extent - (40, 48, 48)) <= spacing / 2 + 1e-6)
+        behind = np.array(new.shape) * spacing - (40, 48, 48)
+        assert np.all(behind > -1e-4) and np.all(behind < spacing)
 
 
 def test_resampling_to_the_own_spacing_changes_nothing():
@@ -275,9 +275,9 @@ def test_labels_at_a_border_halfway_are_shared(tmp_path):
     assert (new[0] == 0).all() and (new[2:] == 1).all()
     assert new[1].sum() == 8  # of 16
     label[:] = 0
-    label[7, 7, 7] = 5  # beyond the new grid of 2 voxels
+    label[6:, 6:, 6:] = 5  # the third voxel has 1.2 of the old ones, and then ends
     new, _ = resampling.resample(label, np.eye(4), spacing=3.4, order=0)
-    assert new.shape == (2, 2, 2) and not new.any()
+    assert new.shape == (3, 3, 3) and new[2, 2, 2] == 5 and new.sum() == 5
 
 
 def test_resampling_to_absurd_size_is_refused():

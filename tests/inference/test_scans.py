@@ -360,3 +360,46 @@ def test_the_script_tells_what_failed(tmp_path, hu, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert end.value.code == 1 and "1 segmented, 0 skipped" in out
     assert "failed: bad: " in err and "bad.nii.gz is" in err
+
+
+@jax.jit
+def constant(windows):
+    """A network that says 2 of every voxel."""
+    return jnp.broadcast_to(2 == jnp.arange(CLASSES), (*windows.shape[:-1], CLASSES))
+
+
+def random_scans(rng, count):
+    """Shapes, affines of any orientation, and spacings of a network."""
+    for _ in range(count):
+        affine = np.diag([*rng.choice((0.5, 0.7, 1.0, 2.0, 3.1), 3), 1.0])
+        orientation = np.stack([rng.permutation(3), rng.choice((-1, 1), 3)], axis=1)
+        shape = rng.integers(1, 45, 3)
+        _, affine = reoriented(np.empty(shape, bool), affine, orientation)
+        yield tuple(shape), affine, rng.choice((0.9, 1.5, 2.0, 5.0))
+
+
+def test_a_constant_network_labels_all_of_any_scan(rng):
+    for shape, affine, spacing in random_scans(rng, 20):
+        hu = np.full(shape, 500, np.int16)
+        labels = make(constant, spacing=spacing).segment_array(hu, affine)
+        assert (labels == 2).all(), (shape, affine, spacing)
+
+
+def test_an_ideal_network_errs_only_where_resampling_rounds(rng):
+    """Of two halves of a scan, within half a voxel of the border between them."""
+    for shape, affine, spacing in random_scans(rng, 20):
+        axis = rng.integers(3)
+        side = np.linalg.norm(affine[:3, axis])
+        half = int(np.ceil(4 * max(spacing, side) / side))
+        shape = [
+            half + rng.integers(half, 2 * half) if i == axis else n
+            for i, n in enumerate(shape)
+        ]
+        hu = np.full(shape, 375, np.int16)
+        hu[(slice(None),) * axis + (slice(half, None),)] = 625
+        labels = make(spacing=spacing).segment_array(hu, affine)
+        wrong = np.flatnonzero(
+            (labels != brightness(hu)).any(axis=tuple(i for i in range(3) if i != axis))
+        )
+        off = np.abs((wrong + 0.5 - half) * side)
+        assert (off <= 0.5 * spacing + 1e-6).all(), (shape, affine, spacing, wrong)

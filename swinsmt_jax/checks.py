@@ -1,5 +1,6 @@
 """Messages for user errors: argument, value, rule and remedy."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -8,8 +9,10 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple
+
+import numpy as np
 
 
 class UserError(ValueError):
@@ -20,6 +23,26 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def named(what: object) -> Iterator[None]:
+    """Begin the message of a `UserError` with what it is about, such as a scan."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+def finite(what: object, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise `UserError` unless all parameters `arrays` of `what` are finite."""
+    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    require(
+        not bad,
+        f"{what} has {len(bad)} parameters with values that are NaN or infinite, such "
+        f"as {bad[0] if bad else ''}: the training diverged, or the file is damaged. "
+        "Take an earlier checkpoint, or train with a lower learning rate.",
+    )
 
 
 def one_of(name: str, value: object, choices: Iterable) -> None:

@@ -55,14 +55,15 @@ def segment_cases(
             scan.image, scan.affine, spacing=data.spacing, hu_range=data.hu_range
         )
         start = time.perf_counter()
-        prediction = segment(
-            predict,
-            view,
-            window=data.patch_shape,
-            num_classes=num_classes,
-            inference=inference,
-            sharding=sharding,
-        )
+        with checks.named(f"case {case.name!r}"):
+            prediction = segment(
+                predict,
+                view,
+                window=data.patch_shape,
+                num_classes=num_classes,
+                inference=inference,
+                sharding=sharding,
+            )
         yield score(
             scan,
             prediction,

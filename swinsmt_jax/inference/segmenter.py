@@ -65,9 +65,9 @@ class Segmenter:
             UserError: as `load_scan`.
         """
         volume = load_scan(path)
-        return nifti.in_file_axes(
-            self.segment_volume(volume, progress=progress), volume
-        )
+        with checks.named(path):
+            labels = self.segment_volume(volume, progress=progress)
+        return nifti.in_file_axes(labels, volume)
 
     def segment_array(
         self, hu: np.ndarray, affine: np.ndarray, *, progress: Progress | None = None

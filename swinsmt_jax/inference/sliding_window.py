@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from swinsmt_jax import checks
@@ -163,7 +164,7 @@ def _predict_windows(predict, windows, num_classes, window_batch, sharding):
             f"predict returned {logits.shape[1:]} for a window, but {wanted} is "
             f"needed: num_classes is {num_classes}.",
         )
-        return logits, len(starts)
+        return logits, _are_finite(logits), len(starts)
 
     empty = {start for start in windows.starts if not windows.cut(start).any()}
     if len(empty) < 2:
@@ -172,14 +173,28 @@ def _predict_windows(predict, windows, num_classes, window_batch, sharding):
     groups = [filled[i : i + window_batch] for i in range(0, len(filled), window_batch)]
     of_air = None
     if empty:
-        logits, index = next(_one_by_one(launch([])[0], 1))
-        of_air = logits[:1], index
+        (logits, index), finite = next(_one_by_one(*launch([])[:2], 1))
+        of_air = (logits[:1], index), finite
     predictions = _in_turn(launch, groups)
-    for start in windows.starts:
-        yield of_air if start in empty else next(predictions)
+    for number, start in enumerate(windows.starts, start=1):
+        found, finite = of_air if start in empty else next(predictions)
+        checks.require(
+            finite,
+            f"the network's logits are NaN or infinite in window {number} of "
+            f"{len(windows.starts)}, which begins at voxel {windows.place(start)} of "
+            "what it sees. Take another checkpoint (--step), or compute in float32 "
+            "(--dtype).",
+        )
+        yield found
 
 
-def _in_turn(launch, groups) -> Iterator[tuple[jax.Array, int]]:
+@jax.jit
+def _are_finite(logits):
+    """Whether each window's logits are all finite, [b]."""
+    return jnp.isfinite(logits).all(axis=range(1, logits.ndim))
+
+
+def _in_turn(launch, groups) -> Iterator[tuple[tuple[jax.Array, int], bool]]:
     """Yield the windows of each group; the next one is computed meanwhile."""
     waiting = None
     for group in [*groups, None]:
@@ -189,14 +204,15 @@ def _in_turn(launch, groups) -> Iterator[tuple[jax.Array, int]]:
         waiting = launched
 
 
-def _one_by_one(logits, count):
-    """Yield (part, index in it) of the first windows of a batch, on one device."""
-    jax.block_until_ready(logits)
+def _one_by_one(logits, are_finite, count):
+    """Yield ((part, index in it), finite) of a batch's first windows, on one device."""
+    are_finite = np.asarray(are_finite)  # waits for the batch
     home = jax.local_devices()[0]
     parts = {s.index[0].start or 0: s.data for s in logits.addressable_shards}
     for first, part in sorted(parts.items()):
         part = jax.device_put(part, home)
-        yield from ((part, i) for i in range(min(len(part), count - first)))
+        for i in range(min(len(part), count - first)):
+            yield (part, i), are_finite[first + i]
 
 
 def _counted(items, number, progress):

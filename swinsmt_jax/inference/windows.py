@@ -141,6 +141,11 @@ class Windows:
         """View an array [D, H, W, ...] with its axes in the order of the sweep."""
         return array.transpose(*self.order, *range(3, array.ndim))
 
+    def place(self, start: Start) -> Start:
+        """Return the first voxel of a window in the axes of the volume."""
+        place = dict(zip(self.order, np.subtract(start, self.pad), strict=True))
+        return tuple(int(place[axis]) for axis in range(3))
+
     def cut(self, start: Start) -> np.ndarray:
         """Return the window [*window, C] of the volume, its axes in their own order."""
         box = [slice(None)] * 3

@@ -24,6 +24,7 @@ from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.files import remove, remove_partial, replacing, writable
+from swinsmt_jax.sharding import path_name
 from swinsmt_jax.training.checkpoint_folder import (
     DAMAGED,
     METRIC,
@@ -271,6 +272,9 @@ def _load(folder):
     args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
     with ocp.PyTreeCheckpointer() as reader:
         found = read(folder, lambda: reader.restore(folder / STATE, args=args))
+    leaves = jax.tree_util.tree_flatten_with_path(found[part])[0]
+    named = {path_name(path): leaf for path, leaf in leaves}
+    checks.finite(f"the checkpoint {folder}", named)
     params = jax.tree.map(jnp.asarray, found[part])  # not tied to a device
     metrics = {} if dice is None else {METRIC: dice}
     about = {"step": int(folder.name), "metrics": metrics}

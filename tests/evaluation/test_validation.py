@@ -129,3 +129,16 @@ def test_outside_the_foreground_is_background(cases):
     (case,) = segmented(cases[:1])
     assert case.scan.label[~inside].any()
     np.testing.assert_array_equal(case.prediction, np.where(inside, case.scan.label, 0))
+
+
+def test_a_case_whose_logits_are_not_finite_is_named(cases):
+    data, inference = config().data, config().inference
+    segmented = validation.segment_cases(
+        jax.jit(lambda windows: windows * jnp.full(CLASSES, jnp.inf)),
+        cases[:1],
+        data=data,
+        inference=inference,
+        num_classes=CLASSES,
+    )
+    with pytest.raises(UserError, match="case '0': the network's logits are NaN or"):
+        next(segmented)

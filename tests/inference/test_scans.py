@@ -403,3 +403,20 @@ def test_an_ideal_network_errs_only_where_resampling_rounds(rng):
         )
         off = np.abs((wrong + 0.5 - half) * side)
         assert (off <= 0.5 * spacing + 1e-6).all(), (shape, affine, spacing, wrong)
+
+
+def test_a_scan_whose_logits_are_not_finite_is_named_and_has_no_labels(hu, tmp_path):
+    @jax.jit
+    def diverged(windows):
+        return by_brightness(windows) * jnp.where(windows.max() > 0.9, jnp.nan, 1)
+
+    for name, top in (("good", 600), ("bad", 2000)):
+        scan = nib.Nifti1Image(np.minimum(hu * 2, top).astype(np.int16), np.eye(4))
+        nib.save(scan, tmp_path / f"{name}.nii.gz")
+    segmenter, out = make(diverged), tmp_path / "out"
+    summary = segment_scans(segmenter, find_scans([tmp_path]), out, OutputOptions())
+    assert "error" not in summary["good"] and (out / "good.nii.gz").exists()
+    assert "NaN or infinite in window 1 of" in summary["bad"]["error"]
+    assert not (out / "bad.nii.gz").exists()
+    with pytest.raises(UserError, match="bad.nii.gz: the network's logits are NaN"):
+        segmenter.segment(tmp_path / "bad.nii.gz")

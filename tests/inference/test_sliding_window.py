@@ -246,3 +246,30 @@ def test_memory_where_the_last_windows_of_an_axis_share_more_than_others():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.4 * 16 * side**2 * classes * 4
+
+
+@jax.jit
+def fails_on_bright(x):
+    """Logits that are NaN where a window holds a voxel above 1."""
+    bad = x.max((1, 2, 3), keepdims=True) > 1
+    return jnp.where(bad, jnp.nan, local(x))
+
+
+@pytest.mark.parametrize("window_batch, sharded", [(1, False), (3, False), (4, True)])
+@pytest.mark.parametrize("accumulate", ["host", "device"])
+def test_logits_that_are_not_finite_are_an_error(accumulate, window_batch, sharded):
+    volume = np.full((9, 12, 20, 1), 0.5, np.float32)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    options = {
+        "window": WINDOW,
+        "num_classes": 3,
+        "overlap": 0.0,
+        "accumulate": accumulate,
+        "window_batch": window_batch,
+        "sharding": NamedSharding(mesh, PartitionSpec("data")) if sharded else None,
+    }
+    predict_labels(fails_on_bright, volume, **options)
+    volume[8, 11, 19] = 2  # windows along the longest axis, the last of 5 x 2 x 2
+    words = r"NaN or infinite in window 20 of 20, which begins at voxel \(1, 6, 16\)"
+    with pytest.raises(UserError, match=words):
+        predict_labels(fails_on_bright, volume, **options)

@@ -300,3 +300,15 @@ def test_the_config_is_read_from_the_checkpoint(tmp_path, make_config):
     longer = dataclasses.replace(config.training, num_steps=99)
     write(tmp_path, dataclasses.replace(config, training=longer), {3: None})
     assert load_model(tmp_path)[0].training.num_steps == 99
+
+
+def test_parameters_that_are_not_finite_are_refused(tmp_path, make_config):
+    config = make_config()
+    state, _ = states(config)
+    params = dict(state.params)
+    params["stem"] = jax.tree.map(lambda x: x.at[0].set(jnp.inf), params["stem"])
+    with open_checkpoints(tmp_path) as checkpoints:
+        state = dataclasses.replace(at(state, 4), params=params)
+        checkpoints.save(state, origin=origin_of(config, data="abc"))
+    with pytest.raises(UserError, match="checkpoints/4 has .* infinite, such as stem"):
+        load_model(tmp_path)

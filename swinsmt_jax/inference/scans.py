@@ -14,7 +14,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import dicom
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
-from swinsmt_jax.inference import outputs
+from swinsmt_jax.inference import outputs, provenance
 from swinsmt_jax.inference.outputs import OutputOptions
 from swinsmt_jax.inference.segmenter import Segmenter, load_scan
 from swinsmt_jax.runtime import files
@@ -35,10 +35,10 @@ def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
         UserError: for an input that does not exist, is no NIfTI file or a folder
             without any, and for scans that would have one name.
     """
-    found = [file for given in inputs for file in _files(Path(given))]
+    found = [file for given in inputs for file in _files(files.absolute(given))]
     stems = [_stem(file) for file in found]
     names = [
-        stem if stems.count(stem) == 1 and stem != "ct" else file.absolute().parent.name
+        stem if stems.count(stem) == 1 and stem != "ct" else file.parent.name
         for file, stem in zip(found, stems, strict=True)
     ]
     for name in names:
@@ -64,31 +64,44 @@ def segment_scans(
     labels that are there. Whatever fails on one scan does not stop the others.
 
     Returns:
-        {name: {"file", "labels", "seconds", "structures"}}, with {"error"} for those
-        that failed and without "seconds" for those not segmented. `summary.json` holds
-        them and those of earlier calls.
+        {name: {"file", "labels", "made_by", "seconds", "structures"}}, with {"error"}
+        for those that failed and without "seconds" for those not segmented.
+        `summary.json` holds them and those of earlier calls.
 
     Raises:
         UserError: before anything is written, for classes that the network does not
-            give, an output path that cannot be a folder, outputs in the place of
-            inputs, and labels of other classes that are there.
+            give, an output path that cannot be a folder or written to, outputs in the
+            place of inputs, and labels that are there of other classes, of another
+            scan, or made by another network, step or options.
     """
+    output = files.absolute(output)
+    scans = {name: files.absolute(file) for name, file in scans.items()}
     known = segmenter.class_names
     for name in options.roi:
         checks.one_of("a class of roi", name, known.values())
     names = {i: n for i, n in known.items() if not options.roi or n in options.roi}
     targets = {name: options.files(output, name) for name in scans}
     outputs.require_free(targets, scans, known.values())
+    summary, record = {}, _read_summary(output / SUMMARY)
     if not options.overwrite:
         outputs.require_classes(targets, names.values())
+        provenance.require_same(targets, scans, segmenter.made_by, record)
     files.make_folder(output)
-    summary, record = {}, _read_summary(output / SUMMARY)
     for number, (name, file) in enumerate(scans.items(), start=1):
         missing = labels = targets[name]
-        if labels["labels"].exists() and not options.overwrite:
+        there = labels["labels"].exists()
+        if there and not options.overwrite:
             missing = {k: path for k, path in labels.items() if not path.exists()}
         found = {"file": str(file), "labels": str(labels["labels"])}
-        kept = None if "labels" in missing else labels["labels"]
+        made_by = record.get(name, {}).get(provenance.KEY, {})
+        if kept := None if "labels" in missing else labels["labels"]:
+            found[provenance.KEY] = made_by
+        else:
+            now = {"scan": provenance.digest_of_scan(file), **segmenter.made_by}
+            found[provenance.KEY] = made_by | {labels["labels"].name: now}
+            if not there:  # so that a killed process leaves no
+                record[name] = found  # labels of which nobody knows what made them
+                files.write_json(output / SUMMARY, record)
         try:
             if missing:
                 title = f"{name} ({number} of {len(scans)})"
@@ -101,6 +114,8 @@ def segment_scans(
         except Exception as error:  # memory, a bug: other scans may do without it
             logging.exception("%s failed", name)
             found["error"] = f"{type(error).__name__}: {error}"
+        if "error" in found and there:
+            found[provenance.KEY] = made_by
         summary[name] = found
         before = record.get(name, {}) if "seconds" not in found else {}
         record[name] = {k: v for k, v in before.items() if k != "error"} | found
@@ -135,7 +150,8 @@ def _read_summary(file):
         found = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    found = found.items() if isinstance(found, dict) else ()
+    return {name: entry for name, entry in found if isinstance(entry, dict)}
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from swinsmt_jax.config import ExperimentConfig, InferenceConfig
 from swinsmt_jax.data import dicom, label_table, nifti, pipeline, voxels
 from swinsmt_jax.data.network_view import NetworkView, network_view
 from swinsmt_jax.data.nifti import Volume
+from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.models import abstract_model, split
@@ -41,12 +42,33 @@ class Segmenter:
         predict: a jitted function from windows to logits.
         step: of the checkpoint.
         sums: "float32" or "float16", of the logits that are kept.
+        network: hash of the parameters.
+        mirror: whether `predict` averages over mirror images.
     """
 
     config: ExperimentConfig
     predict: Predict
     step: int
     sums: str = "float32"
+    network: str = ""
+    mirror: bool = False
+
+    @property
+    def made_by(self) -> dict[str, object]:
+        """What decides the labels of a scan, for the record."""
+        config = self.config
+        return {
+            "network": self.network,
+            "step": self.step,
+            "window": list(config.data.patch_shape),
+            "spacing": config.data.spacing,
+            "hu_range": list(config.data.hu_range),
+            "overlap": config.inference.overlap,
+            "blend": config.inference.blend,
+            "dtype": config.model.dtype,
+            "sums": self.sums,
+            "mirror": self.mirror,
+        }
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -144,7 +166,8 @@ def load(
         names = pipeline.class_names(config.data)
         exchanged = left_right_swap(names, num_classes=network.out_channels)
     predict = predict_fn(model, exchanged=exchanged)
-    return Segmenter(config, predict, info["step"], sums)
+    digest = digest_of_network(split(model)[1])
+    return Segmenter(config, predict, info["step"], sums, digest, mirror)
 
 
 def load_scan(path: str | Path) -> Volume:

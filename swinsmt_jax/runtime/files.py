@@ -41,8 +41,33 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(path.parent)
 
 
+def absolute(path: str | Path) -> Path:
+    """Return a path from a user without ~, . and .., so that it has a name.
+
+    A link keeps its name, but links before a ".." are followed, as the system does.
+
+    Raises:
+        UserError: for a ~ where no home folder is known.
+    """
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:
+        raise checks.UserError(
+            f"{path} begins with ~, but the home folder is not known ({error}); write "
+            "the path out."
+        ) from error
+    if path.name == "..":
+        return path.resolve()
+    parent = path.parent.resolve() if ".." in path.parts else path.parent.absolute()
+    return parent / path.name
+
+
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; a `UserError` if something is in the way."""
+    """Make a folder and those above it, and write to it.
+
+    Raises:
+        UserError: if something is in the way, or it cannot be written to.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,6 +75,9 @@ def make_folder(path: Path) -> None:
             f"the output folder {path} cannot be made: {error.strerror}; choose "
             "another."
         ) from error
+    with writable(path), tempfile.TemporaryFile(dir=path) as file:
+        file.write(b"0")
+        file.flush()  # a full disk may let files begin
 
 
 def remove(folder: Path) -> None:

@@ -1,6 +1,7 @@
 import csv
 import itertools
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from nibabel import orientations
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.commands import predict as script
-from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.config import InferenceConfig, from_config_dict
 from swinsmt_jax.data import label_table
 from swinsmt_jax.inference import segmenter as prediction
 from swinsmt_jax.inference.outputs import OutputOptions
@@ -291,6 +292,69 @@ def test_what_is_missing_is_written_and_what_is_there_stays(tmp_path, hu):
     )
     assert set(np.unique(nib.load(labels).dataobj)) == {0, 1}
     assert not (output / "s_statistics.csv").exists()  # it was of other labels
+
+
+def test_labels_of_another_scan_or_network_are_never_taken(tmp_path, hu):
+    ours, theirs = (
+        write(tmp_path / p / "ct1.nii.gz", hu + i) for i, p in enumerate("ab")
+    )
+    output, network = tmp_path / "out", make()
+    segment_scans(network, find_scans([ours]), output, OutputOptions())
+    moved = write(tmp_path / "c" / "ct1.nii.gz", hu)
+    moved.write_bytes(ours.read_bytes())
+    statistics = OutputOptions(statistics=True)
+    found = segment_scans(network, find_scans([moved]), output, statistics)["ct1"]
+    assert "error" not in found and "seconds" not in found
+    windows = replace(network.config, inference=InferenceConfig(overlap=0.25))
+    before = {file: file.read_bytes() for file in output.iterdir()}
+    for other, scan, words in (
+        (
+            network,
+            theirs,
+            r"c.ct1.nii.gz; for .*b.ct1.nii.gz other things hold: scan \(",
+        ),
+        (replace(network, network="x"), ours, r"hold: network \(, not x\)"),
+        (replace(network, step=7), ours, r"hold: step \(1, not 7\)"),
+        (replace(network, config=windows), ours, r"overlap \(0.5, not 0.25\)"),
+        (replace(network, mirror=True), ours, r"mirror \(False, not True\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            segment_scans(other, find_scans([scan]), output, statistics)
+    assert before == {file: file.read_bytes() for file in output.iterdir()}
+    (output / "summary.json").unlink()
+    with pytest.raises(UserError, match="no summary.json says what made it"):
+        segment_scans(network, find_scans([ours]), output, statistics)
+    again = replace(statistics, overwrite=True)
+    assert (
+        "seconds" in segment_scans(network, find_scans([theirs]), output, again)["ct1"]
+    )
+
+
+def test_results_are_named_after_where_a_path_leads(tmp_path, hu, monkeypatch):
+    write(tmp_path / "patient" / "ct.nii.gz", hu)
+    (tmp_path / "patient" / "scripts").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, given in (
+        ("patient/scripts", "../ct.nii.gz"),
+        ("patient/scripts", ".."),
+        ("patient", "ct.nii.gz"),
+        ("patient", "."),
+        (".", "~/patient/ct.nii.gz"),
+    ):
+        monkeypatch.chdir(tmp_path / folder)
+        assert find_scans([given]) == {"patient": tmp_path / "patient/ct.nii.gz"}
+    segment_scans(make(), find_scans(["patient"]), "~/out", OutputOptions())
+    assert (tmp_path / "out" / "patient.nii.gz").exists()
+    assert not list(tmp_path.rglob("~"))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, hu):
+    def unused(windows):
+        raise AssertionError("nothing is segmented")
+
+    scan = write(tmp_path / "s.nii.gz", hu)
+    with pytest.raises(UserError, match="/proc cannot be written"):
+        segment_scans(make(unused), {"s": scan}, "/proc", OutputOptions())
 
 
 def test_the_summary_keeps_earlier_scans(tmp_path, hu):

@@ -1,0 +1,74 @@
+"""What made a result: scan, network, step and options, recorded beside it."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from swinsmt_jax import checks
+from swinsmt_jax.inference.outputs import Targets
+
+KEY = "made_by"  # of a scan in the summary: {name of labels: what made them}
+
+
+def digest_of_scan(path: Path) -> str:
+    """Return a hash of a file, or of the files of a DICOM series; "" if unreadable."""
+    files = [path]
+    if path.is_dir():
+        files = [f for f in path.iterdir() if f.is_file() and f.name[0] != "."]
+    try:
+        parts = []
+        for file in files:
+            with file.open("rb") as stream:
+                parts.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    except OSError:
+        return ""
+    return hashlib.sha256("".join(sorted(parts)).encode()).hexdigest()[:16]
+
+
+def digest_of_network(parameters: object) -> str:
+    """Return a hash of the parameters, a pytree of arrays."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(parameters):
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+    return digest.hexdigest()[:16]
+
+
+def require_same(
+    targets: Targets,
+    scans: Mapping[str, Path],
+    made_by: Mapping[str, object],
+    record: Mapping[str, Mapping],
+) -> None:
+    """Raise `UserError` for labels that are there, but not of these scans or options.
+
+    Args:
+        targets: what would be written; labels that are there would be kept.
+        scans: the inputs.
+        made_by: what the segmenter is.
+        record: of earlier calls, with what made each scan's labels under `KEY`.
+    """
+    for name, file in scans.items():
+        labels = targets[name]["labels"]
+        if not labels.exists():
+            continue
+        entry = record.get(name, {})
+        before = entry.get(KEY, {}).get(labels.name)
+        checks.require(
+            before is not None,
+            f"{labels} is there, and no summary.json says what made it; give "
+            "--overwrite or another --output.",
+        )
+        now = {"scan": digest_of_scan(file), **made_by}
+        other = [
+            f"{key} ({before.get(key)}, not {now[key]})"
+            for key in now
+            if before.get(key) != now[key]
+        ]
+        checks.require(
+            not other,
+            f"{labels} is there, made of {entry.get('file')}; for {file} other things "
+            f"hold: {', '.join(other)}. Give --overwrite or another --output.",
+        )

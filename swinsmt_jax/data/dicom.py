@@ -5,7 +5,6 @@ SimpleITK decodes pixels.
 """
 
 import collections
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +50,7 @@ def load_series(folder: str | Path) -> nifti.Volume:
     slices = _in_order(folder, slices)
     affine = _affine(folder, slices)
     hu = np.stack([plane.T for plane in _planes(folder, slices)], axis=-1)
-    volume = nifti.from_array(hu, affine, path=folder)
-    return dataclasses.replace(volume, notes=(*volume.notes, *notes))
+    return nifti.noted(nifti.from_array(hu, affine, path=folder), *notes)
 
 
 def _series(folder):

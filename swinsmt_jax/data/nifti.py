@@ -1,11 +1,13 @@
 """NIfTI volumes in RAS orientation: load and save. Owns the affine."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from absl import logging
 from nibabel import orientations
 
 from swinsmt_jax import checks, labels
@@ -73,23 +75,26 @@ def ras_spacing(affine: np.ndarray) -> tuple[float, float, float]:
 def load_ct(path: str | Path) -> Volume:
     """Read a CT as int16 Hounsfield units, rounded, in RAS orientation.
 
+    What is doubtful about the file, such as values unlike HU, is noted and logged.
+
     Raises:
         UserError: for a file that is missing, truncated, not NIfTI, not 3-D, of RGB or
             complex voxels, with NaN or infinite voxels, or without a usable affine.
     """
-    return _as_ct(_load(path))
+    volume = _load(path)
+    return _as_ct(volume, *volume.notes, *_doubts(volume))
 
 
 def from_array(
-    hu: np.ndarray, affine: np.ndarray, *, path: Path = Path("the array")
+    hu: np.ndarray, affine: np.ndarray, *, path: Path | None = None
 ) -> Volume:
     """Return a CT in memory as `load_ct` does that of a file, with the same errors.
 
-    Messages call it `path`.
+    Messages call it `path`; of a DICOM series, whose tags say that it is a CT in HU.
     """
-    volume = _checked(path, np.asarray(hu), affine)
-    notes = geometry.sheared_note(path, volume.source_affine)
-    return _as_ct(replace(volume, notes=notes))
+    volume = _checked(path or Path("the array"), np.asarray(hu), affine)
+    sheared = geometry.sheared_note(volume.path, volume.source_affine)
+    return _as_ct(volume, *sheared, *(() if path else _doubts(volume)))
 
 
 def grid_of(path: str | Path) -> Volume:
@@ -97,8 +102,26 @@ def grid_of(path: str | Path) -> Volume:
     return _open(path)[0]
 
 
-def _as_ct(volume: Volume) -> Volume:
-    return replace(volume, array=voxels.hounsfield(volume.path, volume.array))
+def noted(volume: Volume, *notes: str) -> Volume:
+    """Return a scan with more notes, and log each of them once in a process."""
+    for note in notes:
+        _log(note)
+    return replace(volume, notes=(*volume.notes, *notes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _log(note: str) -> None:
+    logging.warning("%s", note)
+
+
+def _as_ct(volume: Volume, *notes: str) -> Volume:
+    array = voxels.hounsfield(volume.path, volume.array)
+    return noted(replace(volume, array=array, notes=()), *notes)
+
+
+def _doubts(volume: Volume) -> tuple[str, ...]:
+    voxels.require_finite(volume.path, volume.array)
+    return voxels.unlike_hounsfield(volume.path, volume.array)
 
 
 def load_labels(

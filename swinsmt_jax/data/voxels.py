@@ -7,6 +7,9 @@ import numpy as np
 
 from swinsmt_jax import checks
 
+DENSE = 800  # HU
+AIR = -900  # HU
+TISSUE = 100  # HU, a range that noise alone has
 OVERSHOOT = 0.25  # of splines beyond a mask's 0 and 1
 RESIDUE = 1e-3  # that resampling leaves of nothing
 
@@ -44,6 +47,26 @@ def hounsfield(name: object, array: np.ndarray) -> np.ndarray:
     if array.dtype != np.int16:
         array = np.clip(np.rint(array), limits.min, limits.max).astype(np.int16)
     return np.ascontiguousarray(array)
+
+
+def unlike_hounsfield(name: object, array: np.ndarray) -> tuple[str, ...]:
+    """Return a note on voxels that are hardly Hounsfield units, with their range.
+
+    Such are of another modality, scaled to [0, 1] or [0, 255], or offset by 1024: no
+    voxel is less or none is more than water, the range is that of one tissue, or a
+    fifth of the voxels are denser than all but cortical bone.
+    """
+    low, high = array.min(), array.max()
+    empty = low == high or high <= AIR
+    dense = np.count_nonzero(array > DENSE)
+    body = low < 0 < high and high - low >= TISSUE and dense <= array.size / 5
+    if empty or body:
+        return ()
+    return (
+        f"{name}: its values lie from {low:g} to {high:g}, unlike Hounsfield units "
+        "(air -1000, fat -100, water 0, bone up to 3000); it is no CT, or was scaled "
+        "or offset: bring it to Hounsfield units.",
+    )
 
 
 def mask(name: object, array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:

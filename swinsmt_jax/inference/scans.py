@@ -126,8 +126,6 @@ def segment_scans(
 def _segment(segmenter, file, kept, missing, names, title):
     """Write what is missing of a scan, from the labels kept in a file if there are."""
     volume = load_scan(file)
-    for note in volume.notes:
-        logging.warning("%s", note)
     facts = {}
     if kept is None:
         start = time.perf_counter()

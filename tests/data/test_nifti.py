@@ -311,3 +311,46 @@ def test_real_scan_is_read_in_place(shared):
     right = {i: np.argwhere(label.array == i)[:, 0].mean() for i in (1, 5, 2, 3)}
     assert right[5] > right[1]  # the liver lies to the right of the spleen
     assert right[2] > right[3]
+
+
+def body(rng):
+    """HU of a cube of soft tissue in air."""
+    hu = np.full((16, 16, 16), -1000, np.int16)
+    hu[3:13, 3:13, 3:13] = rng.integers(-100, 300, (10, 10, 10))
+    return hu
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda hu: np.float32((hu + 1000) / 1300), "from 0 to 0.99"),
+        (lambda hu: np.float32((hu + 350) / 650), "from -1 to 0.9"),
+        (lambda hu: np.uint16(hu + 1024), "from 24 to 1323"),
+        (lambda hu: np.int16(hu - 1024), "from -2024 to -725"),
+        (lambda hu: np.where(hu == -1000, -2000, hu + 1024), "from -2000 to 1323"),
+        (lambda hu: np.uint8((hu + 1000) // 6), "from 0 to 216"),
+    ],
+    ids=["0 to 1", "-1 to 1", "offset", "offset twice", "offset, padded", "8 bits"],
+)
+def test_values_unlike_hounsfield_units_are_told(
+    tmp_path, rng, write, caplog, change, words
+):
+    array = change(body(rng))
+    array = array if array.dtype.kind != "i" else array.astype(np.int16)
+    path = write(tmp_path / "ct.nii", array)
+    (note,) = nifti.load_ct(path).notes
+    assert words in note and "unlike Hounsfield units" in note and "ct.nii" in note
+    assert nifti.from_array(array, np.eye(4)).notes and note in caplog.text
+    caplog.clear()
+    nifti.load_ct(path)  # as training on a raw dataset does for each crop
+    assert not caplog.text
+
+
+def test_hounsfield_units_of_any_field_of_view_are_left_in_peace(tmp_path, rng, write):
+    hu = body(rng)
+    padded, cropped = hu.copy(), hu[3:13, 3:13, 3:13]
+    padded[0] = -3024
+    metal = hu.copy()
+    metal[5:9, 5:9, 5:9] = 3071
+    for array in (hu, padded, cropped, metal, np.clip(hu, -160, 240), 0 * hu):
+        assert not nifti.load_ct(write(tmp_path / "ct.nii", array)).notes

@@ -226,6 +226,31 @@ def test_predictions_in_files_are_evaluated(dataset, tmp_path, workers):
         evaluated(folder, dataset, output)
 
 
+def test_predictions_may_be_named_after_the_images(tmp_path):
+    """As `predict.py` names those of nnU-Net's imagesTs."""
+    root, folder = tmp_path / "raw", tmp_path / "out"
+    hu = np.full((6, 7, 8), -1000, np.int16)
+    hu[2:4, 2:4, 2:4] = 100
+    truth = (hu > 0).astype(np.uint8)
+    for place, array in (
+        (root / "imagesTr/a_0000.nii.gz", hu),
+        (root / "labelsTr/a.nii.gz", truth),
+        (root / "imagesTs/b_0000.nii.gz", hu),
+        (root / "labelsTs/b.nii.gz", truth),
+        (root / "imagesTs/c_0000.nii.gz", hu),
+        (root / "labelsTs/c.nii.gz", truth),
+        (folder / "b_0000.nii.gz", truth),
+        (folder / "c_0000/liver.nii.gz", truth),
+    ):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), place)
+    names = {"background": 0, "liver": 1}
+    content = {"channel_names": {"0": "CT"}, "labels": names}
+    (root / "dataset.json").write_text(json.dumps(content))
+    found = evaluated(folder, root, tmp_path / "results")
+    assert found["dice"]["overall"] == 1 and set(found["cases"]) == {"b", "c"}
+
+
 def call(monkeypatch, *arguments):
     """Run the script in this process."""
     monkeypatch.setattr(evaluate.startup, "start", evaluate.startup.only_flags)

@@ -116,13 +116,19 @@ def _evaluate(case, *, folder, classes, metrics, threads):
 
 
 def _file(folder: Path, case: Case) -> Path:
+    """Find a prediction, named after the case, or its image as `predict.py` does."""
+    image = case.ct.name
     for suffix in SUFFIXES:
-        if (folder / f"{case.name}{suffix}").is_file():
-            return folder / f"{case.name}{suffix}"
-    checks.require(
-        (folder / case.name).is_dir(),
+        image = image.removesuffix(suffix)
+    names = [case.name, *([image] if image.startswith(case.name) else [])]
+    for name in names:
+        for suffix in SUFFIXES:
+            if (folder / f"{name}{suffix}").is_file():
+                return folder / f"{name}{suffix}"
+        if (folder / name).is_dir():
+            return folder / name
+    raise checks.UserError(
         f"{folder} has no prediction of case {case.name!r}: no {case.name}.nii.gz, "
         f"{case.name}.nii or folder {case.name} of masks. Predict it, or evaluate "
-        "fewer cases with --limit.",
+        "fewer cases with --limit."
     )
-    return folder / case.name

@@ -133,12 +133,31 @@ def test_nnunets_first_fold_is_the_validation(tmp_path):
     (root / "splits_final.json").write_text(json.dumps(folds))
     splits = open_dataset(root).splits
     assert [name for name in splits if splits[name] == "val"] == ["c1", "c2"]
+    assert [name for name in splits if splits[name] == "train"] == ["c0"]
+
+
+def test_what_a_fold_of_nnunet_says_of_cases_is_kept(tmp_path):
+    root = nnunet(tmp_path)
+    file = root / "splits_final.json"
+    file.write_text(json.dumps([{"train": ["c0", "c1", "c9"], "val": ["c1", "c2"]}]))
+    dataset = open_dataset(root)
+    assert dataset.splits == {"c0": "train", "c2": "val", "c7": "test"}
+    assert "'c9' is a training case of" in dataset.refused["c9"]
+    assert "both a training and a validation case" in dataset.refused["c1"]
+    file.write_text(json.dumps([{"val": ["c1"]}]))  # of hand-written folds
+    splits = open_dataset(root).splits
+    assert list(splits.values()).count("train") == 6 and splits["c1"] == "val"
+    for wrong in ([], {"val": []}, [{"train": ["c0"]}], [3]):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(checks.UserError, match="is not nnU-Net's list of folds"):
+            open_dataset(root)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"channel_names": {"0": "CT", "1": "PET"}}, "one, the CT, is needed"),
+        ({"channel_names": {"0": "T2"}}, "channel 'T2', but a CT in Hounsfield units"),
         ({"labels": {"background": 0, "a": [1, 2]}}, "regions made of several labels"),
         ({"labels": {"background": 0, "a": 2}}, "must be 0 for the background"),
         ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "'ignore' is not support"),

@@ -1,10 +1,10 @@
 """nnU-Net's layout: dataset.json, imagesTr, labelsTr, and imagesTs, labelsTs.
 
 Images are named <case>_0000.nii.gz (version 2), or <case>.nii.gz as in the Medical
-Segmentation Decathlon (version 1). Validation cases are those of the first fold of
-splits_final.json if the folder has that file, and otherwise every fifth case in the
-order of names. Test cases are those of imagesTs that have labels in labelsTs. A
-training case that lacks its image or its labels is refused.
+Segmentation Decathlon (version 1). Training and validation cases are those of the first
+fold of splits_final.json if the folder has that file, and otherwise every fifth case in
+the order of names is for validation. Test cases are those of imagesTs that have labels
+in labelsTs. A training case that lacks its image or its labels is refused.
 """
 
 import json
@@ -19,6 +19,7 @@ CHANNEL = "_0000"  # of the only one
 FOLDERS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
 SPLITS_FILE = "splits_final.json"
 HOLD_OUT_EVERY = 5  # training cases, one of which is for validation
+NORMALISATIONS = ("nonorm", "zscore", "rescale_to_0_1")  # name no modality
 ENDINGS = (".nii.gz", ".nii")
 
 
@@ -40,6 +41,7 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
         isinstance(channels, dict | list) and len(channels) == 1,
         f"{where} has the channels {channels}, but one, the CT, is needed.",
     )
+    _require_ct(*(channels.values() if isinstance(channels, dict) else channels), where)
     ending = content.get("file_ending", ENDINGS[0])
     checks.one_of(f"{where}: file_ending", ending, ENDINGS)
 
@@ -53,6 +55,14 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
 
     refused: dict[str, str] = {}
     return Dataset(root, classes, _splits(root, ending, refused), find, refused)
+
+
+def _require_ct(channel, where):
+    checks.require(
+        "ct" in str(channel).lower() or str(channel).lower() in NORMALISATIONS,
+        f"{where} has the channel {channel!r}, but a CT in Hounsfield units is needed; "
+        "if it is one, call it CT.",
+    )
 
 
 def _classes(found, where):
@@ -89,29 +99,47 @@ def _splits(root, ending, refused):
         f"{root / FOLDERS['train'][1]} holds no *{ending}, but nnU-Net's layout has "
         "the labels of the training cases there.",
     )
-    file = root / SPLITS_FILE
-    held_out = parts["train"][HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
-    if file.is_file():
-        try:
-            held_out = [str(name) for name in json.loads(file.read_text())[0]["val"]]
-        except (ValueError, LookupError, TypeError) as error:
-            raise checks.UserError(
-                f'{file} is not nnU-Net\'s list of folds [{{"val": [...]}}]: {error}.'
-            ) from error
-        for name in set(held_out) - set(parts["train"]) - refused.keys():
-            refused[name] = (
-                f"{name!r} is a validation case of {file}, but has neither image nor "
-                f"labels.{checks.did_you_mean(name, parts['train'])}"
-            )
+    splits = _fold(root / SPLITS_FILE, parts["train"], refused)
     for name in set(parts["train"]) & set(parts["test"]):
         refused[name] = (
             f"{root} has the case {name!r} in both its training and its test folders; "
             "rename or remove one."
         )
-    splits = {n: "val" if n in held_out else "train" for n in parts["train"]}
     splits |= dict.fromkeys(parts["test"], "test")
     entries = ((name, name, split) for name, split in splits.items())
     return meta.collect(entries, refused=refused)
+
+
+def _fold(file, cases, refused):
+    """Return {case: split} of the first fold, or with every fifth case for validation.
+
+    What is in neither list of the fold takes no part.
+    """
+    if not file.is_file():
+        held_out = cases[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
+        return {name: "val" if name in held_out else "train" for name in cases}
+    try:
+        fold = json.loads(file.read_text())[0]
+        val = [str(name) for name in fold["val"]]
+        train = [str(name) for name in fold.get("train", set(cases) - set(val))]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise checks.UserError(
+            f'{file} is not nnU-Net\'s list of folds [{{"train": [...], "val": [...]}}]'
+            f": {checks.one_line(error)}."
+        ) from error
+    for title, names in (("training", train), ("validation", val)):
+        for name in set(names) - set(cases) - refused.keys():
+            refused[name] = (
+                f"{name!r} is a {title} case of {file}, but has neither image nor "
+                f"labels.{checks.did_you_mean(name, cases)}"
+            )
+    for name in set(train) & set(val):
+        refused[name] = (
+            f"{name!r} is both a training and a validation case of {file}; remove it "
+            "from one of them."
+        )
+    splits = dict.fromkeys(train, "train") | dict.fromkeys(val, "val")
+    return {name: splits[name] for name in cases if name in splits}
 
 
 def _names(root, split, ending):

@@ -23,7 +23,13 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import processes
-from swinsmt_jax.runtime.files import remove, remove_partial, replacing, writable
+from swinsmt_jax.runtime.files import (
+    PARTIAL,
+    remove,
+    remove_partial,
+    replacing,
+    writable,
+)
 from swinsmt_jax.sharding import path_name
 from swinsmt_jax.training.checkpoint_folder import (
     DAMAGED,
@@ -66,6 +72,35 @@ class Checkpoints:
     def __init__(self, root: Path, writer: ocp.AsyncCheckpointer):
         self._root, self._writer = root, writer
         self._steps = processes.gather(steps_of(root))[0]
+
+    def probe(self) -> None:
+        """Write a few numbers as a checkpoint is written, and read them back.
+
+        Raises:
+            UserError: where that fails, as in a path that Orbax takes for a pattern.
+        """
+        folder, like = self._root / f"{PARTIAL}probe", {"probe": np.arange(3.0)}
+        state = ocp.args.StandardSave(like)
+        with self._written():
+            self._writer.save(folder, args=ocp.args.Composite(state=state))
+            self._writer.wait_until_finished()
+
+        def check():
+            args = ocp.args.StandardRestore(like)
+            try:
+                ocp.StandardCheckpointHandler().restore(folder / STATE, args=args)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # storage libraries raise almost anything
+                raise checks.UserError(
+                    f"the workdir {self._root.parent} cannot be used: what is saved "
+                    f"there cannot be read back ({type(error).__name__}); [ and \\ in "
+                    "a path are a pattern to Orbax. Choose another --workdir."
+                ) from error
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        processes.on_first(check)
 
     def save(self, state: TrainState, *, origin: dict) -> None:
         """Write the state and its `origin_of` in the background.
@@ -176,6 +211,7 @@ def open_checkpoints(workdir: str | Path) -> Iterator[Checkpoints]:
     writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     checkpoints = Checkpoints(root, writer)
     try:
+        checkpoints.probe()
         yield checkpoints
         checkpoints.wait()
     finally:

@@ -28,6 +28,23 @@ def test_a_workdir_in_use_is_refused(tmp_path, make_config):
     loop.train(config, workdir=tmp_path / "run")
 
 
+def test_a_path_whose_checkpoints_cannot_be_read_is_refused_before_step_1(
+    tmp_path, make_config
+):
+    config = make_config(training={"num_steps": 2})
+    loop.train(config, workdir=tmp_path / "run")
+    moved = tmp_path / "[lr=1e-2] a"
+    shutil.copytree(tmp_path / "run", moved)
+    longer = make_config(training={"num_steps": 4})
+    for workdir in (moved, tmp_path / "[seeds]" / "b", tmp_path / "a\\b"):
+        with pytest.raises(UserError, match="cannot be read back.*are a pattern"):
+            loop.train(longer, workdir=workdir)
+        assert not (workdir / "damaged").exists()
+        assert not list((workdir / "checkpoints").glob(".*"))
+    kept = sorted(p.name for p in (moved / "checkpoints").iterdir())
+    assert kept == sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+
+
 def test_a_step_beyond_the_memory_is_refused_with_remedies(
     tmp_path, make_config, monkeypatch
 ):

@@ -7,17 +7,17 @@ The same lines work in a notebook.
 
 import sys
 
-import nibabel as nib
 import numpy as np
 
 from swinsmt_jax import load
+from swinsmt_jax.inference.segmenter import load_scan
 
 
 def main(workdir: str, scan: str) -> None:
     """Print millilitres of every structure found, the largest first."""
     segmenter = load(workdir)
     labels = segmenter.segment(scan)  # uint8, in the axes of the file
-    millilitres = abs(np.linalg.det(nib.load(scan).affine[:3, :3])) / 1000
+    millilitres = abs(np.linalg.det(load_scan(scan).affine[:3, :3])) / 1000
     voxels = np.bincount(labels.reshape(-1), minlength=256)
     for number in np.argsort(-voxels[1:]) + 1:
         if voxels[number]:

@@ -43,3 +43,46 @@ def test_every_benchmark_has_the_flags_that_are_said(name):
     has = set(re.findall(r"^  --(?:\[no\])?(\w+)", done.stdout, re.MULTILINE))
     has |= {f"no{flag}" for flag in has}
     assert said | cited().get(name, set()) <= has, done.stderr
+
+
+BACKED = {  # each row of docs/formats.md, and a test of what it says
+    "`.nii`, `.nii.gz`, NIfTI-1 and 2": "test_every_orientation_loads_as_the_same_ras_",
+    "sform and qform, codes above 0": "test_ct_and_labels_lie_in_one_place_in_every_",
+    "qform alone": "test_ct_and_labels_lie_in_one_place_in_every_reader",
+    "both codes 0": "test_ct_and_labels_lie_in_one_place_in_every_reader",
+    "a qform that cannot be read": "test_a_qform_that_cannot_be_read_is_a_note",
+    "axes that are not at right angles": "test_ct_and_labels_lie_in_one_place_in_",
+    "`pixdim` unlike": "test_ct_and_labels_lie_in_one_place_in_every_reader",
+    "lengths in metres": "test_ct_and_labels_lie_in_one_place_in_every_reader",
+    "axes of one": "test_ct_and_labels_lie_in_one_place_in_every_reader",
+    "4-D with several volumes": "test_bad_volumes_are_refused_by_name",
+    "an affine that cannot": "test_affine_that_cannot_be_inverted_is_refused",
+    "NaN or infinite": "test_bad_volumes_are_refused_by_name",
+    "truncated, damaged": "test_damage_that_only_the_checksum_shows_is_refused",
+    "slope and intercept": "test_ids_that_are_stored_with_a_slope_are_rounded",
+    "values unlike HU": "test_values_unlike_hounsfield_units_are_told",
+    "label names in the header": "test_ids_are_mapped_by_the_names_of_the_header",
+    "masks: 0 and 1": "test_a_resampled_mask_is_thresholded_with_a_note",
+    "labels off the grid": "test_a_grid_is_compared_before_voxels_are_read",
+    "one series of a CT": "test_each_slice_has_its_own_rescaling_whatever_comes_",
+    "tilted gantry": "test_a_series_is_the_volume_that_its_slices_say",
+    "scouts, reports": "test_what_is_no_slice_is_named",
+    "enhanced CT": "test_frames_of_an_enhanced_ct_have_their_own_place_and_",
+    "several series": "test_bad_series_are_refused",
+    "a single slice": "test_a_single_slice_is_as_thick_as_its_tags_say",
+    "the lists of the first fold": "test_what_a_fold_of_nnunet_says_of_cases_is_kept",
+    "a channel that is no CT": "test_what_of_nnunet_is_not_supported_is_said",
+    "class names with": "test_names_become_safe_file_names",
+}
+
+
+def test_a_test_stands_behind_each_row_of_the_formats():
+    lines = (ROOT / "docs/formats.md").read_text().splitlines()
+    rows = [line[2:] for line in lines if line.startswith("| ")]
+    rows = [row for row in rows if not row.endswith(("| elsewhere |", "is done |"))]
+    tests = "".join(f.read_text() for f in (ROOT / "tests").rglob("test_*.py"))
+    for row in rows:
+        assert [start for start in BACKED if row.startswith(start)], row
+    for start, test in BACKED.items():
+        assert sum(row.startswith(start) for row in rows) == 1, start
+        assert f"\ndef {test}" in tests, test

@@ -31,6 +31,7 @@ from swinsmt_jax.runtime.files import (
     writable,
 )
 from swinsmt_jax.sharding import path_name
+from swinsmt_jax.training import checksums
 from swinsmt_jax.training.checkpoint_folder import (
     DAMAGED,
     METRIC,
@@ -50,6 +51,7 @@ from swinsmt_jax.training.state import TrainState
 from swinsmt_jax.training.workdir import CHECKPOINTS
 
 LATEST_KEPT = 2
+CHECKSUMS = "checksums"  # of the arrays, in what a checkpoint belongs to
 
 
 def origin_of(config: ExperimentConfig, *, data: str) -> dict:
@@ -109,8 +111,9 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
+        meta = origin | {CHECKSUMS: checksums.of_state(state)}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(origin)
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
         )
         with self._written():
             self._writer.save(self._root / str(step), args=args)
@@ -238,15 +241,20 @@ def _restore(folder, like, *, origin):
             "a --workdir on a file system that all hosts share.",
         )
         try:
-            _require_same_origin(folder, meta_of(folder), origin)
+            meta = meta_of(folder)
+            _require_same_origin(folder, meta, origin)
             dice_of(folder)
             require_same_parameters(folder, like.params, part="params")
             # by the handler itself, which waits for no process
             handler = ocp.StandardCheckpointHandler()
             args = ocp.args.StandardRestore(like)
-            return read(
-                folder, lambda: handler.restore(folder / STATE, args=args)
-            ), None
+
+            def restore():
+                state = handler.restore(folder / STATE, args=args)
+                checksums.require_same(state, meta.get(CHECKSUMS, {}))
+                return state
+
+            return read(folder, restore), None
         except DamagedError as error:
             return None, str(error)
 
@@ -299,7 +307,8 @@ def load_model(
 
 
 def _load(folder):
-    config, dice = from_config_dict(meta_of(folder)["config"]), dice_of(folder)
+    meta, dice = meta_of(folder), dice_of(folder)
+    config = from_config_dict(meta["config"])
     graphdef, like = abstract_model(config.model)
     part = "average" if config.training.ema_decay else "params"
     require_same_parameters(folder, like, part=part)
@@ -307,7 +316,13 @@ def _load(folder):
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
     with ocp.PyTreeCheckpointer() as reader:
-        found = read(folder, lambda: reader.restore(folder / STATE, args=args))
+
+        def restore():
+            found = reader.restore(folder / STATE, args=args)
+            checksums.require_same(found, meta.get(CHECKSUMS, {}))
+            return found
+
+        found = read(folder, restore)
     leaves = jax.tree_util.tree_flatten_with_path(found[part])[0]
     named = {path_name(path): leaf for path, leaf in leaves}
     checks.finite(f"the checkpoint {folder}", named)

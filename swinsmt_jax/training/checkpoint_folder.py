@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -70,7 +71,7 @@ def meta_of(folder: Path) -> dict:
 
 
 def require_same_parameters(folder: Path, params: Mapping, *, part: str) -> None:
-    """Raise `UserError` unless part of the state has parameters of these shapes."""
+    """Raise `UserError` unless part of the state has these shapes and dtypes."""
     with ocp.PyTreeCheckpointer() as reader:
         tree = read(
             folder, lambda: reader.metadata(folder / STATE).item_metadata.tree[part]
@@ -94,7 +95,13 @@ def require_same_parameters(folder: Path, params: Mapping, *, part: str) -> None
 
 def _shapes(tree):
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+    dtypes = [
+        "" if leaf.dtype == np.float32 else f" {leaf.dtype}" for _, leaf in leaves
+    ]
+    return {
+        path_name(path): f"{tuple(leaf.shape)}{dtype}"
+        for (path, leaf), dtype in zip(leaves, dtypes, strict=True)
+    }
 
 
 def put_aside(folder: Path, damage: object) -> None:

@@ -215,6 +215,55 @@ def test_damage_falls_back_to_the_checkpoint_before(
     assert int(restore(tmp_path, config, states(config)[1]).step) == 4
 
 
+def test_every_flipped_bit_of_parameters_is_noticed(tmp_path, make_config, rng):
+    config = make_config()
+    state = write(tmp_path, config, {4: None})
+    abstract = states(config)[1]
+    file = biggest(tmp_path / "checkpoints/4")
+    content, noticed = file.read_bytes(), 0
+    for place in rng.integers(len(content), size=12):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(flipped)
+        try:
+            found = load_model(tmp_path, step=4)[1].stem.kernel[...]
+            np.testing.assert_array_equal(found, state.params["stem"]["kernel"])
+        except UserError as error:
+            noticed += "it is damaged" in str(error)
+    assert noticed
+    file.write_bytes(content)
+    assert int(restore(tmp_path, config, abstract).step) == 4
+
+
+@pytest.mark.parametrize("expert", [1, 2])
+@pytest.mark.parametrize("field", ["params", "opt_state"])
+def test_an_array_that_is_not_what_was_saved_is_damage(
+    tmp_path, make_config, field, expert
+):
+    config = make_config()
+    write(tmp_path, config, {3: None, 4: None})
+    file = tmp_path / "checkpoints/4/meta/metadata"
+    meta = json.loads(file.read_text())
+    names = [name for name in meta["checksums"] if name.startswith(field)]
+    rows = [name for name in names if "/experts/" in name and name.endswith("[1]")]
+    assert rows, names
+    meta["checksums"][rows[0]] ^= 1
+    file.write_text(json.dumps(meta))
+    _, abstract = states(config, data=2, expert=expert)
+    assert int(restore(tmp_path, config, abstract).step) == 3
+
+
+def test_checkpoints_of_earlier_versions_have_no_checksums(tmp_path, make_config):
+    config = make_config()
+    write(tmp_path, config, {4: None})
+    file = tmp_path / "checkpoints/4/meta/metadata"
+    meta = json.loads(file.read_text())
+    del meta["checksums"]
+    file.write_text(json.dumps(meta))
+    assert int(restore(tmp_path, config, states(config)[1]).step) == 4
+    assert load_model(tmp_path)[2]["step"] == 4
+
+
 def test_what_the_system_refuses_to_read_now_stays_where_it_is(tmp_path, make_config):
     config = make_config()
     write(tmp_path, config, {3: 0.1, 4: 0.2})

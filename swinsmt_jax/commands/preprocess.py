@@ -19,6 +19,7 @@ from absl import flags
 
 from swinsmt_jax.data import store_report
 from swinsmt_jax.data.preprocess import preprocess
+from swinsmt_jax.data.resampling import LABEL_RULES
 from swinsmt_jax.runtime import startup
 
 
@@ -38,6 +39,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("exclude", [], help, flag_values=values)
     help = "read the cases of the store whole, and make damaged ones anew"
     flags.DEFINE_bool("verify", False, help, flag_values=values)
+    help = "which class a resampled voxel gets; docs/data.md tells what each keeps"
+    rules = list(LABEL_RULES)
+    flags.DEFINE_enum("label_resampling", "most", rules, help, flag_values=values)
     for name in ("source", "store"):
         flags.mark_flag_as_required(name, flag_values=values)
 
@@ -57,6 +61,7 @@ def main(arguments: list[str]) -> None:
         exclude=options.exclude,
         progress=True,
         verify=options.verify,
+        label_resampling=options.label_resampling,
     )
     print(store_report.write(root))
     if failed:

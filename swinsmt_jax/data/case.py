@@ -91,13 +91,16 @@ def load_case(
     ct, overlapping, notes = nifti.load_ct(case.ct), 0, ()
     kept = kept or classes
     if CLASS in str(case.segmentation):
-        label, overlapping, notes = _merge_masks(case.segmentation, ct, classes, kept)
+        label, overlapping, notes, voxels = _merge_masks(
+            case.segmentation, ct, classes, kept
+        )
     else:
         label = nifti.load_labels(case.segmentation, classes=classes, on=ct).array
         if kept != classes:
             ids = {name: i for i, name in enumerate(kept.names)}
             table = [ids.get(name, 0) for name in classes.names]
             label = np.array(table, np.uint8)[label]
+        voxels = dict(enumerate(np.bincount(label.reshape(-1)).tolist()))
     return Sample(
         ct.array,
         label,
@@ -107,13 +110,13 @@ def load_case(
         ct.source_shape,
         ct.source_affine,
         ct.notes + notes,
+        voxels,
     )
 
 
 def _merge_masks(
     masks: Path, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
-) -> tuple[np.ndarray, int, tuple[str, ...]]:
-    """Return the labels, how often a mask claims a labelled voxel, and notes."""
+) -> nifti.Merged:
     wanted, first, last = classes.names[1:], *str(masks).split(CLASS)
     names = [str(p).removeprefix(first).removesuffix(last) for p in _files(masks)]
     for name in names:
@@ -142,6 +145,16 @@ def _title(classes):
     return "the dataset"
 
 
+def lost_note(name: str, lost: Mapping[str, int]) -> str:
+    """Say which classes have no voxel left of those that a case's files have."""
+    classes = ", ".join(f"{own} ({number:,})" for own, number in lost.items())
+    return (
+        f"case {name!r} keeps no voxel of {len(lost)} classes that its files have: "
+        f"{classes}. Thin structures need smaller voxels, or preprocess.py "
+        "--label_resampling=keep_thin."
+    )
+
+
 def _files(masks: Path) -> list[Path]:
     """Return the files of all masks of a case, sorted."""
     first, last = str(masks).split(CLASS)
@@ -150,14 +163,17 @@ def _files(masks: Path) -> list[Path]:
     )
 
 
-def resampled(sample: Sample, spacing: float) -> Sample:
-    """Return a sample of cubic voxels of this side in mm; 0 keeps its own."""
+def resampled(sample: Sample, spacing: float, *, rule: str = "most") -> Sample:
+    """Return a sample of cubic voxels of this side in mm; 0 keeps its own.
+
+    Labels are resampled by `rule`, one of `resampling.LABEL_RULES`.
+    """
     if spacing == 0:
         return sample
     image, affine = resampling.resample(
         sample.image, sample.affine, spacing=spacing, order=1
     )
     label, _ = resampling.resample(
-        sample.label, sample.affine, spacing=spacing, order=0
+        sample.label, sample.affine, spacing=spacing, order=0, rule=rule
     )
     return replace(sample, image=image, label=label, affine=affine)

@@ -47,10 +47,10 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
         )
     ids = {name: i for i, name in enumerate(classes.names)}
     files = {masks[name]: ids[name] for name in wanted if name in masks}
-    label, _, notes = nifti.load_masks(files, on=like)
-    for note in notes:
+    merged = nifti.load_masks(files, on=like)
+    for note in merged.notes:
         logging.warning("%s", note)
-    return label
+    return merged.label
 
 
 def masks_in(folder: Path) -> dict[str, Path]:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -175,19 +176,30 @@ def load_mask(path: str | Path, *, on: Volume | None = None) -> Volume:
     return replace(volume, array=array, notes=notes)
 
 
-def load_masks(
-    values: Mapping[str | Path, int], *, on: Volume
-) -> tuple[np.ndarray, int, tuple[str, ...]]:
+class Merged(NamedTuple):
+    """Masks as one label map.
+
+    Attributes:
+        label: uint8 [X, Y, Z].
+        claimed: how often a mask claims a voxel that is labelled.
+        notes: what a user should know about the files.
+        voxels: {label id: voxels of its mask}.
+    """
+
+    label: np.ndarray
+    claimed: int
+    notes: tuple[str, ...]
+    voxels: dict[int, int]
+
+
+def load_masks(values: Mapping[str | Path, int], *, on: Volume) -> Merged:
     """Merge masks; where they overlap, the later one wins.
 
     Args:
         values: {file: label id of its voxels}.
         on: what the masks must lie on.
-
-    Returns:
-        uint8 [X, Y, Z], how often a mask claims a voxel that is labelled, and notes.
     """
-    label, claimed, notes = None, 0, ()
+    label, claimed, notes, found = None, 0, (), {}
     for file, value in values.items():
         volume = load_mask(file, on=on)
         mask, notes = volume.array, notes + volume.notes
@@ -197,9 +209,11 @@ def load_masks(
         # densely in memory. In a NIfTI file it is the first axis that does.
         order = np.argsort(np.abs(mask.strides))[::-1]
         dense, inside = label.transpose(order), mask.transpose(order)
-        claimed += int(np.count_nonzero(dense[inside]))
+        before = dense[inside]
+        claimed += int(np.count_nonzero(before))
+        found[value] = before.size
         dense[inside] = value
-    return np.ascontiguousarray(label), claimed, notes
+    return Merged(np.ascontiguousarray(label), claimed, notes, found)
 
 
 def require_same_grid(volume: Volume, reference: Volume) -> None:

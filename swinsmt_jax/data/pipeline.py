@@ -16,13 +16,13 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import augmentation, store, transforms
-from swinsmt_jax.data.case import Case, resampled
+from swinsmt_jax.data.case import Case, lost_note, resampled
 from swinsmt_jax.data.dataset import require_totalsegmentator
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.data.sample import Sample
@@ -213,6 +213,7 @@ class _RandomCrop(grain.transforms.RandomMap):
         if self._config.augmentations.mirror.probability:
             augmentation.left_right_swap(self._names)  # refuse before the first crop
         self._memory: dict[int, Sample] = {}
+        self._told: set[int] = set()  # cases whose lost classes the log has
         self._locks = [threading.Lock() for _ in self._cases]
 
     def __getstate__(self) -> dict:  # workers start with an empty memory
@@ -243,9 +244,16 @@ class _RandomCrop(grain.transforms.RandomMap):
 
     def _sample(self, index: int) -> Sample:
         if not self._config.cache:
-            return load_foreground(self._config, self._cases[index])
+            return self._load(index)
         with self._locks[index]:  # two threads never decode one case twice
             if index not in self._memory:
-                case = self._cases[index]
-                self._memory[index] = load_foreground(self._config, case)
+                self._memory[index] = self._load(index)
             return self._memory[index]
+
+    def _load(self, index: int) -> Sample:
+        sample = load_foreground(self._config, self._cases[index])
+        lost = {} if index in self._told else sample.lost(self._names)
+        self._told.add(index)
+        if lost:
+            logging.warning("%s", lost_note(sample.name, lost))
+        return sample

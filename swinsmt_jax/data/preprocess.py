@@ -17,8 +17,9 @@ from tqdm import tqdm
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import meta, store
-from swinsmt_jax.data.case import Case, load_case, resampled
+from swinsmt_jax.data.case import Case, load_case, lost_note, resampled
 from swinsmt_jax.data.dataset import open_dataset
+from swinsmt_jax.data.resampling import LABEL_RULES
 from swinsmt_jax.data.store import Options
 from swinsmt_jax.runtime import files
 from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
@@ -37,6 +38,7 @@ def preprocess(
     exclude: Sequence[str] = (),
     progress: bool = False,
     verify: bool = False,
+    label_resampling: str = "most",
 ) -> dict[str, str]:
     """Write the cases of a dataset to a store.
 
@@ -50,6 +52,7 @@ def preprocess(
         exclude: ids of cases to leave out, such as those with known wrong labels.
         progress: show a bar.
         verify: read finished cases whole; those that are damaged are made anew.
+        label_resampling: one of `resampling.LABEL_RULES`.
 
     Returns:
         {case: reason} of those that failed, or {line of meta.csv: reason} where a line
@@ -73,13 +76,18 @@ def preprocess(
     rows = {name: split for name, split in found.splits.items() if name not in exclude}
     refused = {name: why for name, why in found.refused.items() if name not in exclude}
     kept = found.classes.subset(classes) if classes else found.classes
-    options = Options(spacing, kept)
+    checks.one_of("label_resampling", label_resampling, LABEL_RULES)
+    options = Options(spacing, kept, label_resampling)
     with files.writable(root), store.opened(root, options):
         _list_cases(root, rows)
         waiting = [name for name in rows if not _is_finished(root / name, verify)]
         job = functools.partial(write, root, options=options, classes=found.classes)
         start = time.monotonic()
         failed = _run(job, found, waiting, rows, workers, progress)
+        for name in waiting:
+            lost = {} if name in failed else store.read_json(root / name / store.CASE)
+            if lost.get("lost"):
+                logging.warning("%s", lost_note(name, lost["lost"]))
         written = len(waiting) - len(failed)
         index = {
             **{"format": store.FORMAT, "options": options.to_json()},
@@ -159,7 +167,8 @@ def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str
             "notes": sample.notes,
             "source": case.facts,
         }
-        sample = resampled(sample, options.spacing)
+        sample = resampled(sample, options.spacing, rule=options.label_resampling)
+        facts["lost"] = sample.lost(options.classes.names)
     except Exception as error:
         return _reason(error)
     try:

@@ -10,6 +10,7 @@ from swinsmt_jax.data import nifti_file
 from swinsmt_jax.data.sample import voxel_step
 
 TIE = 1e-5  # shares of a voxel that differ by less are equal
+BESIDE = np.ones((3, 3, 3))  # voxels that share a face, an edge or a corner
 ROUNDING = 1e-6  # of an axis' length: headers hold spacings in float32
 
 
@@ -36,7 +37,12 @@ def covering_grid(
 
 
 def resample(
-    array: np.ndarray, affine: np.ndarray, *, spacing: float, order: int
+    array: np.ndarray,
+    affine: np.ndarray,
+    *,
+    spacing: float,
+    order: int,
+    rule: str = "most",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resample to the `covering_grid` of cubic voxels of side `spacing` mm.
 
@@ -46,9 +52,9 @@ def resample(
         array: [X, Y, Z].
         affine: [4, 4] of the array.
         spacing: voxel side in mm.
-        order: 0 for label ids: each new voxel has the id that fills most of it; 1 for
-            linear interpolation (CT), after smoothing with a standard deviation of half
-            of what a voxel grows by.
+        order: 0 for label ids; 1 for linear interpolation (CT), after smoothing with a
+            standard deviation of half of what a voxel grows by.
+        rule: for label ids, one of `LABEL_RULES`.
 
     Returns:
         The new array and its affine.
@@ -70,7 +76,7 @@ def resample(
     ratio = spacing / sides
     offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
     if order == 0:
-        return fill_most(array, ratio, offset, shape), new_affine
+        return LABEL_RULES[rule](array, ratio, offset, shape), new_affine
     if (ratio > 1).any():  # what the new grid cannot show must not alias
         sigma = np.maximum(0, (ratio - 1) / 2)
         smooth = ndimage.gaussian_filter(
@@ -112,29 +118,92 @@ def fill_most(
     Step and offset as in `ndimage.affine_transform`. Ties, as at every second face when
     voxels double, alternate in a checkerboard, so borders do not shift.
     """
-    grids = zip(array.shape, shape, step, offset, strict=True)
-    shares = [_overlaps(*grid) for grid in grids]
     found, best = np.zeros(shape, array.dtype), np.zeros(shape, np.float32)
     background = np.ones(shape, np.float32)
     signs = [(1 - np.arange(n) % 2 * 2).astype(np.float32) for n in shape]
     margin = TIE * np.einsum("i,j,k->ijk", *signs)
-    for number, box in enumerate(ndimage.find_objects(array), start=1):
-        if box is None:
-            continue
-        parts = [weights[:, side] for weights, side in zip(shares, box, strict=True)]
-        hits = [np.flatnonzero(np.diff(part.indptr)) for part in parts]
-        if not all(map(len, hits)):  # beyond the new grid
-            continue
-        place = tuple(slice(hit[0], hit[-1] + 1) for hit in hits)
-        share = (array[box] == number).astype(np.float32)
-        for part, rows in zip(parts, place, strict=True):  # each axis in turn is first
-            share = (part[rows] @ share.reshape(part.shape[1], -1)).T
-        share = share.reshape(best[place].shape)
+    for number, place, share in _by_class(_overlaps, array, step, offset, shape):
         background[place] -= share
         wins = share > best[place] + margin[place]
         found[place][wins], best[place][wins] = number, share[wins]
     found[background > best + margin] = 0
     return found
+
+
+def fill_nearest(
+    array: np.ndarray,
+    step: Sequence[float],
+    offset: Sequence[float],
+    shape: Sequence[int],
+) -> np.ndarray:
+    """Return for each voxel of another grid the label id at its centre.
+
+    Arguments as in `fill_most`.
+    """
+    grids = zip(array.shape, shape, step, offset, strict=True)
+    for axis, (n, new, width, first) in enumerate(grids):
+        array = array.take(_at_centre(np.arange(new) * width + first, n), axis)
+    return array
+
+
+def keep_thin(
+    array: np.ndarray,
+    step: Sequence[float],
+    offset: Sequence[float],
+    shape: Sequence[int],
+) -> np.ndarray:
+    """As `fill_most`, but thin parts of classes stay, in whole voxels.
+
+    Where that loses a part of a structure or breaks it, each new voxel with the centre
+    of one of its old voxels gets its id, so that lines stay connected; save where the
+    structure is at least two new voxels thick. Where several want a voxel, the one that
+    asks for fewest gets it. Arguments as in `fill_most`.
+    """
+    found = fill_most(array, step, offset, shape)
+    missed = []
+    for number, place, touched in _by_class(_centres, array, step, offset, shape):
+        lost = _thin(touched > 0, found[place] == number)
+        missed.append((np.count_nonzero(lost), number, place, lost))
+    for _, number, place, lost in sorted(missed, key=lambda m: m[:2], reverse=True):
+        found[place][lost] = number
+    return found
+
+
+def _thin(touched, kept):
+    """Return which of the touched voxels restore the parts that are lost or broken."""
+    parts, count = ndimage.label(touched | kept, BESIDE)
+    pieces, number = ndimage.label(kept, BESIDE)
+    part_of = ndimage.maximum(parts, pieces, range(1, number + 1))
+    broken = np.bincount(np.array(part_of, int), minlength=count + 1) != 1
+    broken[parts[touched & ~ndimage.binary_dilation(kept, BESIDE)]] = True
+    broken[0] = False
+    thick = ndimage.binary_opening(kept, np.ones((2, 2, 2)))
+    thin = touched & broken[parts] & ~ndimage.binary_dilation(thick, BESIDE)
+    return touched & ndimage.binary_dilation(thin, BESIDE)
+
+
+LABEL_RULES = {"most": fill_most, "nearest": fill_nearest, "keep_thin": keep_thin}
+
+
+def _by_class(weights, array, step, offset, shape):
+    """Yield (id, box in the new grid, sums of weights in it) of each label id.
+
+    `weights` gives those [new, n] of the old voxels for each new one, along an axis.
+    """
+    grids = zip(array.shape, shape, step, offset, strict=True)
+    by_axis = [weights(*grid) for grid in grids]
+    for number, box in enumerate(ndimage.find_objects(array), start=1):
+        if box is None:
+            continue
+        parts = [axis[:, side] for axis, side in zip(by_axis, box, strict=True)]
+        hits = [np.flatnonzero(np.diff(part.indptr)) for part in parts]
+        if not all(map(len, hits)):  # beyond the new grid
+            continue
+        place = tuple(slice(hit[0], hit[-1] + 1) for hit in hits)
+        total = (array[box] == number).astype(np.float32)
+        for part, rows in zip(parts, place, strict=True):  # each axis in turn is first
+            total = (part[rows] @ total.reshape(part.shape[1], -1)).T
+        yield number, place, total.reshape([rows.stop - rows.start for rows in place])
 
 
 def _overlaps(n, new, step, offset):
@@ -151,3 +220,21 @@ def _overlaps(n, new, step, offset):
     width = np.clip(np.minimum(end, edge + 1) - np.maximum(first, edge), 0, None)
     width[width < TIE * step] = 0
     return sparse.csr_array((width / width.sum(1, keepdims=True)).astype(np.float32))
+
+
+def _centres(n, new, step, offset):
+    """Return [new, n] 1 where the centre of the finer voxel lies in the coarser one."""
+    if step > 1:
+        old = np.arange(n)
+        new_of = _at_centre((old - offset) / step, new)
+    else:
+        new_of = np.arange(new)
+        old = _at_centre(new_of * step + offset, n)
+    return sparse.csr_array(
+        (np.ones(len(old), np.float32), (new_of, old)), shape=(new, n)
+    )
+
+
+def _at_centre(positions, n):
+    """Return the voxels of an axis that hold these positions, in voxels."""
+    return np.clip(np.floor(positions + 0.5), 0, n - 1).astype(int)

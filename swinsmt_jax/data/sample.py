@@ -1,7 +1,7 @@
 """A scan or a crop of it in memory, with its labels."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import ndimage
@@ -22,6 +22,7 @@ class Sample:
         source_shape: shape of the file's array, in its own axes.
         source_affine: [4, 4] of the file.
         notes: what a user should know about the CT's file.
+        source_voxels: {label id: voxels} of the files, before masks were merged.
     """
 
     image: np.ndarray
@@ -32,6 +33,7 @@ class Sample:
     source_shape: tuple[int, ...] = ()
     source_affine: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    source_voxels: Mapping[int, int] = field(default_factory=dict)
 
     def bounds(self, air: float) -> tuple[slice, ...]:
         """Return the box in which crops lie: all of it."""
@@ -55,6 +57,12 @@ class Sample:
         if voxels.size == 0:
             return None
         return [int(i) for i in np.unravel_index(rng.choice(voxels), shape)]
+
+    def lost(self, names: Sequence[str]) -> dict[str, int]:
+        """Return {class: voxels of the files} of those that have no voxel left."""
+        left = np.bincount(self.label.reshape(-1), minlength=len(names))
+        voxels = self.source_voxels.items()
+        return {names[i]: n for i, n in voxels if i > 0 and n > 0 and left[i] == 0}
 
     def read(self, box: Sequence[slice]) -> "Sample":
         """Return the voxels of a box."""

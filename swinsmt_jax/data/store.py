@@ -45,14 +45,20 @@ class Options:
     Attributes:
         spacing: voxel side in mm; 0 keeps each scan's own.
         classes: of the label ids.
+        label_resampling: one of `resampling.LABEL_RULES`.
     """
 
     spacing: float
     classes: ClassMap = class_map.V2
+    label_resampling: str = "most"
 
     def to_json(self) -> dict:
         """Return what the index of the store says of these options."""
-        return {"spacing": self.spacing, "classes": class_map.to_json(self.classes)}
+        return {
+            "spacing": self.spacing,
+            "classes": class_map.to_json(self.classes),
+            "label_resampling": self.label_resampling,
+        }
 
 
 @dataclass(frozen=True)
@@ -184,11 +190,15 @@ def _open_index(root, options):
     file = root / INDEX
     if file.exists():
         found = read_options(root)
-        checks.require(
-            found.spacing == options.spacing,
-            f"the store {root} was made with --spacing={found.spacing:g}, but now "
-            f"{options.spacing:g} is wanted; choose another --store.",
-        )
+        for flag, made, wanted in (
+            ("spacing", f"{found.spacing:g}", f"{options.spacing:g}"),
+            ("label_resampling", found.label_resampling, options.label_resampling),
+        ):
+            checks.require(
+                made == wanted,
+                f"the store {root} was made with --{flag}={made}, but now {wanted} is "
+                "wanted; choose another --store.",
+            )
         checks.require(
             found.classes == options.classes,
             f"the store {root} was made with the {_title(found.classes)}, but now the "
@@ -210,7 +220,8 @@ def read_options(root: Path) -> Options:
     with _readable(root / INDEX):
         options = found["options"]
         classes = class_map.from_json(options["classes"], where=str(root / INDEX))
-        return Options(options["spacing"], classes)
+        rule = options.get("label_resampling", "most")
+        return Options(options["spacing"], classes, rule)
 
 
 def _title(classes):

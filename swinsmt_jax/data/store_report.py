@@ -35,7 +35,7 @@ def _summary(report):
     count, run = sum(report["cases"].values()), report["run"]
     size = report["bytes"] / 1e6
     speed = 60 * run["cases"] / max(run["seconds"], 1e-3)
-    cut = len(report["ends_before_scan"])
+    cut, lost = len(report["ends_before_scan"]), len(report["lost"])
     return (
         f"{count} cases ({_splits(report)}), {size:.1f} MB, "
         f"{size / max(1, count):.2f} MB a case, "
@@ -43,6 +43,7 @@ def _summary(report):
         f"{len(report['failed'])} failed, {len(report['excluded'])} excluded; "
         f"{run['cases']} written now, {speed:.1f} cases/minute"
         + (f"; {cut} end before their scan" if cut else "")
+        + (f"; {lost} lack classes that their files have" if lost else "")
     )
 
 
@@ -73,6 +74,7 @@ def _collect(root, cases, index):
         "overlapping_voxels": sum(f["overlapping_voxels"] for f in facts),
         "overlaps": each(lambda f: f["overlapping_voxels"]),
         "notes": each(lambda f: f.get("notes")),
+        "lost": each(lambda f: f.get("lost")),
         "ends_before_scan": [case.name for case in cases if case.lacks_end],
         "classes": {
             name: {"voxels": int(own.sum()), "cases": int((own > 0).sum())}
@@ -93,6 +95,10 @@ def _page(report, cases):
         splits=_splits(report),
         excluded=dict.fromkeys(report["excluded"], "--exclude"),
         notes=notes,
+        lost={
+            n: ", ".join(f"{name} ({count:,} voxels)" for name, count in own.items())
+            for n, own in report["lost"].items()
+        },
         overlaps={n: f"{count:,} voxels" for n, count in report["overlaps"].items()},
         histograms=html.png(_histograms(report), dpi=90),
         pictures=[(case, html.png(_slices(case), dpi=90)) for case in shown],

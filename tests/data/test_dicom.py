@@ -98,6 +98,7 @@ def test_a_series_is_found_and_segmented_as_a_scan(tmp_path, hu):
             return (volume.array > 0).astype(np.uint8)
 
         class_names = {1: "spleen"}
+        made_by = {"network": "a threshold"}
 
     folder = write_series(tmp_path / "patient", hu)
     config = SimpleNamespace(data=SimpleNamespace(hu_range=(-1000.0, 1000.0)))

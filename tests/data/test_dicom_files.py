@@ -1,12 +1,14 @@
 """Folders with DICOM files of every kind: read right, or refused by name."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.data import dicom, nifti
+from swinsmt_jax.inference import scans, segmenter
 
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("SimpleITK")
@@ -172,6 +174,33 @@ def test_a_real_series_lies_on_its_own_labels(shared):
     nifti.require_same_grid(labels, volume)
     aorta = volume.array[labels.array == 52]
     assert aorta.size > 1000 and 0 < aorta.mean() < 500
+
+
+class Bright(segmenter.Segmenter):
+    """Stands in for a network: what is brighter than 200 HU is the first class."""
+
+    class_names = {1: "spleen"}
+    made_by = {"network": "a threshold"}
+
+    def segment_volume(self, volume, *, progress=None):
+        return (volume.array > 200).astype(np.uint8)
+
+
+def test_a_real_series_is_segmented_onto_the_grid_of_its_labels(shared, tmp_path):
+    folder = shared / "data" / "totalsegmentator_dicom"
+    series = tmp_path / "series"
+    series.mkdir()
+    for file in folder.glob("*.dcm"):
+        (series / file.name).symlink_to(file)
+    config = SimpleNamespace(data=SimpleNamespace(hu_range=(-1000.0, 1000.0)))
+    found = scans.find_scans([series])
+    out, options = tmp_path / "out", scans.OutputOptions()
+    scans.segment_scans(Bright(config, None, 0), found, out, options)
+    own = nifti.load_labels(out / "series.nii.gz")
+    truth = nifti.load_labels(next(folder.glob("*.nii.gz")))
+    nifti.require_same_grid(own, truth)
+    bones = np.isin(truth.array, range(25, 51))  # vertebrae and sacrum
+    assert own.array[bones].mean() > 0.3 > 10 * own.array[truth.array == 0].mean()
 
 
 @pytest.mark.slow

@@ -195,7 +195,11 @@ def make(
         f"{where}: classes is {list(names)!r}, but each must be a name with letters or "
         "digits.",
     )
-    given, names = list(names), [safe_name(name) for name in names]
+    given, names = list(names), []
+    for number, name in enumerate(given, start=1):
+        safe = safe_name(name)
+        taken = safe != name and safe in (*given, *names)
+        names.append(f"{safe}_{number}" if taken else safe)
     for name in names:
         checks.require(
             name != "background" and names.count(name) == 1,

@@ -31,6 +31,7 @@ class DataConfig:
         batch_size: crops per step over all devices and processes.
         spacing: voxel side in mm to which scans are resampled; 0 keeps the scan's own.
         hu_range: (low, high) HU mapped to [0, 1] and clipped.
+        modality: of scans that are read; other values than HU are told of a CT alone.
         foreground_ratio: share of crops centred on a labelled voxel.
         augmentations: what changes the crops; see `data.augmentation`.
         num_workers: processes that make crops; 0 makes them in threads.
@@ -50,6 +51,7 @@ class DataConfig:
         tuple[float, ...],
         Rule("be (low, high), low < high", lambda hu: len(hu) == 2 and hu[0] < hu[1]),
     ] = (-1024.0, 1024.0)
+    modality: str = "CT"
     foreground_ratio: Share = 0.5
     augmentations: Augmentations = field(default_factory=Augmentations)
     num_workers: Annotated[int, Within(0, 1024)] = 0

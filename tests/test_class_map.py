@@ -125,7 +125,6 @@ def test_classes_without_names_are_not_exchanged():
         ("liver", {}, "list of 1 to 255 names"),
         (["a", " / "], {}, "must be a name with letters or digits"),
         (["a", 3], {}, "must be a name with letters or digits"),
-        (["a/b", "a_b"], {}, "'a_b' more than once"),
         (["a", "a"], {}, "'a' more than once"),
         (["background"], {}, "the background, which is id 0"),
         (["a"], {"g": ["b"]}, "a class of the group 'g' is 'b'"),
@@ -144,6 +143,8 @@ def test_names_become_safe_file_names():
     own = class_map.make(given, {"g": given[:2]}, where="x")
     wanted = ("prostate_uterus", "vein_portal_splenic", "hidden", "C_x", "L5_a_")
     assert own.names[1:] == wanted and own.groups == {"g": (1, 2)}
+    twins = class_map.make(["a/b", "a_b", "a:b"], {}, where="x")
+    assert twins.names[1:] == ("a_b_1", "a_b", "a_b_3")
     assert own.subset(given[:1]).names[1:] == wanted[:1]
     assert class_map.from_json(class_map.to_json(own), where="x") == own
 

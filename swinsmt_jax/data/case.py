@@ -23,6 +23,7 @@ class Case:
     ct: Path
     split: str
     segmentation: Path
+    modality: str = "CT"
 
     def read(self) -> Sample:
         """Read a scan of TotalSegmentator v2's classes; see `load_case`."""
@@ -88,7 +89,7 @@ def load_case(
         UserError: as `nifti.load_ct`; for a missing mask, a mask of no known class, and
             labels that do not lie on the CT's voxel grid.
     """
-    ct, overlapping, notes = nifti.load_ct(case.ct), 0, ()
+    ct, overlapping, notes = nifti.load_ct(case.ct, modality=case.modality), 0, ()
     kept = kept or classes
     if CLASS in str(case.segmentation):
         label, overlapping, notes, voxels = _merge_masks(

@@ -73,21 +73,26 @@ def ras_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     return spacing_of(ras_grid(affine, (1, 1, 1))[0])
 
 
-def load_ct(path: str | Path) -> Volume:
+def load_ct(path: str | Path, *, modality: str = "CT") -> Volume:
     """Read a CT as int16 Hounsfield units, rounded, in RAS orientation.
 
-    What is doubtful about the file, such as values unlike HU, is noted and logged.
+    What is doubtful about the file, such as values unlike HU unless the modality is
+    another than CT, is noted and logged.
 
     Raises:
         UserError: for a file that is missing, truncated, not NIfTI, not 3-D, of RGB or
             complex voxels, with NaN or infinite voxels, or without a usable affine.
     """
     volume = _load(path)
-    return _as_ct(volume, *volume.notes, *_doubts(volume))
+    return _as_ct(volume, *volume.notes, *_doubts(volume, modality))
 
 
 def from_array(
-    hu: np.ndarray, affine: np.ndarray, *, path: Path | None = None
+    hu: np.ndarray,
+    affine: np.ndarray,
+    *,
+    path: Path | None = None,
+    modality: str = "CT",
 ) -> Volume:
     """Return a CT in memory as `load_ct` does that of a file, with the same errors.
 
@@ -95,7 +100,7 @@ def from_array(
     """
     volume = _checked(path or Path("the array"), np.asarray(hu), affine)
     sheared = geometry.sheared_note(volume.path, volume.source_affine)
-    return _as_ct(volume, *sheared, *(() if path else _doubts(volume)))
+    return _as_ct(volume, *sheared, *(() if path else _doubts(volume, modality)))
 
 
 def grid_of(path: str | Path) -> Volume:
@@ -120,9 +125,9 @@ def _as_ct(volume: Volume, *notes: str) -> Volume:
     return noted(replace(volume, array=array, notes=()), *notes)
 
 
-def _doubts(volume: Volume) -> tuple[str, ...]:
+def _doubts(volume: Volume, modality: str) -> tuple[str, ...]:
     voxels.require_finite(volume.path, volume.array)
-    return voxels.unlike_hounsfield(volume.path, volume.array)
+    return voxels.unlike_hounsfield(volume.path, volume.array, modality)
 
 
 def load_labels(

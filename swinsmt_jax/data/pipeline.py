@@ -136,7 +136,8 @@ def find_cases(
     )
     if not store.is_store(config.root):
         require_totalsegmentator(config.root)
-        return totalsegmentator.find_cases(config.root, split=split)
+        cases = totalsegmentator.find_cases(config.root, split=split)
+        return tuple(replace(case, modality=config.modality) for case in cases)
     cases = store.find_cases(config.root, split=split)
     spacing = store.read_options(Path(config.root)).spacing
     checks.require(

@@ -49,13 +49,17 @@ def hounsfield(name: object, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def unlike_hounsfield(name: object, array: np.ndarray) -> tuple[str, ...]:
-    """Return a note on voxels that are hardly Hounsfield units, with their range.
+def unlike_hounsfield(
+    name: object, array: np.ndarray, modality: str
+) -> tuple[str, ...]:
+    """Return a note with the range of a CT's voxels that are hardly Hounsfield units.
 
     Such are of another modality, scaled to [0, 1] or [0, 255], or offset by 1024: no
     voxel is less or none is more than water, the range is that of one tissue, or a
     fifth of the voxels are denser than all but cortical bone.
     """
+    if modality.upper() != "CT":
+        return ()
     low, high = array.min(), array.max()
     empty = low == high or high <= AIR
     dense = np.count_nonzero(array > DENSE)
@@ -65,7 +69,8 @@ def unlike_hounsfield(name: object, array: np.ndarray) -> tuple[str, ...]:
     return (
         f"{name}: its values lie from {low:g} to {high:g}, unlike Hounsfield units "
         "(air -1000, fat -100, water 0, bone up to 3000); it is no CT, or was scaled "
-        "or offset: bring it to Hounsfield units.",
+        "or offset: bring it to Hounsfield units, or say which modality it is "
+        "(docs/formats.md).",
     )
 
 

@@ -125,7 +125,7 @@ def segment_scans(
 
 def _segment(segmenter, file, kept, missing, names, title):
     """Write what is missing of a scan, from the labels kept in a file if there are."""
-    volume = load_scan(file)
+    volume = load_scan(file, modality=segmenter.config.data.modality)
     facts = {}
     if kept is None:
         start = time.perf_counter()

@@ -86,7 +86,7 @@ class Segmenter:
         Raises:
             UserError: as `load_scan`.
         """
-        volume = load_scan(path)
+        volume = load_scan(path, modality=self.config.data.modality)
         with checks.named(path):
             labels = self.segment_volume(volume, progress=progress)
         return nifti.in_file_axes(labels, volume)
@@ -105,7 +105,8 @@ class Segmenter:
             UserError: for arrays that are not 3-D or not finite, and an affine that
                 cannot be inverted.
         """
-        volume = nifti.from_array(hu, affine)
+        modality = self.config.data.modality
+        volume = nifti.from_array(hu, affine, modality=modality)
         return nifti.in_file_axes(
             self.segment_volume(volume, progress=progress), volume
         )
@@ -170,13 +171,15 @@ def load(
     return Segmenter(config, predict, info["step"], sums, digest, mirror)
 
 
-def load_scan(path: str | Path) -> Volume:
+def load_scan(path: str | Path, *, modality: str = "CT") -> Volume:
     """Read a CT: a NIfTI file, or a folder with a DICOM series.
 
     Raises:
         UserError: as `nifti.load_ct` and `dicom.load_series`.
     """
-    return dicom.load_series(path) if Path(path).is_dir() else nifti.load_ct(path)
+    if Path(path).is_dir():
+        return dicom.load_series(path)
+    return nifti.load_ct(path, modality=modality)
 
 
 def save(

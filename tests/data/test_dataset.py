@@ -78,6 +78,13 @@ def test_a_dataset_of_ones_own_is_described_by_json(tmp_path):
     assert store.read_options(tmp_path / "store").classes == dataset.classes
 
 
+def test_another_modality_is_left_in_peace(tmp_path):
+    for modality, told in (("CT", True), ("MR", False)):
+        root = described(tmp_path / modality, modality=modality)
+        (case,) = read_back(root, tmp_path / f"{modality}_store")
+        assert ("unlike Hounsfield" in " ".join(case.facts["notes"])) == told
+
+
 def test_masks_of_any_name_are_merged_in_order(tmp_path):
     pattern = "{case}_{class}_seg.nii.gz"
     root = described(tmp_path / "raw", labels=None, masks=pattern)
@@ -178,6 +185,7 @@ def test_what_of_nnunet_is_not_supported_is_said(tmp_path, changes, words):
         ({"masks": "{case}/{class}.nii"}, "one of the keys 'labels'"),
         ({"labels": None, "masks": "{case}.nii"}, "masks is"),
         ({"splits": ["a"]}, "splits is"),
+        ({"modality": ""}, "modality is '', but must be a name"),
         ({"splits": {"training": ["a"]}}, "a split is 'training'"),
         ({"classes": "v3"}, "the class map is 'v3'"),
         ({"groups": {"g": ["lung"]}}, "a class of the group 'g' is 'lung'"),

@@ -10,9 +10,7 @@ from swinsmt_jax.data import nifti
 
 FOLDER = Path(nibabel.tests.__file__).parent / "data"
 FILES = sorted(
-    file
-    for file in FOLDER.glob("*")
-    if file.name.endswith((".nii", ".nii.gz", ".hdr"))
+    file for file in FOLDER.glob("*") if file.name.endswith((".nii", ".nii.gz", ".hdr"))
 )
 
 

@@ -5,6 +5,7 @@
  "image": "{case}/ct.nii.gz",
  "labels": "{case}/labels.nii.gz",           one file of label ids, or
  "masks": "{case}/{class}.nii.gz",           one file for each class
+ "modality": "CT",                           another is not expected to be in HU
  "splits": {"train": ["a", "b"], "val": ["c"], "test": []}}   or "meta.csv"
 
 Paths are relative to the folder of the dataset.
@@ -17,7 +18,7 @@ from swinsmt_jax.data import meta
 from swinsmt_jax.data.case import CLASS, Case, Dataset, require_files
 
 TITLE = "described by a JSON file of its own"
-KEYS = ("classes", "groups", "image", "labels", "masks", "splits")
+KEYS = ("classes", "groups", "image", "labels", "masks", "splits", "modality")
 
 
 def fits(root: Path, content: dict) -> bool:
@@ -34,12 +35,19 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
     else:
         classes = class_map.make(classes, content.get("groups", {}), where=where)
 
+    modality = content.get("modality", "CT")
+    checks.require(
+        isinstance(modality, str) and modality != "",
+        f"{where}: modality is {modality!r}, but must be a name, such as 'MR'.",
+    )
+
     def path(key, name):
         return root / patterns[key].replace("{case}", name)
 
     def find(name, split):
         segmentation = path("labels" if patterns["labels"] else "masks", name)
-        return require_files(Case(name, path("image", name), split, segmentation))
+        image = path("image", name)
+        return require_files(Case(name, image, split, segmentation, modality))
 
     refused: dict[str, str] = {}
     splits = _splits(root, content["splits"], refused, where=where)

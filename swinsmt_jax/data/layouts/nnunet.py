@@ -25,7 +25,8 @@ ENDINGS = (".nii.gz", ".nii")
 
 def fits(root: Path, content: dict) -> bool:
     """Whether a JSON object is nnU-Net's description of a dataset."""
-    return "labels" in content and bool({"channel_names", "modality"} & content.keys())
+    of_a_description = isinstance(content.get("modality", ""), str)
+    return "labels" in content and ("channel_names" in content or not of_a_description)
 
 
 def read(root: Path, content: dict, *, where: str) -> Dataset:
@@ -61,7 +62,8 @@ def _require_ct(channel, where):
     checks.require(
         "ct" in str(channel).lower() or str(channel).lower() in NORMALISATIONS,
         f"{where} has the channel {channel!r}, but a CT in Hounsfield units is needed; "
-        "if it is one, call it CT.",
+        "if it is one, call it CT; otherwise describe the dataset by a JSON file with "
+        "its 'modality'.",
     )
 
 

@@ -261,6 +261,20 @@ def call(monkeypatch, *arguments):
     evaluate.main(rest)
 
 
+@pytest.mark.parametrize("way", ["--workdir=nowhere", "--predictions=nowhere"])
+def test_an_unknown_protocol_is_refused_in_one_line(way):
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", way, "--protocol=totalsek"]
+        + ["--data_root=nowhere", "--output=nowhere"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    (line,) = done.stderr.strip().splitlines()
+    assert "--protocol is 'totalsek'" in line and "'totalseg'" in line
+
+
 def test_predictions_need_the_truth(monkeypatch):
     with pytest.raises(UserError, match="needs --data_root"):
         call(monkeypatch, "--predictions=out")

@@ -40,6 +40,8 @@ from swinsmt_jax.inference.windows import BLENDS
 from swinsmt_jax.runtime import distributed, processes, startup
 from swinsmt_jax.training.checkpoint import load_model
 
+PROTOCOLS = ("totalseg",)
+
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the command line; the config's values hold where a flag is not given."""
@@ -68,7 +70,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "surface_tolerance", 3.0, help, lower_bound=0, flag_values=values
     )
     help = "rules of another tool's evaluation script, instead of the two flags above"
-    choice("protocol", None, ["totalseg"], help)
+    text("protocol", None, f"{help}: {', '.join(PROTOCOLS)}")
     text("groups", None, "JSON file {group: [class ids or names]} for the table")
     flags.DEFINE_integer("limit", 0, "first cases only; 0: all", flag_values=values)
     flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
@@ -98,7 +100,8 @@ def scoring(options: flags.FlagValues) -> dict:
     TotalSegmentator's resources/evaluate.py takes the mean over cases of each class and
     then over classes, and compares surfaces at 3 mm as if voxels measured 1.5 mm.
     """
-    if options.protocol == "totalseg":
+    if options.protocol is not None:
+        checks.one_of("--protocol", options.protocol, PROTOCOLS)
         for name, rule in (("average", "over_classes"), ("surface_tolerance", 3.0)):
             checks.require(
                 options[name].value == rule,
@@ -107,7 +110,7 @@ def scoring(options: flags.FlagValues) -> dict:
             )
     tolerance, names = options.surface_tolerance, options.metrics
     surfaces = any(m.surfaces for n, m in METRICS.items() if n in names)
-    spacing = (1.5, 1.5, 1.5) if options.protocol == "totalseg" else None
+    spacing = (1.5, 1.5, 1.5) if options.protocol else None
     return {
         "rule": options.average,
         "metrics": names,
@@ -119,6 +122,7 @@ def scoring(options: flags.FlagValues) -> dict:
 
 def evaluate(options: flags.FlagValues) -> str:
     """Evaluate as the flags say; write the files and return the table."""
+    rules = scoring(options)  # what is wrong with them is said before work begins
     workdir = Path(options.workdir)
     config, model, info = load_model(workdir, step=options.step)
     network, model = computing_in(options.dtype, config.model, model)
@@ -142,7 +146,7 @@ def evaluate(options: flags.FlagValues) -> str:
         config,
         split=options.split,
         groups=groups,
-        **scoring(options),
+        **rules,
         output=Path(options.output or workdir / f"eval_{options.split}"),
         limit=options.limit,
         step=info["step"],

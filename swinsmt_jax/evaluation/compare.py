@@ -19,6 +19,10 @@ from swinsmt_jax.evaluation.averages import known_mean
 
 FILE = "results.json"
 SAMPLES = 10_000  # of the bootstrap
+CONVENTIONS = {  # entry of results.json: (what it says, flags that set it)
+    "surface_tolerance_mm": ("tolerance of surfaces in mm", "--surface_tolerance"),
+    "surface_spacing": ("voxels of surfaces in mm", "--protocol"),
+}
 LEAST = 6  # cases; with fewer no difference can reach p < 0.05
 
 
@@ -55,7 +59,7 @@ def compare(
 
     Raises:
         UserError: for files that are no results, and evaluations of other splits,
-            cases, groups, or classes of any case.
+            conventions, cases, groups, or classes of any case.
     """
     pair = one, other = [_read(Path(path), split) for path in (first, second)]
     checks.require(
@@ -63,6 +67,7 @@ def compare(
         f"{first} evaluated the split {one.get('split')!r} and {second} "
         f"{other.get('split')!r}; compare evaluations of the same split.",
     )
+    _require_one_convention(first, one, second, other)
     shared = one["cases"].keys() & other["cases"].keys()
     checks.require(
         len(one["cases"]) == len(shared) == len(other["cases"]),
@@ -93,6 +98,23 @@ def compare(
         found.append(_difference(group, known_mean(chosen, axis=2)))
     corrected = _holm([difference.p for difference in found])
     return [replace(d, holm=float(p)) for d, p in zip(found, corrected, strict=True)]
+
+
+def _require_one_convention(first, one, second, other):
+    """Refuse two evaluations that measured the same thing in different ways.
+
+    One without surfaces fits any other, and so does one that does not say.
+    """
+    for entry, (what, flag) in CONVENTIONS.items():
+        own, others = (
+            (str(content[entry] or "the scan's own") if entry in content else None)
+            for content in (one, other)
+        )
+        checks.require(
+            None in (own, others) or own == others,
+            f"{first} and {second} follow different conventions: the {what} is {own} "
+            f"and {others}; evaluate both again with the same {flag}.",
+        )
 
 
 def table(differences: Sequence[Difference], *, first: str, second: str) -> str:

@@ -16,11 +16,11 @@ CLASSES = ["spleen", "liver", "rib_left_1"]
 def write(tmp_path):
     """Write an evaluation with Dice [cases, classes]; NaN is absent."""
 
-    def write(name, scores, groups=GROUPS, cases=None, split="test"):
+    def write(name, scores, groups=GROUPS, cases=None, split="test", **about):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         names = cases or [f"s{i}" for i in range(len(scores))]
-        content = {
+        content = about | {
             "split": split,
             "groups": groups,
             "cases": {
@@ -106,6 +106,30 @@ def test_other_classes_or_another_split_cannot_be_paired(write):
     fewer[2, 1] = np.nan
     with pytest.raises(UserError, match="scored 1 classes of the case 's2': liver"):
         compare(a, write("c", fewer))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        (
+            {"surface_tolerance_mm": 3.0, "surface_spacing": None},
+            {"surface_tolerance_mm": 2.0, "surface_spacing": None},
+            "tolerance of surfaces in mm is 3.0 and 2.0; .*--surface_tolerance",
+        ),
+        (
+            {"surface_tolerance_mm": 3.0, "surface_spacing": None},
+            {"surface_tolerance_mm": 3.0, "surface_spacing": [1.5, 1.5, 1.5]},
+            "voxels of surfaces in mm is the scan's own and .1.5, 1.5, 1.5.;",
+        ),
+    ],
+)
+def test_different_conventions_are_not_compared(write, one, other, words):
+    scores = np.full((7, 3), 0.5)
+    a, b = write("a", scores, **one), write("b", scores, **other)
+    with pytest.raises(UserError, match=f"different conventions: the {words}"):
+        compare(a, b)
+    assert compare(a, write("same", scores, **one))
+    assert compare(b, write("without_surfaces", scores))
 
 
 def test_the_folder_of_a_run_stands_for_its_evaluation(write, tmp_path):

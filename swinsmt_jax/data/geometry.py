@@ -135,6 +135,49 @@ def corner_distance(
     return float(np.abs(corners @ (affine - other).T).max())
 
 
+def difference(
+    shape: Sequence[int],
+    affine: np.ndarray,
+    other_shape: Sequence[int],
+    other: np.ndarray,
+) -> str:
+    """Say in mm how a grid lies beside another one, both in RAS orientation.
+
+    What explains it is named: half a voxel, an axis that runs the other way, slices
+    that one has not.
+
+    Args:
+        shape, affine: of the grid.
+        other_shape, other: of the other.
+    """
+    corner, other_corner = (
+        own @ np.append(np.array(n) - 1, 1.0)
+        for own, n in ((affine, shape), (other, other_shape))
+    )
+    first, last = (affine - other)[:3, 3], (corner - other_corner)[:3]
+    shift = (np.linalg.inv(other) @ affine)[:3, 3]  # in voxels of the other grid
+    said = [
+        f"its first voxel lies {_mm(first)} mm and its last one {_mm(last)} mm (to the "
+        "right, front and head) from the other's"
+    ]
+    for axis, (n, wanted, by) in enumerate(zip(shape, other_shape, shift, strict=True)):
+        side = ("right", "front", "head")[axis]
+        if n != wanted:
+            said.append(f"it has {n} planes to the {side}, and the other {wanted}")
+        elif n > 2 and np.isclose(abs(by), n - 1, atol=0.02):
+            said.append(f"its axis to the {side} seems to run the other way: flip it")
+        elif np.isclose(abs(by), 0.5, atol=0.02):
+            said.append(
+                f"that is half a voxel along the axis to the {side}: one tool counts "
+                "from the voxels' centres and one from their edges"
+            )
+    return "; ".join(said)
+
+
+def _mm(place):
+    return f"({', '.join(f'{0 if abs(x) < 5e-3 else x:+.2f}' for x in place)})"
+
+
 def _beside_itk(image, shape):
     affine = affine_in_mm(image)
     if not np.linalg.norm(affine[:3, :3], axis=0).all():

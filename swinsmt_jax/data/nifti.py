@@ -227,19 +227,23 @@ def require_same_grid(volume: Volume, reference: Volume) -> None:
     The grids, both in RAS, must have one shape, and no corner of one may lie further
     than `GRID_TOLERANCE` voxels from the other's.
     """
+    grid, wanted = volume.array.shape, reference.array.shape
+    remedy = (
+        f"{geometry.difference(grid, volume.affine, wanted, reference.affine)}. A "
+        "segmentation must lie on the voxel grid of its CT: resample it."
+    )
     checks.require(
-        volume.array.shape == reference.array.shape,
-        f"{volume.path} has shape {volume.array.shape} in RAS orientation, but "
-        f"{reference.path} has shape {reference.array.shape}; a segmentation must lie "
-        "on the voxel grid of its CT: resample it.",
+        grid == wanted,
+        f"{volume.path} has shape {grid} in RAS orientation, but {reference.path} has "
+        f"shape {wanted}: {remedy}",
     )
     to_voxels = np.linalg.inv(reference.affine) @ volume.affine
     miss = geometry.corner_distance(reference.array.shape, to_voxels, np.eye(4))
     checks.require(
         miss <= GRID_TOLERANCE,
         f"the affine of {volume.path} places its voxels up to {miss:.2f} voxels away "
-        f"from those of {reference.path}, more than the {GRID_TOLERANCE} allowed; a "
-        "segmentation must lie on the voxel grid of its CT: resample it.",
+        f"from those of {reference.path}, more than the {GRID_TOLERANCE} allowed: "
+        f"{remedy}",
     )
 
 

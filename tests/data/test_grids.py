@@ -5,11 +5,14 @@ from unittest import mock
 
 import nibabel as nib
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from swinsmt_jax import checks
 from swinsmt_jax.data import nifti, preprocess, resampling, store, store_report
 from swinsmt_jax.data.network_view import network_view
+from swinsmt_jax.data.sample import voxel_step
 from swinsmt_jax.phantoms import dataset as phantom
 
 ORIENTATIONS = [
@@ -124,3 +127,44 @@ def test_stores_of_before_are_read_and_said_to_lack_the_end(tmp_path, caplog):
         assert ("1 end before their scan" in store_report.write(root)) is lacking
         page = (root / "report.html").read_text()
         assert ("s0001</b>: its grid ends before the scan" in page) is lacking
+
+
+SCAN = np.array([[1.0, 0, 0, -5], [0, 1, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
+NONE = "(+0.00, +0.00, +0.00) mm"
+
+
+@pytest.mark.parametrize(
+    ("planes", "step", "words"),
+    [
+        (
+            10,
+            {"offset": (0.5, 0, 0)},
+            ["(+0.50, +0.00, +0.00)", "half a voxel", "right"],
+        ),
+        (10, {"offset": (0, 0, -1)}, ["last one (+0.00, +0.00, -3.00) mm"]),
+        (
+            10,
+            {"offset": (0, 0, 0), "scale": (1, 1, -1)},
+            ["-27.00", "head seems to run"],
+        ),
+        (9, {"offset": (0, 0, 0)}, [f"first voxel lies {NONE}", "-3.00", "9 planes"]),
+        (9, {"offset": (0, 0, 1)}, ["+3.00", f"last one {NONE}", "9 planes"]),
+    ],
+    ids=["half a voxel", "a slice off", "flipped", "last slice", "first slice"],
+)
+def test_labels_beside_their_scan_are_refused_with_the_shift(
+    tmp_path, planes, step, words
+):
+    """Whatever the orientation of the file."""
+    nib.save(nib.Nifti1Image(np.zeros((6, 8, 10), np.int16), SCAN), tmp_path / "ct.nii")
+    scan = nifti.load_ct(tmp_path / "ct.nii")
+    affine = SCAN @ voxel_step(**step)
+    image = nib.Nifti1Image(np.zeros((6, 8, planes), np.uint8), affine)
+    start = nib.io_orientation(affine)
+    for axes in ("RAS", "LPS", "SAR"):
+        wanted = nib.orientations.axcodes2ornt(axes)
+        turn = nib.orientations.ornt_transform(start, wanted)
+        nib.save(image.as_reoriented(turn), tmp_path / "labels.nii")
+        with pytest.raises(checks.UserError) as found:
+            nifti.load_labels(tmp_path / "labels.nii", on=scan)
+        assert all(word in str(found.value) for word in words), found.value

@@ -19,6 +19,13 @@ def test_the_first_release_has_104_classes_in_its_order():
     assert class_map.VERSIONS[labels.VERSION].names == labels.CLASS_NAMES
 
 
+def test_total_v3_has_a_sixth_lumbar_vertebra():
+    v3 = class_map.VERSIONS["total_v3"]
+    other = [i for i in range(118) if v3.names[i] != class_map.V2.names[i]]
+    assert other == [26] and v3.names[26] == "vertebrae_L6"
+    assert v3.num_classes == 118 and v3.groups == class_map.V2.groups
+
+
 def test_a_subset_keeps_order_and_groups():
     found = class_map.V2.subset(["liver", "spleen", "rib_left_1"])
     assert found.names == ("background", "spleen", "liver", "rib_left_1")

@@ -85,6 +85,15 @@ def test_ids_of_the_first_release_become_those_of_the_second(tmp_path):
         nifti.load_labels(path)
 
 
+def test_a_sixth_lumbar_vertebra_is_not_taken_for_the_first_sacral(tmp_path):
+    v3, path = class_map.VERSIONS["total_v3"], tmp_path / "labels.nii"
+    array = write(path, totalsegmentators(dict(enumerate(v3.names))), ids=(0, 26))
+    with pytest.raises(checks.UserError, match="id 26 'vertebrae_L6'.*_S1' there"):
+        nifti.load_labels(path)
+    found = nifti.load_labels(path, classes=v3).array
+    np.testing.assert_array_equal(found, array)
+
+
 def test_ids_that_are_stored_with_a_slope_are_rounded(tmp_path):
     """nibabel writes such for floats that are to be integers on disk."""
     array = np.resize(np.arange(118), (6, 7, 8)).astype(np.float64)

@@ -284,7 +284,7 @@ def _v1() -> ClassMap:
 
 
 V2 = ClassMap(labels.CLASS_NAMES, labels.GROUPS)
-# Of TotalSegmentator 2.18's task total_v3: a sixth lumbar for the first sacral vertebra.
+# Of TotalSegmentator 2.18: a sixth lumbar instead of the first sacral vertebra.
 _V3 = [name.replace("vertebrae_S1", "vertebrae_L6") for name in labels.CLASS_NAMES]
 TOTAL_V3 = ClassMap(tuple(_V3), labels.GROUPS)
 VERSIONS = {labels.VERSION: V2, "v1": _v1(), "total_v3": TOTAL_V3}

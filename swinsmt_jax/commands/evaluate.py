@@ -80,7 +80,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     help = "where logits are summed up: in memory of the host or of the device"
     choice("accumulate", None, ACCUMULATE, help)
-    help = "of --data_root with --predictions: a JSON file, v1, v2, total_v3; see preprocess"
+    help = "of --data_root with --predictions: a JSON file, v1, v2 or total_v3"
     text("description", "", help)
     help = "average over windows and their mirror images; twice the time"
     flags.DEFINE_bool("mirror", False, help, flag_values=values)

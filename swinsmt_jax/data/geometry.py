@@ -54,6 +54,10 @@ def header_like(
     for field in PLACING:
         header[field] = source[field]
     header["pixdim"][4:] = 1
+    quaternion = [f"quatern_{axis}" for axis in "bcd"]
+    length = np.linalg.norm([header[part] for part in quaternion])
+    for part in quaternion:  # longer than 1 by rounding, which nibabel refuses
+        header[part] /= max(length, 1)
     return header
 
 

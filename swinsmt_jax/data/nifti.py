@@ -333,7 +333,7 @@ def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
     path = Path(path)
     checks.require(path.is_file(), f"{path} does not exist; expected a NIfTI file.")
     with nifti_file.named(path):
-        image = nib.load(path)
+        image = nifti_file.opened(path)
         if not isinstance(image, nib.Nifti1Pair):
             raise nib.filebasedimages.ImageFileError(f"but {type(image).__name__}")
         nifti_file.require_possible(path, image)

@@ -38,6 +38,22 @@ def named(path: Path) -> Iterator[None]:
         ) from error
 
 
+class _RoundedHeader(nib.Nifti1Header):
+    quaternion_threshold = 1e-3  # nibabel's own is the last bit
+
+
+class _RoundedImage(nib.Nifti1Image):
+    header_class = _RoundedHeader
+
+
+def opened(path: Path) -> nib.filebasedimages.FileBasedImage:
+    """Open a file as nibabel does, also if its only form is a rounded quaternion."""
+    try:
+        return nib.load(path)
+    except ValueError:
+        return _RoundedImage.from_filename(path)
+
+
 def voxels(image: nib.Nifti1Pair) -> np.ndarray:
     """Read the voxels; of a gzip file all of it, since its checksum stands at the end.
 

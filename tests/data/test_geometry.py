@@ -4,6 +4,7 @@ Places are in mm to the right, front and head, as nibabel, SimpleITK and the pac
 read the file. Where the readers of the CT differ, so do those of the labels.
 """
 
+import gzip
 import itertools
 import struct
 
@@ -191,6 +192,21 @@ def test_a_qform_that_cannot_be_read_is_a_note(tmp_path):
     nib.save(made, tmp_path / "ct.nii")
     (note,) = nifti.load_ct(tmp_path / "ct.nii").notes
     assert "qform cannot be read" in note and "the sform is taken" in note
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_rounded_quaternion_alone_is_read(tmp_path, suffix):
+    made = image((MOVED, 0), (AFFINE, 1))
+    content = bytearray(made.to_bytes())
+    content[264:268] = struct.pack("<f", 1.0000005)
+    path, labels = tmp_path / f"ct{suffix}", tmp_path / "labels.nii.gz"
+    path.write_bytes(gzip.compress(content) if suffix == ".nii.gz" else content)
+    ct = nifti.load_ct(path)
+    nifti.save_labels(labels, (ct.array > 0).astype(np.uint8), like=ct)
+    assert not ct.notes
+    for found in (by_itk(path), by_itk(labels), by_nibabel(labels)):
+        np.testing.assert_allclose(found[0], PLACE, atol=1e-3)
+    np.testing.assert_allclose(nifti.load_labels(labels, on=ct).affine, ct.affine)
 
 
 @pytest.mark.parametrize("affine", [AFFINE, OBLIQUE, SHEARED])

@@ -66,6 +66,24 @@ def pattern(name: str, value: str) -> None:
         ) from error
 
 
+def file_name(name: str, value: object) -> None:
+    """Raise `UserError` unless `value` can name a file or a folder of any folder.
+
+    The one rule for all names that become names of files: of classes and of cases.
+    """
+    require(
+        isinstance(value, str)
+        and value.strip() == value != ""
+        and value.isprintable()
+        and value[0] != "."
+        and not set(value) & set("/\\:;")
+        and len(value.encode()) <= MAX_NAME_BYTES,
+        f"{name} is {value!r}, but must be the plain name of a folder or file, such as "
+        f"'s0001': at most {MAX_NAME_BYTES} bytes, no leading dot, and none of "
+        "/ \\ : ; or control characters. Rename it.",
+    )
+
+
 def divisors(number: int) -> list[int]:
     """Return the divisors of a number, in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]
@@ -154,6 +172,7 @@ Positives = tuple[Positive, ...]
 OneOrEach = Positive | Positives  # one number, or one for each of several parts
 Share = Annotated[float, Within(0.0, 1.0)]
 
+MAX_NAME_BYTES = 200  # file systems take 255 with what is added to a name
 DTYPES = ("float32", "bfloat16")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from swinsmt_jax import checks, labels
 
 MAX_CLASSES = 255  # label ids are uint8
-UNSAFE = "/\\:;,{}\0"  # what a name must not have, to be part of file names and lists
+# What a name must not have, to be part of file names and lists.
+UNSAFE = "/\\:;,{}" + "".join(map(chr, (*range(32), *range(127, 160))))
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ def make(
         taken = safe != name and safe in (*given, *names)
         names.append(f"{safe}_{number}" if taken else safe)
     for name in names:
+        checks.file_name(f"{where}: a name of classes", name)
         checks.require(
             name != "background" and names.count(name) == 1,
             f"{where}: classes holds {name!r} more than once, or the background, which "

@@ -56,7 +56,7 @@ class DataConfig:
     augmentations: Augmentations = field(default_factory=Augmentations)
     num_workers: Annotated[int, Within(0, 1024)] = 0
     num_threads: Positive = 2
-    classes: tuple[str, ...] = ()
+    classes: tuple[Annotated[str, checks.file_name], ...] = ()
     cache: bool = False
 
     def __post_init__(self):

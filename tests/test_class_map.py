@@ -160,3 +160,14 @@ def test_a_map_survives_json():
     own = class_map.make(["a", "b"], {"g": ["b"]}, where="x")
     for known in (own, *class_map.VERSIONS.values()):
         assert class_map.from_json(class_map.to_json(known), where="x") == known
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m", "a\nb", "a/../b", "..a", "\x9bx"])
+def test_every_name_that_a_map_takes_is_a_plain_file_name(name):
+    found = class_map.make([name], {}, where="here").names[1]
+    checks.file_name("name", found)
+
+
+def test_a_name_too_long_for_a_file_is_refused():
+    with pytest.raises(checks.UserError, match="here: .* at most 200 bytes"):
+        class_map.make(["x" * 201], {}, where="here")

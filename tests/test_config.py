@@ -63,6 +63,11 @@ def test_a_config_survives_the_way_through_a_dictionary():
         ("optimizer.layer_decay", 0.0, r"must lie in \(0, 1\]"),
         ("optimizer.freeze", ("(",), "freeze .* is '\\(', which is not a regular expr"),
         ("optimizer.warmup_steps", 11, "only training.num_steps = 10"),
+        *(
+            ("data.classes", (name,), "data.classes .* must be the plain name of a")
+            for name in ("/tmp/ct", "../ct", "a/b", "a\\b", "..", "", "x\n", "\x1b[1m")
+        ),
+        ("data.classes", ("x" * 201,), "at most 200 bytes"),
         ("training.num_steps", 0, "num_steps is 0"),
         (
             "training.accumulate",

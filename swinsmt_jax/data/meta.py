@@ -10,7 +10,6 @@ from swinsmt_jax.runtime import files
 SPLITS = ("train", "val", "test")
 META = "meta.csv"  # separated by semicolons; image_id, split
 RESERVED = (META, "store.json", "report.json", "report.html")  # files of a store
-MAX_ID_BYTES = 200  # file systems take 255 with what is added to an id
 
 
 class EmptySplitError(checks.UserError):
@@ -53,17 +52,11 @@ def collect(
 
 def require_id(what: str, name: object) -> None:
     """Raise `UserError` unless `name` can be the name of a case's folder in a store."""
+    checks.file_name(what, name)
     checks.require(
-        isinstance(name, str)
-        and name.strip() == name != ""
-        and name.isprintable()
-        and name[0] != "."
-        and not set(name) & set("/\\:;")
-        and name.lower() not in RESERVED
-        and len(name.encode()) <= MAX_ID_BYTES,
-        f"{what} is {name!r}, but must be the plain name of a folder, such as 's0001': "
-        f"at most {MAX_ID_BYTES} bytes, no leading dot, none of / \\ : ; and none of "
-        f"{', '.join(RESERVED)}. Rename the case.",
+        name.lower() not in RESERVED,
+        f"{what} is {name!r}, but must be the plain name of a folder, and none of "
+        f"{', '.join(RESERVED)}, which are files of a store. Rename the case.",
     )
 
 

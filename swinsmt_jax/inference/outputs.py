@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,6 +152,31 @@ def require_classes(targets: Targets, names: Collection[str]) -> None:
             f"{path} is there, of {len(there or ())} classes instead of the "
             f"{len(names)} wished; give --overwrite or another --output.",
         )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an output is there, neither empty nor cut short.
+
+    Power cuts and full disks leave such files to programs that do not write as
+    `files.replacing` does, and copies that broke off do too.
+    """
+    if path.is_dir():
+        masks = masks_in(path).values()
+        return bool(masks) and all(map(is_whole, masks))
+    if not path.is_file() or path.stat().st_size < 4:
+        return False
+    if not path.name.endswith(SUFFIXES):
+        return True
+    try:
+        array = nib.load(path).dataobj
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError):
+        return False
+    size = array.offset + math.prod(array.shape) * array.dtype.itemsize
+    if path.suffix != ".gz":
+        return path.stat().st_size >= size
+    with path.open("rb") as file:  # ends with the size of what it holds
+        file.seek(-4, io.SEEK_END)
+        return int.from_bytes(file.read(), "little") == size % 2**32
 
 
 def _classes_in(path):

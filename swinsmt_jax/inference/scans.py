@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +52,23 @@ def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
     return dict(zip(names, found, strict=True))
 
 
+def _require_one_place_each(targets, output):
+    """Raise `UserError` unless results are files of their own in `output` itself."""
+    places = Counter(path for files in targets.values() for path in files.values())
+    places[output / SUMMARY] += 1
+    for name, kinds in targets.items():
+        for path in kinds.values():
+            checks.require(
+                name.strip() != ""
+                and name[0] != "."
+                and path.parent == output
+                and places[path] == 1,
+                f"results of the scan {name!r} would be written to {path}, which is "
+                "hidden, outside of --output or the place of other results; rename the "
+                "scan.",
+            )
+
+
 def segment_scans(
     segmenter: Segmenter,
     scans: Mapping[str, Path],
@@ -81,6 +99,7 @@ def segment_scans(
         checks.one_of("a class of roi", name, known.values())
     names = {i: n for i, n in known.items() if not options.roi or n in options.roi}
     targets = {name: options.files(output, name) for name in scans}
+    _require_one_place_each(targets, output)
     outputs.require_free(targets, scans, known.values())
     summary, record = {}, _read_summary(output / SUMMARY)
     if not options.overwrite:
@@ -89,9 +108,9 @@ def segment_scans(
     files.make_folder(output)
     for number, (name, file) in enumerate(scans.items(), start=1):
         missing = labels = targets[name]
-        there = labels["labels"].exists()
+        there = outputs.is_whole(labels["labels"])
         if there and not options.overwrite:
-            missing = {k: path for k, path in labels.items() if not path.exists()}
+            missing = {k: p for k, p in labels.items() if not outputs.is_whole(p)}
         found = {"file": str(file), "labels": str(labels["labels"])}
         made_by = record.get(name, {}).get(provenance.KEY, {})
         if kept := None if "labels" in missing else labels["labels"]:

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import itertools
 import json
 from dataclasses import replace
@@ -484,3 +485,45 @@ def test_a_scan_whose_logits_are_not_finite_is_named_and_has_no_labels(hu, tmp_p
     assert not (out / "bad.nii.gz").exists()
     with pytest.raises(UserError, match="bad.nii.gz: the network's logits are NaN"):
         segmenter.segment(tmp_path / "bad.nii.gz")
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("kept", [0, 60, -1])
+def test_results_that_are_empty_or_cut_short_are_made_anew(hu, tmp_path, masks, kept):
+    nib.save(nib.Nifti1Image(hu, np.eye(4)), tmp_path / "a.nii.gz")
+    scans, out, options = (
+        find_scans([tmp_path]),
+        tmp_path / "o",
+        OutputOptions(masks=masks),
+    )
+    segment_scans(make(), scans, out, options)
+    file = min((out / "a").iterdir()) if masks else out / "a.nii.gz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+    assert "seconds" in segment_scans(make(), scans, out, options)["a"]
+    np.testing.assert_array_equal(
+        nib.load(file).get_fdata(),
+        nib.Nifti1Image.from_bytes(gzip.decompress(whole)).get_fdata(),
+    )
+    assert "seconds" not in segment_scans(make(), scans, out, options)["a"]
+
+
+@pytest.mark.parametrize("name", ["", ".", ".hidden", "summary.json", "../a", "x/a"])
+def test_results_stay_in_the_output_and_have_a_place_of_their_own(hu, tmp_path, name):
+    nib.save(nib.Nifti1Image(hu, np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(UserError, match="rename the scan"):
+        segment_scans(
+            make(),
+            {name: tmp_path / "a.nii.gz"},
+            tmp_path / "o",
+            OutputOptions(masks=True),
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_two_scans_never_write_one_file(hu, tmp_path):
+    nib.save(nib.Nifti1Image(hu, np.eye(4)), tmp_path / "a.nii.gz")
+    scans = {name: tmp_path / "a.nii.gz" for name in ("a", "a_statistics.csv")}
+    options = OutputOptions(masks=True, statistics=True)
+    with pytest.raises(UserError, match="the place of other results"):
+        segment_scans(make(), scans, tmp_path / "o", options)

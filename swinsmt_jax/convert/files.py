@@ -11,6 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +34,7 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+MAX_PICKLE = 2**27  # bytes; a network's names and shapes take less than one million
 # Where training scripts put the parameters, besides the epoch and the optimiser.
 NESTED = ("state_dict", "network_weights", "model_state_dict", "model", "net")
 
@@ -126,6 +128,10 @@ def _read_archive(path):
         checks.require(
             not big, f"{path} was written on a big-endian machine; save it elsewhere."
         )
+        checks.require(
+            archive.getinfo(name).file_size <= MAX_PICKLE,
+            f"{path} describes its tensors in more than {MAX_PICKLE / 1e6:.0f} MB.",
+        )
         reader = _Reader(io.BytesIO(archive.read(name)), archive, folder + "data/")
         return reader.load()
 
@@ -145,7 +151,7 @@ class _Reader(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda data, *_: data
         if module == "torch" and name in STORAGES:
-            return STORAGES[name]
+            return _Kind(name)
         if (module, name) == ("torch", "Size"):
             return tuple
         raise pickle.UnpicklingError(
@@ -153,18 +159,41 @@ class _Reader(pickle.Unpickler):
         )
 
     def persistent_load(self, pid):
-        _, dtype, key, _, count = pid
+        _, kind, key, _, count = pid
+        if type(kind) is not _Kind or type(key) is not str:
+            raise ValueError("a storage is named in an unknown way")
+        _require_sizes(count)
         if key not in self._storages:
-            raw = self._archive.read(self._folder + str(key))
+            dtype = np.dtype(STORAGES[kind.name])
+            member = self._archive.getinfo(self._folder + key)
+            stored = member.compress_type == zipfile.ZIP_STORED
+            if not stored or member.file_size < count * dtype.itemsize:
+                raise ValueError(f"the storage {key} is compressed, or too short")
+            raw = self._archive.read(member)
             self._storages[key] = np.frombuffer(raw, dtype, count)
         return self._storages[key]
 
 
+class _Kind(NamedTuple):
+    """A type of storages; nothing that a pickle could call."""
+
+    name: str
+
+
+def _require_sizes(*numbers):
+    """Raise `ValueError` unless all are plain ints, no others that count in a way."""
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(f"{numbers!r:.100} are no sizes")
+
+
 def _tensor(storage, offset, shape, strides, *_):
+    if type(storage) is not np.ndarray or {type(shape), type(strides)} != {tuple}:
+        raise ValueError("a tensor is described in an unknown way")
+    _require_sizes(offset, *shape, *strides)
     if 0 in shape:
         return np.empty(shape, storage.dtype)
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if last >= storage.size or min(offset, *strides, 0) < 0:
+    if last >= storage.size:
         raise ValueError(f"a tensor of shape {tuple(shape)} ends beyond its storage")
     view = np.lib.stride_tricks.as_strided(
         storage[offset:], shape, [s * storage.itemsize for s in strides]

@@ -173,3 +173,48 @@ def test_what_is_no_file_of_weights_is_told(tmp_path, save):
         files.read(tmp_path / "empty.safetensors")
     with pytest.raises(UserError, match="written as .safetensors, but .*a.pt"):
         files.write(tmp_path / "a.pt", {})
+
+
+class Call:
+    """Pickles as a call of a type of storages, which makes no number of it."""
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def __reduce__(self):
+        return getattr(sys.modules["torch"], self.name), (self.value,)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (Call("CharStorage", 1),)},
+        {"strides": (Call("IntStorage", 1),)},
+        {"offset": Call("LongStorage", 0)},
+        {"shape": (True,)},
+        {"shape": (1.0,)},
+        {"strides": [1]},
+        {"strides": (-1,)},
+        {"offset": -1},
+        {"offset": 2**64},
+        {"shape": (2,)},
+    ],
+)
+def test_sizes_are_plain_numbers_within_the_storage(tmp_path, save, change):
+    number = Storage("0", np.ones(1, np.float32))
+    given = {"offset": 0, "shape": (1,), "strides": (1,)} | change
+    content = {"w": Tensor(number, given["offset"], given["shape"], given["strides"])}
+    with pytest.raises(UserError, match=r"a.pt cannot be"):
+        files.read(save(tmp_path / "a.pt", content, [number]))
+
+
+@pytest.mark.parametrize("size, compression", [(3, 0), (4, zipfile.ZIP_DEFLATED)])
+def test_storages_are_uncompressed_and_as_long_as_they_say(
+    tmp_path, save, size, compression
+):
+    number = Storage("0", np.ones(1, np.float32))
+    path = save(tmp_path / "a.pt", {"w": Tensor(number, 0, (1,), (1,))})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/data/0", bytes(size), compress_type=compression)
+    with pytest.raises(UserError, match="storage 0 is compressed, or too short"):
+        files.read(path)

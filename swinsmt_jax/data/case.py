@@ -33,7 +33,7 @@ class Case:
     def facts(self) -> list[int]:
         """Bytes of the files: they tell one case from another."""
         found = self.segmentation
-        files = _files(found) if CLASS in str(found) else [found]
+        files = _files(found, self.ct) if CLASS in str(found) else [found]
         return [file.stat().st_size for file in (self.ct, *files)]
 
 
@@ -119,7 +119,9 @@ def _merge_masks(
     masks: Path, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
 ) -> nifti.Merged:
     wanted, first, last = classes.names[1:], *str(masks).split(CLASS)
-    names = [str(p).removeprefix(first).removesuffix(last) for p in _files(masks)]
+    names = [
+        str(p).removeprefix(first).removesuffix(last) for p in _files(masks, ct.path)
+    ]
     for name in names:
         checks.require(
             name in wanted,
@@ -156,12 +158,11 @@ def lost_note(name: str, lost: Mapping[str, int]) -> str:
     )
 
 
-def _files(masks: Path) -> list[Path]:
-    """Return the files of all masks of a case, sorted."""
+def _files(masks: Path, image: Path) -> list[Path]:
+    """Return the files of all masks of a case, sorted; its image may lie among them."""
     first, last = str(masks).split(CLASS)
-    return sorted(
-        Path(file) for file in glob.glob(f"{glob.escape(first)}*{glob.escape(last)}")
-    )
+    found = glob.glob(f"{glob.escape(first)}*{glob.escape(last)}")
+    return sorted(Path(file) for file in found if Path(file) != image)
 
 
 def resampled(sample: Sample, spacing: float, *, rule: str = "most") -> Sample:

@@ -72,3 +72,24 @@ def test_other_values_are_no_mask(read, value, words):
     for way in read(np.where(INSIDE, value, 0).astype(np.float32)):
         with pytest.raises(UserError, match=rf"liver.nii.gz holds values.*{words}"):
             way()
+
+
+def test_an_image_may_lie_among_its_masks(tmp_path):
+    (tmp_path / "p1").mkdir()
+    names = ("liver", "tumour")
+    for plane, name in enumerate(("ct", *names)):
+        array = np.zeros((8, 8, 8), np.int16)
+        array[plane] = 50 if name == "ct" else 1
+        nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / "p1" / f"{name}.nii.gz")
+    description = {
+        "classes": names,
+        "image": "{case}/ct.nii.gz",
+        "masks": "{case}/{class}.nii.gz",
+        "splits": {"train": ["p1"]},
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    data = open_dataset(tmp_path)
+    found = data.find("p1", "train")
+    label = case.load_case(found, classes=data.classes).label
+    assert np.bincount(label.reshape(-1)).tolist() == [384, 64, 64]
+    assert len(found.facts) == 3

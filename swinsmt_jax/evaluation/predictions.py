@@ -1,11 +1,11 @@
 """Evaluate label maps in files, of this or any other tool, on the same footing."""
 
 import math
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import loky
 from tqdm import tqdm
 
 from swinsmt_jax import checks, labels
@@ -70,7 +70,7 @@ def evaluate_predictions(
     for case in cases:
         _file(folder, case)  # before the work, say which one is missing
     make_folder(output)
-    cores = len(os.sched_getaffinity(0))
+    cores = loky.cpu_count()
     workers = min(len(cases), workers or min(cores, MOST_WORKERS))
     evaluate = partial(
         _evaluate,

@@ -1,11 +1,11 @@
 """What compares the surfaces of structures, by DeepMind's surface-distance."""
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import loky
 import numpy as np
 import surface_distance
 from scipy import ndimage
@@ -109,7 +109,7 @@ def by_class(
             )
         )
 
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or loky.cpu_count()
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         # The library calls scipy.ndimage by the names of its old modules.
         warnings.simplefilter("ignore", DeprecationWarning)

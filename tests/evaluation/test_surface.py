@@ -44,6 +44,13 @@ def test_absent_missed_and_invented_classes():
     np.testing.assert_array_equal(found, [np.nan, 1, 0, np.nan, np.nan])
 
 
+def test_a_system_that_tells_no_cores_of_a_process_scores_all_the_same(monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    truth = box(8, 8, 8)
+    assert surface_dice(truth, truth, spacing=(1, 1, 1), num_classes=2)[1] == 1
+
+
 def test_workers_change_nothing(rng):
     truth, prediction = rng.integers(0, 6, (2, 12, 10, 8)).astype(np.uint8)
     options = dict(spacing=(1, 2, 3), num_classes=6, tolerance=1.5)

@@ -17,6 +17,7 @@ from swinsmt_jax.checks import Among, Positive, Positives, Rule, Share, Within
 from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.models import registry
 from swinsmt_jax.models.registry import NetworkConfig
+from swinsmt_jax.runtime.files import absolute
 
 Count = Annotated[int, Within(0, 2**32 - 1)]
 
@@ -61,6 +62,8 @@ class DataConfig:
 
     def __post_init__(self):
         checks.typed_fields("data", self)
+        if self.root.startswith("~"):
+            object.__setattr__(self, "root", str(absolute(self.root)))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swinsmt_jax import checks
+from swinsmt_jax.runtime.files import absolute
 
 VERSION = "v2"
 RECORD = "https://zenodo.org/records/10047292"  # TotalSegmentator-V2, dataset v2.0.1
@@ -76,7 +77,7 @@ def load_groups(
         UserError: when the file is missing or not such an object; the message names
             the group and the entry.
     """
-    path = Path(path)
+    path = absolute(path)
     checks.require(
         path.is_file(),
         f"groups file {path} does not exist; expected a JSON object such as "

@@ -9,7 +9,7 @@ from absl import flags
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.commands import train
-from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.config import from_config_dict, to_dict
 from swinsmt_jax.runtime import memory
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,21 @@ def test_flags_set_keys_of_groups_that_the_config_file_lacks(parse, tmp_path):
     assert config.data.augmentations.zoom.factor == (1.1, 1.2)
     with pytest.raises(UserError, match="config group 'nois'.*Did you mean 'noise'"):
         parse(*flags, "--config.data.augmentations.nois.probability=0.2")
+
+
+def test_the_config_of_a_run_is_one_that_can_be_changed(parse, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    python = from_config_dict(parse("--config=configs/demo.py", "--workdir=x").config)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(python)))
+    flags = ["--config=~/config.json", "--workdir=x"]
+    assert from_config_dict(parse(*flags).config) == python
+    flags += ["--config.data.patch_shape=(32, 32, 64)", "--config.data.root=~/data"]
+    changed = from_config_dict(parse(*flags).config).data
+    assert changed.patch_shape == (32, 32, 64)
+    assert changed.root == str(tmp_path / "data")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config"):
+        parse(*flags)
 
 
 def test_the_command_line_changes_the_config(parse, tmp_path):

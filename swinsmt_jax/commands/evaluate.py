@@ -20,7 +20,6 @@ Wilcoxon's signed-rank test with Holm's correction, and effect sizes.
 """
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 
@@ -38,6 +37,7 @@ from swinsmt_jax.inference.segmenter import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
 from swinsmt_jax.runtime import distributed, processes, startup
+from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training.checkpoint import load_model
 
 PROTOCOLS = ("totalseg",)
@@ -123,7 +123,7 @@ def scoring(options: flags.FlagValues) -> dict:
 def evaluate(options: flags.FlagValues) -> str:
     """Evaluate as the flags say; write the files and return the table."""
     rules = scoring(options)  # what is wrong with them is said before work begins
-    workdir = Path(options.workdir)
+    workdir = absolute(options.workdir)
     config, model, info = load_model(workdir, step=options.step)
     network, model = computing_in(options.dtype, config.model, model)
     inference = ("overlap", "blend", "window_batch", "accumulate")
@@ -147,7 +147,7 @@ def evaluate(options: flags.FlagValues) -> str:
         split=options.split,
         groups=groups,
         **rules,
-        output=Path(options.output or workdir / f"eval_{options.split}"),
+        output=absolute(options.output or workdir / f"eval_{options.split}"),
         limit=options.limit,
         step=info["step"],
         mirror=options.mirror,
@@ -164,13 +164,13 @@ def main(arguments: list[str]) -> None:
             "--predictions needs --data_root, for the truth, and --output.",
         )
         table = evaluate_predictions(
-            Path(options.predictions),
+            absolute(options.predictions),
             root=options.data_root,
             split=options.split,
             groups=options.groups,
             description=options.description,
             **scoring(options),
-            output=Path(options.output),
+            output=absolute(options.output),
             limit=options.limit,
             workers=options.workers,
         )

@@ -14,7 +14,6 @@ is there is skipped. A scan that fails does not stop the others; the exit status
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -91,7 +90,7 @@ def main(arguments: list[str]) -> None:
         preview=options.preview,
         overwrite=options.overwrite,
     )
-    summary = segment_scans(segmenter, scans, Path(options.output), output_options)
+    summary = segment_scans(segmenter, scans, options.output, output_options)
     failed = {name: s["error"] for name, s in summary.items() if "error" in s}
     done = sum("seconds" in s for s in summary.values())
     skipped = len(summary) - done - len(failed)

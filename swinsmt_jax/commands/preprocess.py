@@ -13,7 +13,6 @@ status is 1. At the end report.html and report.json in the store show what is in
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -21,6 +20,7 @@ from swinsmt_jax.data import store_report
 from swinsmt_jax.data.preprocess import preprocess
 from swinsmt_jax.data.resampling import LABEL_RULES
 from swinsmt_jax.runtime import startup
+from swinsmt_jax.runtime.files import absolute
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     """Preprocess as the flags say."""
     startup.only_flags(arguments)
     options = flags.FLAGS
-    root = Path(options.store)
+    root = absolute(options.store)
     failed = preprocess(
         options.source,
         root,

@@ -11,7 +11,6 @@ train.py as --start_from.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import optax
 from absl import flags, logging
@@ -20,6 +19,7 @@ from swinsmt_jax import checks, convert, labels, sharding
 from swinsmt_jax.config import MeshConfig, from_config_dict
 from swinsmt_jax.convert import files, starting_point
 from swinsmt_jax.runtime import record, startup
+from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training import checkpoint, state
 from swinsmt_jax.training.checkpoint import origin_of
 from swinsmt_jax.training.workdir import locked, open_workdir
@@ -49,7 +49,7 @@ def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
                 f"the workdir {folder} already holds checkpoints of steps "
                 f"{checkpoints.steps()}; choose another --workdir.",
             )
-            record.add_start(folder, {"weights": str(Path(weights).absolute())})
+            record.add_start(folder, {"weights": str(absolute(weights))})
             checkpoints.save(first, origin=origin_of(config, data=""))
     print(f"written to {folder}")
 

@@ -19,7 +19,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from swinsmt_jax import checks
-from swinsmt_jax.runtime.files import replacing
+from swinsmt_jax.runtime.files import absolute, replacing
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 STORAGES = {
@@ -49,7 +49,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         UserError: for a missing or damaged file, one of another format, a pickle that
             holds more than tensors and plain values, and one without parameters.
     """
-    path = Path(path)
+    path = absolute(path)
     checks.one_of("the suffix of " + str(path), path.suffix, SUFFIXES)
     checks.require(path.is_file(), f"the file of weights {path} does not exist.")
     try:
@@ -77,7 +77,7 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
     Raises:
         UserError: for another suffix, and a file that cannot be written.
     """
-    path = Path(path)
+    path = absolute(path)
     checks.require(
         path.suffix == ".safetensors",
         f"weights are written as .safetensors, but the output is {path}; PyTorch reads "

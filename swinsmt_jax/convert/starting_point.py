@@ -13,6 +13,7 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.convert import files
 from swinsmt_jax.convert.torch_state import load_torch, to_torch
+from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training.checkpoint import load_model
 
 SHOWN = 8
@@ -89,7 +90,8 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: as `files.read`, and as `checkpoint.load_model` for a folder.
     """
-    if Path(path).is_dir():
+    path = absolute(path)
+    if path.is_dir():
         _, model, info = load_model(path)
         logging.info("weights of step %d of %s", info["step"], path)
         return to_torch(model)

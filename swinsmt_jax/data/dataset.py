@@ -7,6 +7,7 @@ from swinsmt_jax import checks, class_map
 from swinsmt_jax.data import layouts
 from swinsmt_jax.data.case import Dataset
 from swinsmt_jax.data.layouts import totalsegmentator
+from swinsmt_jax.runtime.files import absolute
 
 DESCRIPTION = "dataset.json"
 
@@ -24,11 +25,11 @@ def open_dataset(root: str | Path, *, description: str = "") -> Dataset:
         UserError: for a folder or description that is missing or cannot be used; the
             message names the key.
     """
-    root = Path(root)
+    root = absolute(root)
     if description in class_map.VERSIONS:
         classes = class_map.VERSIONS[description]
         return totalsegmentator.read(root, {}, classes=classes)
-    file = Path(description) if description else root / DESCRIPTION
+    file = absolute(description) if description else root / DESCRIPTION
     content = {}
     if description or file.is_file():
         content = _description(file)
@@ -37,7 +38,7 @@ def open_dataset(root: str | Path, *, description: str = "") -> Dataset:
 
 def require_totalsegmentator(root: str | Path) -> None:
     """Raise `UserError` for a dataset of another layout, of which a store is needed."""
-    root = Path(root)
+    root = absolute(root)
     file = root / DESCRIPTION
     layout = layouts.recognised(root, _description(file) if file.is_file() else {})
     checks.require(

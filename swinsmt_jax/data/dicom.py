@@ -12,6 +12,7 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.data import nifti
 from swinsmt_jax.data.dicom_files import AGAIN, dicom_files, look
+from swinsmt_jax.runtime.files import absolute
 
 TOLERANCE = 0.1  # mm by which a slice may lie elsewhere than its neighbours say
 TURN = 1e-3  # by which directions may differ between slices
@@ -37,7 +38,7 @@ def load_series(folder: str | Path) -> nifti.Volume:
             missing, unevenly spaced or all at one place; a single slice of no known
             thickness.
     """
-    folder = Path(folder)
+    folder = absolute(folder)
     try:
         import pydicom  # noqa: F401
         import SimpleITK  # noqa: F401

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from swinsmt_jax import checks
 from swinsmt_jax.data import meta, nifti
+from swinsmt_jax.runtime.files import absolute
 
 
 def import_scan(
@@ -33,7 +34,7 @@ def import_scan(
         UserError: for an unknown split, an id that is no plain folder name, bad files,
             and labels off the CT's voxel grid.
     """
-    root = Path(root)
+    root = absolute(root)
     checks.require(len(splits) > 0, "--split names no split; take train, val or test.")
     for split in splits:
         checks.one_of("split", split, meta.SPLITS)

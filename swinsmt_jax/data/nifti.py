@@ -15,7 +15,7 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.data import geometry, label_table, nifti_file, voxels
 from swinsmt_jax.data.resampling import fill_most
-from swinsmt_jax.runtime.files import replacing
+from swinsmt_jax.runtime.files import absolute, replacing
 
 ROUNDING = 1e-3  # of label ids that a file stores with a slope
 GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
@@ -302,7 +302,7 @@ def write(
     Raises:
         UserError: for another suffix than .nii and .nii.gz.
     """
-    path = Path(path)
+    path = absolute(path)
     checks.require(
         path.name.endswith((".nii", ".nii.gz")),
         f"{path} cannot be written: the name of NIfTI ends with .nii or .nii.gz.",
@@ -330,7 +330,7 @@ def _load(path: str | Path, on: Volume | None = None) -> Volume:
 
 def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
     """Check what a header says; the volume has zeros that take no memory."""
-    path = Path(path)
+    path = absolute(path)
     checks.require(path.is_file(), f"{path} does not exist; expected a NIfTI file.")
     with nifti_file.named(path):
         image = nifti_file.opened(path)

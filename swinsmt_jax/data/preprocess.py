@@ -64,7 +64,7 @@ def preprocess(
             to, or that cannot be written, such as on a full disk. Finished cases stay,
             half-written ones do not.
     """
-    source, root = Path(source), Path(root)
+    source, root = files.absolute(source), files.absolute(root)
     checks.positive("workers", workers)
     found = open_dataset(source, description=description)
     for name in exclude:

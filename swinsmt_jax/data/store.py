@@ -239,7 +239,7 @@ def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
         UserError: for a store that is not finished, or lost a case, and an empty split.
     """
     checks.one_of("split", split, meta.SPLITS)
-    root = Path(root)
+    root = files.absolute(root)
     read_options(root)
     rows = meta.read(root)
     failed = read_json(root / INDEX).get("failed", {})

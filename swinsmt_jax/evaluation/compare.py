@@ -16,6 +16,7 @@ from scipy import stats
 
 from swinsmt_jax import checks
 from swinsmt_jax.evaluation.averages import known_mean
+from swinsmt_jax.runtime.files import absolute
 
 FILE = "results.json"
 SAMPLES = 10_000  # of the bootstrap
@@ -61,7 +62,7 @@ def compare(
         UserError: for files that are no results, and evaluations of other splits,
             conventions, cases, groups, or classes of any case.
     """
-    pair = one, other = [_read(Path(path), split) for path in (first, second)]
+    pair = one, other = [_read(absolute(path), split) for path in (first, second)]
     checks.require(
         one.get("split") == other.get("split"),
         f"{first} evaluated the split {one.get('split')!r} and {second} "

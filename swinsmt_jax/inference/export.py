@@ -19,7 +19,7 @@ from swinsmt_jax.data import pipeline
 from swinsmt_jax.inference import portable
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.runtime import startup
-from swinsmt_jax.runtime.files import replacing
+from swinsmt_jax.runtime.files import absolute, replacing
 from swinsmt_jax.training.checkpoint import load_model
 
 
@@ -73,8 +73,9 @@ def main(arguments: list[str]) -> None:
     options = flags.FLAGS
     startup.start(arguments)
     config, model, info = load_model(options.workdir, step=options.step)
-    export(model, config, Path(options.output), step=info["step"])
-    size = Path(options.output).stat().st_size / 1e6
+    output = absolute(options.output)
+    export(model, config, output, step=info["step"])
+    size = output.stat().st_size / 1e6
     print(f"{options.output}: step {info['step']}, {size:,.1f} MB")
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.data import voxels
 from swinsmt_jax.inference.sliding_window import predict_labels
+from swinsmt_jax.runtime.files import absolute
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -101,7 +102,7 @@ def load(path: str | Path) -> Portable:
         UserError: for a file that is missing, or none of `prediction.export`.
     """
     try:
-        with open(path, "rb") as stream, np.load(stream) as file:
+        with absolute(path).open("rb") as stream, np.load(stream) as file:
             about = json.loads(file["about"].tobytes())
             exported = jax.export.deserialize(bytearray(file["program"].tobytes()))
             count = sum(name.startswith("parameter_") for name in file.files)

@@ -28,6 +28,7 @@ from swinsmt_jax.inference.sliding_window import Predict, predict_labels
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.models import abstract_model, split
 from swinsmt_jax.models.registry import NetworkConfig
+from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training.checkpoint import load_model
 
 Progress = Callable[[int, int], None]
@@ -177,7 +178,8 @@ def load_scan(path: str | Path, *, modality: str = "CT") -> Volume:
     Raises:
         UserError: as `nifti.load_ct` and `dicom.load_series`.
     """
-    if Path(path).is_dir():
+    path = absolute(path)
+    if path.is_dir():
         return dicom.load_series(path)
     return nifti.load_ct(path, modality=modality)
 
@@ -197,7 +199,8 @@ def save(
         UserError: for another suffix, dtype, value or shape.
     """
     labels = voxels.label_ids(path, labels)
-    directory = Path(like).is_dir()
+    path, like = absolute(path), absolute(like)
+    directory = like.is_dir()
     scan = dicom.load_series(like) if directory else nifti.grid_of(like)
     checks.require(
         labels.shape == scan.source_shape,

@@ -66,7 +66,7 @@ def write_dataset(
         UserError: for numbers out of range, and a folder with other content, with
             phantoms of other arguments, or that cannot be written.
     """
-    root = Path(root)
+    root = files.absolute(root)
     for name, count in (("train", train), ("val", val), ("test", test)):
         checks.in_range(name, count, 0, 100_000)
     checks.in_range("spacing", spacing, *SPACING)

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import os
 import sys
 import traceback
 import typing
@@ -15,9 +17,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from swinsmt_jax.checks import UserError, did_you_mean, require
-from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.runtime import processes, signals
+from swinsmt_jax.runtime.files import absolute
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 
@@ -44,14 +47,21 @@ def define_config(values: flags.FlagValues = flags.FLAGS) -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "file with get_config(), such as configs/demo.py",
+        "file with get_config(), such as configs/demo.py, or config.json of a run",
         flag_values=values,
         lock_config=False,  # a file may leave out keys that have a default
         accept_new_attributes=True,  # `from_config_dict` knows and checks all keys
     )
     parser = values["config"].parser
     load = parser.parse
-    parser.parse = lambda text: _with_groups(load(text), ExperimentConfig)
+    parser.parse = lambda text: _with_groups(_config_of(text, load), ExperimentConfig)
+
+
+def _config_of(text, load):
+    """Return the config that a Python file makes, or that a run has recorded."""
+    if not text.endswith(".json"):
+        return load(os.path.expanduser(text))
+    return ConfigDict(to_dict(from_config_dict(json.loads(absolute(text).read_text()))))
 
 
 def _with_groups(config, cls):

@@ -25,6 +25,7 @@ from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.files import (
     PARTIAL,
+    absolute,
     remove,
     remove_partial,
     replacing,
@@ -209,7 +210,7 @@ class Checkpoints:
 @contextlib.contextmanager
 def open_checkpoints(workdir: str | Path) -> Iterator[Checkpoints]:
     """Open the checkpoints of a run for writing; wait for the last one at the end."""
-    root = Path(workdir).absolute() / CHECKPOINTS
+    root = absolute(workdir) / CHECKPOINTS
     processes.on_first(lambda: _clean(root))
     writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     checkpoints = Checkpoints(root, writer)
@@ -296,7 +297,7 @@ def load_model(
         UserError: for a folder without checkpoints, a step that is not there, and a
             checkpoint that cannot be read or is of another model.
     """
-    root = Path(workdir).absolute() / CHECKPOINTS
+    root = absolute(workdir) / CHECKPOINTS
     *others, last = _candidates(root, step)
     for candidate in others:
         try:

@@ -64,7 +64,7 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
             from that of another process in keys outside `MAY_DIFFER`; and a folder
             that the processes do not share.
     """
-    workdir = Path(path).absolute()
+    workdir = files.absolute(path)
     keys = _flat(to_dict(config)).items()
     processes.require_same({k: v for k, v in keys if k not in MAY_DIFFER})
     processes.on_first(lambda: _claim(workdir, config))
@@ -88,7 +88,7 @@ def locked(path: str | Path) -> Iterator[None]:
         UserError: for a path that cannot be a folder that is written to, and one that a
             live run holds.
     """
-    workdir = Path(path).absolute()
+    workdir = files.absolute(path)
     what, remedy = f"the workdir {workdir}", "choose another --workdir"
 
     def hold():

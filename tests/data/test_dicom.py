@@ -97,11 +97,13 @@ def test_a_series_is_found_and_segmented_as_a_scan(tmp_path, hu):
         def segment_volume(self, volume, *, progress=None):
             return (volume.array > 0).astype(np.uint8)
 
-        class_names = {1: "spleen"}
+        class_names, made_by = {1: "spleen"}, {}
         made_by = {"network": "a threshold"}
 
     folder = write_series(tmp_path / "patient", hu)
-    config = SimpleNamespace(data=SimpleNamespace(hu_range=(-1000.0, 1000.0)))
+    config = SimpleNamespace(
+        data=SimpleNamespace(hu_range=(-1000.0, 1000.0), modality="CT")
+    )
     scans, segmenter = batches.find_scans([folder]), Half(config, None, 0)
     assert scans == {"patient": folder}
     options = batches.OutputOptions()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from swinsmt_jax.data import store
+from swinsmt_jax.data.preprocess import preprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,3 +71,11 @@ def test_a_subset_is_trained_evaluated_and_predicted(commands, run, tmp_path):
     run(commands[0].replace("num_steps=100", few))
     assert list((tmp_path / "runs/mine").glob("eval_*"))
     assert (tmp_path / "out" / "s0001.nii.gz").is_file()
+
+
+def test_a_store_may_lie_in_a_parent_folder(tmp_path, monkeypatch, root):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert preprocess("../dataset", "../store", spacing=0.0) == {}
+    (case,) = store.find_cases("../store", split="train")
+    assert case.read().image.shape and (tmp_path / "store" / "s0001").is_dir()

@@ -99,3 +99,24 @@ def test_a_file_system_without_locks_is_warned_of(
     monkeypatch.setattr(fcntl, "flock", flock)
     with files.locked(tmp_path / "lock", what="the run", remedy="give up"):
         assert "the run cannot be locked; start one run at a time" in caplog.text
+
+
+def test_paths_of_users_are_made_absolute_and_have_a_name(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, found in (
+        ("b", "a/b"),
+        (".", "a"),
+        ("..", "."),
+        ("../x", "x"),
+        ("b/..", "a"),
+        ("../link", "link"),
+        ("../link/../c", "a/c"),
+        ("~/out", "out"),
+        ("~", "."),
+    ):
+        assert files.absolute(given) == tmp_path / found
+    with pytest.raises(UserError, match="~nobody_here/x begins with ~"):
+        files.absolute("~nobody_here/x")

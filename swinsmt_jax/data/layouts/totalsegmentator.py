@@ -12,6 +12,7 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.data import meta
 from swinsmt_jax.data.case import CLASS, Case, Dataset, require_files
+from swinsmt_jax.runtime.files import absolute
 
 TITLE = "TotalSegmentator-V2's, with meta.csv"
 SUFFIX = ".nii.gz"
@@ -40,7 +41,7 @@ def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
             that is repeated or not a plain folder name, and an empty split.
     """
     checks.one_of("split", split, meta.SPLITS)
-    root = Path(root)
+    root = absolute(root)
     _require_meta(root)
     rows = meta.read(root)
     names = [name for name, row_split in rows.items() if row_split == split]

@@ -3,7 +3,9 @@
 Facts of the standard: PS3.3 C.7.6.2 (image plane), C.8.15 (enhanced CT), PS3.6 (tags).
 """
 
+import contextlib
 import dataclasses
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,16 +69,28 @@ def look(file: Path) -> list[Slice] | str:
     """
     import pydicom
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that break the standard's rules
+    with _quiet():
         try:
             header = pydicom.dcmread(file, force=True, defer_size=4096)
-            found = _what_else(file, header)
+            return _what_else(file, header) or _slices(file, header)
         except checks.UserError:
             raise
         except Exception as error:  # pydicom raises whatever parsing runs into
             return f"damaged ({error})"
-        return found or _slices(file, header)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep pydicom's own words about broken values from the user."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _what_else(file, header):
@@ -94,6 +108,8 @@ def _what_else(file, header):
     pixels = header.get_item("PixelData")
     if pixels is None:
         return "a header without pixel data"
+    if not (header.get("Rows") and header.get("Columns")):
+        return "damaged (without Rows and Columns)"
     if header.get("SamplesPerPixel", 1) != 1:
         return "a colour image (screen capture)"
     if modality not in ("", "CT"):
@@ -107,7 +123,7 @@ def _lack_of_pixels(file, header, pixels, syntax):
     """Return in words that a file ends before its pixels do, or None."""
     length = pixels.length if pixels.is_raw else len(pixels.value)
     whole = file.stat().st_size >= getattr(pixels, "value_tell", 0) + length
-    if syntax in UNCOMPRESSED and "Rows" in header and "Columns" in header:
+    if syntax in UNCOMPRESSED:
         bits = header.Rows * header.Columns * int(header.get("NumberOfFrames") or 1)
         whole &= length >= bits * header.get("BitsAllocated", 16) // 8
     return None if whole else "damaged (cut short: pixels are missing)"

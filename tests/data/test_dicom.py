@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import dicom, nifti
 from swinsmt_jax.inference import scans as batches
 from swinsmt_jax.inference import segmenter as prediction
@@ -101,9 +102,7 @@ def test_a_series_is_found_and_segmented_as_a_scan(tmp_path, hu):
         made_by = {"network": "a threshold"}
 
     folder = write_series(tmp_path / "patient", hu)
-    config = SimpleNamespace(
-        data=SimpleNamespace(hu_range=(-1000.0, 1000.0), modality="CT")
-    )
+    config = SimpleNamespace(data=DataConfig("", (32, 32, 32), batch_size=1))
     scans, segmenter = batches.find_scans([folder]), Half(config, None, 0)
     assert scans == {"patient": folder}
     options = batches.OutputOptions()

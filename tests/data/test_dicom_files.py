@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import dicom, nifti
 from swinsmt_jax.inference import scans, segmenter
 
@@ -112,12 +113,25 @@ def test_what_is_no_slice_is_named(tmp_path, name, found, words):
         ({"SeriesInstanceUID": "1.2.4"}, r"2 DICOM series.*1.2.3 \(3\), 1.2.4 \(1\)"),
         ({"ImagePositionPatient": [-4, 5, 2.5]}, "apart, but others 2.50 mm"),
         ({"Rows": 60}, "2.dcm: damaged .cut short"),
+        ({"Rows": None}, "2.dcm: damaged .without Rows and Columns"),
     ],
 )
 def test_slices_that_are_no_volume_are_refused(tmp_path, change, words):
     folder = write_series(tmp_path / "series", n2=change)
     with pytest.raises(UserError, match=words):
         dicom.load_series(folder)
+
+
+def test_bytes_that_are_no_dicom_are_damage_in_one_line(tmp_path, caplog):
+    folder = write_series(tmp_path / "series")
+    file = folder / "3.dcm"
+    place = file.read_bytes().index(b"\x28\0\x30\0DS")
+    content = bytearray(file.read_bytes())
+    content[place + 4 : place + 6] = b"D?"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="3.dcm: damaged") as caught:
+        dicom.load_series(folder)
+    assert len(str(caught.value).splitlines()) == 1 and not caplog.text
 
 
 def test_slices_at_one_place_are_a_time_series(tmp_path):
@@ -192,7 +206,7 @@ def test_a_real_series_is_segmented_onto_the_grid_of_its_labels(shared, tmp_path
     series.mkdir()
     for file in folder.glob("*.dcm"):
         (series / file.name).symlink_to(file)
-    config = SimpleNamespace(data=SimpleNamespace(hu_range=(-1000.0, 1000.0)))
+    config = SimpleNamespace(data=DataConfig("", (32, 32, 32), batch_size=1))
     found = scans.find_scans([series])
     out, options = tmp_path / "out", scans.OutputOptions()
     scans.segment_scans(Bright(config, None, 0), found, out, options)

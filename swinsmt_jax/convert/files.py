@@ -35,6 +35,8 @@ STORAGES = {
     "BoolStorage": np.bool_,
 }
 MAX_PICKLE = 2**27  # bytes; a network's names and shapes take less than one million
+# How numpy's numbers are pickled, such as the best score; they are not needed.
+NUMBERS = ("numpy.core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
 # Where training scripts put the parameters, besides the epoch and the optimiser.
 NESTED = ("state_dict", "network_weights", "model_state_dict", "model", "net")
 
@@ -136,6 +138,16 @@ def _read_archive(path):
         return reader.load()
 
 
+class _Ignored:
+    """Stands for what is beside the weights, and does nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
 class _Reader(pickle.Unpickler):
     """Interprets PyTorch's pickle with a fixed list of names."""
 
@@ -154,6 +166,8 @@ class _Reader(pickle.Unpickler):
             return _Kind(name)
         if (module, name) == ("torch", "Size"):
             return tuple
+        if f"{module.replace('._core', '.core')}.{name}" in NUMBERS:
+            return _Ignored
         raise pickle.UnpicklingError(
             f"it holds an object of {module}.{name}, which may run code when it is read"
         )

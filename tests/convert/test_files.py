@@ -52,9 +52,9 @@ def save(monkeypatch):
             kind = getattr(torch, name)
             return "storage", kind, value.key, "cpu", value.array.size
 
-    def write(path, content, storages=()):
+    def write(path, content, storages=(), protocol=2):
         file = io.BytesIO()
-        Pickler(file, protocol=2).dump(content)
+        Pickler(file, protocol).dump(content)
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", file.getvalue())
             archive.writestr("archive/byteorder", "little")
@@ -90,6 +90,18 @@ def test_parameters_are_found_inside_a_training_checkpoint(tmp_path, save):
     }
     found = files.read(save(tmp_path / "a.pth", content, [numbers]))
     assert list(found) == ["w"] and found["w"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_numbers_of_numpy_beside_the_weights_are_passed_over(tmp_path, save, protocol):
+    numbers = Storage("0", np.ones(3, np.float32))
+    content = {
+        "best_acc": np.float32(0.7),
+        "network_weights": {"w": Tensor(numbers, 0, (3,), (1,))},
+        "logging": {"mean_fg_dice": [np.float64(0.1), np.int64(3)]},
+    }
+    path = save(tmp_path / "a.pth", content, [numbers], protocol=protocol)
+    assert {n: a.tolist() for n, a in files.read(path).items()} == {"w": [1, 1, 1]}
 
 
 class Evil:

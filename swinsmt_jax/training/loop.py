@@ -57,6 +57,10 @@ def train(
             that cannot be written, and losses that are not finite.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
+    checks.require(
+        not jax.config.jax_enable_x64,
+        "JAX_ENABLE_X64 is set, but networks are trained in float32; unset it.",
+    )
     training, num_classes = config.training, config.model.out_channels
     mesh = sharding.make_mesh(config.mesh)
     sharding.require_divisible(

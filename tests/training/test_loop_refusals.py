@@ -28,6 +28,15 @@ def test_a_workdir_in_use_is_refused(tmp_path, make_config):
     loop.train(config, workdir=tmp_path / "run")
 
 
+def test_training_in_64_bits_is_refused(tmp_path, make_config):
+    with (
+        jax.enable_x64(True),
+        pytest.raises(UserError, match="JAX_ENABLE_X64 is set.*unset it"),
+    ):
+        loop.train(make_config(), workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_path_whose_checkpoints_cannot_be_read_is_refused_before_step_1(
     tmp_path, make_config
 ):

@@ -7,14 +7,15 @@ labels = network.segment(hu)           # uint8; hu [X, Y, Z] on the network's gr
 `python -m swinsmt_jax.inference.export` writes such files. This module and those it
 imports need jax, numpy, and flatbuffers, with which jax.export reads. The file holds
 the program that `jax.export` made of a batch of windows, for CPU, CUDA and TPU, and the
-parameters. Programs stay readable for the time that jax.export promises (half a year at
+parameters. An exported network is a program: open only files that you trust.
+Programs stay readable for the time that jax.export promises (half a year at
 the least; see its documentation), so keep the checkpoint too.
 """
 
 import dataclasses
 import functools
+import hashlib
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from swinsmt_jax.inference.sliding_window import predict_labels
 from swinsmt_jax.runtime.files import absolute
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+NEEDED = {"window", "window_batch", "hu_range", "num_classes", "overlap", "blend"}
+DIGEST = "program_sha256"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,30 +89,55 @@ def save(
 ) -> None:
     """Write an exported network; arguments as the attributes of `Portable`."""
     arrays = {f"parameter_{i}": np.asarray(x) for i, x in enumerate(parameters)}
+    program = exported.serialize()
+    about = {**about, DIGEST: hashlib.sha256(program).hexdigest()}
     with path.open("wb") as file:
         np.savez(
             file,
             about=np.frombuffer(json.dumps(about).encode(), np.uint8),
-            program=np.frombuffer(exported.serialize(), np.uint8),
+            program=np.frombuffer(program, np.uint8),
             **arrays,
         )
 
 
 def load(path: str | Path) -> Portable:
-    """Read an exported network.
+    """Read an exported network; open only files that you trust.
 
     Raises:
-        UserError: for a file that is missing, or none of `prediction.export`.
+        UserError: for a file that is missing, damaged, or none of `inference.export`.
     """
     try:
         with absolute(path).open("rb") as stream, np.load(stream) as file:
             about = json.loads(file["about"].tobytes())
-            exported = jax.export.deserialize(bytearray(file["program"].tobytes()))
+            _require_known(about)
+            program = file["program"].tobytes()
+            digest = hashlib.sha256(program).hexdigest()
+            if about.get(DIGEST, digest) != digest:
+                raise ValueError("the program is not the one that was written")
+            exported = jax.export.deserialize(bytearray(program))
             count = sum(name.startswith("parameter_") for name in file.files)
-            arrays = [jax.numpy.asarray(file[f"parameter_{i}"]) for i in range(count)]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            arrays = {f"parameter_{i}": file[f"parameter_{i}"] for i in range(count)}
+            _require_fit(exported, [*arrays.values()], about)
+    except Exception as error:  # damaged archives and programs raise anything
         raise checks.UserError(
-            f"{path} is no exported network ({error}); make one with "
+            f"{path} is no exported network ({checks.one_line(error)}); make one with "
             "python -m swinsmt_jax.inference.export."
         ) from error
-    return Portable(about, exported, arrays)
+    checks.finite(path, arrays)
+    return Portable(about, exported, [*map(jax.numpy.asarray, arrays.values())])
+
+
+def _require_known(about):
+    """Raise `ValueError` unless all is there that `Portable` reads."""
+    lacking = NEEDED - about.keys() if isinstance(about, dict) else NEEDED
+    if lacking:
+        raise ValueError(f"it does not tell {', '.join(sorted(lacking))}")
+
+
+def _require_fit(exported, arrays, about):
+    """Raise `ValueError` unless the program takes these parameters and windows."""
+    windows = (about["window_batch"], *about["window"])
+    given = [*(array.shape for array in arrays), windows]
+    *wanted, last = (tuple(x.shape) for x in exported.in_avals)
+    if [*wanted, last[:-1]] != given:
+        raise ValueError("the program takes other parameters or windows")

@@ -1,8 +1,11 @@
+import json
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import jax
+import jax.export
 import numpy as np
 import pytest
 from flax import nnx
@@ -94,6 +97,54 @@ def test_other_files_are_refused(tmp_path):
     for name in ("x.npz", "y.npz", "missing.npz"):
         with pytest.raises(UserError, match=rf"{name} is no exported network"):
             portable.load(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """What the file of a small exported network holds."""
+    program = jax.jit(lambda parameters, windows: windows * parameters[0])
+    shapes = [jax.ShapeDtypeStruct((2,), "float32")]
+    windows = jax.ShapeDtypeStruct((2, 8, 8, 8, 1), "float32")
+    exported = jax.export.export(program)(shapes, windows)
+    about = {"window": [8, 8, 8], "window_batch": 2, "hu_range": [0, 1]}
+    about |= {"num_classes": 2, "overlap": 0.5, "blend": "constant"}
+    path = tmp_path_factory.mktemp("portable") / "network.npz"
+    portable.save(path, exported, [np.float32([-1, 1])], about)
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_a_file_comes_back(parts, tmp_path):
+    np.savez(tmp_path / "x.npz", **parts)
+    network = portable.load(tmp_path / "x.npz")
+    assert (network.segment(np.full((9, 8, 8), 2)) == 1).all()
+
+
+def changed(parts, **keys):
+    about = json.loads(parts["about"].tobytes()) | keys
+    return {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: {"program": parts["program"][:-9]},
+        lambda parts: {"program": np.zeros(64, np.uint8)},
+        lambda parts: {"about": np.frombuffer(b"[" * 100_000, np.uint8)},
+        lambda parts: {"about": np.frombuffer(b"[]", np.uint8)},
+        lambda parts: {"about": np.frombuffer(b"{}", np.uint8)},
+        lambda parts: {"about": np.frombuffer(b"\xff", np.uint8)},
+        lambda parts: {"parameter_0": np.zeros(3, np.float32)},
+        lambda parts: {"parameter_1": np.zeros(2, np.float32)},
+        lambda parts: {"parameter_0": np.array([{}], object)},
+        lambda parts: changed(parts, window=[8, 8, 9]),
+        lambda parts: changed(parts, window=None),
+    ],
+)
+def test_damaged_files_are_refused_in_one_way(parts, tmp_path, change):
+    np.savez(tmp_path / "x.npz", **(parts | change(parts)))
+    with pytest.raises(UserError, match="x.npz is no exported network"):
+        portable.load(tmp_path / "x.npz")
 
 
 def test_a_program_is_compiled_once_for_all_scans(rng):

@@ -354,6 +354,10 @@ def _checked(path, array, affine) -> Volume:
     )
     affine = np.array(affine, dtype=np.float64)
     checks.require(
+        affine.shape == (4, 4),
+        f"the affine of {path} has shape {affine.shape}, but must be [4, 4].",
+    )
+    checks.require(
         bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine[:3, :3])) > 1e-9,
         f"{path} has the affine {affine[:3].tolist()}, which cannot be inverted, so "
         "orientation and spacing are unknown; mend its sform and qform.",

@@ -138,6 +138,12 @@ def test_bad_volumes_are_refused_by_name(tmp_path, array, affine, words, write):
             load(path)
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (3, 4), (4,)])
+def test_an_affine_of_another_shape_is_refused(shape):
+    with pytest.raises(checks.UserError, match=r"affine of the array has shape \("):
+        nifti.from_array(np.zeros(SHAPE, np.int16), np.ones(shape))
+
+
 def test_affine_that_cannot_be_inverted_is_refused(tmp_path, write):
     for bad in (0.0, np.nan):
         path = write(tmp_path / "ct.nii", np.zeros(SHAPE, np.int16))

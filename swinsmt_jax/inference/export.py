@@ -19,7 +19,7 @@ from swinsmt_jax.data import pipeline
 from swinsmt_jax.inference import portable
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.runtime import startup
-from swinsmt_jax.runtime.files import absolute, replacing
+from swinsmt_jax.runtime.files import absolute, make_folder, replacing
 from swinsmt_jax.training.checkpoint import load_model
 
 
@@ -72,8 +72,9 @@ def main(arguments: list[str]) -> None:
     """Export as the flags say."""
     options = flags.FLAGS
     startup.start(arguments)
-    config, model, info = load_model(options.workdir, step=options.step)
     output = absolute(options.output)
+    make_folder(output.parent)
+    config, model, info = load_model(options.workdir, step=options.step)
     export(model, config, output, step=info["step"])
     size = output.stat().st_size / 1e6
     print(f"{options.output}: step {info['step']}, {size:,.1f} MB")

@@ -26,7 +26,6 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.data import voxels
 from swinsmt_jax.inference.sliding_window import predict_labels
-from swinsmt_jax.runtime.files import absolute
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 NEEDED = {"window", "window_batch", "hu_range", "num_classes", "overlap", "blend"}
@@ -107,7 +106,7 @@ def load(path: str | Path) -> Portable:
         UserError: for a file that is missing, damaged, or none of `inference.export`.
     """
     try:
-        with absolute(path).open("rb") as stream, np.load(stream) as file:
+        with Path(path).expanduser().open("rb") as stream, np.load(stream) as file:
             about = json.loads(file["about"].tobytes())
             _require_known(about)
             program = file["program"].tobytes()

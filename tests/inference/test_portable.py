@@ -13,6 +13,7 @@ from flax import nnx
 from swinsmt_jax import models
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.inference import export as export_command
 from swinsmt_jax.inference import portable
 from swinsmt_jax.inference.export import export
 from swinsmt_jax.inference.segmenter import predict_fn
@@ -89,6 +90,24 @@ def test_an_exported_network_needs_jax_and_numpy_alone(config, tmp_path, rng):
 
 def test_the_loader_imports_jax_numpy_and_flatbuffers_alone():
     subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, check=True)
+
+
+def test_the_output_of_an_export_is_tried_before_the_network_is_read(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export_command.startup, "start", lambda arguments: None)
+    for output, words in (
+        ("new/network.npz", "nowhere"),
+        ("file/network.npz", "output folder .*file cannot be made"),
+    ):
+        options = types.SimpleNamespace(
+            workdir=tmp_path / "nowhere", output=tmp_path / output, step=None
+        )
+        monkeypatch.setattr(export_command.flags, "FLAGS", options)
+        with pytest.raises(UserError, match=words):
+            export_command.main([])
+    assert (tmp_path / "new").is_dir()
 
 
 def test_other_files_are_refused(tmp_path):

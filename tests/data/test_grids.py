@@ -126,7 +126,7 @@ def test_stores_of_before_are_read_and_said_to_lack_the_end(tmp_path, caplog):
         assert not caplog.text
         assert ("1 end before their scan" in store_report.write(root)) is lacking
         page = (root / "report.html").read_text()
-        assert ("s0001</b>: its grid ends before the scan" in page) is lacking
+        assert ("s0001</b>: made before grids covered scans" in page) is lacking
 
 
 SCAN = np.array([[1.0, 0, 0, -5], [0, 1, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])

@@ -10,6 +10,7 @@ from absl import flags
 from swinsmt_jax.commands import evaluate, train
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.phantoms.dataset import write_dataset
+from swinsmt_jax.runtime import startup
 from swinsmt_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +99,7 @@ def test_a_row_trains_and_is_evaluated(name, phantoms, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", command)  # where config_flags finds overrides
     values = flags.FlagValues()
     train.define_flags(values)
-    train.parse(command, values)
+    startup.parse(command, values)
     state = loop.train(from_config_dict(values.config), workdir=tmp_path)
     assert int(state.step) == 2
 

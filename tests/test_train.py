@@ -10,7 +10,7 @@ from absl import flags
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.commands import train
 from swinsmt_jax.config import from_config_dict, to_dict
-from swinsmt_jax.runtime import memory
+from swinsmt_jax.runtime import memory, startup
 
 ROOT = Path(__file__).parents[1]
 # of ml_collections, when it loads a config file
@@ -25,7 +25,7 @@ def parse(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         values = flags.FlagValues()
         train.define_flags(values)
-        train.parse(sys.argv, values)
+        startup.parse(sys.argv, values)
         return values
 
     return parse

@@ -180,8 +180,7 @@ def main(arguments: list[str]) -> None:
         folders = [*options.compare, *arguments[1:]]
         checks.require(
             len(folders) == 2,
-            f"--compare takes two folders, but got {', '.join(folders)}; give them "
-            "after all other flags.",
+            f"--compare takes two folders, but got {', '.join(folders)}.",
         )
         first, second = folders
         found = compare.compare(first, second, split=options.split)

@@ -35,9 +35,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
-parse = startup.parse
-
-
 def main(arguments: list[str]) -> None:
     """Train as the flags say."""
     startup.start(arguments)

@@ -24,8 +24,6 @@ from swinsmt_jax.training import checkpoint, state
 from swinsmt_jax.training.checkpoint import origin_of
 from swinsmt_jax.training.workdir import locked, open_workdir
 
-parse = startup.parse
-
 
 def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
     """Write a workdir whose only checkpoint, of step 0, holds the weights."""

@@ -76,8 +76,9 @@ def _with_groups(config, cls):
 def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parse the command line; a `UserError` for what the flags or the config lack."""
     try:
+        values.set_gnu_getopt()  # `--compare a b --split=val`
         rest = values(arguments)
-        if values["config"].value is not None:
+        if "config" in values and values["config"].value is not None:
             values.config.lock()  # raises if there was no such file
         return rest
     except (flags.Error, OSError) as error:
@@ -105,15 +106,13 @@ def run(command: ModuleType, *, program: str) -> None:
     """Run a command's `main` on the flags of its `define_flags`.
 
     Args:
-        command: its docstring is what --help says; its `parse`, if it has one, parses
-            the command line.
+        command: its docstring is what --help says.
         program: that says so in messages.
     """
     command.define_flags()
     flags.adopt_module_key_flags(command)
     sys.modules["__main__"].__doc__ = command.__doc__
     with exit_on_user_error(program):
-        parse = getattr(command, "parse", app.parse_flags_with_usage)
         app.run(command.main, flags_parser=parse)
 
 

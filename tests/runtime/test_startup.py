@@ -7,6 +7,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.commands import evaluate, predict, preprocess, train
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.runtime import startup
 
@@ -51,6 +52,23 @@ def test_a_cache_that_is_set_is_kept(monkeypatch):
 def test_words_that_belong_to_no_flag_are_refused():
     with pytest.raises(UserError, match="'false' belongs to no flag"):
         startup.start(["predict.py", "false"])
+
+
+@pytest.mark.parametrize("command", [evaluate, predict, preprocess, train])
+def test_a_bad_flag_is_bad_usage_in_every_command(capsys, command):
+    values = flags.FlagValues()
+    command.define_flags(values)
+    with pytest.raises(SystemExit) as stop, startup.exit_on_user_error("x.py"):
+        startup.parse(["x.py", "--nonsense=1"], values)
+    assert stop.value.code == 2 and "nonsense" in capsys.readouterr().err
+
+
+def test_words_and_flags_come_in_any_order():
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    line = ["evaluate.py", "--compare", "a", "b", "--split=val"]
+    assert startup.parse(line, values) == ["evaluate.py", "b"]
+    assert values.compare == ["a"] and values.split == "val"
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -300,14 +300,16 @@ def _build(cls: type, values: object, key: str):
         isinstance(values, Mapping), f"config key {key} must be a group of keys."
     )
     values, prefix = dict(values), key and f"{key}."
+    known = []
     if cls is NetworkConfig:
-        cls = registry.config_class(values.pop("name", None))
+        cls, known = registry.config_class(values.pop("name", None)), ["name"]
     fields = {spec.name: spec for spec in dataclasses.fields(cls)}
+    known += fields
     for name in values:
         checks.require(
             name in fields,
             f"unknown config key {prefix}{name}; the keys here are "
-            f"{', '.join(fields)}.{checks.did_you_mean(name, fields)}",
+            f"{', '.join(known)}.{checks.did_you_mean(name, known)}",
         )
     for name, spec in fields.items():
         needed = spec.default is spec.default_factory is dataclasses.MISSING

@@ -44,6 +44,11 @@ def test_a_config_survives_the_way_through_a_dictionary():
     [
         ("model.num_expert", 4, "unknown config key model.num_expert.*'num_experts'"),
         ("model.name", "swin", "model.name is 'swin'"),
+        (
+            "model.nam",
+            "swin_smt",
+            "unknown config key model.nam; .*Did you mean 'name'",
+        ),
         ("model.feature_size", 10, "stage 1 has 10 channels, which 3 attention heads"),
         ("model.feature_size", "12", "is .12., but must be a whole number"),
         ("model.num_experts", 0, "num_experts is 0, but must be a whole number"),

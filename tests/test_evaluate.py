@@ -189,6 +189,8 @@ def test_the_protocol_of_totalsegmentator(dataset):
     with pytest.raises(UserError, match="--average=over_pairs was given too"):
         evaluate.scoring(parse("--protocol=totalseg", "--average=over_pairs"))
     assert evaluate.scoring(parse("--surface_tolerance=0"))["surface_rule"] is None
+    with pytest.raises(UserError, match="--metrics=surface_dice asks for metrics of"):
+        evaluate.scoring(parse("--metrics=surface_dice", "--surface_tolerance=0"))
 
 
 def evaluate_files(*arguments):

@@ -282,3 +282,12 @@ def test_the_loss_of_features_refuses_labels_of_other_voxels(rng):
     features, kernel, bias, labels = sample_of_features(rng)
     with pytest.raises(UserError, match=r"features \(2, 6, 5, 4, 3\).*same voxels"):
         dice_cross_entropy_of_features(features, kernel, bias, labels[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.Loss(lambda p, i, t: 1 - i / (p + t)), losses.soft_dice]
+)
+def test_a_loss_that_is_not_one_number_is_refused(monkeypatch, loss):
+    monkeypatch.setitem(losses.LOSSES, "own", loss)
+    with pytest.raises(UserError, match="must be Loss.function. of a function that"):
+        losses.make("own")

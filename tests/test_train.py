@@ -127,6 +127,12 @@ def test_both_flags_are_required(parse, flag):
         parse(flag)
 
 
+def test_a_group_of_augmentations_is_named_by_its_whole_path(parse):
+    given = f"--config={ROOT}/configs/demo.py", "--workdir=x"
+    with pytest.raises(UserError, match="Did you mean 'data.augmentations.zoom'"):
+        parse(*given, "--config.zoom.probability=0.2")
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_helps_against_lack_of_memory_can_be_given(parse, devices):
     given = [f"--config={ROOT}/configs/demo.py", "--workdir=x"]

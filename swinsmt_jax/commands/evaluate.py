@@ -110,6 +110,11 @@ def scoring(options: flags.FlagValues) -> dict:
             )
     tolerance, names = options.surface_tolerance, options.metrics
     surfaces = any(m.surfaces for n, m in METRICS.items() if n in names)
+    checks.require(
+        bool(tolerance) or not surfaces or options["metrics"].using_default_value,
+        f"--metrics={','.join(names)} asks for metrics of surfaces, which "
+        "--surface_tolerance=0 leaves out; give one of them.",
+    )
     spacing = (1.5, 1.5, 1.5) if options.protocol else None
     return {
         "rule": options.average,

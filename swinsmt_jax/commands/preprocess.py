@@ -65,5 +65,7 @@ def main(arguments: list[str]) -> None:
     )
     print(store_report.write(root))
     if failed:
+        for name, reason in failed.items():
+            print(f"left out: {name}: {reason}", file=sys.stderr)
         print(f"{len(failed)} cases are left out; {root / 'report.html'} says why")
         sys.exit(1)

@@ -29,9 +29,22 @@ _CLASSES: dict[str, type] = {}
 
 
 def register(name: str):
-    """Make an augmentation known by its name in the config."""
+    """Make an augmentation known by its name in the config.
+
+    Raises:
+        UserError: for a name that is taken, or once `Augmentations` is made of all.
+    """
 
     def add(cls: type) -> type:
+        checks.require(
+            name not in _CLASSES,
+            f"an augmentation named {name!r} is registered already.",
+        )
+        checks.require(
+            "Augmentations" not in globals(),
+            f"the augmentation {name!r} comes too late; write its class into "
+            f"{__file__}, above the line that makes Augmentations.",
+        )
         cls.name = name
         _CLASSES[name] = cls
         return cls

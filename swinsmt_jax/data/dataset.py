@@ -33,7 +33,12 @@ def open_dataset(root: str | Path, *, description: str = "") -> Dataset:
     content = {}
     if description or file.is_file():
         content = _description(file)
-    return layouts.recognised(root, content).read(root, content, where=str(file))
+    found = layouts.recognised(root, content).read(root, content, where=str(file))
+    checks.require(
+        bool(found.splits or found.refused),
+        f"{root} lists no cases: its table of splits has no lines below the header.",
+    )
+    return found
 
 
 def require_totalsegmentator(root: str | Path) -> None:

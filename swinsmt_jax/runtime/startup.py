@@ -85,11 +85,13 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
         raise UserError(f"{' '.join(str(error).split())} See --help.") from error
     except KeyError as error:  # of a group that the ConfigDict does not have
         group = str(error.args[0]).split("'")[1]
-        parts = (ExperimentConfig, Augmentations)
-        groups = [field.name for part in parts for field in dataclasses.fields(part)]
+        groups = {f.name: f.name for f in dataclasses.fields(ExperimentConfig)}
+        for field in dataclasses.fields(Augmentations):
+            groups[field.name] = f"data.augmentations.{field.name}"
+        near = f" Did you mean {groups[group]!r}?" if group in groups else ""
         raise UserError(
-            f"unknown config group {group!r}; the groups are {', '.join(groups)}."
-            f"{did_you_mean(group, groups)}"
+            f"unknown config group {group!r}; the groups are "
+            f"{', '.join(groups.values())}.{near or did_you_mean(group, groups)}"
         ) from None
 
 

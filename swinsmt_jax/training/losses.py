@@ -101,9 +101,20 @@ LOSSES = {"dice_ce": Loss(soft_dice), "tversky_ce": Loss(tversky)}
 
 
 def make(name: str) -> Loss:
-    """Return the loss of `training.loss`; a `UserError` for an unknown name."""
+    """Return the loss of `training.loss`.
+
+    Raises:
+        UserError: for an unknown name, and a loss whose overlap is not one number.
+    """
     checks.one_of("training.loss", name, LOSSES)
-    return LOSSES[name]
+    loss, sums = LOSSES[name], jax.ShapeDtypeStruct((1, 3), jnp.float32)
+    checks.require(
+        isinstance(loss, Loss)
+        and jax.eval_shape(loss.overlap, sums, sums, sums).shape == (),
+        f"LOSSES[{name!r}] is {loss!r}, but must be Loss(function) of a function that "
+        "returns one number.",
+    )
+    return loss
 
 
 def _class_ids(labels, name, array, num_classes):

@@ -202,3 +202,11 @@ def test_a_key_of_before_is_named_with_the_new_one(caplog):
     with caplog.at_level("INFO"):
         experiment(noise_most=0.2)
     assert "noise_most is now augmentations.noise.std_max" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, words", [("noise", "registered already"), ("own", "too late")]
+)
+def test_a_name_that_is_taken_or_late_is_refused(name, words):
+    with pytest.raises(checks.UserError, match=words):
+        augmentation.register(name)(type("Own", (augmentation.Augmentation,), {}))

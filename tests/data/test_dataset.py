@@ -78,6 +78,12 @@ def test_a_dataset_of_ones_own_is_described_by_json(tmp_path):
     assert store.read_options(tmp_path / "store").classes == dataset.classes
 
 
+def test_a_table_without_cases_is_refused(tmp_path):
+    (tmp_path / "meta.csv").write_text("image_id;split\n")
+    with pytest.raises(checks.UserError, match="lists no cases: its table of splits"):
+        open_dataset(tmp_path)
+
+
 def test_another_modality_is_left_in_peace(tmp_path):
     for modality, told in (("CT", True), ("MR", False)):
         root = described(tmp_path / modality, modality=modality)

@@ -133,7 +133,8 @@ def test_bad_ids_of_nnunet_are_refused_alone(tmp_path):
     root = nnunet(tmp_path / "raw")
     (root / "labelsTr/a:b.nii.gz").write_bytes(b"")
     (root / "labelsTs/c3.nii.gz").write_bytes(b"")
-    folds = [{"train": [], "val": ["c1", "nowhere", ["x"]]}]
+    ids = {f.name.partition(".")[0] for f in (root / "labelsTr").iterdir()}
+    folds = [{"train": sorted(ids - {"c1"}), "val": ["c1", "nowhere", ["x"]]}]
     (root / "splits_final.json").write_text(json.dumps(folds))
     failed = preprocess.preprocess(root, tmp_path / "store")
     assert set(failed) == {"a:b", "c3", "nowhere", "['x']"}

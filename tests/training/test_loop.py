@@ -137,7 +137,7 @@ def test_losses_that_are_not_finite_stop_the_run(
     words = r"step \d+, on crops of s\d, s\d: the loss is nan.*3 steps in a row"
     with pytest.raises(UserError, match=words) as error:
         loop.train(config, workdir=tmp_path / "run")
-    assert re.search("left out .2 so far, 2 in a row", caplog.text)
+    assert re.search(r"left out .\d so far, 2 in a row", caplog.text)
     _, model, info = checkpoint.load_model(tmp_path / "run")
     assert np.isfinite(model.stem.kernel[...]).all()
     last_good = int(

@@ -90,10 +90,12 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
 
 def abstract_model(config: NetworkConfig) -> tuple[nnx.GraphDef, dict]:
     """Return structure and parameters' shapes and dtypes of a config's network."""
-    graphdef, params = _abstract_model(config)
+    from swinsmt_jax import models  # whose `create` may have been replaced
+
+    graphdef, params = _abstract_model(models.create, config)
     return graphdef, jax.tree.map(lambda leaf: leaf, params)  # the caller's own
 
 
 @functools.cache
-def _abstract_model(config):
+def _abstract_model(create, config):
     return split(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))

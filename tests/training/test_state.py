@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from swinsmt_jax import models, sharding
+from swinsmt_jax import SwinUNETRConfig, models, sharding
 from swinsmt_jax.config import MeshConfig
 from swinsmt_jax.models import split
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
@@ -62,3 +62,18 @@ def test_merge_inverts_split(made):
     structure, params = split(model)
     assert structure == graphdef and type(params) is dict
     np.testing.assert_array_equal(nnx.merge(structure, params)(x), model(x))
+
+
+def test_another_network_in_the_place_of_a_configs_is_made_everywhere(
+    made, monkeypatch
+):
+    config, optimizer = SwinUNETRConfig(1, 5, 12), made[1]
+
+    def small(config, *, rngs):
+        return nnx.Linear(2, 3, rngs=rngs)
+
+    monkeypatch.setattr(models, "create", small)
+    mesh = sharding.make_mesh(MeshConfig(1, 1))
+    _, abstract = abstract_state(config, optimizer, mesh=mesh)
+    state = initialize(config, optimizer, seed=0, abstract=abstract)
+    assert set(state.params) == {"kernel", "bias"}

@@ -41,7 +41,7 @@ def test_bytes_of_experts_fall_with_the_axis():
 
 @pytest.mark.slow
 def test_all_meshes_have_the_loss_and_gradients_of_one_device():
-    graphdef = train_state.split(models.create(SMALL, rngs=nnx.Rngs(0)))[0]
+    graphdef = models.split(models.create(SMALL, rngs=nnx.Rngs(0)))[0]
 
     def value_and_gradients(mesh):
         def loss(params, x, y):
@@ -59,7 +59,7 @@ def test_all_meshes_have_the_loss_and_gradients_of_one_device():
         )
 
     def parameters(seed):
-        return train_state.split(models.create(SMALL, rngs=nnx.Rngs(seed)))[1]
+        return models.split(models.create(SMALL, rngs=nnx.Rngs(seed)))[1]
 
     runs = [
         value_and_gradients(sharding.make_mesh(MeshConfig(data, expert)))
@@ -99,7 +99,7 @@ def test_experts_are_born_where_they_live():
     _, abstract = blueprint(model, mesh)
 
     def make(key):
-        _, params = train_state.split(models.create(model, rngs=nnx.Rngs(key)))
+        _, params = models.split(models.create(model, rngs=nnx.Rngs(key)))
         return params
 
     places = train_state.shardings_of(abstract.params)

@@ -69,24 +69,23 @@ def test_unknown_networks_are_refused():
 @pytest.mark.slow
 def test_the_command_compares_two_networks(tmp_path):
     report, picture = tmp_path / "report.json", tmp_path / "picture.png"
-    command = [
-        "--quick",
-        f"--root={tmp_path / 'data'}",
-        f"--json={report}",
-        f"--plot={picture}",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compare", *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "unetr – nnunet_plain" in done.stdout
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    data = f"--root={tmp_path / 'data'}"
+    said = run("benchmarks.compare", "--quick", data, f"--json={report}")
+    assert "unetr – nnunet_plain" in said
     found = json.loads(report.read_text())
     assert "processor" in found["machine"] and "jax" in found["versions"]
     assert set(found["headline"]) == {"dice_nnunet_plain", "dice_unetr"}
     assert all(row["steps"] == 2 for row in found["rows"])
     low, high = found["rows"][1]["difference_interval"]["overall"]
     assert low <= found["rows"][1]["difference"]["overall"] <= high
+    measured = f"--measured={ROOT / 'benchmarks/results/networks_cpu.json'}"
+    run("benchmarks.table", measured, f"--trained={report}", f"--plot={picture}")
     assert picture.stat().st_size > 0

@@ -66,7 +66,7 @@ def test_all_meshes_have_the_loss_and_gradients_of_one_device():
         for data, expert in ((1, 1), *MESHES)
     ]
     furthest = []
-    for seed in range(3):
+    for seed in range(5):
         rng = np.random.default_rng(seed)
         x = rng.random((8, 32, 32, 32, 1)).astype(np.float32)
         y = rng.integers(0, 5, x.shape[:-1]).astype(np.uint8)
@@ -80,7 +80,7 @@ def test_all_meshes_have_the_loss_and_gradients_of_one_device():
             assert distance < 1e-3
             furthest.append(distance)
     # Where rounding moves one of 10^7 activations over the kink of a leaky ReLU, the
-    # gradients of all before it jump by some 1e-4: seldom, but with some seed.
+    # gradients of all before it jump by some 1e-4: with three of eight seeds tried.
     assert np.median(furthest) < 1e-6
 
 

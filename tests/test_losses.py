@@ -234,18 +234,20 @@ def test_the_loss_of_features_equals_that_of_logits(rng, monkeypatch, planes):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * scale)
 
 
-def test_the_loss_of_bfloat16_features_equals_that_of_logits(rng, monkeypatch):
+def test_the_loss_of_bfloat16_features_is_near_that_of_float32_logits(rng, monkeypatch):
+    """Not near bfloat16 logits': jax 0.12 sums their kernel gradient 3 % off on CPUs."""
     monkeypatch.setattr(losses, "BLOCK", 2 * 5 * 4 * 7)
     features, *others = sample_of_features(rng)
-    arguments = jnp.asarray(features, jnp.bfloat16), *others
-    value, found = gradients_of(dice_cross_entropy_of_features)(*arguments)
-    expected, gradients = gradients_of(of_logits)(*arguments)
+    features = jnp.asarray(features, jnp.bfloat16)
+    value, found = gradients_of(dice_cross_entropy_of_features)(features, *others)
+    exact = features.astype(jnp.float32)
+    expected, gradients = gradients_of(of_logits)(exact, *others)
     np.testing.assert_allclose(value, expected, rtol=1e-3)
+    assert found[0].dtype == jnp.bfloat16
     for ours, theirs in zip(found, gradients, strict=True):
-        assert ours.dtype == theirs.dtype
         ours, theirs = (np.asarray(a, np.float32) for a in (ours, theirs))
         scale = np.abs(theirs).max()
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * scale)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.01 * scale)
 
 
 def test_the_loss_of_features_makes_no_logits(monkeypatch):

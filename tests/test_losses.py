@@ -234,8 +234,8 @@ def test_the_loss_of_features_equals_that_of_logits(rng, monkeypatch, planes):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * scale)
 
 
-def test_the_loss_of_bfloat16_features_is_near_that_of_float32_logits(rng, monkeypatch):
-    """Not near bfloat16 logits': jax 0.12 sums their kernel gradient 3 % off on CPUs."""
+def test_the_loss_of_bfloat16_features_is_near_float32(rng, monkeypatch):
+    """In bfloat16, jax 0.12 sums the kernel gradient of logits 3 % off on a CPU."""
     monkeypatch.setattr(losses, "BLOCK", 2 * 5 * 4 * 7)
     features, *others = sample_of_features(rng)
     features = jnp.asarray(features, jnp.bfloat16)

@@ -80,8 +80,10 @@ def test_all_meshes_have_the_loss_and_gradients_of_one_device():
             assert distance < 1e-3
             furthest.append(distance)
     # Where rounding moves one of 10^7 activations over the kink of a leaky ReLU, the
-    # gradients of all before it jump by some 1e-4: with three of eight seeds tried.
-    assert np.median(furthest) < 1e-6
+    # gradients of all before it jump by some 1e-4: with about half of the seeds. A
+    # mesh that computed something else would be off with every seed.
+    nearest = np.reshape(furthest, (5, len(MESHES))).min(axis=0)
+    assert nearest.max() < 1e-6, furthest
 
 
 @pytest.mark.slow

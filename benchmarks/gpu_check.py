@@ -54,9 +54,9 @@ from benchmarks import (
     versions,
     write,
 )
-from configs import swin_smt_paper
 from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.configs import swin_smt_paper
 from swinsmt_jax.runtime import startup
 
 SIDES, SMALL_SIDES = (96, 128), (32, 64)
@@ -77,7 +77,7 @@ COMMANDS = {  # of the parts that are benchmarks; the host's sums are no GPU's f
     "input_pipeline": ("input_pipeline", "--quick"),
     "largest_batch": ("model", "--largest_batch"),
 }
-SOURCES = ("swinsmt_jax", "benchmarks", "configs")
+SOURCES = ("swinsmt_jax", "benchmarks")
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 

@@ -30,8 +30,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks import memory_limit_gb, programs, run, save, show
-from configs import swin_smt_e4, swin_smt_paper
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.configs import swin_smt_e4, swin_smt_paper
 from swinsmt_jax.inference.sliding_window import predict_labels
 from swinsmt_jax.inference.windows import (
     Windows,

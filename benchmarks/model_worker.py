@@ -117,7 +117,8 @@ def experiment(job: Job):
     """Return the config of a job's experiment."""
     from swinsmt_jax.config import from_config_dict
 
-    config = importlib.import_module(f"configs.{CONFIGS[job.network]}").get_config()
+    module = importlib.import_module(f"swinsmt_jax.configs.{CONFIGS[job.network]}")
+    config = module.get_config()
     config.model.dtype = job.dtype
     config.data.batch_size = job.batch
     config.data.patch_shape = (job.side,) * 3

@@ -32,9 +32,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import define_file, memory_limit_gb, programs, run, save, scaling
-from configs import demo, swin_smt_paper
 from swinsmt_jax import models
 from swinsmt_jax.config import ExperimentConfig, from_config_dict
+from swinsmt_jax.configs import demo, swin_smt_paper
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.evaluation import validation
 from swinsmt_jax.inference.segmenter import predict_fn

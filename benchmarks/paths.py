@@ -75,8 +75,8 @@ def entered(function, root):
 def training(root, folder, quick):
     """Train for two steps; return what is entered."""
     _prepare(root)
-    from configs import demo
     from swinsmt_jax.config import from_config_dict
+    from swinsmt_jax.configs import demo
     from swinsmt_jax.phantoms.dataset import write_dataset
     from swinsmt_jax.training import loop
 

@@ -32,7 +32,6 @@ import numpy as np
 from absl import flags
 
 from benchmarks import programs, run, save
-from configs import swin_smt_paper
 from swinsmt_jax import SwinSMTConfig, sharding
 from swinsmt_jax.config import (
     DataConfig,
@@ -42,6 +41,7 @@ from swinsmt_jax.config import (
     TrainingConfig,
     from_config_dict,
 )
+from swinsmt_jax.configs import swin_smt_paper
 from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.runtime.cost import PEAK
 from swinsmt_jax.runtime.operations import forward_operations

@@ -6,8 +6,8 @@ small form says about the full one is unknown.
 
 from ml_collections import config_dict
 
-from configs import demo
 from swinsmt_jax import checks
+from swinsmt_jax.configs import demo
 
 SWIN = {
     "patch_merging": "legacy",

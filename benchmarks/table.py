@@ -54,7 +54,7 @@ FULL_SIDE = 128  # of the operations
 
 def model_of(name: str, side: int, *, as_configured: bool = False) -> NetworkConfig:
     """Return the network of a config, made for cubes of this side."""
-    module = importlib.import_module(f"configs.{name}")
+    module = importlib.import_module(f"swinsmt_jax.configs.{name}")
     config = from_config_dict(module.get_config()).model
     fields = {field.name for field in dataclasses.fields(config)}
     changes = dict.fromkeys(fields & {"img_size", "crop_size"}, side)
@@ -65,7 +65,8 @@ def model_of(name: str, side: int, *, as_configured: bool = False) -> NetworkCon
 
 def measure(name, *, side, timed_side, limit_gb, gradient, as_configured):
     """Measure one network; a side of 0 leaves out what it is for."""
-    own = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    module = importlib.import_module(f"swinsmt_jax.configs.{name}")
+    own = from_config_dict(module.get_config())
     counted = model_of(name, FULL_SIDE)
     row = {
         "name": name,

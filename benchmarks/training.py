@@ -36,9 +36,9 @@ from absl import flags
 from flax import nnx
 
 from benchmarks import ROOT, programs, run, save, show
-from configs import demo
 from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.configs import demo
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.phantoms import dataset as phantom

@@ -8,7 +8,7 @@ from swinsmt_jax import SwinSMTConfig, models
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs"
+FOLDER = Path(__file__).resolve().parents[1] / "swinsmt_jax" / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 PARAMETERS = {
@@ -28,7 +28,7 @@ MILLIONS = {"swin_unetr_s": 18.35, "swin_unetr_l": 290.40}
 
 
 def load(name):
-    return importlib.import_module(f"configs.{name}")
+    return importlib.import_module(f"swinsmt_jax.configs.{name}")
 
 
 def experiment(name):
@@ -47,7 +47,7 @@ def test_every_config_is_valid_and_says_how_to_run_it(name):
 def test_configs_are_light(name):
     lines = (FOLDER / f"{name}.py").read_text().splitlines()
     imports = {line for line in lines if line.startswith(("import ", "from "))}
-    allowed = ("from ml_collections import config_dict", "from configs import ")
+    allowed = ("from ml_collections import config_dict", "from swinsmt_jax.configs")
     assert all(line.startswith(allowed) for line in imports)
 
 

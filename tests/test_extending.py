@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import demo
 from swinsmt_jax import convert, models
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.configs import demo
 from swinsmt_jax.convert import files
 from swinsmt_jax.data import store
 from swinsmt_jax.models import registry

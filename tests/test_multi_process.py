@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = '''
 """Three steps of a small network whose experts lie on all eight devices."""
 
-from configs import demo
+from swinsmt_jax.configs import demo
 
 
 def get_config():

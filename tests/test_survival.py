@@ -26,7 +26,7 @@ STEPS = 120
 CONFIG = '''
 """A small network with everything that a run carries along."""
 
-from configs import demo
+from swinsmt_jax.configs import demo
 
 
 def get_config():

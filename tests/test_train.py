@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shlex
 import subprocess
@@ -34,7 +35,7 @@ def parse(monkeypatch):
 def test_flags_set_keys_of_groups_that_the_config_file_lacks(parse, tmp_path):
     file = tmp_path / "short.py"
     file.write_text(
-        "from configs import demo\n"
+        "from swinsmt_jax.configs import demo\n"
         "def get_config():\n"
         "    config = demo.get_config()\n"
         "    del config.mesh, config.data.augmentations\n"
@@ -111,7 +112,9 @@ def test_a_key_that_no_config_has_is_refused(parse):
         ("--config.optimzer.b1=1", "Did you mean 'optimizer'?"),
         ("--config.optimizer.b1=abc", "could not convert string to float: 'abc'"),
         ("--config.data.batch_size=2.5", "invalid literal for int"),
-        ("--config=configs/nothing.py", "configs/nothing.py"),
+        ("--config=configs/nothing.py", "no config of that name; it has demo, "),
+        ("--config=dmo", "Did you mean 'demo'?"),
+        ("--config=mine/demo.py", "mine/demo.py"),
         ("--wokdir=x", "Unknown command line flag 'wokdir'"),
     ],
 )
@@ -119,6 +122,13 @@ def test_what_the_command_line_cannot_mean_is_refused(parse, argument, words):
     with pytest.raises(UserError) as error:
         parse(f"--config={ROOT}/configs/demo.py", "--workdir=x", argument)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["demo", "configs/demo.py"])
+def test_a_config_of_the_package_is_found_by_its_name(parse, name, tmp_path):
+    with contextlib.chdir(tmp_path):
+        config = parse(f"--config={name}", "--workdir=x").config
+    assert from_config_dict(config).training.num_steps == 650
 
 
 @pytest.mark.parametrize("flag", ["--config=configs/demo.py", "--workdir=x"])

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import traceback
 import typing
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from logging import ERROR, WARNING, LogRecord
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -25,7 +25,8 @@ from swinsmt_jax.runtime.files import absolute
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 
 CACHE = Path("~/.cache/swinsmt_jax")
-PACKAGE = str(Path(__file__).parents[1])
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = PACKAGE / "configs"
 
 
 def start(arguments: Sequence[str] = ()) -> None:
@@ -38,7 +39,7 @@ def start(arguments: Sequence[str] = ()) -> None:
     sys.unraisablehook = _quieter(sys.unraisablehook)
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_for_users)
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
 
 
@@ -47,12 +48,13 @@ def define_config(values: flags.FlagValues = flags.FLAGS) -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "file with get_config(), such as configs/demo.py, or config.json of a run",
+        "file with get_config(), config.json of a run, or the name of a config that "
+        "comes with the package, such as demo",
         flag_values=values,
         lock_config=False,  # a file may leave out keys that have a default
         accept_new_attributes=True,  # `from_config_dict` knows and checks all keys
     )
-    parser = values["config"].parser
+    parser: Any = values["config"].parser
     load = parser.parse
     parser.parse = lambda text: _with_groups(_config_of(text, load), ExperimentConfig)
 
@@ -60,8 +62,23 @@ def define_config(values: flags.FlagValues = flags.FLAGS) -> None:
 def _config_of(text, load):
     """Return the config that a Python file makes, or that a run has recorded."""
     if not text.endswith(".json"):
-        return load(os.path.expanduser(text))
+        return load(str(_config_file(text)))
     return ConfigDict(to_dict(from_config_dict(json.loads(absolute(text).read_text()))))
+
+
+def _config_file(text: str) -> Path:
+    """Return a config file, or one of the package's by its name (configs/demo.py)."""
+    path = Path(text).expanduser()
+    if path.is_file() or path.parent not in (Path(), Path("configs")):
+        return path
+    packaged = {file.stem: file for file in sorted(CONFIGS.glob("*.py"))}
+    hint = did_you_mean(path.stem, packaged)
+    require(
+        path.stem in packaged,
+        f"--config={text} is not a file, and the package has no config of that name; "
+        f"it has {', '.join(packaged)}.{hint}",
+    )
+    return packaged[path.stem]
 
 
 def _with_groups(config, cls):
@@ -149,7 +166,7 @@ def exit_on_user_error(script: str) -> Iterator[None]:
 
 def _is_for_users(record: LogRecord) -> bool:
     """Keep this package's lines, others' warnings, and the errors of orbax."""
-    if record.pathname.startswith(PACKAGE):
+    if record.pathname.startswith(str(PACKAGE)):
         return True
     return record.levelno >= (ERROR if "/orbax/" in record.pathname else WARNING)
 

@@ -302,7 +302,7 @@ def test_every_part_of_the_step_has_its_name(routing):
     "data, expert", [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)]
 )
 def test_the_papers_step_lowers_for_gpu_and_tpu(data, expert):
-    from configs import swin_smt_paper
+    from swinsmt_jax.configs import swin_smt_paper
 
     config = from_config_dict(swin_smt_paper.get_config())
     mesh = sharding.make_mesh(MeshConfig(data, expert))

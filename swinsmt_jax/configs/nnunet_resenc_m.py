@@ -9,7 +9,7 @@ parameters, are those of nnunet_resenc_l.py.
 
 from ml_collections import config_dict
 
-from configs import nnunet_resenc_l
+from swinsmt_jax.configs import nnunet_resenc_l
 
 
 def get_config() -> config_dict.ConfigDict:

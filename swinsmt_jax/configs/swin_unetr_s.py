@@ -7,7 +7,7 @@ To expect: a smaller baseline of Swin SMT beside swin_unetr_b.py.
 
 from ml_collections import config_dict
 
-from configs import swin_unetr_b
+from swinsmt_jax.configs import swin_unetr_b
 
 
 def get_config() -> config_dict.ConfigDict:

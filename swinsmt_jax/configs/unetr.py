@@ -9,7 +9,7 @@ shape than `model.img_size`; change it together with `data.patch_shape`.
 
 from ml_collections import config_dict
 
-from configs import swin_smt_paper
+from swinsmt_jax.configs import swin_smt_paper
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -10,7 +10,7 @@ together with `data.patch_shape`.
 
 from ml_collections import config_dict
 
-from configs import swin_smt_paper
+from swinsmt_jax.configs import swin_smt_paper
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -8,7 +8,7 @@ those that nnU-Net would plan for itself.
 
 from ml_collections import config_dict
 
-from configs import swin_smt_paper
+from swinsmt_jax.configs import swin_smt_paper
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -14,7 +14,7 @@ a mean Dice of 0.80 after 10 minutes on two CPU cores.
 
 from ml_collections import config_dict
 
-from configs import demo
+from swinsmt_jax.configs import demo
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -7,7 +7,7 @@ The baseline of Swin SMT: data, optimiser and length are those of swin_smt_paper
 
 from ml_collections import config_dict
 
-from configs import swin_smt_paper
+from swinsmt_jax.configs import swin_smt_paper
 
 
 def get_config() -> config_dict.ConfigDict:

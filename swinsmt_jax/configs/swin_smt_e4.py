@@ -7,7 +7,7 @@ To expect: a point in the study of the number of experts; swin_smt_paper.py has 
 
 from ml_collections import config_dict
 
-from configs import swin_smt_paper
+from swinsmt_jax.configs import swin_smt_paper
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class Rule(NamedTuple):
     """A rule for a field: `holds(value)`. `words` say what the value "must" do."""
 
     words: str
-    holds: Callable[[object], bool]
+    holds: Callable[[Any], bool]
 
     def __call__(self, name: str, value: object) -> None:
         """Raise `UserError` unless the value obeys."""
@@ -182,13 +182,12 @@ def dtype_name(name: str, dtype: object) -> str:
     Raises:
         UserError: for another dtype.
     """
-    if not isinstance(dtype, str):
-        dtype = getattr(dtype, "__name__", str(dtype))
-    one_of(name, dtype, DTYPES)
-    return dtype
+    text = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    one_of(name, text, DTYPES)
+    return text
 
 
-def typed_fields(group: str, config: object) -> None:
+def typed_fields(group: str, config: Any) -> None:
     """Raise `UserError` unless each field of a dataclass has the type of its hint.
 
     Types are bool, int, float and str, a tuple[int, ...] of any of them, and a number

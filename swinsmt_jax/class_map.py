@@ -97,11 +97,11 @@ class ClassMap:
             and series[number] in paired
             and not _one_of_its_kind(parts)
         ]
-        lone = [self.names[number] for number in sorted(set(lone))]
+        names = [self.names[number] for number in sorted(set(lone))]
         checks.require(
-            not lone,
+            not names,
             "right and left cannot be exchanged, since among the classes the other "
-            f"side of {', '.join(lone[:4])}{', ...' if len(lone) > 4 else ''} is "
+            f"side of {', '.join(names[:4])}{', ...' if len(names) > 4 else ''} is "
             "missing or there twice; do without mirroring, or name both sides alike "
             "(kidney_left, kidney_right).",
         )
@@ -215,7 +215,7 @@ def make(
     )
     for group, members in groups.items():
         checks.require(
-            isinstance(members, Sequence) and not isinstance(members, str) and members,
+            isinstance(members, (list, tuple)) and len(members) > 0,
             f"{where}: the group {group!r} is {members!r}, but must list names.",
         )
         for name in members:
@@ -255,10 +255,10 @@ def _v1() -> ClassMap:
         for part, count in (("L", 5), ("T", 12), ("C", 7))
         for i in range(count, 0, -1)
     ]
-    lobes = ("upper_lobe_left", "lower_lobe_left", "upper_lobe_right")
-    lobes = [f"lung_{x}" for x in (*lobes, "middle_lobe_right", "lower_lobe_right")]
-    chambers = "myocardium atrium_left ventricle_left atrium_right ventricle_right"
-    chambers = [f"heart_{part}" for part in chambers.split()]
+    lobe = "upper_lobe_left lower_lobe_left upper_lobe_right middle_lobe_right"
+    lobes = [f"lung_{name}" for name in (*lobe.split(), "lower_lobe_right")]
+    part = "myocardium atrium_left ventricle_left atrium_right ventricle_right"
+    chambers = [f"heart_{name}" for name in part.split()]
     gluteus = [f"gluteus_{x}" for x in ("maximus", "medius", "minimus")]
     bones = ("humerus", "scapula", "clavicula", "femur", "hip")
 

@@ -8,7 +8,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from absl import logging
 
@@ -294,13 +294,13 @@ def _plain(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def _build(cls: type, values: object, key: str):
+def _build(cls: Any, group: Any, key: str) -> Any:
     """Build the dataclass of a group of keys; the whole config has the key ""."""
     checks.require(
-        isinstance(values, Mapping), f"config key {key} must be a group of keys."
+        isinstance(group, Mapping), f"config key {key} must be a group of keys."
     )
-    values, prefix = dict(values), key and f"{key}."
-    known = []
+    values, prefix = dict(group), key and f"{key}."
+    known: list[str] = []
     if cls is NetworkConfig:
         cls, known = registry.config_class(values.pop("name", None)), ["name"]
     fields = {spec.name: spec for spec in dataclasses.fields(cls)}

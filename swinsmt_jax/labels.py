@@ -9,6 +9,7 @@ are in each is not published, so a user can replace them (`load_groups`).
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from swinsmt_jax import checks
 from swinsmt_jax.runtime.files import absolute
@@ -109,7 +110,7 @@ def _label_ids(group, entries, path, names) -> tuple[int, ...]:
     return ids
 
 
-def _label_id(entry: object, where: str, names: Sequence[str]) -> int:
+def _label_id(entry: Any, where: str, names: Sequence[str]) -> int:
     if isinstance(entry, str):
         title = f"TotalSegmentator {VERSION}" if names == CLASS_NAMES else "the dataset"
         checks.require(

@@ -12,9 +12,9 @@ noise and shifts of intensity.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from scipy import ndimage
@@ -25,17 +25,20 @@ from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data.interpolation import interpolate
 from swinsmt_jax.data.sample import Sample
 
-_CLASSES: dict[str, type] = {}
+Rng = np.random.Generator
+Names = tuple[str, ...]
+_CLASSES: dict[str, "type[Augmentation]"] = {}
+A = TypeVar("A", bound="Augmentation")
 
 
-def register(name: str):
+def register(name: str) -> Callable[[type[A]], type[A]]:
     """Make an augmentation known by its name in the config.
 
     Raises:
         UserError: for a name that is taken, or once `Augmentations` is made of all.
     """
 
-    def add(cls: type) -> type:
+    def add(cls: type[A]) -> type[A]:
         checks.require(
             name not in _CLASSES,
             f"an augmentation named {name!r} is registered already.",
@@ -58,7 +61,7 @@ class Range(NamedTuple):
     least: float
     most: float
 
-    def __call__(self, name: str, value: tuple[float, ...]) -> None:
+    def __call__(self, name: str, value: tuple[float, float]) -> None:
         """Raise `UserError` unless the value obeys."""
         least, most = self
         checks.require(
@@ -72,18 +75,18 @@ class Range(NamedTuple):
 class Augmentation:
     """What all augmentations have; `probability` is that of acting on a crop."""
 
+    name: ClassVar[str]  # set by `register`
+
     probability: Share = 0.0
 
     def __post_init__(self):
         checks.typed_fields(f"data.augmentations.{self.name}", self)
 
-    def region(self, shape: Sequence[int], rng: np.random.Generator) -> Sequence[int]:
+    def region(self, shape: Sequence[int], rng: Rng) -> Sequence[int]:
         """Return the shape of what is read and then enlarged to the crop."""
         return shape
 
-    def apply(
-        self, sample: Sample, rng: np.random.Generator, names: tuple[str, ...]
-    ) -> Sample:
+    def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:
         """Return the crop changed; `names` are those of the label ids."""
         return sample
 
@@ -94,9 +97,9 @@ class Zoom(Augmentation):
     """Enlarge by a factor uniform in `factor`: a smaller region fills the crop."""
 
     probability: Share = 0.3
-    factor: Annotated[tuple[float, ...], Range(1, 100)] = (1.3, 1.5)
+    factor: Annotated[tuple[float, float], Range(1, 100)] = (1.3, 1.5)
 
-    def region(self, shape, rng):  # noqa: D102
+    def region(self, shape: Sequence[int], rng: Rng) -> Sequence[int]:  # noqa: D102
         factor = rng.uniform(*self.factor)
         return [max(1, round(side / factor)) for side in shape]
 
@@ -112,7 +115,7 @@ class Rotate(Augmentation):
 
     probability: Share = 0.1
 
-    def apply(self, sample, rng, names):  # noqa: D102
+    def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
         quarters = int(rng.integers(1, 4))
         if sample.label.shape[0] != sample.label.shape[1]:
             quarters = 2
@@ -128,7 +131,7 @@ class Intensity(Augmentation):
     probability: Share = 0.2
     shift: Annotated[float, Within(0, 10)] = 0.1
 
-    def apply(self, sample, rng, names):  # noqa: D102
+    def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
         offset = np.float32(rng.uniform(-self.shift, self.shift))
         return replace(sample, image=sample.image + offset)
 
@@ -143,7 +146,7 @@ class Mirror(Augmentation):
     patient.
     """
 
-    def apply(self, sample, rng, names):  # noqa: D102
+    def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
         swap = left_right_swap(names)
         return replace(sample, image=sample.image[::-1], label=swap[sample.label[::-1]])
 
@@ -163,9 +166,9 @@ class LowResolution(Augmentation):
     the outermost among them, so that nothing moves.
     """
 
-    scale: Annotated[tuple[float, ...], Range(0, 1)] = (0.5, 1.0)
+    scale: Annotated[tuple[float, float], Range(0, 1)] = (0.5, 1.0)
 
-    def apply(self, sample, rng, names):  # noqa: D102
+    def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
         scale = rng.uniform(*self.scale)
         sides = sample.image.shape
         kept = [
@@ -184,9 +187,9 @@ class LowResolution(Augmentation):
 class Blur(Augmentation):
     """Smooth by a Gaussian of a standard deviation uniform in `sigma`, in voxels."""
 
-    sigma: Annotated[tuple[float, ...], Range(0, 100)] = (0.5, 1.0)
+    sigma: Annotated[tuple[float, float], Range(0, 100)] = (0.5, 1.0)
 
-    def apply(self, sample, rng, names):  # noqa: D102
+    def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
         sigma = rng.uniform(*self.sigma)
         smooth = ndimage.gaussian_filter(sample.image, sigma, mode="nearest")
         return replace(sample, image=smooth)
@@ -197,9 +200,9 @@ class Blur(Augmentation):
 class Gamma(Augmentation):
     """Raise the image, clipped at 0, to a power uniform in `exponent`."""
 
-    exponent: Annotated[tuple[float, ...], Range(0, 100)] = (0.7, 1.5)
+    exponent: Annotated[tuple[float, float], Range(0, 100)] = (0.7, 1.5)
 
-    def apply(self, sample, rng, names):  # noqa: D102
+    def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
         power = np.float32(rng.uniform(*self.exponent))
         return replace(sample, image=np.maximum(sample.image, 0) ** power)
 
@@ -211,13 +214,22 @@ class Noise(Augmentation):
 
     std_max: Annotated[float, Within(0, 10)] = 0.1
 
-    def apply(self, sample, rng, names):  # noqa: D102
+    def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
         std = np.float32(rng.uniform(0, self.std_max))
         noise = rng.standard_normal(sample.image.shape, np.float32)
         return replace(sample, image=sample.image + noise * std)
 
 
-Augmentations = dataclasses.make_dataclass(
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True)
+    class Augmentations:
+        """What a type checker knows of the class below."""
+
+        def __getattr__(self, name: str) -> Augmentation: ...
+
+
+Augmentations = dataclasses.make_dataclass(  # type: ignore
     "Augmentations",
     [(name, cls, field(default_factory=cls)) for name, cls in _CLASSES.items()],
     frozen=True,

@@ -89,7 +89,8 @@ def load_case(
         UserError: as `nifti.load_ct`; for a missing mask, a mask of no known class, and
             labels that do not lie on the CT's voxel grid.
     """
-    ct, overlapping, notes = nifti.load_ct(case.ct, modality=case.modality), 0, ()
+    ct = nifti.load_ct(case.ct, modality=case.modality)
+    overlapping, notes = 0, tuple[str, ...]()
     kept = kept or classes
     if CLASS in str(case.segmentation):
         label, overlapping, notes, voxels = _merge_masks(

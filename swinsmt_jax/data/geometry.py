@@ -15,10 +15,11 @@ UNITS = {1: "metres", 3: "micrometres"}
 UNIT_BITS = 7  # of xyzt_units; the others are of time
 SKEW = 1e-4  # cosine between axes from which on ITK refuses them
 NOTABLE = 0.1  # mm between two places of a corner
-PLACING = ("pixdim", "xyzt_units", "qform_code", "sform_code")
-PLACING += tuple(f"quatern_{axis}" for axis in "bcd")
-PLACING += tuple(f"qoffset_{axis}" for axis in "xyz")
-PLACING += tuple(f"srow_{axis}" for axis in "xyz")
+PLACING = (
+    *("pixdim", "xyzt_units", "qform_code", "sform_code"),
+    *(f"quatern_{axis}" for axis in "bcd"),
+    *(f"{form}_{axis}" for form in ("qoffset", "srow") for axis in "xyz"),
+)
 
 
 def to_mm(header: nib.Nifti1Header) -> float:

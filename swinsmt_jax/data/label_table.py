@@ -7,6 +7,7 @@ which 3D Slicer, ITK-SNAP's converters and TotalSegmentator's own tools read.
 import colorsys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import nibabel as nib
@@ -45,7 +46,7 @@ def xml(names: Mapping[int, str]) -> str:
 def read(text: str) -> dict[int, str]:
     """Return {label id: name} of a label table."""
     labels = ElementTree.fromstring(text.rstrip("\0")).iter("Label")
-    return {int(label.get("Key")): (label.text or "").strip() for label in labels}
+    return {int(label.attrib["Key"]): (label.text or "").strip() for label in labels}
 
 
 def of_header(header: nib.Nifti1Header) -> dict[int, str]:
@@ -76,7 +77,9 @@ def ids_by_name(
             none while others differ from the class map's.
     """
     names, ids = of_header(header), classes.ids_by_key()
-    wanted = {i: ids.get(class_key(name)) for i, name in names.items() if i > 0}
+    wanted: dict[int, Any] = {
+        i: ids.get(class_key(name)) for i, name in names.items() if i > 0
+    }
     if all(i == number for i, number in wanted.items()):
         return array
     found = np.zeros(array.shape, np.uint8)

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from swinsmt_jax import checks
 from swinsmt_jax.runtime import files
@@ -17,7 +18,7 @@ class EmptySplitError(checks.UserError):
 
 
 def collect(
-    entries: Iterable[tuple[str, object, str]],
+    entries: Iterable[tuple[str, Any, str]],
     *,
     refused: dict[str, str] | None = None,
 ) -> dict[str, str]:
@@ -50,7 +51,7 @@ def collect(
     return {n: split for n, split in splits.items() if n not in (refused or {})}
 
 
-def require_id(what: str, name: object) -> None:
+def require_id(what: str, name: Any) -> None:
     """Raise `UserError` unless `name` can be the name of a case's folder in a store."""
     checks.file_name(what, name)
     checks.require(
@@ -78,11 +79,8 @@ def read(root: Path, *, refused: dict[str, str] | None = None) -> dict[str, str]
             f"{path} has the columns {columns}, but needs {column!r}; columns are "
             "separated by semicolons.",
         )
-    entries = (
-        (
-            f"line {n} of {path}",
-            *((row[c] or "").strip() for c in ("image_id", "split")),
-        )
+    entries: Iterable[Any] = (
+        (f"line {n} of {path}", *((row[c] or "").strip() for c in needed))
         for n, row in enumerate(rows, start=2)
     )
     return collect(entries, refused=refused)

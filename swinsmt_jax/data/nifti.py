@@ -51,7 +51,8 @@ class Volume:
 
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     """Return the voxel sides in mm of an affine [4, 4]."""
-    return tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
+    return float(x), float(y), float(z)
 
 
 def ras_grid(
@@ -152,7 +153,8 @@ def load_labels(
             f"{path} holds values that are not whole numbers, but a segmentation holds "
             f"label ids from 0 to {last}; is this the CT?",
         )
-    array = label_table.ids_by_name(path, array, volume.header, classes)
+    if volume.header is not None:
+        array = label_table.ids_by_name(path, array, volume.header, classes)
     low, high = array.min(), array.max()
     checks.require(
         low >= 0 and high <= last,
@@ -197,14 +199,15 @@ class Merged(NamedTuple):
     voxels: dict[int, int]
 
 
-def load_masks(values: Mapping[str | Path, int], *, on: Volume) -> Merged:
+def load_masks(values: Mapping[Path, int] | Mapping[str, int], *, on: Volume) -> Merged:
     """Merge masks; where they overlap, the later one wins.
 
     Args:
         values: {file: label id of its voxels}.
         on: what the masks must lie on.
     """
-    label, claimed, notes, found = None, 0, (), {}
+    label, claimed, notes = None, 0, tuple[str, ...]()
+    found: dict[int, int] = {}
     for file, value in values.items():
         volume = load_mask(file, on=on)
         mask, notes = volume.array, notes + volume.notes
@@ -264,7 +267,8 @@ def save_labels(
     affine, shape = ras_grid(like.source_affine, like.source_shape)
     if not np.allclose(like.affine, affine):
         to_grid = np.linalg.inv(like.affine) @ affine
-        array = fill_most(array, np.diag(to_grid)[:3], to_grid[:3, 3], shape)
+        steps, first = np.diag(to_grid)[:3].tolist(), to_grid[:3, 3].tolist()
+        array = fill_most(array, steps, first, shape)
     save(path, array, like=like, description=description)
 
 
@@ -338,7 +342,7 @@ def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
             raise nib.filebasedimages.ImageFileError(f"but {type(image).__name__}")
         nifti_file.require_possible(path, image)
         shape = nifti_file.without_last_ones(image.shape)
-        zeros = np.broadcast_to(np.zeros((), image.dataobj.dtype), shape)
+        zeros = np.broadcast_to(np.zeros((), nifti_file.proxy(image).dtype), shape)
         notes = geometry.notes(path, image, shape)
         volume = _checked(path, zeros, geometry.affine_in_mm(image))
         return replace(volume, notes=notes, header=image.header), image

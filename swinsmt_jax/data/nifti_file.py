@@ -5,6 +5,7 @@ import gzip
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -39,7 +40,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 class _RoundedHeader(nib.Nifti1Header):
-    quaternion_threshold = 1e-3  # nibabel's own is the last bit
+    quaternion_threshold = np.float64(1e-3)  # nibabel's own is the last bit
 
 
 class _RoundedImage(nib.Nifti1Image):
@@ -54,16 +55,21 @@ def opened(path: Path) -> nib.filebasedimages.FileBasedImage:
         return _RoundedImage.from_filename(path)
 
 
+def proxy(image: nib.Nifti1Pair) -> ArrayProxy:
+    """Return what reads the voxels of an opened file."""
+    return cast(ArrayProxy, image.dataobj)
+
+
 def voxels(image: nib.Nifti1Pair) -> np.ndarray:
     """Read the voxels; of a gzip file all of it, since its checksum stands at the end.
 
     nibabel itself stops after the last voxel, and misses damage.
     """
-    proxy, file = image.dataobj, image.file_map["image"].filename
+    reader, file = proxy(image), str(image.file_map["image"].filename)
     if not file.lower().endswith(".gz"):
-        return np.asanyarray(proxy)
+        return np.asanyarray(reader)
     with gzip.open(file) as stream:
-        parts = proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter
+        parts = reader.shape, reader.dtype, reader.offset, reader.slope, reader.inter
         array = np.asanyarray(ArrayProxy(stream, parts))
         left = MAX_TAIL
         while block := stream.read(min(left, 2**16)):
@@ -89,10 +95,10 @@ def is_possible(shape: Sequence[int]) -> bool:
 
 def require_possible(path: Path, image: nib.Nifti1Pair) -> None:
     """Refuse a header that asks for absurd memory, before any is taken."""
-    shape, proxy = image.shape, image.dataobj
+    shape, reader = image.shape, proxy(image)
     checks.require(
-        min(shape, default=1) >= 0 and proxy.offset >= 0,
-        f"{path} claims a shape of {tuple(shape)} and voxels from byte {proxy.offset} "
+        min(shape, default=1) >= 0 and reader.offset >= 0,
+        f"{path} claims a shape of {tuple(shape)} and voxels from byte {reader.offset} "
         "on; its header is damaged: export or download it again.",
     )
     checks.require(
@@ -101,8 +107,8 @@ def require_possible(path: Path, image: nib.Nifti1Pair) -> None:
         f"scan has at most {MAX_VOXELS}, and {MAX_SIDE} along an axis; its header is "
         "damaged: export or download it again.",
     )
-    file = Path(image.file_map["image"].filename)
-    wanted = proxy.offset + math.prod(shape) * proxy.dtype.itemsize
+    file = Path(str(image.file_map["image"].filename))
+    wanted = reader.offset + math.prod(shape) * reader.dtype.itemsize
     size = file.stat().st_size
     factors = {".nii": 1, ".img": 1, ".gz": DEFLATE}
     checks.require(

@@ -136,8 +136,8 @@ def find_cases(
     )
     if not store.is_store(config.root):
         require_totalsegmentator(config.root)
-        cases = totalsegmentator.find_cases(config.root, split=split)
-        return tuple(replace(case, modality=config.modality) for case in cases)
+        found_cases = totalsegmentator.find_cases(config.root, split=split)
+        return tuple(replace(case, modality=config.modality) for case in found_cases)
     cases = store.find_cases(config.root, split=split)
     spacing = store.read_options(Path(config.root)).spacing
     checks.require(

@@ -31,7 +31,7 @@ class Sample:
     name: str
     overlapping: int = 0
     source_shape: tuple[int, ...] = ()
-    source_affine: np.ndarray | None = None
+    source_affine: np.ndarray = field(default_factory=lambda: np.eye(4))
     notes: tuple[str, ...] = ()
     source_voxels: Mapping[int, int] = field(default_factory=dict)
 

@@ -140,7 +140,8 @@ class StoredCase:
         """
         stored = self.facts["boxes"].get(f"{air:g}")
         if stored:
-            return tuple(slice(*ends) for ends in stored)
+            x, y, z = (slice(*ends) for ends in stored)
+            return x, y, z
         if air not in self._boxes:
             logging.log_first_n(
                 logging.WARNING,

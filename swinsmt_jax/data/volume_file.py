@@ -56,7 +56,7 @@ def open_volume(path: Path) -> tensorstore.TensorStore:
     """
     strict = {**_spec(path), "fill_missing_data_reads": False}
     volume = tensorstore.open(strict, read=True).result()
-    (sharding,) = volume.codec.to_json()["codecs"]
+    (sharding,) = volume.spec().to_json()["metadata"]["codecs"]
     if CHECKSUM in sharding["configuration"]["codecs"]:
         return volume
     return tensorstore.open(_spec(path), read=True).result()

@@ -65,9 +65,9 @@ def make_phantom(
     region = drawn if region is None else region
     checks.one_of("region", region, REGIONS)
     canvas, affine = _grid(rng, spacing, region, variation)
-    absent = {"gallbladder": 0.15, "prostate": 0.4}
-    absent |= {"kidney_cyst_left": 0.6, "kidney_cyst_right": 0.6}
-    absent = {name for name, share in absent.items() if rng.random() < share}
+    missing = {"gallbladder": 0.15, "prostate": 0.4}
+    missing |= {"kidney_cyst_left": 0.6, "kidney_cyst_right": 0.6}
+    absent = {name for name, share in missing.items() if rng.random() < share}
     painter = Painter(
         canvas,
         rng,

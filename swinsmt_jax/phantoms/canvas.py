@@ -1,8 +1,7 @@
 """A voxel grid on which solids are drawn, with partial volume, one over the other."""
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 from swinsmt_jax.phantoms.solids import Solid
 
@@ -25,8 +24,8 @@ class Canvas:
         self,
         places: np.ndarray,
         *,
-        origin: Sequence[float],
-        step: Sequence[float],
+        origin: ArrayLike,
+        step: ArrayLike,
         margin: float,
     ):
         self.places = places
@@ -78,7 +77,7 @@ class Canvas:
         margin = self._margin + self._side
         low = np.floor((solid.low - margin - self._origin) / self._step)
         high = np.ceil((solid.high + margin - self._origin) / self._step) + 1
-        shape = np.array(self.hu.shape)
+        shape: np.ndarray = np.array(self.hu.shape)
         low, high = np.clip(low, 0, shape).astype(int), np.clip(high, 0, shape)
         if np.any(low >= high):
             return None

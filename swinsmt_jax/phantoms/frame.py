@@ -5,15 +5,16 @@ L5 and S1; x grows to the patient's right, y to the front, z to the head. Positi
 sizes were read off CT scans by eye and are plausible, not a reference anatomy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from swinsmt_jax import labels
 from swinsmt_jax.phantoms import solids
 from swinsmt_jax.phantoms.canvas import Canvas
-from swinsmt_jax.phantoms.solids import Solid
+from swinsmt_jax.phantoms.solids import Point, Solid
 
 # Heights of the vertebral bodies' centres, from L5 up to C1.
 VERTEBRAE = {
@@ -96,22 +97,29 @@ class Painter:
         """Angles in degrees about the axes with some random change."""
         return np.array([x, y, z]) + self.move(5)
 
-    def wide(self, radius: float | Sequence[float]) -> np.ndarray:
+    def wide(self, radius: ArrayLike) -> np.ndarray:
         """Radius or radii in mm, none under the grid's least."""
         return np.maximum(np.asarray(radius, float), self.thinnest)
 
-    def vessel(self, points: Sequence, radius: float | Sequence[float], sd: float = 2):
-        """Smooth tube through points that are each shifted a little."""
-        points = [np.asarray(p, float) + self.move(sd) for p in points]
-        return solids.tube(solids.spline(points), self._along(radius, len(points)))
+    def vessel(self, points: ArrayLike, radius: ArrayLike, sd: float = 2) -> Solid:
+        """Smooth tube through points [n, 3] that are each shifted a little."""
+        moved = [point + self.move(sd) for point in np.asarray(points, float)]
+        return solids.tube(solids.spline(moved), self._along(radius, len(moved)))
 
-    def blob(self, centre, radii, turn=(0, 0, 0), *, sd: float = 4) -> Solid:
+    def blob(
+        self,
+        centre: Point,
+        radii: Point,
+        turn: tuple[float, float, float] = (0, 0, 0),
+        *,
+        sd: float = 4,
+    ) -> Solid:
         """Ellipsoid with random shift, size and turn."""
-        radii = self.wide(np.asarray(radii) * self.size())
+        scaled = self.wide(np.asarray(radii) * self.size())
         moved = np.asarray(centre, float) + self.move(sd)
-        return solids.ellipsoid(moved, radii, turn=self.turn(*turn))
+        return solids.ellipsoid(moved, scaled, turn=self.turn(*turn))
 
-    def _along(self, radius: float | Sequence[float], count: int) -> np.ndarray:
+    def _along(self, radius: ArrayLike, count: int) -> np.ndarray:
         radii = np.broadcast_to(np.asarray(radius, float), count)
         dense = np.linspace(0, count - 1, 4 * (count - 1) + 1)
         return self.wide(np.interp(dense, np.arange(count), radii) * self.size())

@@ -1,5 +1,7 @@
 """Bones and muscles. One form serves all vertebrae, one all ribs, and each pair."""
 
+from functools import partial
+
 import numpy as np
 
 from swinsmt_jax.phantoms import solids
@@ -50,8 +52,9 @@ def draw_muscles(p: Painter) -> None:
 
     p.pair("autochthon", autochthon, "muscle")
     p.pair("iliopsoas", iliopsoas, "muscle")
-    for name, (*place, sd) in GLUTEI.items():
-        p.pair(f"gluteus_{name}", lambda a=place, sd=sd: p.blob(*a, sd=sd), "muscle")
+    for name, (centre, radii, turn, sd) in GLUTEI.items():
+        build = partial(p.blob, centre, radii, turn, sd=sd)
+        p.pair(f"gluteus_{name}", build, "muscle")
 
 
 def draw_spine(p: Painter) -> None:
@@ -125,11 +128,8 @@ def draw_pelvis(p: Painter) -> None:
         socket = solids.tube([(100, 2, -70), (92, -4, -108)], p.wide((16, 26)))
         seat = [(95, -25, -120), (80, -42, -150), (55, -25, -165), (18, 30, -142)]
         pubis = [(18, 34, -140), (50, 36, -118), (88, 8, -105)]
-        seat, pubis = (
-            solids.tube(seat, p.wide((15, 16, 9, 11))),
-            solids.tube(pubis, p.wide(9)),
-        )
-        return solids.union(wing, socket, seat, pubis)
+        ischium = solids.tube(seat, p.wide((15, 16, 9, 11)))
+        return solids.union(wing, socket, ischium, solids.tube(pubis, p.wide(9)))
 
     def femur() -> Solid:
         head = solids.ellipsoid((90, -3, -116), p.wide((23, 23, 23)))
@@ -146,8 +146,8 @@ def draw_head(p: Painter) -> None:
     vault = solids.intersection(vault, solids.half_space((0, 0, 577), (0, 0.15, -1)))
     brain = solids.inset(vault, 8)
     face = solids.ellipsoid((0, 78, 592), (44, 36, 38))
-    jaw = [(58, 28, 585), (54, 40, 545), (34, 84, 532), (0, 100, 530)]
-    jaw = solids.tube(solids.spline(jaw), p.wide(8))
+    chin = [(58, 28, 585), (54, 40, 545), (34, 84, 532), (0, 100, 530)]
+    jaw = solids.tube(solids.spline(chin), p.wide(8))
     p.bone("skull", solids.union(vault, face, jaw, solids.mirror(jaw)), shell=5)
     p.put("brain", brain, "brain")
     p.fill(solids.ellipsoid((0, 85, 592), (24, 24, 26)), "gas", erase=True)
@@ -171,8 +171,8 @@ def _vertebra(p: Painter, z: float, height: float) -> Solid:
     r = p.wide(min(5.5, height / 3))
     arch = [(0.75 * w, back + 3, z + 2), (0.8 * w, back - 14, z)]
     lamina = solids.tube([*arch, (0, back - 25, z - 4)], r)
-    process = [(0.75 * w, back - 6, z + 2), (w + 16, back - 12, z + 2)]
-    process = solids.tube(process, r)
+    side = [(0.75 * w, back - 6, z + 2), (w + 16, back - 12, z + 2)]
+    process = solids.tube(side, r)
     thorn = solids.tube([(0, back - 24, z - 4), (0, back - 38, z - 12)], r)
     sides = [lamina, process, solids.mirror(lamina), solids.mirror(process)]
     return solids.union(body, *sides, thorn)

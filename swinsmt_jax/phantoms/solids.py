@@ -1,13 +1,15 @@
 """Implicit solids in millimetres: a distance function, negative inside, and a box."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Array = np.ndarray
-Point = Sequence[float]
+Point = ArrayLike  # (x, y, z)
+Distance = Callable[[Array, Array, Array], Array]
 
 
 class Solid(NamedTuple):
@@ -16,7 +18,7 @@ class Solid(NamedTuple):
     A solid with `parts` is their union; drawing goes part by part, each in its box.
     """
 
-    distance: Callable[[Array, Array, Array], Array]
+    distance: Distance
     low: Array
     high: Array
     parts: tuple["Solid", ...] = ()
@@ -37,7 +39,9 @@ def ellipsoid(centre: Point, radii: Point, *, turn: Point = (0, 0, 0)) -> Solid:
     return Solid(distance, centre - reach, centre + reach)
 
 
-def slab(centre: Point, half: Point, *, turn: Point = (0, 0, 0), round: float = 2.0):
+def slab(
+    centre: Point, half: Point, *, turn: Point = (0, 0, 0), round: float = 2.0
+) -> Solid:
     """Box with rounded edges; `half` are its half sides."""
     centre, half = np.asarray(centre, float), np.asarray(half, float)
     axes = rotation(turn)
@@ -53,7 +57,7 @@ def slab(centre: Point, half: Point, *, turn: Point = (0, 0, 0), round: float = 
     return Solid(distance, centre - reach, centre + reach)
 
 
-def tube(points: Sequence[Point], radii: float | Sequence[float]) -> Solid:
+def tube(points: ArrayLike, radii: ArrayLike) -> Solid:
     """Round tube along a polyline, with one radius for all points or one for each."""
     points = np.asarray(points, float)
     radii = np.broadcast_to(np.asarray(radii, float), len(points))
@@ -61,7 +65,7 @@ def tube(points: Sequence[Point], radii: float | Sequence[float]) -> Solid:
     return union(*(_capsule(*end) for end in ends))
 
 
-def stack(rows: Sequence[Sequence[float]], *, shrink: float = 0.0) -> Solid:
+def stack(rows: ArrayLike, *, shrink: float = 0.0) -> Solid:
     """Solid of elliptic sections: rows of (height, centre x, centre y, width, depth).
 
     Heights grow. Width and depth are half axes, less `shrink`; between the heights all
@@ -128,8 +132,8 @@ def difference(solid: Solid, *others: Solid) -> Solid:
 
 def inset(solid: Solid, depth: float) -> Solid:
     """Points deeper than `depth` mm under the surface."""
-    depth = np.float32(depth)
-    return _derived(solid, lambda distance, x, y, z: distance(x, y, z) + depth)
+    deep = np.float32(depth)
+    return _derived(solid, lambda distance, x, y, z: distance(x, y, z) + deep)
 
 
 def mirror(solid: Solid) -> Solid:
@@ -143,7 +147,7 @@ def mirror(solid: Solid) -> Solid:
 
 def shift(solid: Solid, offset: Point) -> Solid:
     """The same solid moved by `offset`."""
-    dx, dy, dz = (np.float32(c) for c in offset)
+    dx, dy, dz = np.asarray(offset, np.float32)
     return _derived(
         solid,
         lambda distance, x, y, z: distance(x - dx, y - dy, z - dz),
@@ -154,7 +158,8 @@ def shift(solid: Solid, offset: Point) -> Solid:
 def _derived(solid, distance, box=lambda low, high: (low, high)) -> Solid:
     """Change the distance and the box of a solid and of each of its parts."""
     parts = tuple(_derived(part, distance, box) for part in solid.parts)
-    return Solid(partial(distance, solid.distance), *box(solid.low, solid.high), parts)
+    low, high = box(solid.low, solid.high)
+    return Solid(partial(distance, solid.distance), low, high, parts)
 
 
 def rotation(degrees: Point) -> Array:
@@ -166,7 +171,7 @@ def rotation(degrees: Point) -> Array:
     return np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]]) @ about_y @ about_x
 
 
-def spline(points: Sequence[Point], *, steps: int = 4) -> Array:
+def spline(points: ArrayLike, *, steps: int = 4) -> Array:
     """Smooth curve (Catmull-Rom) through points, as a denser polyline."""
     p = np.asarray(points, float)
     p = np.concatenate([[2 * p[0] - p[1]], p, [2 * p[-1] - p[-2]]])
@@ -200,12 +205,12 @@ def _capsule(a: Array, b: Array, ra: float, rb: float) -> Solid:
     """Segment a-b with the radius interpolated along it."""
     ab = (b - a).astype(np.float32)
     square = np.float32(max(float(ab @ ab), 1e-6))
-    ra, widening = np.float32(ra), np.float32(rb - ra)
+    start, widening = np.float32(ra), np.float32(rb - ra)
 
     def distance(x, y, z):
         px, py, pz = (q - np.float32(c) for q, c in zip((x, y, z), a, strict=True))
         t = np.clip((px * ab[0] + py * ab[1] + pz * ab[2]) / square, 0, 1)
         px, py, pz = px - t * ab[0], py - t * ab[1], pz - t * ab[2]
-        return np.sqrt(px * px + py * py + pz * pz) - (ra + t * widening)
+        return np.sqrt(px * px + py * py + pz * pz) - (start + t * widening)
 
     return Solid(distance, np.minimum(a - ra, b - rb), np.maximum(a + ra, b + rb))

@@ -63,7 +63,7 @@ def draw_outline(p: Painter, *, arms_up: bool) -> None:
 
 def rib_cage() -> Solid:
     """The space inside the ribs, from the apex down to the costal margin."""
-    rows = [(100, 0, 22, 128, 84)]
+    rows: list[tuple[float, ...]] = [(100, 0, 22, 128, 84)]
     for n in range(10, 0, -1):
         z = VERTEBRAE[f"T{n}"]
         back, front = spine_y(z) - 36, RIB_FRONT[n - 1] - 9
@@ -74,10 +74,11 @@ def rib_cage() -> Solid:
 
 def diaphragm(p: Painter) -> tuple[Solid, Solid]:
     """Return the spaces under the right and the left dome of the diaphragm."""
-    return tuple(
+    right, left = (
         solids.ellipsoid((x, 15, top + p.move(6)[0] - 105), (98, 118, 105))
         for x, top in ((68, 258), (-68, 246))
     )
+    return right, left
 
 
 def draw_lungs(p: Painter, domes: tuple[Solid, Solid]) -> None:

@@ -1,5 +1,7 @@
 """Heart, airways, gullet, thyroid and vessels."""
 
+from functools import partial
+
 from swinsmt_jax.phantoms import solids
 from swinsmt_jax.phantoms.frame import Painter, spine_y
 
@@ -61,12 +63,12 @@ def draw_chest(p: Painter) -> None:
 
 def draw_vessels(p: Painter) -> None:
     """Draw arteries and veins."""
-    veins = [[(x, 4, z), (26, 8, 308), (8, 6, 304)] for x, z in ((54, 322), (54, 294))]
-    veins = [p.vessel(v, 7) for v in veins]
+    lines = [[(x, 4, z), (26, 8, 308), (8, 6, 304)] for x, z in ((54, 322), (54, 294))]
+    veins = [p.vessel(line, 7) for line in lines]
     veins += [solids.mirror(v) for v in veins]
     p.put("pulmonary_vein", solids.union(*veins), "venous")
     for name, tissue, radius, points in VESSELS:
         if name in PAIRED:
-            p.pair(name, lambda v=(points, radius): p.vessel(*v, sd=1.5), tissue)
+            p.pair(name, partial(p.vessel, points, radius, sd=1.5), tissue)
         else:
             p.put(name, p.vessel(points, radius, sd=1.5), tissue)

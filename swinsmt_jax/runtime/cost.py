@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -64,7 +65,7 @@ def measure(
     compiled: jax.stages.Compiled, *, model: NetworkConfig, data: DataConfig, mesh: Mesh
 ) -> Cost:
     """Read the cost of a compiled training step of a network on crops, on a mesh."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     forward = forward_operations(model, data.patch_shape)
     device = mesh.devices.flat[0]
     names = [name for name in PEAK if device.device_kind.startswith(name)]

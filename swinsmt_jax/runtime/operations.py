@@ -10,6 +10,7 @@ machine.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,9 @@ def forward_operations(config: NetworkConfig, shape: Sequence[int]) -> int:
     The network is taken in its plainest form, with Soft MoE dense and nothing repeated.
     """
     fields = {field.name for field in dataclasses.fields(config)}
-    plain = {"routing": "dense", "remat": ()}
-    config = dataclasses.replace(
-        config, **{name: plain[name] for name in plain.keys() & fields}
-    )
+    plain: dict[str, Any] = {"routing": "dense", "remat": ()}
+    plain = {name: value for name, value in plain.items() if name in fields}
+    config = dataclasses.replace(config, **plain)
     graphdef, params = abstract_model(config)
     x = jax.ShapeDtypeStruct((1, *shape, config.in_channels), jnp.float32)
     return count(lambda p, x: nnx.merge(graphdef, p)(x), params, x)

@@ -9,7 +9,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
@@ -93,7 +93,7 @@ def run_on_all(function: Callable[[], T]) -> T:
     failed = [text for text in gather(message) if text is not None]
     if failed:
         raise SharedError(failed[0])
-    return result
+    return cast(T, result)
 
 
 def on_first(function: Callable[[], object]) -> None:

@@ -46,7 +46,8 @@ def run_each(
     if workers == 1:
         yield from ((case, _here(job, case)) for case in cases)
         return
-    waiting, suspects = list(reversed(cases)), []
+    waiting: list = list(reversed(cases))
+    suspects: list = []
     while waiting or suspects:
         alone = bool(suspects)
         queue, count = ([suspects.pop()], 1) if alone else (waiting, workers)
@@ -61,8 +62,9 @@ def run_each(
                         running, return_when=concurrent.futures.FIRST_COMPLETED
                     )
                     for future in done:
-                        if isinstance(future.exception(), BrokenExecutor):
-                            raise future.exception()
+                        failure = future.exception()
+                        if isinstance(failure, BrokenExecutor):
+                            raise failure
                         yield running.pop(future), future
             except BrokenExecutor as error:
                 left = [*running.values(), *(queue if alone else ())]

@@ -9,6 +9,7 @@ in labelsTs. A training case that lacks its image or its labels is refused.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.data import meta
@@ -37,12 +38,13 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
             NIfTI, and a folder without labels.
     """
     classes = _classes(content["labels"], where)
-    channels = content.get("channel_names", content.get("modality"))
+    channels: Any = content.get("channel_names", content.get("modality"))
     checks.require(
         isinstance(channels, dict | list) and len(channels) == 1,
         f"{where} has the channels {channels}, but one, the CT, is needed.",
     )
-    _require_ct(*(channels.values() if isinstance(channels, dict) else channels), where)
+    (channel,) = channels.values() if isinstance(channels, dict) else channels
+    _require_ct(channel, where)
     ending = content.get("file_ending", ENDINGS[0])
     checks.one_of(f"{where}: file_ending", ending, ENDINGS)
 

@@ -14,7 +14,7 @@ LAYERS = [  # a file belongs to the longest of these names that its own begins w
     ["data.augmentation"],
     ["config"],
     ["ops", "data"],
-    ["layers", "phantoms"],
+    ["layers", "phantoms", "results"],
     ["models"],
     ["sharding"],
     ["runtime"],
@@ -36,6 +36,7 @@ JAXLESS = {
     "class_map",
     "data",
     "phantoms",
+    "results",
 }
 
 

@@ -20,7 +20,7 @@ from absl import flags
 from swinsmt_jax import checks
 from swinsmt_jax.checks import DTYPES
 from swinsmt_jax.inference import segmenter as prediction
-from swinsmt_jax.inference.outputs import OutputOptions
+from swinsmt_jax.inference.outputs import KINDS, OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
@@ -43,8 +43,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "write only these classes; others become background"
     flags.DEFINE_list("roi", [], help, flag_values=values)
     switch("masks", "a file for each class instead of one file of labels")
-    switch("statistics", "also write volume and mean HU of each class as CSV")
-    switch("preview", "also write a picture")
+    switch("clean", "keep the largest piece of organs and bones that are one piece")
+    for name, kind in KINDS.items():
+        if kind.choices:
+            flags.DEFINE_enum(name, None, kind.choices, kind.help, flag_values=values)
+        else:
+            switch(name, kind.help)
     switch("overwrite", "segment again what is there")
     switch("fast", "overlap of windows 0.25: about a third of the time, less smooth")
     switch("mirror", "average over windows and their mirror images; twice the time")
@@ -86,9 +90,9 @@ def main(arguments: list[str]) -> None:
     output_options = OutputOptions(
         roi=tuple(options.roi),
         masks=options.masks,
-        statistics=options.statistics,
-        preview=options.preview,
+        clean=options.clean,
         overwrite=options.overwrite,
+        **{name: getattr(options, name) for name in KINDS},
     )
     summary = segment_scans(segmenter, scans, options.output, output_options)
     failed = {name: s["error"] for name, s in summary.items() if "error" in s}

@@ -11,7 +11,7 @@ import numpy as np
 
 from swinsmt_jax import checks
 from swinsmt_jax.data import nifti
-from swinsmt_jax.data.dicom_files import AGAIN, dicom_files, look
+from swinsmt_jax.data.dicom_files import AGAIN, Slice, dicom_files, look
 from swinsmt_jax.runtime.files import absolute
 
 TOLERANCE = 0.1  # mm by which a slice may lie elsewhere than its neighbours say
@@ -39,6 +39,22 @@ def load_series(folder: str | Path) -> nifti.Volume:
             thickness.
     """
     folder = absolute(folder)
+    slices, notes = _sorted_slices(folder)
+    affine = _affine(folder, slices)
+    hu = np.stack([plane.T for plane in _planes(folder, slices)], axis=-1)
+    return nifti.noted(nifti.from_array(hu, affine, path=folder), *notes)
+
+
+def slices(folder: str | Path) -> list[Slice]:
+    """Return the slices of the series in a folder in the order of `load_series`.
+
+    Raises:
+        UserError: as `load_series`, but for pixels that cannot be decoded.
+    """
+    return _sorted_slices(absolute(folder))[0]
+
+
+def _sorted_slices(folder):
     try:
         import pydicom  # noqa: F401
         import SimpleITK  # noqa: F401
@@ -47,11 +63,8 @@ def load_series(folder: str | Path) -> nifti.Volume:
             f"{folder} holds DICOM files, which need SimpleITK and pydicom: "
             'pip install "swinsmt_jax[dicom]", or convert them to NIfTI.'
         ) from error
-    slices, notes = _series(folder)
-    slices = _in_order(folder, slices)
-    affine = _affine(folder, slices)
-    hu = np.stack([plane.T for plane in _planes(folder, slices)], axis=-1)
-    return nifti.noted(nifti.from_array(hu, affine, path=folder), *notes)
+    found, notes = _series(folder)
+    return _in_order(folder, found), notes
 
 
 def _series(folder):

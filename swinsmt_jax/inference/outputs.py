@@ -3,9 +3,10 @@
 import csv
 import io
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -13,11 +14,82 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.data import label_table, nifti
 from swinsmt_jax.data.label_files import SUFFIXES, masks_in
-from swinsmt_jax.data.nifti import Volume
 from swinsmt_jax.inference import pictures
-from swinsmt_jax.runtime.files import replacing, writable, write_text
+from swinsmt_jax.results import anatomy, color_tables, dicom_seg, meshes, statistics
+from swinsmt_jax.results.result import Result
+from swinsmt_jax.runtime.files import remove, replacing, writable
 
 Targets = Mapping[str, Mapping[str, Path]]  # by scan and kind
+
+
+class Kind(NamedTuple):
+    """What can be written of a scan besides its labels.
+
+    Attributes:
+        ending: follows the scan's name; of a folder, if it has no dot.
+        write: makes the file at a path, from the result and the option's value.
+        help: of the flag.
+        choices: values of the flag; empty for a switch.
+        require: raises `UserError` for a scan that cannot have it.
+    """
+
+    ending: str
+    write: Callable[[Path, Result, str], None]
+    help: str
+    choices: tuple[str, ...] = ()
+    require: Callable[[Path], None] = lambda scan: None
+
+
+def _text(make):
+    return lambda path, result, _: path.write_text(make(result), encoding="utf-8")
+
+
+KINDS = {
+    "statistics": Kind(
+        "_statistics.csv",
+        _text(statistics.as_csv),
+        "also write volume, HU, mass and extent of each class as CSV",
+    ),
+    "statistics_json": Kind(
+        "_statistics.json", _text(statistics.as_json), "also write them as JSON"
+    ),
+    "quality": Kind(
+        "_quality.json",
+        _text(anatomy.as_json),
+        "also check the anatomy: pieces, volumes, order, sides, what the scan cuts",
+    ),
+    "preview": Kind(
+        "_preview.png",
+        lambda path, result, _: pictures.write_preview(
+            path, result.volume, result.labels
+        ),
+        "also write a picture",
+    ),
+    "colors": Kind(
+        "_colors.ctbl",
+        _text(lambda result: color_tables.slicer(result.names)),
+        "also write names and colours for 3D Slicer",
+    ),
+    "itk_snap": Kind(
+        "_itk_snap.txt",
+        _text(lambda result: color_tables.itk_snap(result.names)),
+        "also write names and colours for ITK-SNAP",
+    ),
+    "seg": Kind(
+        "_seg.dcm",
+        dicom_seg.write,
+        "also write a DICOM segmentation, of scans that are DICOM series",
+        dicom_seg.KINDS,
+        dicom_seg.require,
+    ),
+    "mesh": Kind(
+        "_mesh",
+        meshes.write,
+        "also write a surface of each class",
+        meshes.FORMATS,
+        lambda scan: meshes.require(),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -27,88 +99,92 @@ class OutputOptions:
     Attributes:
         roi: classes to keep; empty keeps all.
         masks: a file for each class instead of one of labels.
-        statistics: volume and mean HU of each class as CSV.
-        preview: a picture.
+        clean: keep the largest piece of what is one piece by nature.
         overwrite: segment again and replace what is there.
+        statistics, statistics_json, quality, preview, colors, itk_snap, seg, mesh: of
+            `KINDS`; True, or one of the kind's choices.
     """
 
     roi: Sequence[str] = ()
     masks: bool = False
-    statistics: bool = False
-    preview: bool = False
+    clean: bool = False
     overwrite: bool = False
+    statistics: bool = False
+    statistics_json: bool = False
+    quality: bool = False
+    preview: bool = False
+    colors: bool = False
+    itk_snap: bool = False
+    seg: str | None = None
+    mesh: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the choices; a `UserError` for one that is not there."""
+        for name, kind in KINDS.items():
+            if kind.choices and (value := getattr(self, name)):
+                checks.one_of(f"the option {name}", value, kind.choices)
+
+    @property
+    def made_by(self) -> dict[str, object]:
+        """What decides the labels of a scan, besides the segmenter."""
+        return {"clean": True} if self.clean else {}
 
     def files(self, output: Path, name: str) -> dict[str, Path]:
         """Return what is written of a scan: labels first, then the rest."""
         labels = name if self.masks else f"{name}{SUFFIXES[0]}"
         rest = {
-            "statistics": f"{name}_statistics.csv",
-            "preview": f"{name}_preview.png",
+            kind: f"{name}{what.ending}"
+            for kind, what in KINDS.items()
+            if getattr(self, kind)
         }
-        wanted = {kind: file for kind, file in rest.items() if getattr(self, kind)}
-        return {k: output / file for k, file in {"labels": labels, **wanted}.items()}
+        return {k: output / file for k, file in {"labels": labels, **rest}.items()}
+
+    def require_possible(self, scans: Collection[Path]) -> None:
+        """Raise `UserError` for a scan that cannot have what is asked for."""
+        for kind, what in KINDS.items():
+            for scan in scans if getattr(self, kind) else ():
+                what.require(scan)
 
     def remove_stale(self, output: Path, name: str) -> None:
-        """Remove statistics and pictures of labels that were replaced."""
-        every = replace(self, statistics=True, preview=True).files(output, name)
-        for kind in every.keys() - self.files(output, name).keys():
-            every[kind].unlink(missing_ok=True)
+        """Remove what was made of labels that were replaced."""
+        for kind, what in KINDS.items():
+            path = output / f"{name}{what.ending}"
+            if not getattr(self, kind) and path.exists():
+                remove(path) if path.is_dir() else path.unlink()
 
 
-def write(
-    files: Mapping[str, Path],
-    volume: Volume,
-    labels: np.ndarray,
-    names: Mapping[int, str],
-) -> None:
+def write(files: Mapping[str, Path], result: Result, options: OutputOptions) -> None:
     """Write results of a scan; each appears when complete.
 
     Args:
         files: by kind, from `OutputOptions.files`.
-        volume: the scan.
-        labels: uint8 [X, Y, Z] on its grid.
-        names: of the label ids to write.
+        result: the labels.
+        options: with the values of the kinds.
 
     Raises:
         UserError: for what cannot be written.
     """
     for kind, path in files.items():
         with writable(path):
-            if kind == "statistics":
-                write_text(path, _statistics(volume, labels, names))
-            elif kind == "preview":
-                pictures.write_preview(path, volume, labels)
+            if kind != "labels":
+                with replacing(path) as partial:
+                    KINDS[kind].write(partial, result, getattr(options, kind))
             elif path.name.endswith(SUFFIXES):
-                table = label_table.xml(names)
-                nifti.save_labels(path, labels, like=volume, description=table)
+                table = label_table.xml(result.names)
+                nifti.save_labels(
+                    path, result.labels, like=result.volume, description=table
+                )
             else:
-                _write_masks(path, labels, names, like=volume)
+                _write_masks(path, result)
 
 
-def _write_masks(path, labels, names, *, like):
+def _write_masks(path, result):
     """Write a file for each class; the folder appears when all are there."""
     with replacing(path) as partial:
         partial.mkdir()
-        for number, name in names.items():
-            mask = (labels == number).astype(np.uint8)
-            nifti.save(partial / f"{name}{SUFFIXES[0]}", mask, like=like)
-
-
-def _statistics(volume, labels, names):
-    """Return voxels, millilitres and mean HU of each class as CSV."""
-    size = max(names, default=0) + 1
-    flat = labels.reshape(-1)
-    counts = np.bincount(flat, minlength=size)
-    sums = np.bincount(flat, weights=volume.array.reshape(-1), minlength=size)
-    millilitres = abs(np.linalg.det(volume.affine[:3, :3])) / 1000
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", "voxels", "volume_ml", "mean_hu"])
-    for number, name in names.items():
-        count = int(counts[number])
-        mean = f"{sums[number] / count:.1f}" if count else ""
-        writer.writerow([name, count, f"{count * millilitres:.3f}", mean])
-    return text.getvalue()
+        for number, name in result.names.items():
+            mask = (result.labels == number).astype(np.uint8)
+            nifti.save(partial / f"{name}{SUFFIXES[0]}", mask, like=result.volume)
 
 
 def require_free(
@@ -133,19 +209,24 @@ def require_free(
             f"{inputs.get(path.resolve())}; choose another --output.",
         )
         others = set(path.iterdir()) if path.is_dir() else set()
-        if others:
-            masks = masks_in(path)
-            others -= {file for name, file in masks.items() if name in classes}
+        of_classes = {*masks_in(path).items()} if others else set()
+        of_classes |= {(f.stem, f) for f in others if f.suffix[1:] in meshes.FORMATS}
+        others -= {file for name, file in of_classes if name in classes}
         checks.require(
             not others,
-            f"masks would be written to {path}, but it holds other files, such as "
+            f"results would be written to {path}, but it holds other files, such as "
             f"{min(map(str, others), default='')}; choose another --output.",
         )
 
 
 def require_classes(targets: Targets, names: Collection[str]) -> None:
     """Raise `UserError` if a target is there and about other classes than `names`."""
-    for path in (path for files in targets.values() for path in files.values()):
+    for path in (
+        files[kind]
+        for files in targets.values()
+        for kind in ("labels", "statistics")
+        if kind in files
+    ):
         there = _classes_in(path)
         checks.require(
             there is None or there == set(names),
@@ -161,8 +242,8 @@ def is_whole(path: Path) -> bool:
     `files.replacing` does, and copies that broke off do too.
     """
     if path.is_dir():
-        masks = masks_in(path).values()
-        return bool(masks) and all(map(is_whole, masks))
+        inside = list(path.iterdir())
+        return bool(inside) and all(map(is_whole, inside))
     if not path.is_file() or path.stat().st_size < 4:
         return False
     if not path.name.endswith(SUFFIXES):

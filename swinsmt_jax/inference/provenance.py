@@ -63,9 +63,9 @@ def require_same(
         )
         now = {"scan": digest_of_scan(file), **made_by}
         other = [
-            f"{key} ({before.get(key)}, not {now[key]})"
-            for key in now
-            if before.get(key) != now[key]
+            f"{key} ({before.get(key)}, not {now.get(key)})"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key)
         ]
         checks.require(
             not other,

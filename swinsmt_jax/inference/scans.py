@@ -18,6 +18,8 @@ from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
 from swinsmt_jax.inference import outputs, provenance
 from swinsmt_jax.inference.outputs import OutputOptions
 from swinsmt_jax.inference.segmenter import Segmenter, load_scan
+from swinsmt_jax.results import anatomy
+from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime import files
 
 SUMMARY = "summary.json"
@@ -100,11 +102,13 @@ def segment_scans(
     names = {i: n for i, n in known.items() if not options.roi or n in options.roi}
     targets = {name: options.files(output, name) for name in scans}
     _require_one_place_each(targets, output)
+    options.require_possible(scans.values())
     outputs.require_free(targets, scans, known.values())
+    made_by = {**segmenter.made_by, **options.made_by}
     summary, record = {}, _read_summary(output / SUMMARY)
     if not options.overwrite:
         outputs.require_classes(targets, names.values())
-        provenance.require_same(targets, scans, segmenter.made_by, record)
+        provenance.require_same(targets, scans, made_by, record)
     files.make_folder(output)
     for number, (name, file) in enumerate(scans.items(), start=1):
         missing = labels = targets[name]
@@ -112,19 +116,19 @@ def segment_scans(
         if there and not options.overwrite:
             missing = {k: p for k, p in labels.items() if not outputs.is_whole(p)}
         found = {"file": str(file), "labels": str(labels["labels"])}
-        made_by = record.get(name, {}).get(provenance.KEY, {})
+        before = record.get(name, {}).get(provenance.KEY, {})
         if kept := None if "labels" in missing else labels["labels"]:
-            found[provenance.KEY] = made_by
+            found[provenance.KEY] = before
         else:
-            now = {"scan": provenance.digest_of_scan(file), **segmenter.made_by}
-            found[provenance.KEY] = made_by | {labels["labels"].name: now}
+            now = {"scan": provenance.digest_of_scan(file), **made_by}
+            found[provenance.KEY] = before | {labels["labels"].name: now}
             if not there:  # so that a killed process leaves no
                 record[name] = found  # labels of which nobody knows what made them
                 files.write_json(output / SUMMARY, record)
         try:
             if missing:
                 title = f"{name} ({number} of {len(scans)})"
-                found |= _segment(segmenter, file, kept, missing, names, title)
+                found |= _segment(segmenter, file, kept, missing, names, options, title)
                 if options.overwrite:
                     options.remove_stale(output, name)
         except checks.UserError as error:
@@ -134,15 +138,15 @@ def segment_scans(
             logging.exception("%s failed", name)
             found["error"] = f"{type(error).__name__}: {error}"
         if "error" in found and there:
-            found[provenance.KEY] = made_by
+            found[provenance.KEY] = before
         summary[name] = found
-        before = record.get(name, {}) if "seconds" not in found else {}
-        record[name] = {k: v for k, v in before.items() if k != "error"} | found
+        entry = record.get(name, {}) if "seconds" not in found else {}
+        record[name] = {k: v for k, v in entry.items() if k != "error"} | found
         files.write_json(output / SUMMARY, record)
     return summary
 
 
-def _segment(segmenter, file, kept, missing, names, title):
+def _segment(segmenter, file, kept, missing, names, options, title):
     """Write what is missing of a scan, from the labels kept in a file if there are."""
     volume = load_scan(file, modality=segmenter.config.data.modality)
     facts = {}
@@ -154,10 +158,20 @@ def _segment(segmenter, file, kept, missing, names, title):
         wanted = np.zeros(256, np.uint8)
         wanted[list(names)] = list(names)
         labels = wanted[labels]
+        if options.clean:
+            labels, removed = anatomy.clean(Result(volume, labels, names))
+            for structure, voxels in removed.items():
+                logging.info("%s: %d voxels of %s removed", file, voxels, structure)
+            facts["voxels_removed"] = removed
     else:
         classes = ClassMap(("background", *segmenter.class_names.values()))
         labels = load_prediction(kept, classes=classes, like=volume)
-    outputs.write(missing, volume, labels, names)
+    result = Result(volume, labels, names)
+    outputs.write(missing, result, options)
+    if "quality" in missing:
+        facts["warnings"] = [found.reason for found in anatomy.check(result)]
+        for reason in facts["warnings"]:
+            logging.warning("%s: %s", file, reason)
     found = np.unique(labels).tolist()
     return facts | {"structures": [names[i] for i in found if i in names]}
 

@@ -16,7 +16,7 @@ from swinsmt_jax.commands import predict as script
 from swinsmt_jax.config import InferenceConfig, from_config_dict
 from swinsmt_jax.data import label_table
 from swinsmt_jax.inference import segmenter as prediction
-from swinsmt_jax.inference.outputs import OutputOptions
+from swinsmt_jax.inference.outputs import KINDS, OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
 from swinsmt_jax.inference.segmenter import Segmenter
 
@@ -295,6 +295,36 @@ def test_what_is_missing_is_written_and_what_is_there_stays(tmp_path, hu):
     assert not (output / "s_statistics.csv").exists()  # it was of other labels
 
 
+def test_every_kind_of_output_is_made_of_cleaned_labels(tmp_path, hu):
+    scan = write(tmp_path / "s.nii.gz", hu, np.diag([2.0, 2.0, 2.5, 1]))
+    kinds = {
+        name: kind.choices[-1] if kind.choices else True for name, kind in KINDS.items()
+    }
+    del kinds["seg"]  # of DICOM series
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    options = OutputOptions(**kinds, clean=True)
+    found = segment_scans(make(), {"s": scan}, out, options)["s"]
+    before = segment_scans(make(), {"s": scan}, plain, OutputOptions())["s"]
+    names = {f"s{KINDS[kind].ending}" for kind in kinds} | {"s.nii.gz", "summary.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert found["voxels_removed"]["spleen"] > 0
+    labels, whole = (np.asarray(nib.load(p / "s.nii.gz").dataobj) for p in (out, plain))
+    removed = np.count_nonzero(whole) - np.count_nonzero(labels)
+    assert removed == sum(found["voxels_removed"].values())
+    quality = json.loads((out / "s_quality.json").read_text())
+    assert found["warnings"] == [w["reason"] for w in quality["warnings"]]
+    assert {p.stem for p in (out / "s_mesh").iterdir()} == set(found["structures"])
+    with pytest.raises(UserError, match=r"clean \(True, not None\)"):
+        segment_scans(make(), {"s": scan}, out, OutputOptions())
+    assert not any(
+        "seconds" in s
+        for s in segment_scans(make(), {"s": scan}, out, options).values()
+    )
+    segment_scans(make(), {"s": scan}, out, OutputOptions(overwrite=True))
+    assert {path.name for path in out.iterdir()} == {"s.nii.gz", "summary.json"}
+    assert before["structures"]
+
+
 def test_labels_of_another_scan_or_network_are_never_taken(tmp_path, hu):
     ours, theirs = (
         write(tmp_path / p / "ct1.nii.gz", hu + i) for i, p in enumerate("ab")
@@ -386,6 +416,12 @@ def test_masks_classes_statistics_and_picture(tmp_path, hu):
     volume = (brightness(hu) == 1).sum() * 10 / 1000
     assert float(rows["spleen"]["volume_ml"]) == pytest.approx(volume)
     assert (tmp_path / "out" / "s_preview.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="the option mesh is 'obj', but must be one"):
+        OutputOptions(mesh="obj")
+    seg = OutputOptions(seg="labelmap")
+    with pytest.raises(UserError, match="needs the DICOM series"):
+        segment_scans(make(), {"t": scan}, tmp_path / "out", seg)
+    assert not (tmp_path / "out" / "t.nii.gz").exists()
     with pytest.raises(UserError, match="roi is 'liverr', but must be one of"):
         segment_scans(
             make(), {"s": scan}, tmp_path / "out", OutputOptions(roi=("liverr",))

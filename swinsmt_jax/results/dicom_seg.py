@@ -25,9 +25,11 @@ KINDS = ("labelmap", "binary")
 NAME = "swinsmt_jax"
 SCHEME = "99SWINSMT"  # of the codes of structures that have none in SNOMED CT
 TOLERANCE = 1e-3  # mm between the place of a frame and that of its slice
-EMPTY = ("AccessionNumber", "Manufacturer", "PatientBirthDate", "PatientID")
-EMPTY += ("PatientName", "PatientSex", "ReferringPhysicianName", "StudyDate")
-EMPTY += ("StudyID", "StudyTime")
+EMPTY = (
+    *("AccessionNumber", "Manufacturer", "PatientBirthDate", "PatientID"),
+    *("PatientName", "PatientSex", "ReferringPhysicianName", "StudyDate"),
+    *("StudyID", "StudyTime"),
+)
 LETTERS = 16  # of a code at most
 
 
@@ -72,13 +74,13 @@ def write(path: Path, result: Result, kind: str) -> None:
         for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
             checks.require(
                 bool(source.get(keyword)),
-                f"{source.filename} has no {keyword}, without which a segmentation "
+                f"{source.filename!s} has no {keyword}, without which a segmentation "
                 f"cannot say what it belongs to. {AGAIN}",
             )
         for keyword in EMPTY:  # must be there, but may be empty
             source.setdefault(keyword, None)
     if slices[0].frame is not None:  # frames of one file, in its order
-        order = np.argsort([part.frame for part in slices])
+        order = np.argsort([part.frame or 0 for part in slices])
         slices, frames = [slices[i] for i in order], frames[order]
     version = metadata.version(NAME)
     segmentation = hd.seg.Segmentation(

@@ -7,7 +7,7 @@ SHARED ?= ../shared
 PHANTOMS = data/phantoms
 RUN = runs/demo
 
-.PHONY: install lint test test-slow test-reference parity docs demo clean
+.PHONY: install lint types test test-slow test-reference parity docs demo clean
 
 install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml requirements.txt
@@ -15,9 +15,12 @@ $(VENV)/installed: pyproject.toml requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
-lint: install
+lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/python -m mypy
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -172,6 +172,12 @@ Positives = tuple[Positive, ...]
 OneOrEach = Positive | Positives  # one number, or one for each of several parts
 Share = Annotated[float, Within(0.0, 1.0)]
 
+
+def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return a `OneOrEach` as a tuple."""
+    return (value,) if isinstance(value, int) else value
+
+
 MAX_NAME_BYTES = 200  # file systems take 255 with what is added to a name
 DTYPES = ("float32", "bfloat16")
 

@@ -6,6 +6,8 @@ of experts over "expert", and everything else stands on every device.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,7 +63,7 @@ def make_mesh(
     )
 
 
-def within(mesh: Mesh):
+def within(mesh: Mesh) -> AbstractContextManager:
     """Return the context in which a traced network divides its experts over `mesh`."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
@@ -93,7 +95,7 @@ def local_mesh(mesh: Mesh) -> Mesh:
     return make_mesh(config, devices=devices)
 
 
-def copy_to_local(tree, *, mesh: Mesh):
+def copy_to_local(tree: Any, *, mesh: Mesh) -> Any:
     """Return a tree of global arrays as a whole copy on each device of a local mesh.
 
     The copy can be used without the other processes, but all of them must make it.
@@ -146,7 +148,7 @@ def path_name(path: Sequence) -> str:
     return "/".join(str(key) for key in keys)
 
 
-def tree_shardings(tree, *, mesh: Mesh, rules: Rules):
+def tree_shardings(tree: Any, *, mesh: Mesh, rules: Rules) -> Any:
     """Return the sharding of every leaf: that of the first rule its name matches.
 
     Args:

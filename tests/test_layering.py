@@ -83,6 +83,27 @@ def test_flax_and_jax_stay_where_they_belong():
         assert not (jaxless and roots & {"jax", "flax"}), path
 
 
+def unannotated(node, public=True):
+    """Yield the public functions and methods that lack a type."""
+    for child in ast.iter_child_nodes(node):
+        named = not child.name.startswith("_") if hasattr(child, "name") else False
+        if isinstance(child, ast.ClassDef):
+            yield from unannotated(child, public and named)
+        elif isinstance(child, ast.FunctionDef):
+            made = child.name == "__init__"
+            a = child.args
+            given = [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg]
+            given = [arg for arg in given if arg and arg.arg not in ("self", "cls")]
+            whole = all(arg.annotation for arg in given) and (made or child.returns)
+            if public and (named or made or child.name == "__call__") and not whole:
+                yield child.name
+
+
+def test_public_functions_are_annotated():
+    for path, _ in package_files():
+        assert not list(unannotated(ast.parse(path.read_text()))), path
+
+
 def test_configs_import_only_ml_collections():
     for path in sorted((ROOT / "swinsmt_jax/configs").glob("*.py")):
         for name in imports(path):

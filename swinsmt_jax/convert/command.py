@@ -16,7 +16,7 @@ import optax
 from absl import flags, logging
 
 from swinsmt_jax import checks, convert, labels, sharding
-from swinsmt_jax.config import MeshConfig, from_config_dict
+from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from swinsmt_jax.convert import files, starting_point
 from swinsmt_jax.runtime import record, startup
 from swinsmt_jax.runtime.files import absolute
@@ -25,7 +25,9 @@ from swinsmt_jax.training.checkpoint import origin_of
 from swinsmt_jax.training.workdir import locked, open_workdir
 
 
-def from_torch(config, *, weights: str, workdir: str, partial: bool) -> None:
+def from_torch(
+    config: ExperimentConfig, *, weights: str, workdir: str, partial: bool
+) -> None:
     """Write a workdir whose only checkpoint, of step 0, holds the weights."""
     config = _with_names(config)
     found, optimizer = files.read(weights), optax.identity()

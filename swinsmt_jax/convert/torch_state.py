@@ -69,7 +69,8 @@ def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarra
         buffers: add the `relative_position_index` buffers that PyTorch's
             `load_state_dict(strict=True)` asks for.
     """
-    table, state_dict = _table(model), {}
+    table = _table(model)
+    state_dict: dict[str, np.ndarray] = {}
     for path, target in _targets(model).items():
         for name, tensor in target.write().items():
             state_dict |= dict.fromkeys(table.all_names(name), tensor)
@@ -115,8 +116,8 @@ class _Target(NamedTuple):
 def _targets(model) -> dict[str, _Target]:
     """Return what becomes of each parameter, by its path."""
     table, targets = _table(model), {}
-    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        path, shape = "/".join(map(str, path)), parameter[...].shape
+    for parts, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        path, shape = "/".join(map(str, parts)), parameter[...].shape
         name = table.name(path)
         names = [name]
         if "{e}" in name:

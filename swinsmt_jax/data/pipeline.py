@@ -29,12 +29,13 @@ from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.runtime.workers import end_with
 
+Cases = Sequence[Case] | Sequence[StoredCase]
 WORKER_BUFFER = 2  # crops that each worker process holds ready
 
 
 def training_batches(
     config: DataConfig,
-    cases: Sequence[Case],
+    cases: Cases,
     *,
     seed: int,
     start_step: int = 0,
@@ -73,7 +74,7 @@ def training_batches(
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(_RandomCrop(config, tuple(cases)))[first::process_count]
+        .random_map(_RandomCrop(config, cases))[first::process_count]
     )
     reading = grain.ReadOptions(
         num_threads=config.num_threads,
@@ -119,9 +120,7 @@ def _batches(iterator: grain.DatasetIterator) -> Generator[dict, None, None]:
         iterator.close()
 
 
-def find_cases(
-    config: DataConfig, *, split: str
-) -> tuple[Case, ...] | tuple[StoredCase, ...]:
+def find_cases(config: DataConfig, *, split: str) -> Cases:
     """List the cases of a split of a dataset or of a store.
 
     Raises:
@@ -193,7 +192,7 @@ def load_foreground(config: DataConfig, case: Case | StoredCase) -> Sample:
     return transforms.crop_foreground(sample, air=config.hu_range[0])
 
 
-def fingerprint(cases: Sequence[Case]) -> str:
+def fingerprint(cases: Cases) -> str:
     """Return a hash of the cases' ids, splits, order and what their files say."""
     digest = hashlib.sha256()
     for case in cases:
@@ -204,7 +203,7 @@ def fingerprint(cases: Sequence[Case]) -> str:
 class _RandomCrop(grain.transforms.RandomMap):
     """Index of a case -> one augmented crop; keeps decoded cases if so configured."""
 
-    def __init__(self, config: DataConfig, cases: tuple[Case, ...]):
+    def __init__(self, config: DataConfig, cases: Cases):
         self._config = config
         self._cases = cases
         self._start()

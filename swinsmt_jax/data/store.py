@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -387,7 +388,7 @@ def _box(sample, air):
     return [[side.start, side.stop] for side in foreground_box(sample.image, air=air)]
 
 
-def read_json(file: Path):
+def read_json(file: Path) -> Any:
     """Read a JSON file of a store; a `UserError` if it cannot be read."""
     with _readable(file):
         return json.loads(file.read_text())

@@ -102,10 +102,10 @@ def chosen_metrics(
     Raises:
         UserError: for a name unknown, and without Dice, by which cases are ranked.
     """
-    names = METRICS if names is None else names
+    names = list(METRICS if names is None else names)
     for name in names:
         checks.one_of("metrics", name, METRICS)
-    checks.require("dice" in names, f"metrics is {list(names)}, but must have 'dice'.")
+    checks.require("dice" in names, f"metrics is {names}, but must have 'dice'.")
 
     def ruled(metric):
         compute = functools.partial(metric.compute, rule=surface_rule)
@@ -139,8 +139,8 @@ def overlap_counts(
         part = slice(start, start + CHUNK)
         index = truth[part].astype(np.int64) * num_classes + prediction[part]
         joint += np.bincount(index, minlength=joint.size)
-    joint = joint.reshape(num_classes, num_classes)  # [truth, prediction]
-    return Counts(joint.diagonal().copy(), joint.sum(axis=0), joint.sum(axis=1))
+    table = joint.reshape(num_classes, num_classes)  # [truth, prediction]
+    return Counts(table.diagonal().copy(), table.sum(axis=0), table.sum(axis=1))
 
 
 def dice(counts: Counts) -> np.ndarray:

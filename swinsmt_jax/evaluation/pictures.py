@@ -28,7 +28,7 @@ class CaseViews:
 
     name: str
     dice: float
-    views: tuple[View, View, View]
+    views: tuple[View, ...]  # coronal, axial, sagittal
 
 
 def views_of(case: Segmented) -> CaseViews:

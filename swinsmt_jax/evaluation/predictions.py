@@ -65,8 +65,9 @@ def evaluate_predictions(
     checks.require(bool(names), f"{root} has no case of the split {split!r}.")
     cases = [dataset.find(name, split) for name in names[: limit or None]]
     classes = dataset.classes
+    grouped = classes.groups
     if groups:
-        groups = labels.load_groups(groups, names=classes.names)
+        grouped = labels.load_groups(groups, names=classes.names)
     for case in cases:
         _file(folder, case)  # before the work, say which one is missing
     make_folder(output)
@@ -90,7 +91,7 @@ def evaluate_predictions(
     about |= about_surfaces(surface_rule)
     return write_results(
         output,
-        Evaluation(results, groups or classes.groups, rule, classes.names),
+        Evaluation(results, grouped, rule, classes.names),
         views,
         about=about,
         title=f"{len(results)} cases of the split {split!r}, predictions in {folder}",

@@ -96,7 +96,7 @@ def validate(
     """
     checks.require(len(cases) > 0, "validation needs at least one case, but has 0.")
 
-    pictures = {}
+    pictures: dict = {}
 
     def segment():
         own, found = processes.shard(cases), []

@@ -23,7 +23,9 @@ from swinsmt_jax.runtime.files import absolute, make_folder, replacing
 from swinsmt_jax.training.checkpoint import load_model
 
 
-def export(model: nnx.Module, config: ExperimentConfig, path: Path, *, step=0) -> None:
+def export(
+    model: nnx.Module, config: ExperimentConfig, path: Path, *, step: int = 0
+) -> None:
     """Export a network with what `portable.Portable` has to know of its experiment.
 
     Args:

@@ -1,7 +1,7 @@
 """Probabilities on another grid, by linear interpolation between planes and in them."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,9 @@ def neighbours(positions: np.ndarray, size: int) -> Neighbours:
     )
 
 
-def probabilities(numpy, logits, rows: Neighbours, columns: Neighbours):
+def probabilities(
+    numpy: Any, logits: Any, rows: Neighbours, columns: Neighbours
+) -> Any:
     """Softmax of a plane's logits [H, W, K], interpolated to rows and columns.
 
     `numpy` is the module of the array: numpy or jax.numpy.
@@ -39,7 +41,8 @@ def probabilities(numpy, logits, rows: Neighbours, columns: Neighbours):
 
 def between(planes: Iterable, depth: Neighbours) -> Iterator:
     """Yield (index, plane) at each position between planes (z, plane) in order."""
-    waiting, known = 0, {}
+    waiting = 0
+    known: dict = {}
     for z, plane in planes:
         known = {z: plane} | {i: p for i, p in known.items() if i == z - 1}
         while waiting < len(depth.low) and depth.high[waiting] <= z:

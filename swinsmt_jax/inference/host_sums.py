@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,9 @@ class Tile:
     """
 
     def __init__(self, dtype: str):
-        self.dtype, self.sums, self.weights = dtype, None, None
+        self.dtype = dtype
+        self.sums: np.ndarray | None = None
+        self.weights = np.zeros(0, np.float32)
 
     def add(self, logits: np.ndarray, weight: np.ndarray) -> None:
         """Add a window's logits, plane by plane, so that little else is held."""
@@ -57,7 +60,7 @@ def blocks(
         num_classes: K.
         dtype: of the sums.
     """
-    waiting = defaultdict(lambda: Tile(dtype))
+    waiting: defaultdict[Any, Tile] = defaultdict(lambda: Tile(dtype))
     for start, (batch, index) in zip(windows.starts, predictions, strict=True):
         logits = windows.swept(np.asarray(batch)[index])
         for spans, ended in windows.tiles(start):
@@ -123,7 +126,8 @@ def planes(
         sides: neighbours of the other grid's rows and of its columns.
     """
     _, height, width = windows.shape
-    waiting, ready = {}, 0
+    waiting: dict = {}
+    ready = 0
     for box, block in blocks(windows, predictions, num_classes, dtype):
         depth, *inside = box
         plane, missing = waiting.pop(depth.start, (None, height * width))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -249,7 +249,8 @@ def is_whole(path: Path) -> bool:
     if not path.name.endswith(SUFFIXES):
         return True
     try:
-        array = nib.load(path).dataobj
+        image: Any = nib.load(path)
+        array = image.dataobj
     except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError):
         return False
     size = array.offset + math.prod(array.shape) * array.dtype.itemsize

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colors
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from swinsmt_jax.data import label_table
@@ -85,7 +86,7 @@ def over(grey: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (1 - alpha) * grey[..., None] + alpha * palette[labels]
 
 
-def draw(axis, view: View, labels: np.ndarray, *, title: str) -> None:
+def draw(axis: Axes, view: View, labels: np.ndarray, *, title: str) -> None:
     """Draw the CT of a view with labels over it on an axis."""
     low, high = HU_WINDOW
     grey = np.clip((view.ct.astype(np.float32) - low) / (high - low), 0, 1)
@@ -98,7 +99,7 @@ def draw(axis, view: View, labels: np.ndarray, *, title: str) -> None:
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
-    style = dict(color=INK, fontsize=9, transform=axis.transAxes, va="center")
+    style: dict = dict(color=INK, fontsize=9, transform=axis.transAxes, va="center")
     left, right = "AP" if view.plane == "sagittal" else "RL"
     axis.text(0.01, 0.5, left, ha="left", **style)
     axis.text(0.99, 0.5, right, ha="right", **style)
@@ -139,11 +140,11 @@ def colors_of(num_classes: int) -> np.ndarray:
     Colours are those of `label_table.colour`, but arteries and the heart are red and
     veins blue, as in every atlas.
     """
-    ids = np.arange(num_classes)
-    hsv = colors.rgb_to_hsv([label_table.colour(k) for k in range(num_classes)])
+    ids = range(num_classes)
+    hsv = colors.rgb_to_hsv([label_table.colour(k) for k in ids])
     for words, hue in ((ARTERIES, 0.0), (VEINS, 0.61)):
         chosen = [k for k in ids if any(w in class_name(k) for w in words)]
-        hsv[chosen, 0] = (hue + 0.03 * np.sin(3 * ids[chosen])) % 1.0
+        hsv[chosen, 0] = (hue + 0.03 * np.sin(3 * np.array(chosen))) % 1.0
         hsv[chosen, 1] = 0.9
     rgb = colors.hsv_to_rgb(hsv)
     rgb[0] = 0

@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.export
@@ -87,7 +88,9 @@ def save(
     path: Path, exported: jax.export.Exported, parameters: Sequence, about: Mapping
 ) -> None:
     """Write an exported network; arguments as the attributes of `Portable`."""
-    arrays = {f"parameter_{i}": np.asarray(x) for i, x in enumerate(parameters)}
+    arrays: dict[str, Any] = {
+        f"parameter_{i}": np.asarray(x) for i, x in enumerate(parameters)
+    }
     program = exported.serialize()
     about = {**about, DIGEST: hashlib.sha256(program).hexdigest()}
     with path.open("wb") as file:

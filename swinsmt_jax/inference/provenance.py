@@ -32,7 +32,7 @@ def digest_of_network(parameters: object) -> str:
     """Return a hash of the parameters, a pytree of arrays."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(parameters):
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 

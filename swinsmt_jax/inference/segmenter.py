@@ -10,6 +10,7 @@ save("labels.nii.gz", labels, like="scan.nii.gz")
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ def load(
     sums: str = "float32",
     mirror: bool = False,
     dtype: str | None = None,
-    **inference,
+    **inference: Any,
 ) -> Segmenter:
     """Load the network of a training run.
 

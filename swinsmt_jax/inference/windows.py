@@ -103,7 +103,9 @@ class Windows:
         shape: of the volume without them.
     """
 
-    def __init__(self, volume, window, overlap, blend):
+    def __init__(
+        self, volume: np.ndarray, window: Sequence[int], overlap: float, blend: str
+    ):
         checks.require(
             volume.ndim == 4 and len(window) == 3,
             f"volume has shape {volume.shape} and window {tuple(window)}, but the "
@@ -158,8 +160,11 @@ class Windows:
 
         Those that it ends come first, so that their memory is free for the others.
         """
-        tiles = itertools.product(*map(dict.get, self.spans, start))
-        tiles = [(t, tuple(s.last for s in t) == start) for t in tiles]
+        touched = [axis[first] for axis, first in zip(self.spans, start, strict=True)]
+        tiles = [
+            (tile, tuple(span.last for span in tile) == start)
+            for tile in itertools.product(*touched)
+        ]
         return sorted(tiles, key=lambda tile: not tile[1])
 
     def inside(

@@ -61,6 +61,10 @@ class SelfAttention(nnx.Module):
 class PositionBias:
     """What attentions within windows have in common: the bias of relative positions."""
 
+    window_size: windows.Triple
+    position_index: PositionIndex
+    relative_position_bias_table: nnx.Param
+
     def relative_position_index(self) -> np.ndarray:
         """Row of the table for every pair of tokens, int32 [n, n]."""
         return self.position_index(self.window_size)
@@ -116,7 +120,11 @@ class WindowAttention(PositionBias, nnx.Module):
         self.relative_position_bias_table = _table(window_size, num_heads, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, *, regions=None, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        *,
+        regions: np.ndarray | None = None,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         """Map windows [B, W, n, C] to [B, W, n, C].
 

@@ -39,10 +39,9 @@ class Conv(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        strides = (strides,) * 3 if isinstance(strides, int) else tuple(strides)
-        if strides == (1, 1, 1) and kernel_size not in (1, 3):
+        self.strides = (strides,) * 3 if isinstance(strides, int) else tuple(strides)
+        if self.strides == (1, 1, 1) and kernel_size not in (1, 3):
             raise ValueError(f"kernel_size is {kernel_size}, but must be 1 or 3.")
-        self.strides = strides
         self.dtype = dtype
         fan_in = channels * kernel_size**3
         shape = (kernel_size,) * 3 + (channels, features)
@@ -108,11 +107,11 @@ class UpConv(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        strides = (strides,) * 3 if isinstance(strides, int) else tuple(strides)
+        factors = (strides,) * 3 if isinstance(strides, int) else tuple(strides)
         self.dtype = dtype
         # PyTorch takes the fan of a transposed convolution from its outputs.
-        fan_in = features * math.prod(strides)
-        self.kernel = initializer(rngs, (*strides, channels, features), fan_in=fan_in)
+        fan_in = features * math.prod(factors)
+        self.kernel = initializer(rngs, (*factors, channels, features), fan_in=fan_in)
         self.bias = _bias(
             features, initializer, fan_in=fan_in, rngs=rngs, wanted=use_bias
         )

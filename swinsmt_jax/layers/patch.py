@@ -55,7 +55,7 @@ class PatchMerging(nnx.Module):
         """Map [B, D, H, W, C] to [B, D/2, H/2, W/2, 2C]; odd sides are padded."""
         x = jnp.pad(x, ((0, 0), *((0, n % 2) for n in x.shape[1:4]), (0, 0)))
         octants = [
-            x[:, int(d) :: 2, int(h) :: 2, int(w) :: 2]
-            for d, h, w in OCTANTS[self.mode]
+            x[:, int(o[0]) :: 2, int(o[1]) :: 2, int(o[2]) :: 2]
+            for o in OCTANTS[self.mode]
         ]
         return self.reduction(self.norm(jnp.concatenate(octants, axis=-1)))

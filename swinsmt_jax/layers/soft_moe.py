@@ -5,6 +5,7 @@ mean of every E consecutive tokens is projected to one slot embedding per expert
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,8 @@ class SoftMoE(nnx.Module):
         with jax.named_scope("routing"):
             tokens = rms_norm(x, self.gamma[...])
             slots = self.slot_embeddings(tokens)
-        key, routing = fold_in(key, 0), None
+        key = fold_in(key, 0)
+        routing: Any = None
         if return_routing is True or self._is_dense(slots.shape, x.shape[1]):
             y, routing = self._dense(tokens, slots, key)
         else:

@@ -1,5 +1,7 @@
 """The shifted-window transformer block (Liu et al. 2021), in 3-D."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -89,8 +91,10 @@ class SwinBlock(nnx.Module):
         if isinstance(self.mlp, SoftMoE):
             with jax.named_scope("soft_moe"):
                 tokens = self.norm2(x).reshape(x.shape[0], -1, x.shape[-1])
-                y = self.mlp(tokens, key=keys[2], return_routing=return_routing)
-                y, routing = y if return_routing else (y, None)
+                found: Any = self.mlp(
+                    tokens, key=keys[2], return_routing=return_routing
+                )
+                y, routing = found if return_routing else (found, None)
             y = y.reshape(x.shape)
         else:
             with jax.named_scope("mlp"):

@@ -1,6 +1,7 @@
 """What every network is, and how one is made from its config."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ class Network(nnx.Module):
         config: a `NetworkConfig`.
     """
 
+    out: Callable[[jax.Array], jax.Array]
+    features: Callable[..., jax.Array]
+
     def __init__(self, config: NetworkConfig):
         self.config = config
 
@@ -31,7 +35,7 @@ class Network(nnx.Module):
         return self.config.total_stride
 
     @property
-    def head(self) -> nnx.Module:
+    def head(self) -> Callable[[jax.Array], jax.Array]:
         """The last layer, from features to logits."""
         return self.out
 

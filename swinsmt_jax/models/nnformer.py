@@ -4,6 +4,7 @@ As published for abdominal CT ("Synapse"), without deep supervision: the skips e
 decoder as keys and values of an attention, and windows shrink to small grids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -26,6 +27,7 @@ from swinsmt_jax.models.registry import (
 )
 from swinsmt_jax.models.torch_names import UP_CONV, NameTable
 from swinsmt_jax.ops import windows
+from swinsmt_jax.ops.convolution import Strides
 
 MLP_RATIO = 4
 
@@ -82,7 +84,7 @@ class NNFormerConfig(NetworkConfig):
     @property
     def input_shape(self) -> tuple[int, ...]:
         """The only spatial shape that the network takes."""
-        return self.crop_size
+        return checks.each(self.crop_size)
 
 
 class Project(nnx.Module):
@@ -91,8 +93,22 @@ class Project(nnx.Module):
     The `last` of the embedding ends with its second convolution.
     """
 
-    def __init__(self, channels, features, *, strides, last, dtype, rngs):
-        common = {"kernel_size": 3, "use_bias": True, "dtype": dtype, "rngs": rngs}
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        *,
+        strides: Strides,
+        last: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        common: dict = {
+            "kernel_size": 3,
+            "use_bias": True,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         self.conv1 = Conv(channels, features, strides=strides, **common)
         self.conv2 = Conv(features, features, **common)
         self.norm1 = LayerNorm(features, dtype=dtype)
@@ -108,7 +124,8 @@ class ConvEmbed(nnx.Module):
     """Convolutions that turn patches of 2 x 4 x 4 voxels into tokens."""
 
     def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
-        size, common = config.embedding_dim, {"dtype": config.dtype, "rngs": rngs}
+        size = config.embedding_dim
+        common: dict = {"dtype": config.dtype, "rngs": rngs}
         channels, half = config.in_channels, size // 2
         self.proj1 = Project(channels, half, strides=(2, 2, 2), last=False, **common)
         self.proj2 = Project(half, size, strides=(1, 2, 2), last=True, **common)
@@ -123,7 +140,12 @@ class Downsample(nnx.Module):
     """GELU, layer norm and a convolution that halves the grid."""
 
     def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
-        common = {"kernel_size": 3, "use_bias": True, "dtype": dtype, "rngs": rngs}
+        common: dict = {
+            "kernel_size": 3,
+            "use_bias": True,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         self.norm = LayerNorm(channels, dtype=dtype)
         self.reduction = Conv(channels, 2 * channels, strides=2, **common)
 
@@ -147,7 +169,16 @@ class Upsample(nnx.Module):
 class SkipBlock(nnx.Module):
     """A block whose attention takes keys and values from the skip."""
 
-    def __init__(self, channels, *, num_heads, window, rate, dtype, rngs):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        window: windows.Triple,
+        rate: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
         self.window = window
         self.drop_path_rate = rate
         self.norm1 = LayerNorm(channels, dtype=dtype)
@@ -185,7 +216,14 @@ class EncoderStage(nnx.Module):
     `stage` is the 0-based index, `rates` are those of drop path, one a block.
     """
 
-    def __init__(self, config: NNFormerConfig, *, stage: int, rates, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: NNFormerConfig,
+        *,
+        stage: int,
+        rates: Sequence[float],
+        rngs: nnx.Rngs,
+    ):
         channels, dtype = config.embedding_dim * 2**stage, config.dtype
         self.blocks = nnx.List(
             _block(config, stage=stage, shifted=i % 2 == 1, rate=rate, rngs=rngs)
@@ -206,7 +244,14 @@ class EncoderStage(nnx.Module):
 class DecoderStage(nnx.Module):
     """Double the grid, attend to the skip, then blocks with shift."""
 
-    def __init__(self, config: NNFormerConfig, *, stage: int, rates, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: NNFormerConfig,
+        *,
+        stage: int,
+        rates: Sequence[float],
+        rngs: nnx.Rngs,
+    ):
         channels, dtype = config.embedding_dim * 2**stage, config.dtype
         first = SkipBlock(
             channels,

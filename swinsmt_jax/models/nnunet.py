@@ -7,6 +7,7 @@ the last one is used.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,15 @@ class ConvNorm(nnx.Module):
 class ConvStack(nnx.Module):
     """`count` convolutions in a row, of which the first has the stride."""
 
-    def __init__(self, channels, features, *, count, strides=1, **common):
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        *,
+        count: int,
+        strides: int = 1,
+        **common: Any,
+    ):
         first = ConvNorm(channels, features, strides=strides, **common)
         rest = (ConvNorm(features, features, **common) for _ in range(count - 1))
         self.convs = nnx.List([first, *rest])
@@ -159,11 +168,13 @@ class AveragePool(nnx.Module):
 class ResidualConvs(nnx.Module):
     """Two convolutions and a shortcut, pooled and projected where the shape changes."""
 
-    def __init__(self, channels, features, *, strides, dtype, rngs):
-        common = {"dtype": dtype, "rngs": rngs}
+    def __init__(
+        self, channels: int, features: int, *, strides: int, dtype: str, rngs: nnx.Rngs
+    ):
+        common: dict = {"dtype": dtype, "rngs": rngs}
         self.conv1 = ConvNorm(channels, features, strides=strides, **common)
         self.conv2 = ConvNorm(features, features, activate=False, **common)
-        skip = [AveragePool(strides)] if strides > 1 else []
+        skip: list[nnx.Module] = [AveragePool(strides)] if strides > 1 else []
         if channels != features:
             skip.append(
                 ConvNorm(channels, features, kernel_size=1, activate=False, **common)
@@ -181,7 +192,9 @@ class ResidualConvs(nnx.Module):
 class ResidualStack(nnx.Module):
     """`count` residual blocks in a row, of which the first has the stride."""
 
-    def __init__(self, channels, features, *, count, strides, **common):
+    def __init__(
+        self, channels: int, features: int, *, count: int, strides: int, **common: Any
+    ):
         first = ResidualConvs(channels, features, strides=strides, **common)
         rest = (
             ResidualConvs(features, features, strides=1, **common)
@@ -199,16 +212,23 @@ class ResidualStack(nnx.Module):
 class Encoder(nnx.Module):
     """Stages of convolutions or, behind a stem, of residual blocks."""
 
-    def __init__(self, config: PyramidConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: PlainConvUNetConfig | ResidualEncoderUNetConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.recompute = "encoder" in config.remat
         channels, features = config.in_channels, config.features_per_stage
-        common = {"dtype": config.dtype, "rngs": rngs}
+        common: dict = {"dtype": config.dtype, "rngs": rngs}
+        stage: type[ConvStack] | type[ResidualStack] = ConvStack
+        self.stem: ConvStack | None = None
         if isinstance(config, ResidualEncoderUNetConfig):
-            stage, counts = ResidualStack, config.n_blocks_per_stage
+            stage, counts = ResidualStack, checks.each(config.n_blocks_per_stage)
             self.stem = ConvStack(channels, features[0], count=1, **common)
             channels = features[0]
         else:
-            stage, counts, self.stem = ConvStack, config.n_conv_per_stage, None
+            counts = checks.each(config.n_conv_per_stage)
         self.stages = nnx.List(
             stage(before, after, count=count, strides=stride, **common)
             for before, after, count, stride in zip(
@@ -231,12 +251,12 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Transposed convolution, concatenation with the skip, convolutions; and heads."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config: PyramidConfig, *, rngs: nnx.Rngs):
         self.recompute = "decoder" in config.remat
-        common = {"dtype": config.dtype, "rngs": rngs}
+        common: dict = {"dtype": config.dtype, "rngs": rngs}
         with_bias = {"use_bias": True, "initializer": initializers.he_normal, **common}
         features = config.features_per_stage[::-1]
-        counts = config.n_conv_per_stage_decoder
+        counts = checks.each(config.n_conv_per_stage_decoder)
         pairs = list(zip(features, features[1:], strict=False))
         self.stages = nnx.List(
             ConvStack(2 * finer, finer, count=count, **common)
@@ -270,7 +290,12 @@ class Decoder(nnx.Module):
 class NNUNet(Network):
     """nnU-Net, plain or with a residual encoder, as the type of the config says."""
 
-    def __init__(self, config: PyramidConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: PlainConvUNetConfig | ResidualEncoderUNetConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
         super().__init__(config)
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)

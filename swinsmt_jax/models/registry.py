@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from swinsmt_jax import checks
 
@@ -30,13 +30,10 @@ class NetworkConfig:
         remat: parts whose activations are recomputed in the backward pass, of
             `remat_parts`.
 
-    A network's own config says the following of it.
+    A network's own config says the following of it, and overrides the properties.
 
-        total_stride: number of which every side of the input must be a multiple.
-        input_shape: the only spatial shape that it takes, if there is only one.
         remat_parts: what `remat` may name.
         num_experts: experts of each Soft MoE; 0 if there is none.
-        moe_strides: {name of a Soft MoE block: side in voxels of one of its tokens}.
         encoder_stages: patterns of the paths of each encoder stage's parameters, that
             next to the decoder first; for `optimizer.layer_decay`.
         decayed: pattern of the paths of the parameters that weight decay acts on.
@@ -47,13 +44,25 @@ class NetworkConfig:
     dtype: str = field(default="float32", kw_only=True)
     remat: tuple[str, ...] = field(default=(), kw_only=True)
 
-    total_stride: ClassVar[int]
-    input_shape: ClassVar[tuple[int, ...] | None] = None
     remat_parts: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     num_experts: ClassVar[int] = 0
-    moe_strides: ClassVar[Mapping[str, int]] = {}
     encoder_stages: ClassVar[tuple[str, ...]] = ()
     decayed: ClassVar[str] = r"kernel$"
+
+    @property
+    def total_stride(self) -> int:
+        """Number of which every side of the input must be a multiple."""
+        raise NotImplementedError
+
+    @property
+    def input_shape(self) -> tuple[int, ...] | None:
+        """The only spatial shape (D, H, W) that the network takes; None for any."""
+        return None
+
+    @property
+    def moe_strides(self) -> Mapping[str, int]:
+        """Side in voxels of a token of each Soft MoE block, by the block's name."""
+        return {}
 
     def __post_init__(self):
         name = checks.dtype_name("model.dtype", self.dtype)
@@ -97,7 +106,7 @@ class Entry(NamedTuple):
     name: str
     config: type[NetworkConfig]
     network: Callable
-    torch_names: object | None
+    torch_names: Any
     tiny: Mapping
 
 
@@ -109,7 +118,7 @@ def register(
     config: type[NetworkConfig],
     network: Callable,
     *,
-    torch_names: object | None = None,
+    torch_names: Any = None,
     tiny: Mapping | None = None,
 ) -> None:
     """Make a network known by name; see `Entry`.
@@ -121,7 +130,8 @@ def register(
     known = _entries.get(name)
     if known is not None and known.config.__qualname__ != config.__qualname__:
         raise ValueError(f"the name {name!r} is taken by {known.config.__qualname__}")
-    if not (issubclass(config, NetworkConfig) and hasattr(config, "total_stride")):
+    plain = getattr(config, "total_stride", None) is NetworkConfig.total_stride
+    if plain or not issubclass(config, NetworkConfig):
         raise ValueError(f"{config} must be a NetworkConfig and have a total_stride")
     _entries[name] = Entry(name, config, network, torch_names, tiny or {})
 
@@ -165,8 +175,7 @@ def broadcast_to_tuple(config: NetworkConfig, name: str, length: int) -> None:
     Raises:
         UserError: for another number of entries.
     """
-    value = getattr(config, name)
-    value = (value,) if isinstance(value, int) else value
+    value = checks.each(getattr(config, name))
     value = value * length if len(value) == 1 else value
     checks.entries(length)(f"model.{name}", value)
     object.__setattr__(config, name, value)

@@ -68,7 +68,7 @@ class UNETRConfig(NetworkConfig):
     @property
     def input_shape(self) -> tuple[int, ...]:
         """The only spatial shape that the network takes."""
-        return self.img_size
+        return checks.each(self.img_size)
 
 
 class PatchEmbedding(nnx.Module):
@@ -77,11 +77,12 @@ class PatchEmbedding(nnx.Module):
     def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout_rate
         stride = config.total_stride
-        channels, common = config.in_channels, {"dtype": config.dtype, "rngs": rngs}
+        channels = config.in_channels
+        common: dict = {"dtype": config.dtype, "rngs": rngs}
         self.patch_embeddings = PatchConv(
             channels, config.hidden_size, patch_size=stride, **common
         )
-        d, h, w = (side // stride for side in config.img_size)
+        d, h, w = (side // stride for side in config.input_shape)
         self.position_embeddings = initializers.truncated_normal(
             rngs, (1, d * h * w, config.hidden_size), stddev=0.02
         )
@@ -99,7 +100,11 @@ class TransformerBlock(nnx.Module):
 
     def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, config.dtype
-        common = {"dropout_rate": config.dropout_rate, "dtype": dtype, "rngs": rngs}
+        common: dict = {
+            "dropout_rate": config.dropout_rate,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         self.mlp = MLP(size, hidden=config.mlp_dim, **common)
         self.norm1 = LayerNorm(size, dtype=dtype)
         self.attn = SelfAttention(
@@ -143,8 +148,10 @@ class VisionTransformer(nnx.Module):
 class ProjectedUp(nnx.Module):
     """Bring a coarse skip to its stage: each step doubles the grid."""
 
-    def __init__(self, channels, features, *, count, dtype, rngs):
-        common = {"dtype": dtype, "rngs": rngs}
+    def __init__(
+        self, channels: int, features: int, *, count: int, dtype: str, rngs: nnx.Rngs
+    ):
+        common: dict = {"dtype": dtype, "rngs": rngs}
         self.transp_conv_init = UpConv(channels, features, **common)
         self.blocks = nnx.List(
             nnx.List(
@@ -167,7 +174,7 @@ class UNETR(Network):
     def __init__(self, config: UNETRConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
         f, hidden = config.feature_size, config.hidden_size
-        common = {"dtype": config.dtype, "rngs": rngs}
+        common: dict = {"dtype": config.dtype, "rngs": rngs}
         self.vit = VisionTransformer(config, rngs=rngs)
         self.encoder1 = ResidualBlock(config.in_channels, f, **common)
         self.encoder2 = ProjectedUp(hidden, 2 * f, count=2, **common)

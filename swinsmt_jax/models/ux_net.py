@@ -180,7 +180,8 @@ class UXNet(Network):
     def __init__(self, config: UXNetConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
         sizes = (config.in_channels, *config.feat_size, config.hidden_size)
-        first, common = sizes[1], {"dtype": config.dtype, "rngs": rngs}
+        first = sizes[1]
+        common: dict = {"dtype": config.dtype, "rngs": rngs}
         self.uxnet_3d = UXEncoder(config, rngs=rngs)
         for i in range(1, 6):
             block = ResidualBlock(sizes[i - 1], sizes[i], **common)

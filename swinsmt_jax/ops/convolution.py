@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Strides = tuple[int, int, int]
+Strides = tuple[int, ...]  # (D, H, W)
 
 
 def conv(

@@ -61,7 +61,7 @@ def forward(
     return _in_blocks(of_windows, entries, (q, k, v), regions)[0], ()
 
 
-def backward(entries: int, operands: tuple, _, cotangent: jax.Array) -> tuple:
+def backward(entries: int, operands: tuple, _: tuple, cotangent: jax.Array) -> tuple:
     """Return the gradients of `forward`, making the weights again.
 
     With weights p and cotangent g, the logits' slope is p (g . v - sum p g . v).

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Triple = tuple[int, int, int]
+Triple = tuple[int, ...]  # (D, H, W)
 
 # Added to the attention logits of tokens from different regions of a shifted grid.
 DIFFERENT_REGION = -100.0

@@ -3,6 +3,7 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
@@ -16,12 +17,12 @@ TEMPLATES = jinja2.Environment(
 )
 
 
-def render(template: str, **values) -> str:
+def render(template: str, **values: Any) -> str:
     """Fill a template; text in `values` is escaped."""
     return TEMPLATES.get_template(template).render(values)
 
 
-def png(figure: Figure, **options) -> str:
+def png(figure: Figure, **options: Any) -> str:
     """Return a figure as the address of an image; `options` as of `savefig`."""
     file = io.BytesIO()
     figure.savefig(file, format="png", **options)

@@ -9,7 +9,7 @@ machine.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def forward_operations(config: NetworkConfig, shape: Sequence[int]) -> int:
     return count(lambda p, x: nnx.merge(graphdef, p)(x), params, x)
 
 
-def count(function, *arguments) -> int:
+def count(function: Callable, *arguments: Any) -> int:
     """Count the operations of a function of arrays or shapes, without running it."""
     return sum(
         times * of_product(equation)
@@ -45,12 +45,14 @@ def count(function, *arguments) -> int:
     )
 
 
-def products(function, *arguments) -> Iterator[tuple[str, JaxprEqn, int]]:
+def products(
+    function: Callable, *arguments: Any
+) -> Iterator[tuple[str, JaxprEqn, int]]:
     """Yield the products of a function: name of its scope, equation, times it runs."""
     yield from _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, "", 1)
 
 
-def of_product(equation) -> int:
+def of_product(equation: Any) -> int:
     """Count the operations of one product."""
     params = equation.params
     if equation.primitive.name == "dot_general":

@@ -9,7 +9,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ def barrier() -> None:
     wait(key=f"swinsmt_jax.{next(_barriers)}", timeout_ms=LONGEST_WAIT_MS)
 
 
-def compiled(function: jax.stages.Wrapped, *arguments) -> jax.stages.Compiled:
+def compiled(function: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
     """Compile for these arguments in all processes before one of them goes on.
 
     Some find the program in the cache and some do not.

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -51,7 +52,7 @@ class Profile:
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
-    def ended(self, number: int, result) -> None:
+    def ended(self, number: int, result: Any) -> None:
         """Stop after the last step traced, once its result is there."""
         if self._tracing and number == self._last:
             jax.block_until_ready(result)

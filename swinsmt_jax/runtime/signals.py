@@ -33,10 +33,10 @@ class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt
 class Listener:
     """Remembers the first signal; open with `listening`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._found: signal.Signals | None = None
 
-    def hear(self, number: int, _) -> None:
+    def hear(self, number: int, _: object) -> None:
         """Note a signal; the next of its kind acts as usual."""
         self._found = signal.Signals(number)
         default = signal.default_int_handler if number == signal.SIGINT else None

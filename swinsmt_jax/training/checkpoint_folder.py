@@ -129,7 +129,8 @@ def read(folder: Path, function: Callable[[], T]) -> T:
         DamagedError: for damaged or missing files.
         UserError: for files that cannot be read now (input/output errors, permissions).
     """
-    for again in (True, False):
+    again = True
+    while True:
         try:
             return function()
         except (checks.UserError, MemoryError, jax.errors.JaxRuntimeError):
@@ -141,6 +142,7 @@ def read(folder: Path, function: Callable[[], T]) -> T:
                     f"the checkpoint {folder} cannot be read; it is damaged or "
                     f"incomplete ({checks.one_line(error)})"
                 ) from error
+            again = False
 
 
 def _require_readable(folder):

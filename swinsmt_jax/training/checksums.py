@@ -7,6 +7,7 @@ checksum for each of its rows, so that a process can check those that it holds.
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,22 +16,22 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from swinsmt_jax.runtime import processes
 
 
-def of_state(state) -> dict[str, int]:
+def of_state(state: Any) -> dict[str, int]:
     """Return {name: CRC-32} of a state's arrays; all processes must call this."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, leaf in _named(state).items():
         parts |= _parts(name, leaf, by_row=_is_divided(leaf))
     return {k: v for own in processes.gather(_crc(parts)) for k, v in own.items()}
 
 
-def require_same(tree, saved: Mapping[str, int]) -> None:
+def require_same(tree: Any, saved: Mapping[str, int]) -> None:
     """Raise `ValueError` if an array that this process holds has another checksum.
 
     Args:
         tree: a state, or a dictionary with some of its fields, such as "params".
         saved: from `of_state`; what it lacks is not checked.
     """
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, leaf in _named(tree).items():
         parts |= _parts(name, leaf, by_row=_row(name, 0) in saved)
     differing = [k for k, v in _crc(parts).items() if saved.get(k, v) != v]

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -34,7 +35,9 @@ class Clock:
 
     def __init__(self, batch_size: int, cost: Cost):
         self._batch_size, self._cost = batch_size, cost
-        self._ends = collections.deque(maxlen=TIMED_STEPS + 1)
+        self._ends: collections.deque[tuple[float, float]] = collections.deque(
+            maxlen=TIMED_STEPS + 1
+        )
         self._waited = 0.0
 
     @contextlib.contextmanager
@@ -71,7 +74,7 @@ class Clock:
 class Log:
     """Writes rows of metrics and moves the progress bar; open with `open_log`."""
 
-    def __init__(self, file, board: SummaryWriter, bar: tqdm):
+    def __init__(self, file: Any, board: SummaryWriter, bar: tqdm):
         self._file, self._board, self._bar = file, board, bar  # file: unbuffered
 
     def progress(self, values: Mapping[str, float]) -> None:
@@ -99,7 +102,7 @@ class Log:
         for name, picture in pictures.items():
             self._board.add_image(name, picture, step, dataformats="HWC")
 
-    def say(self, message: str, *values, level: int = logging.INFO) -> None:
+    def say(self, message: str, *values: object, level: int = logging.INFO) -> None:
         """Log a line above the bar."""
         if processes.is_first():
             with tqdm.external_write_mode():
@@ -147,7 +150,7 @@ def read_rows(path: Path) -> list[dict]:
 
     A line that a killed run left unfinished is passed over.
     """
-    rows = {}
+    rows: dict[int, dict] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)

@@ -58,7 +58,7 @@ def train(
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     checks.require(
-        not jax.config.jax_enable_x64,
+        not jax.config.values["jax_enable_x64"],
         "JAX_ENABLE_X64 is set, but networks are trained in float32; unset it.",
     )
     training, num_classes = config.training, config.model.out_channels
@@ -96,13 +96,15 @@ def train(
             done = 0 if state is None else int(state.step)
             stop = training.num_steps
             _announce(workdir, mesh, abstract, cases=len(cases), done=done, stop=stop)
-            if done > stop or (
-                done == stop and (validate is None or checkpoints.is_scored(done))
-            ):
+            ended = done == stop and (validate is None or checkpoints.is_scored(done))
+            if state is not None and (done > stop or ended):
                 return state
             change = setup.read_start(start_from, resumed=state is not None)
-            facts = {"mesh": dict(mesh.shape), "data": fingerprint}
-            facts["first_step"] = done + 1
+            facts = {
+                "mesh": dict(mesh.shape),
+                "data": fingerprint,
+                "first_step": done + 1,
+            }
             processes.run_on_all(lambda: record.add_start(workdir, facts))
             if state is None:
                 state = start(change)

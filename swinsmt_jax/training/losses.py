@@ -265,7 +265,9 @@ def _sums_by_class(values, labels, num_classes):
     return sums, count.astype(jnp.float32)
 
 
-def sums_by_comparison(values, labels, *, num_classes):
+def sums_by_comparison(
+    values: jax.Array, labels: jax.Array, *, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
     """Sum by class on accelerators, which fuse the comparison into the reduction.
 
     A scatter would queue all voxels of one class at one address, and is slow on TPU.
@@ -275,7 +277,9 @@ def sums_by_comparison(values, labels, *, num_classes):
     return sums, here.sum(VOXELS, dtype=jnp.int32)
 
 
-def sums_by_scatter(values, labels, *, num_classes):
+def sums_by_scatter(
+    values: jax.Array, labels: jax.Array, *, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
     """Sum by class on CPU, which would write the comparison out (benchmarks/loss.py).
 
     One bin per row and class keeps the float32 sums short; one per class alone would

@@ -72,7 +72,8 @@ def make_optimizer(
     if config.freeze or config.layer_decay != 1:
         # Not by optax.partition or masked, whose states checkpoints do not have.
         adamw = optax.chain(_scaled_by(learns), adamw, _scaled_by(rate))
-    return Optimizer(*adamw, kind=lambda path: (network.is_decayed(path), rate(path)))
+    init, update = adamw
+    return Optimizer(init, update, lambda path: (network.is_decayed(path), rate(path)))
 
 
 def _scaled_by(factor):

@@ -6,6 +6,7 @@ trace, compile and load than to run.
 
 import math
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,14 @@ class Packing:
     def __init__(self, like: dict, *, kind: Callable[[str], Hashable]):
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(like)
         self._shapes = {path_name(path): leaf.shape for path, leaf in leaves}
-        groups = {}
+        groups: dict[Hashable, list[str]] = {}
         for name, (_, leaf) in zip(self._shapes, leaves, strict=True):
             joined = leaf.size <= SMALL and leaf.sharding.is_fully_replicated
             key = (kind(name), leaf.dtype) if joined else name
             groups.setdefault(key, []).append(name)
         self._groups = {names[0]: names for names in groups.values()}
 
-    def pack(self, tree):
+    def pack(self, tree: Any) -> Any:
         """Return a tree, each part of it that is nested as the parameters packed."""
         return jax.tree.map(
             lambda part: self._pack(part) if self._is_whole(part) else part,
@@ -45,7 +46,7 @@ class Packing:
             is_leaf=self._is_whole,
         )
 
-    def unpack(self, tree):
+    def unpack(self, tree: Any) -> Any:
         """Undo `pack`."""
         return jax.tree.map(
             lambda part: self._unpack(part) if self._is_packed(part) else part,

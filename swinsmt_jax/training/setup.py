@@ -1,7 +1,7 @@
 """What a run is prepared from: its cases, network, validation and batches."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from swinsmt_jax import checks, sharding
 from swinsmt_jax.config import DataConfig, OptimizerConfig, TrainingConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.data.case import Case
 from swinsmt_jax.data.meta import EmptySplitError
+from swinsmt_jax.data.pipeline import Cases
 from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.training import losses
@@ -25,7 +25,6 @@ from swinsmt_jax.training.state import abstract_state, changed, initialize
 from swinsmt_jax.training.step import make_predict, make_train_step
 
 Change = Callable[[nnx.Module], object]
-Cases = Sequence[Case]
 
 
 def find_cases(

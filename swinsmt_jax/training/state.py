@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def changed(
     return dataclasses.replace(state, params=params, average=average)
 
 
-def shardings_of(tree):
+def shardings_of(tree: Any) -> Any:
     """Return the shardings of a tree's leaves."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 

@@ -1,6 +1,7 @@
 """One compiled update of the parameters."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from swinsmt_jax import sharding
 from swinsmt_jax.layers import recompute
 from swinsmt_jax.layers.conv import Conv
+from swinsmt_jax.models.network import Network
 from swinsmt_jax.ops.tracing import traced_once, without_collection
 from swinsmt_jax.training.losses import Loss
 from swinsmt_jax.training.optimizer import Optimizer
@@ -153,7 +155,7 @@ def _update(optimizer, state, grads, finite, *, ema_decay):
 
 
 def loss_and_accuracy_counts(
-    model: nnx.Module,
+    model: Network,
     image: jax.Array,
     label: jax.Array,
     *,
@@ -181,7 +183,8 @@ def loss_and_accuracy_counts(
         logits = model(image, rngs=rngs)
         with jax.named_scope("loss"):
             return loss(logits, label), _counts(_sparse(logits), _sparse(label))
-    features, head = model.features(image, rngs=rngs), model.head
+    features = model.features(image, rngs=rngs)
+    head = cast(Conv, model.head)
     with jax.named_scope("loss"):
         parameters = head.kernel[0, 0, 0], head.bias[...]
         value = loss.of_features(features.astype(head.dtype), *parameters, label)

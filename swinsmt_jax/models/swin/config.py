@@ -53,7 +53,6 @@ class SwinUNETRConfig(NetworkConfig):
     drop_path: checks.Share = 0.0
 
     remat_parts: ClassVar = (*STAGES, "encoder", "decoder")
-    num_moe_stages: ClassVar[int] = 0
     encoder_stages: ClassVar = (
         *(f"swinViT/layers{stage}" for stage in (4, 3, 2, 1)),
         "swinViT/patch_embed",

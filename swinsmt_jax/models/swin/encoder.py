@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from swinsmt_jax import checks
 from swinsmt_jax.layers.conv import ResidualBlock
 from swinsmt_jax.layers.linear import dropout, fold_in
 from swinsmt_jax.layers.mlp import MLP
@@ -26,12 +27,13 @@ class SwinStage(nnx.Module):
         channels = config.feature_size * 2**stage
         depth, before = config.depths[stage], sum(config.depths[:stage])
         step = config.drop_path / max(1, sum(config.depths) - 1)
-        shift = tuple(w // 2 for w in config.window_size)
+        window = checks.each(config.window_size)
+        shift = tuple(w // 2 for w in window)
         self.blocks = nnx.List(
             SwinBlock(
                 channels,
                 num_heads=config.num_heads[stage],
-                window_size=config.window_size,
+                window_size=window,
                 shift=shift if i % 2 else (0, 0, 0),
                 mlp=_mlp(config, stage=stage, channels=channels, rngs=rngs),
                 qkv_bias=config.qkv_bias,
@@ -96,7 +98,7 @@ class SwinTransformer(nnx.Module):
         *,
         key: jax.Array | None = None,
         return_routing: bool | str = False,
-    ) -> tuple[list[jax.Array], Routing]:
+    ) -> tuple[list[jax.Array], dict[str, Routing]]:
         """Return five hidden states of [B, D, H, W, C_in], and the routing weights.
 
         Hidden state i has feature_size * 2^i channels on the grid D / 2^(i+1).
@@ -104,7 +106,8 @@ class SwinTransformer(nnx.Module):
         with jax.named_scope("patch_embed"):
             x = self.patch_embed(x)
             x = dropout(x, rate=self.config.dropout, key=fold_in(key, 0))
-        hidden, routing = [self._normalized(x)], {}
+        hidden = [self._normalized(x)]
+        routing: dict[str, Routing] = {}
         for i, name in enumerate(STAGES):
             stage = getattr(self, f"layers{i + 1}")
             before = getattr(self, f"layers{i + 1}c")
@@ -134,6 +137,6 @@ def _mlp(config, *, stage, channels, rngs):
     shared = dict(
         hidden=hidden, dropout_rate=config.dropout, dtype=config.dtype, rngs=rngs
     )
-    if stage < len(config.depths) - config.num_moe_stages:
+    if f"{STAGES[stage]}/block0" not in config.moe_strides:
         return MLP(channels, **shared)
     return SoftMoE(channels, config, **shared)

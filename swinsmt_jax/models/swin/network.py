@@ -4,6 +4,8 @@ Both are one network: a Swin transformer encoder and a convolutional decoder. Sw
 has Soft Mixture-of-Experts instead of the MLPs of its last stages.
 """
 
+from typing import overload
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +23,8 @@ class SwinUNETR(Network):
 
     def __init__(self, config: SwinUNETRConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
-        f, common = config.feature_size, {"dtype": config.dtype, "rngs": rngs}
+        f = config.feature_size
+        common: dict = {"dtype": config.dtype, "rngs": rngs}
         self.swinViT = SwinTransformer(config, rngs=rngs)
         self.encoder1 = ResidualBlock(config.in_channels, f, **common)
         self.encoder2 = ResidualBlock(f, f, **common)
@@ -41,6 +44,14 @@ class SwinUNETR(Network):
         """Return the encoder's five hidden states of [B, D, H, W, C_in]."""
         self.check_input(x)
         return self.swinViT(x, key=dropout_key(rngs))[0]
+
+    @overload
+    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self, x: jax.Array, *, rngs: nnx.Rngs | None = None, return_routing: bool | str
+    ) -> tuple[jax.Array, dict[str, Routing]]: ...
 
     def __call__(
         self,

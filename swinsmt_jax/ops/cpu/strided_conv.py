@@ -4,20 +4,22 @@ Every axis of stride 2 is folded into the channels, and what remains is written 
 2-D convolutions of stride 1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
 def strided_conv(
-    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int, int]
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, ...]
 ) -> jax.Array:
     """Convolve [B, D, H, W, C] with [p, q, r, C, O]: see `convolution.strided_conv`."""
     x = _fold(x, strides)
     kernel, padding = _fold_kernel(kernel, strides)
     b, d, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
-    y = sum(
+    planes = (
         lax.conv_general_dilated(
             x[:, i : i + d].reshape(b * d, h, w, c),
             taps,
@@ -27,7 +29,7 @@ def strided_conv(
         )
         for i, taps in enumerate(kernel)
     )
-    return y.reshape(b, d, h, w, -1)
+    return functools.reduce(jnp.add, planes).reshape(b, d, h, w, -1)
 
 
 def _fold(x, strides):

@@ -6,7 +6,7 @@ own, and never made for the user.
 """
 
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def attend(
     keys: jax.Array,
     values: jax.Array,
     *,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """Average values [B, K, C] with weights softmax over keys of (queries . keys).
 
@@ -83,8 +83,8 @@ def attend(
     Returns:
         [B, Q, C] in the values' dtype.
     """
-    one_head = [x.astype(jnp.bfloat16)[:, :, None] for x in (queries, keys, values)]
+    q, k, v = (x.astype(jnp.bfloat16)[:, :, None] for x in (queries, keys, values))
     out = jax.nn.dot_product_attention(
-        *one_head, scale=1.0, implementation=implementation
+        q, k, v, scale=1.0, implementation=implementation
     )
     return out[:, :, 0].astype(values.dtype)

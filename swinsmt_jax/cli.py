@@ -6,6 +6,7 @@ import sys
 from absl import flags
 
 from swinsmt_jax import checks
+from swinsmt_jax.runtime import statuses
 
 flags.disclaim_key_flags()  # so that --help of a command lists its own
 
@@ -46,9 +47,10 @@ def run(name: str, *, program: str) -> None:
         name: one of COMMANDS.
         program: that says so in messages.
     """
-    module = importlib.import_module(f"swinsmt_jax.{COMMANDS[name][0]}")
-    if hasattr(module, "define_flags"):
-        startup = importlib.import_module("swinsmt_jax.runtime.startup")
-        startup.run(module, program=program)
-    else:
-        module.main()
+    with statuses.ending_at_signals(program):
+        module = importlib.import_module(f"swinsmt_jax.{COMMANDS[name][0]}")
+        if hasattr(module, "define_flags"):
+            startup = importlib.import_module("swinsmt_jax.runtime.startup")
+            startup.run(module, program=program)
+        else:
+            module.main()

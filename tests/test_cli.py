@@ -1,4 +1,5 @@
 import importlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from swinsmt_jax import cli
+from swinsmt_jax.runtime import statuses
 
 ROOT = Path(__file__).parents[1]
 CALL = "from swinsmt_jax import cli; cli.main()"
@@ -77,3 +79,41 @@ def test_the_package_loads_what_is_asked_for_alone(program, absent):
     loaded = loaded_by(program)
     assert "swinsmt_jax" in loaded
     assert not loaded & ({"matplotlib", "tensorboardX", "orbax"} | absent)
+
+
+FOREVER = """
+import os, signal, sys, time
+from swinsmt_jax.runtime import files, statuses
+from pathlib import Path
+with statuses.ending_at_signals("predict.py"), files.replacing(Path(sys.argv[2])) as p:
+    p.write_text("half")
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "name, status", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)]
+)
+def test_a_signal_ends_a_command_in_one_line_with_its_status(name, status, tmp_path):
+    command = [sys.executable, "-c", FOREVER, name, str(tmp_path / "file")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == status
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"predict.py: {name} received") and "continues" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_command_listens_for_signals(monkeypatch):
+    """Also while it imports what it needs; train.py listens itself in its steps."""
+    seen = {}
+    monkeypatch.setattr(
+        cli.importlib,
+        "import_module",
+        lambda _: seen.update({n: signal.getsignal(n) for n in statuses.STATUS}),
+    )
+    before = {number: signal.getsignal(number) for number in statuses.STATUS}
+    with pytest.raises(AttributeError):  # of None, which is no module
+        cli.run("predict", program="predict.py")
+    assert len(seen) == 3 and not set(seen.values()) & set(before.values())
+    assert {number: signal.getsignal(number) for number in statuses.STATUS} == before

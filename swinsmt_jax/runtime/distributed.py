@@ -1,5 +1,7 @@
 """How several processes find each other: the flags, and joining by them."""
 
+import ipaddress
+import os
 import socket
 
 import jax
@@ -11,6 +13,7 @@ from swinsmt_jax.runtime import processes
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 
 MODES = ("off", "auto")
+BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
 EXPLICIT = ("coordinator_address", "num_processes", "process_id")
 
 
@@ -55,7 +58,7 @@ def start(values: flags.FlagValues = flags.FLAGS) -> None:
     if arguments is None:
         return
     if arguments.get("process_id") == 0:
-        _require_free(arguments["coordinator_address"])
+        _require_free(arguments["coordinator_bind_address"])
     try:
         jax.distributed.initialize(**arguments)
     except ValueError as error:
@@ -105,8 +108,11 @@ def arguments_of(values: flags.FlagValues) -> dict | None:
     checks.positive("--num_processes", values.num_processes)
     checks.in_range("--process_id", values.process_id, 0, values.num_processes - 1)
     _check_address(values.coordinator_address)
+    address = values.coordinator_address
     return {
-        "coordinator_address": values.coordinator_address,
+        "coordinator_address": address,
+        # else JAX opens the port on all interfaces
+        "coordinator_bind_address": os.environ.get(BIND_ADDRESS, address),
         "num_processes": values.num_processes,
         "process_id": values.process_id,
         "local_device_ids": ids,
@@ -141,15 +147,28 @@ def _check_address(address):
 
 
 def _require_free(address):
-    """Refuse a port that is taken, for which JAX would crash."""
+    """Refuse a port that cannot be opened, for which JAX would crash."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
     try:
-        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(place[:2], family=family).close()
     except OSError as error:
         raise checks.UserError(
             f"--coordinator_address is {address}, but its port cannot be opened here, "
-            f"in process 0: {error.strerror}; choose another one, the same in all "
-            "processes."
+            f"in process 0: {error.strerror}; choose another port, or an address of "
+            f"this host, the same in all processes. {BIND_ADDRESS} names an interface "
+            "to listen on where the others know this host by another address."
         ) from error
+    if ipaddress.ip_address(place[0]).is_loopback and host not in (
+        "localhost",
+        place[0],
+    ):
+        logging.warning(
+            "%s is %s here: processes on other hosts cannot reach it; give the address "
+            "of an interface",
+            *(host, place[0]),
+        )
 
 
 def _require_equal_devices(values):

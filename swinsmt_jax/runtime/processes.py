@@ -6,7 +6,6 @@ first one; what may fail on one alone runs in `run_on_all`, so that none waits i
 
 import itertools
 import os
-import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, cast
@@ -17,6 +16,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from swinsmt_jax import checks
+from swinsmt_jax.runtime import plain, statuses
 
 T = TypeVar("T")
 
@@ -26,7 +26,19 @@ _barriers = itertools.count()
 
 
 class SharedError(checks.UserError):
-    """A `UserError` that all processes raise, for the first one to print."""
+    """A `UserError` that all processes raise, for the first one to print.
+
+    Attributes:
+        status: exit status of the script.
+    """
+
+    status = statuses.REFUSED
+
+
+class SomeFailedError(SharedError):
+    """Of many cases some could not be done; all processes raise it."""
+
+    status = statuses.SOME_FAILED
 
 
 def is_first() -> bool:
@@ -59,21 +71,31 @@ def compiled(function: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compil
 def gather(value: T) -> list[T]:
     """Return the value of each process, in their order; all must call this.
 
-    Values are pickled, and small: each process gets all of them.
+    Values travel as `plain` text, in which a stranger's program cannot hide, and are
+    small: each process gets all of them.
+
+    Raises:
+        SharedError: if what another process sent is no such text.
     """
     if jax.process_count() == 1:
         return [value]
     barrier()
-    own = np.frombuffer(pickle.dumps(value), np.uint8)
+    own = np.frombuffer(plain.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(own.size)).ravel()
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)  # few shapes
     padded[: own.size] = own
     found = np.asarray(multihost_utils.process_allgather(padded))
     found = found.reshape(len(sizes), -1)
-    return [
-        pickle.loads(part[:size].tobytes())
-        for part, size in zip(found, sizes, strict=True)
-    ]
+    try:
+        return [
+            plain.loads(part[:size].tobytes())
+            for part, size in zip(found, sizes, strict=True)
+        ]
+    except ValueError as error:
+        raise SharedError(
+            f"what a process sent cannot be read ({checks.one_line(error)}); start all "
+            "processes with the same version."
+        ) from error
 
 
 def run_on_all(function: Callable[[], T]) -> T:

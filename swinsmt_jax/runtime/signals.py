@@ -1,7 +1,6 @@
-"""Signals that ask a run to end: finish the step, save, and exit with a status.
+"""Signals that ask a training to end: finish the step, save, and exit with a status.
 
-SLURM and spot machines send SIGTERM before they take a machine away; Ctrl-C is SIGINT.
-A second signal ends the process as if nobody listened.
+Which signals: see `statuses`.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-STATUS = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "try again"
+from swinsmt_jax.runtime.statuses import STATUS, default
 
 
 class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt
@@ -39,8 +38,7 @@ class Listener:
     def hear(self, number: int, _: object) -> None:
         """Note a signal; the next of its kind acts as usual."""
         self._found = signal.Signals(number)
-        default = signal.default_int_handler if number == signal.SIGINT else None
-        signal.signal(number, default or signal.SIG_DFL)
+        default(number)
 
     def heard(self, step: int) -> signal.Signals | None:
         """Return the signal that asks to end after this step, in all processes alike.
@@ -64,7 +62,7 @@ class Listener:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
-    """Listen for SIGTERM and SIGINT; what was there before comes back afterwards.
+    """Listen for the signals of `STATUS`; what was there before comes back afterwards.
 
     Only the main thread of a single process can: elsewhere nothing is changed.
     """

@@ -21,6 +21,7 @@ from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.runtime import processes, signals
 from swinsmt_jax.runtime.files import absolute
+from swinsmt_jax.runtime.statuses import REFUSED
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 
@@ -139,7 +140,9 @@ def run(command: ModuleType, *, program: str) -> None:
 def exit_on_user_error(script: str) -> Iterator[None]:
     """Make a `UserError` one line on stderr and exit status 2, without traceback.
 
-    A run that ended at a signal exits with `signals.STATUS`.
+    So is an error of the system with a file, such as a full disk or a lack of
+    permission, that nobody has put into better words. A training that ended at a signal
+    exits with its status.
     Of several processes, one that fails alone does not wait for the others.
     """
     try:
@@ -151,17 +154,26 @@ def exit_on_user_error(script: str) -> Iterator[None]:
     except processes.SharedError as error:
         if processes.is_first():
             print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except UserError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except (UserError, OSError) as error:
+        print(f"{script}: {_words(error)}", file=sys.stderr)
         if processes.several():
-            processes.abandon(2)
-        sys.exit(2)
+            processes.abandon(REFUSED)
+        sys.exit(REFUSED)
     except Exception as error:
         if processes.several():
             traceback.print_exception(error)
             processes.abandon(1)
         raise
+
+
+def _words(error):
+    if isinstance(error, UserError):
+        return error
+    return (
+        f"{error.filename or 'a file'} cannot be used: {error.strerror or error}; mend "
+        "its permissions or make room, and give the same command again."
+    )
 
 
 def _is_for_users(record: LogRecord) -> bool:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,16 @@ class WorkerDiedError(checks.UserError):
     """A process died while it worked on a case."""
 
 
+class _Processes(loky.ProcessPoolExecutor):
+    def __exit__(self, kind, *_):
+        """Wait for what is submitted, but end it at once if nobody will have it."""
+        unwanted = kind is not None and not issubclass(kind, Exception)
+        self.shutdown(wait=True, kill_workers=unwanted)
+
+
 def processes(workers: int) -> Executor:
     """Return an executor of processes that end with this one, even if it is killed."""
-    return loky.ProcessPoolExecutor(
-        workers, initializer=end_with, initargs=(os.getpid(),)
-    )
+    return _Processes(workers, initializer=end_with, initargs=(os.getpid(),))
 
 
 def run_each(
@@ -75,7 +81,11 @@ def run_each(
 
 
 def end_with(parent: int) -> None:
-    """Let this process end soon after its parent, which cannot end it when killed."""
+    """Let this process end soon after its parent, which cannot end it when killed.
+
+    At Ctrl-C, which every process of a terminal hears, its parent ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
         while os.getppid() == parent:

@@ -35,6 +35,7 @@ def test_flags_become_arguments():
     explicit = distributed.arguments_of(parse(*EXPLICIT, "--local_device_ids=2"))
     assert explicit == {
         "coordinator_address": "node1:1234",
+        "coordinator_bind_address": "node1:1234",
         "num_processes": 4,
         "process_id": 3,
         "local_device_ids": [2],
@@ -64,6 +65,12 @@ def test_flags_become_arguments():
 def test_flags_that_do_not_fit_are_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         distributed.start(parse(*arguments))
+
+
+def test_an_address_of_another_host_is_refused():
+    address = "--coordinator_address=192.0.2.1:12345"  # of documents, never given out
+    with pytest.raises(UserError, match="cannot be opened here.*BIND_ADDRESS names"):
+        distributed.start(parse(address, "--num_processes=2", "--process_id=0"))
 
 
 def test_a_port_in_use_is_refused():

@@ -46,6 +46,29 @@ def test_processes_end_with_a_parent_that_is_killed():
             os.kill(int(child), signal.SIGKILL)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_ctrl_c_ends_all_processes_at_once():
+    code = (
+        "import time; from swinsmt_jax.runtime import statuses, workers\n"
+        "with statuses.ending_at_signals('x.py'):\n"
+        "    list(workers.run_each(time.sleep, [600, 600], workers=2))"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        **{"cwd": Path(__file__).parents[2], "start_new_session": True},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    wait_for(lambda: len(listed.read_text().split()) >= 4)
+    children = listed.read_text().split()
+    time.sleep(1)  # until they work
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 130 and said.count("\n") == 1, said
+    wait_for(lambda: not any(map(runs, children)))
+
+
 def runs(process):
     try:
         return (

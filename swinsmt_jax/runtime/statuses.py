@@ -1,0 +1,49 @@
+"""Exit statuses of the commands, and how they end at a signal. Loads no jax.
+
+SLURM and spot machines send SIGTERM, or SIGUSR1 if asked, before they take a machine
+away; Ctrl-C is SIGINT. A second signal ends the process as if nobody listened.
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+SOME_FAILED = 1  # of many cases or scans
+REFUSED = 2  # what the user can mend
+STATUS = {  # 75: EX_TEMPFAIL, "try again"
+    signal.SIGTERM: 75,
+    signal.SIGUSR1: 75,
+    signal.SIGINT: 130,
+}
+
+
+def default(number: int) -> None:
+    """Let the next signal of this number act as if nobody listened."""
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, usual)
+
+
+@contextlib.contextmanager
+def ending_at_signals(program: str) -> Iterator[None]:
+    """Let a signal end the program in one line, with its status.
+
+    What is half-written is removed on the way out, by whoever writes it.
+    """
+
+    def end(number, _):
+        default(number)
+        name = signal.Signals(number).name
+        print(
+            f"{program}: {name} received: what is finished stays, and the same command "
+            "continues.",
+            file=sys.stderr,
+        )
+        sys.exit(STATUS[number])
+
+    before = {number: signal.signal(number, end) for number in STATUS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -20,6 +20,7 @@ tendency, not of any published result.
 """
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -82,14 +83,14 @@ def train_and_score(config: ExperimentConfig) -> dict:
         loop.train(config, workdir=folder)
         seconds = time.perf_counter() - start
         _, model, _ = load_model(Path(folder))
-        found = validation.segment_cases(
+        segment = functools.partial(
+            validation.segment_case,
             predict_fn(model),
-            cases,
             data=config.data,
             inference=config.inference,
             num_classes=config.model.out_channels,
         )
-        results = [case.result for case in found]
+        results = [segment(case).result for case in cases]
     later = [result.seconds for result in results[1:] or results]  # after compilation
     return {
         "scores": np.stack([result.of(DICE) for result in results]),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,14 @@ from swinsmt_jax import labels
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.commands import evaluate
 from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.evaluation import predictions
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.outputs import OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
 from swinsmt_jax.inference.segmenter import Segmenter, predict_fn
+from swinsmt_jax.runtime.processes import SomeFailedError
 
 ROOT = Path(__file__).parents[1]
 FILES = ["overview.png", "per_case.csv", "per_class.csv", "report.html", "results.json"]
@@ -223,6 +226,7 @@ def test_predictions_in_files_are_evaluated(dataset, tmp_path, workers):
     assert [case["seconds"] for case in found["cases"].values()] == [None, None]
     for file in ("per_case.csv", "report.html"):
         assert "nan" not in (output / file).read_text()
+    assert not list(output.rglob("cases*"))
     (folder / "s0002.nii.gz").unlink()
     with pytest.raises(UserError, match="has no prediction of case 's0002'"):
         evaluated(folder, dataset, output)
@@ -326,6 +330,34 @@ def evaluated(folder, dataset, output, **options):
         **{"rule": "over_classes", "surface_rule": None} | options,
     )
     return json.loads((output / "results.json").read_text())
+
+
+def test_scores_are_kept_until_all_cases_have_some(dataset, tmp_path, rng, monkeypatch):
+    folder, output = noisy(dataset, rng, tmp_path / "files"), tmp_path / "results"
+    whole = evaluated(folder, dataset, tmp_path / "whole")
+    scored, score = [], predictions.score
+    count = lambda scan, *a, **b: scored.append(scan.name) or score(scan, *a, **b)  # noqa: E731
+    monkeypatch.setattr(predictions, "score", count)
+    file = folder / "s0002.nii.gz"
+    good = file.read_bytes()
+    file.write_bytes(good[:2000])
+    with pytest.raises(SomeFailedError, match="1 of 2 cases .* s0002: .*truncated"):
+        evaluated(folder, dataset, output)
+    assert [f.name for f in output.iterdir()] == ["cases"] and scored == ["s0001"]
+    with pytest.raises(SomeFailedError):  # what was scored is of no use elsewhere
+        evaluated(folder, dataset, output, surface_rule=SurfaceRule())
+    assert scored == ["s0001", "s0001"]
+    file.write_bytes(good)
+    assert evaluated(folder, dataset, output) == whole | {"data_root": str(dataset)}
+    assert sorted(p.name for p in output.iterdir()) == FILES
+    del scored[:]
+    file.write_bytes(good[:2000])
+    with pytest.raises(SomeFailedError):
+        evaluated(folder, dataset, output)
+    file.write_bytes(good)
+    os.utime(folder / "s0001.nii.gz", (0, 0))  # as if it had been replaced
+    evaluated(folder, dataset, output)
+    assert scored == ["s0001", "s0001", "s0002"]
 
 
 def test_a_folder_of_masks_is_read_as_a_label_file(dataset, tmp_path, rng, caplog):

@@ -30,11 +30,15 @@ class Case:
         return load_case(self)
 
     @property
+    def files(self) -> list[Path]:
+        """Image and labels."""
+        found = self.segmentation
+        return [self.ct, *(_files(found, self.ct) if CLASS in str(found) else [found])]
+
+    @property
     def facts(self) -> list[int]:
         """Bytes of the files: they tell one case from another."""
-        found = self.segmentation
-        files = _files(found, self.ct) if CLASS in str(found) else [found]
-        return [file.stat().st_size for file in (self.ct, *files)]
+        return [file.stat().st_size for file in self.files]
 
 
 @dataclass(frozen=True)

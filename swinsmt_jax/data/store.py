@@ -82,6 +82,11 @@ class StoredCase:
         return read_json(self.folder / CASE)
 
     @property
+    def files(self) -> list[Path]:
+        """The file that is made last."""
+        return [self.folder / CASE]
+
+    @property
     def affine(self) -> np.ndarray:
         """[4, 4], voxel indices to world millimetres, RAS."""
         return np.array(self.facts["affine"])

@@ -8,18 +8,19 @@ import jax
 from tqdm import tqdm
 
 from swinsmt_jax import checks, models
-from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.config import ExperimentConfig, to_dict
 from swinsmt_jax.data import pipeline
+from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
 from swinsmt_jax.evaluation.results import about_surfaces, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.evaluation.validation import segment_cases
+from swinsmt_jax.evaluation.validation import segment_case
+from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.segmenter import batch_sharding, left_right_swap, predict_fn
 from swinsmt_jax.runtime import processes
-from swinsmt_jax.runtime.files import make_folder
 from swinsmt_jax.runtime.operations import forward_operations
 
 
@@ -41,7 +42,8 @@ def evaluate_split(
 
     Written to `output`: per_class.csv, per_case.csv, results.json, overview.png and
     report.html.
-    Several processes divide the cases between them, and the first one writes.
+    Several processes divide the cases between them, and the first one writes. Scores
+    are kept by case until then, so that the same call after a failure continues.
 
     Args:
         model: the trained network.
@@ -56,8 +58,9 @@ def evaluate_split(
         mirror: average over windows and their mirror images.
 
     Raises:
-        UserError: for an empty split, bad files, labels unknown to the network, or an
-            output path that is no folder.
+        SomeFailedError: after all cases, for bad files, and labels unknown to the
+            network.
+        UserError: for an empty split, or an output path that is no folder.
     """
     checks.in_range("limit", limit, 0, 10**9)
     chosen = chosen_metrics(metrics, surface_rule=surface_rule)
@@ -66,11 +69,27 @@ def evaluate_split(
     exchanged = left_right_swap(names, num_classes=num_classes) if mirror else None
     predict = predict_fn(model, exchanged=exchanged)
 
+    decides = {**to_dict(config), "mirror": mirror, "metrics": [m.name for m in chosen]}
+    decides |= {"network": digest_of_network(model), "surfaces": repr(surface_rule)}
+    so_far = kept.Kept(output, kept.key_of(decides))
+
     def find():
         cases = pipeline.find_cases(data, split=split)
         if processes.is_first():
-            make_folder(output)
+            so_far.begin()
         return cases[: limit or None]
+
+    def score(case):
+        segmented = segment_case(
+            predict,
+            case,
+            data=data,
+            inference=config.inference,
+            num_classes=num_classes,
+            sharding=batch_sharding(),
+            metrics=chosen,
+        )
+        return segmented.result, views_of(segmented)
 
     def segment():
         bar = tqdm(
@@ -79,21 +98,11 @@ def evaluate_split(
             unit="case",
             disable=not processes.is_first(),
         )
-        segmented = segment_cases(
-            predict,
-            bar,
-            data=data,
-            inference=config.inference,
-            num_classes=num_classes,
-            sharding=batch_sharding(),
-            metrics=chosen,
-        )
-        return [(case.result, views_of(case)) for case in segmented]
+        return [so_far.outcome(case, case.files, score) for case in bar]
 
     cases = processes.run_on_all(find)
     processes.require_same({"cases": [case.name for case in cases]})
-    found = processes.unshard(processes.run_on_all(segment))
-    results, views = zip(*found, strict=True)
+    results, views = kept.scores_of(processes.unshard(processes.run_on_all(segment)))
     groups = known_groups(groups, num_classes)
     about = {
         "split": split,
@@ -117,7 +126,7 @@ def evaluate_split(
         f"{about['gflop_per_window']:,.0f} GFLOP a window, "
         f"{about['seconds_per_scan']:.1f} s a scan (median, reading not counted)"
     )
-    return write_results(
+    table = write_results(
         output,
         Evaluation(results, groups, rule, names),
         views,
@@ -125,3 +134,5 @@ def evaluate_split(
         title=f"{len(results)} cases of the split {split!r}, checkpoint of step {step}",
         note=note,
     )
+    processes.on_first(so_far.end)
+    return table

@@ -8,17 +8,17 @@ from pathlib import Path
 import loky
 from tqdm import tqdm
 
-from swinsmt_jax import checks, labels
+from swinsmt_jax import checks, class_map, labels
 from swinsmt_jax.data import nifti
 from swinsmt_jax.data.case import Case, load_case
 from swinsmt_jax.data.dataset import open_dataset
-from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
+from swinsmt_jax.data.label_files import SUFFIXES, load_prediction, masks_in
+from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
 from swinsmt_jax.evaluation.results import about_surfaces, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation, score
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.runtime.files import make_folder
 from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
 
 MOST_WORKERS = 8  # unless told otherwise: each holds a whole case in memory
@@ -52,8 +52,9 @@ def evaluate_predictions(
             `MOST_WORKERS`. Cores that are left measure surfaces.
 
     Raises:
-        UserError: for a prediction that is missing, lies on another grid or holds other
-            ids, and as `evaluate_split.evaluate_split`.
+        SomeFailedError: after all cases, for a prediction that lies on another grid or
+            holds other ids, and as `evaluate_split.evaluate_split`.
+        UserError: for a prediction that is missing.
     """
     checks.in_range("limit", limit, 0, 10**9)
     checks.in_range("workers", workers, 0, 1024)
@@ -70,11 +71,14 @@ def evaluate_predictions(
         grouped = labels.load_groups(groups, names=classes.names)
     for case in cases:
         _file(folder, case)  # before the work, say which one is missing
-    make_folder(output)
+    decides = [class_map.to_json(classes), [m.name for m in chosen], repr(surface_rule)]
+    so_far = kept.Kept(output, kept.key_of(decides))
+    so_far.begin()
     cores = loky.cpu_count()
     workers = min(len(cases), workers or min(cores, MOST_WORKERS))
     evaluate = partial(
         _evaluate,
+        so_far=so_far,
         folder=folder,
         classes=classes,
         metrics=chosen,
@@ -85,26 +89,36 @@ def evaluate_predictions(
         try:
             found[case.name] = future.result()
         except WorkerDiedError as error:
-            raise checks.UserError(f"case {case.name!r}: {error}") from error
-    results, views = zip(*(found[case.name] for case in cases), strict=True)
+            found[case.name] = {"name": case.name, "error": str(error)}
+    results, views = kept.scores_of([found[case.name] for case in cases])
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
     about |= about_surfaces(surface_rule)
-    return write_results(
+    table = write_results(
         output,
         Evaluation(results, grouped, rule, classes.names),
         views,
         about=about,
         title=f"{len(results)} cases of the split {split!r}, predictions in {folder}",
     )
+    so_far.end()
+    return table
 
 
-def _evaluate(case, *, folder, classes, metrics, threads):
+def _evaluate(case, *, so_far, folder, **options):
+    """Return the outcome of a case."""
+    path = _file(folder, case)
+    predicted = list(masks_in(path).values()) if path.is_dir() else [path]
+    score = partial(_score, path=path, **options)
+    return so_far.outcome(case, [*case.files, *predicted], score)
+
+
+def _score(case, *, path, classes, metrics, threads):
     """Return result and views of a case."""
     truth = load_case(case, classes=classes)
     scan = nifti.Volume(
         truth.image, truth.affine, truth.source_affine, truth.source_shape, case.ct
     )
-    prediction = load_prediction(_file(folder, case), classes=classes, like=scan)
+    prediction = load_prediction(path, classes=classes, like=scan)
     case = score(
         truth,
         prediction,

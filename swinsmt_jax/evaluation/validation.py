@@ -1,7 +1,8 @@
 """Segment the cases of a split and score what comes out, on the scans' own grids."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig, InferenceConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.network_view import network_view
+from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.metrics import DICE, Metric
 from swinsmt_jax.evaluation.scoring import Evaluation, Segmented, score
@@ -20,21 +22,21 @@ from swinsmt_jax.runtime import processes
 PICTURES = 3  # cases drawn in a validation
 
 
-def segment_cases(
+def segment_case(
     predict: Predict,
-    cases: Iterable,
+    case: pipeline.Case,
     *,
     data: DataConfig,
     inference: InferenceConfig,
     num_classes: int,
     sharding: jax.sharding.Sharding | None = None,
     metrics: Sequence[Metric] = (DICE,),
-) -> Iterator[Segmented]:
-    """Yield every case with its prediction, compared on the scan's own grid.
+) -> Segmented:
+    """Return a case with its prediction, compared on the scan's own grid.
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
-        cases: as from `pipeline.find_cases`.
+        case: as from `pipeline.find_cases`.
         data: of the experiment whose network `predict` is.
         inference, num_classes, sharding: as in `inference.segmenter.segment`.
         metrics: what is measured.
@@ -42,35 +44,34 @@ def segment_cases(
     Raises:
         UserError: for bad files, or labels that the network has no output for.
     """
-    for case in cases:
-        scan = case.read()
-        top = int(scan.label.max())
-        checks.require(
-            top < num_classes,
-            f"case {case.name!r} holds label {top}, but the network's model."
-            f"out_channels is {num_classes}, so its labels end at {num_classes - 1}; "
-            "evaluate on data with the classes of the training.",
-        )
-        view = network_view(
-            scan.image, scan.affine, spacing=data.spacing, hu_range=data.hu_range
-        )
-        start = time.perf_counter()
-        with checks.named(f"case {case.name!r}"):
-            prediction = segment(
-                predict,
-                view,
-                window=data.patch_shape,
-                num_classes=num_classes,
-                inference=inference,
-                sharding=sharding,
-            )
-        yield score(
-            scan,
-            prediction,
-            seconds=time.perf_counter() - start,
+    scan = case.read()
+    top = int(scan.label.max())
+    checks.require(
+        top < num_classes,
+        f"case {case.name!r} holds label {top}, but the network's model."
+        f"out_channels is {num_classes}, so its labels end at {num_classes - 1}; "
+        "evaluate on data with the classes of the training.",
+    )
+    view = network_view(
+        scan.image, scan.affine, spacing=data.spacing, hu_range=data.hu_range
+    )
+    start = time.perf_counter()
+    with checks.named(f"case {case.name!r}"):
+        prediction = segment(
+            predict,
+            view,
+            window=data.patch_shape,
             num_classes=num_classes,
-            metrics=metrics,
+            inference=inference,
+            sharding=sharding,
         )
+    return score(
+        scan,
+        prediction,
+        seconds=time.perf_counter() - start,
+        num_classes=num_classes,
+        metrics=metrics,
+    )
 
 
 def validate(
@@ -99,22 +100,23 @@ def validate(
     pictures: dict = {}
 
     def segment():
-        own, found = processes.shard(cases), []
-        segmented = segment_cases(
-            predict,
-            own,
-            data=data,
-            inference=inference,
-            num_classes=num_classes,
-            sharding=sharding,
-        )
-        for case in segmented:
+        found = []
+        for case in processes.shard(cases):
+            segmented = segment_case(
+                predict,
+                case,
+                data=data,
+                inference=inference,
+                num_classes=num_classes,
+                sharding=sharding,
+            )
             if draw is not None and len(pictures) < PICTURES:
-                pictures[f"validation/{case.result.name}"] = draw(case)
-            found.append(case.result)
+                pictures[f"validation/{case.name}"] = draw(segmented)
+            found.append(dataclasses.asdict(segmented.result))
         return found
 
-    results = processes.unshard(processes.run_on_all(segment))
+    found = processes.unshard(processes.run_on_all(segment))
+    results = [kept.result_of(result) for result in found]
     groups = known_groups(pipeline.class_map(data).groups, num_classes)
     evaluation = Evaluation(results, groups)
     dice = evaluation.means(DICE)

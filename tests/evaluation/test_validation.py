@@ -62,7 +62,9 @@ def settings(**inference):
 
 
 def segmented(cases):
-    return validation.segment_cases(reads_the_image, cases, **settings())
+    return [
+        validation.segment_case(reads_the_image, case, **settings()) for case in cases
+    ]
 
 
 def test_a_perfect_network_scores_one(cases):
@@ -133,12 +135,11 @@ def test_outside_the_foreground_is_background(cases):
 
 def test_a_case_whose_logits_are_not_finite_is_named(cases):
     data, inference = config().data, config().inference
-    segmented = validation.segment_cases(
-        jax.jit(lambda windows: windows * jnp.full(CLASSES, jnp.inf)),
-        cases[:1],
-        data=data,
-        inference=inference,
-        num_classes=CLASSES,
-    )
     with pytest.raises(UserError, match="case '0': the network's logits are NaN or"):
-        next(segmented)
+        validation.segment_case(
+            jax.jit(lambda windows: windows * jnp.full(CLASSES, jnp.inf)),
+            cases[0],
+            data=data,
+            inference=inference,
+            num_classes=CLASSES,
+        )

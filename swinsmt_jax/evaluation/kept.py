@@ -1,0 +1,120 @@
+"""Cases that are scored: kept by case until the evaluation has all of them.
+
+What is kept is also what processes exchange: plain values, see `runtime.plain`.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from absl import logging
+
+from swinsmt_jax import checks
+from swinsmt_jax.evaluation.metrics import Counts
+from swinsmt_jax.evaluation.pictures import CaseViews
+from swinsmt_jax.evaluation.scoring import CaseResult
+from swinsmt_jax.inference.pictures import View
+from swinsmt_jax.runtime import files, plain, processes
+
+FOLDER = "cases"  # in the output
+FAILURES = (checks.UserError, OSError, MemoryError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What an evaluation has scored so far, in its output folder.
+
+    Attributes:
+        output: the folder.
+        key: of all that decides scores, but the case; see `key_of`.
+    """
+
+    output: Path
+    key: str
+
+    def outcome(
+        self,
+        case: object,
+        inputs: Iterable[Path],
+        score: Callable[[object], tuple[CaseResult, CaseViews]],
+    ) -> dict:
+        """Return a case's scores, or why there are none, as plain values.
+
+        Args:
+            case: its name counts.
+            inputs: its files; where one changes, the case is scored again.
+            score: scores the case, unless an earlier run did.
+        """
+        try:
+            file = self.output / FOLDER / f"{case.name}.json"
+            key = key_of(self.key, [_stamp(path) for path in inputs])
+            if found := _read(file, key):
+                return found
+            result, views = map(dataclasses.asdict, score(case))
+            found = {"key": key, "result": result, "views": views}
+            files.write_text(file, plain.dumps(found))
+            return found
+        except FAILURES as error:
+            logging.error("%s: %s", case.name, error)
+            return {"name": case.name, "error": checks.one_line(error, 1000)}
+
+    def begin(self) -> None:
+        """Make the folders, and remove what a killed run left half-written."""
+        for folder in (self.output, self.output / FOLDER):
+            files.make_folder(folder)
+            files.remove_partial(folder)
+
+    def end(self) -> None:
+        """Remove what was kept, as the results are written."""
+        files.remove(self.output / FOLDER)
+
+
+def key_of(*parts: object) -> str:
+    """Return a hash of plain values."""
+    return hashlib.sha256(plain.dumps(parts).encode()).hexdigest()[:16]
+
+
+def scores_of(
+    outcomes: Sequence[dict],
+) -> tuple[list[CaseResult], list[CaseViews]]:
+    """Return the scores and views of all cases.
+
+    Raises:
+        SomeFailedError: if there are none of a case.
+    """
+    failed = {found["name"]: found["error"] for found in outcomes if "error" in found}
+    if failed:
+        raise processes.SomeFailedError(
+            f"{len(failed)} of {len(outcomes)} cases cannot be scored, so that there "
+            "are no results of the split; the others are kept, and the same command "
+            f"continues: {'; '.join(f'{n}: {why}' for n, why in failed.items())}"
+        )
+    return [result_of(found["result"]) for found in outcomes], [
+        _views_of(found["views"]) for found in outcomes
+    ]
+
+
+def result_of(found: dict) -> CaseResult:
+    """Return what `dataclasses.asdict` made plain."""
+    return CaseResult(**found | {"counts": Counts(*found["counts"])})
+
+
+def _views_of(found):
+    views = (
+        View(**view | {"extent": tuple(view["extent"])}) for view in found["views"]
+    )
+    return CaseViews(**found | {"views": tuple(views)})
+
+
+def _stamp(path):
+    facts = path.stat()
+    return [str(path), facts.st_size, facts.st_mtime_ns]
+
+
+def _read(file, key):
+    try:
+        found = plain.loads(file.read_bytes())
+        return found if found["key"] == key else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None  # of a version that kept something else

@@ -7,7 +7,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a file belongs to the longest of these names that its own begins with
     ["configs"],
     ["checks"],
-    ["runtime.files", "runtime.html", "runtime.plain", "runtime.workers"],
+    [
+        "runtime.files",
+        "runtime.html",
+        "runtime.plain",
+        "runtime.host_memory",
+        "runtime.workers",
+    ],
     ["models.registry", "labels"],
     ["class_map"],
     ["data.sample", "data.interpolation"],

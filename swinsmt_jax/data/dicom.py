@@ -12,9 +12,11 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.data import nifti
 from swinsmt_jax.data.dicom_files import AGAIN, Slice, dicom_files, look
+from swinsmt_jax.runtime import host_memory
 from swinsmt_jax.runtime.files import absolute
 
 TOLERANCE = 0.1  # mm by which a slice may lie elsewhere than its neighbours say
+PLANE_BYTES = 8  # a voxel: float32 planes, and all of them together
 TURN = 1e-3  # by which directions may differ between slices
 
 
@@ -41,6 +43,8 @@ def load_series(folder: str | Path) -> nifti.Volume:
     folder = absolute(folder)
     slices, notes = _sorted_slices(folder)
     affine = _affine(folder, slices)
+    room = len(slices) * slices[0].shape[0] * slices[0].shape[1] * PLANE_BYTES
+    host_memory.require(folder, room)
     hu = np.stack([plane.T for plane in _planes(folder, slices)], axis=-1)
     return nifti.noted(nifti.from_array(hu, affine, path=folder), *notes)
 

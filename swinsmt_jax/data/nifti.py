@@ -327,6 +327,7 @@ def _load(path: str | Path, on: Volume | None = None) -> Volume:
     if on is not None:
         require_same_grid(grid, on)
     with nifti_file.named(grid.path):
+        nifti_file.require_room(grid.path, image)
         array = nifti_file.voxels(image).reshape(grid.source_shape)
     volume = _checked(grid.path, array, grid.source_affine)
     return replace(volume, notes=grid.notes, header=grid.header)

@@ -12,10 +12,12 @@ import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
 from swinsmt_jax import checks
+from swinsmt_jax.runtime import host_memory
 
 MAX_VOXELS = 2**32  # a whole body of 512 x 512 x 2,500 has 2^29.3
 MAX_SIDE = 2**15 - 1  # voxels; a store keeps places as int16
 DEFLATE = 1032  # bytes that a byte of gzip stands for at most
+CHECKED = 3  # bytes a voxel: int16 HU, and a map of those that are dense
 MAX_TAIL = 2**24  # bytes read after the voxels, to the end of a gzip stream
 
 
@@ -86,6 +88,14 @@ def without_last_ones(shape: Sequence[int]) -> tuple[int, ...]:
     """
     shape = tuple(shape)
     return shape[:3] if set(shape[3:]) <= {1} else shape
+
+
+def require_room(path: Path, image: nib.Nifti1Pair) -> None:
+    """Refuse voxels that the host's memory cannot hold, before any is read."""
+    proxy = image.dataobj
+    plain = (proxy.slope, proxy.inter) == (1, 0)
+    size = proxy.dtype.itemsize if plain else 8  # nibabel scales in float64
+    host_memory.require(path, math.prod(image.shape) * (size + CHECKED))
 
 
 def is_possible(shape: Sequence[int]) -> bool:

@@ -1,5 +1,6 @@
 """Scans and label ids on another grid."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,9 @@ from scipy import ndimage, sparse
 from swinsmt_jax import checks
 from swinsmt_jax.data import nifti_file
 from swinsmt_jax.data.sample import voxel_step
+from swinsmt_jax.runtime import host_memory
 
+MAX_EXTENT = 5000  # mm; a body with raised arms has 2,500
 TIE = 1e-5  # shares of a voxel that differ by less are equal
 BESIDE = np.ones((3, 3, 3))  # voxels that share a face, an edge or a corner
 ROUNDING = 1e-6  # of an axis' length: headers hold spacings in float32
@@ -73,6 +76,15 @@ def resample(
         f"{nifti_file.MAX_VOXELS}, and {nifti_file.MAX_SIDE} along an axis; mend the "
         "spacing in its header, or leave the scan out.",
     )
+    extent = sides * array.shape
+    checks.require(
+        bool(extent.max() <= MAX_EXTENT),
+        f"a scan of {array.shape} voxels measures "
+        f"{' x '.join(f'{s:,.0f}' for s in extent)} mm by its affine, but a body has "
+        f"at most {MAX_EXTENT:,} along an axis; mend the spacing in its header.",
+    )
+    size = 4 if order else array.itemsize  # interpolated in float32
+    host_memory.require(f"a scan of {shape} voxels", math.prod(shape) * size)
     ratio = spacing / sides
     offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
     if order == 0:

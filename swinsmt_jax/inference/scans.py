@@ -1,7 +1,7 @@
 """Segment many scans: find them, write what is wanted, pass over what fails."""
 
 import contextlib
-import json
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +15,19 @@ from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import dicom
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
-from swinsmt_jax.inference import outputs, provenance
+from swinsmt_jax.inference import outputs, provenance, shared
 from swinsmt_jax.inference.outputs import OutputOptions
 from swinsmt_jax.inference.segmenter import Segmenter, load_scan
 from swinsmt_jax.results import anatomy
 from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime import files
+from swinsmt_jax.runtime.files import Claim
 
-SUMMARY = "summary.json"
+ENDED = (
+    "passed over this time, since the run before was killed while it segmented this "
+    "scan, mostly because memory ran out. The same command tries it again; crop the "
+    "scan, or give --half or the process more memory."
+)
 TRUTH = "segmentations"  # stem of the labels beside a ct.nii.gz of TotalSegmentator's
 
 
@@ -57,7 +62,7 @@ def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
 def _require_one_place_each(targets, output):
     """Raise `UserError` unless results are files of their own in `output` itself."""
     places = Counter(path for files in targets.values() for path in files.values())
-    places[output / SUMMARY] += 1
+    places[output / shared.SUMMARY] += 1
     for name, kinds in targets.items():
         for path in kinds.values():
             checks.require(
@@ -81,7 +86,9 @@ def segment_scans(
 
     Files appear when complete. What is there stays unless `options.overwrite`: a scan
     of which nothing is missing is skipped, and statistics and pictures are made of the
-    labels that are there. Whatever fails on one scan does not stop the others.
+    labels that are there. Whatever fails on one scan does not stop the others. Several
+    processes with one output share the scans. One that was killed passes its scan to
+    the next one, which passes over it once.
 
     Returns:
         {name: {"file", "labels", "made_by", "seconds", "structures"}}, with {"error"}
@@ -105,45 +112,86 @@ def segment_scans(
     options.require_possible(scans.values())
     outputs.require_free(targets, scans, known.values())
     made_by = {**segmenter.made_by, **options.made_by}
-    summary, record = {}, _read_summary(output / SUMMARY)
     if not options.overwrite:
         outputs.require_classes(targets, names.values())
+        record = shared.read(output)
         provenance.require_same(targets, scans, made_by, record)
     files.make_folder(output)
-    for number, (name, file) in enumerate(scans.items(), start=1):
-        missing = labels = targets[name]
-        there = outputs.is_whole(labels["labels"])
-        if there and not options.overwrite:
-            missing = {k: p for k, p in labels.items() if not outputs.is_whole(p)}
-        found = {"file": str(file), "labels": str(labels["labels"])}
-        before = record.get(name, {}).get(provenance.KEY, {})
-        if kept := None if "labels" in missing else labels["labels"]:
-            found[provenance.KEY] = before
-        else:
-            now = {"scan": provenance.digest_of_scan(file), **made_by}
-            found[provenance.KEY] = before | {labels["labels"].name: now}
-            if not there:  # so that a killed process leaves no
-                record[name] = found  # labels of which nobody knows what made them
-                files.write_json(output / SUMMARY, record)
+    work = _Work(segmenter, output, options, names, made_by)
+    before = {name: _stamp(kinds["labels"]) for name, kinds in targets.items()}
+    summary = {}
+    with contextlib.closing(shared.turns(output, scans)) as turns:
+        for number, (name, claim) in enumerate(turns, start=1):
+            title = f"{name} ({number} of {len(scans)})"
+            anew = options.overwrite and before[name] == _stamp(targets[name]["labels"])
+            summary[name] = work.on(
+                name, scans[name], targets[name], claim=claim, anew=anew, title=title
+            )
+    return {name: summary[name] for name in scans}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is done with a scan that no other process works on."""
+
+    segmenter: Segmenter
+    output: Path
+    options: OutputOptions
+    names: Mapping[int, str]
+    made_by: Mapping[str, object]
+
+    def on(self, name, file, targets, *, claim, anew, title):
+        """Write what is missing of a scan, or all anew; return its entry."""
+        for path in targets.values():
+            files.remove_partial(self.output, of=path.name)
+        before, labels = shared.read(self.output).get(name, {}), targets["labels"]
+        there, missing = outputs.is_whole(labels), targets
+        if there and not anew:
+            missing = {k: p for k, p in targets.items() if not outputs.is_whole(p)}
+        kept, made_by = "labels" not in missing, before.get(provenance.KEY, {})
+        found = {"file": str(file), "labels": str(labels), provenance.KEY: made_by}
         try:
+            if kept:  # perhaps by another process, of something else
+                about = {name: targets}, {name: file}, self.made_by, {name: before}
+                provenance.require_same(*about)
+            else:
+                checks.require(claim is not Claim.LEFT, ENDED)
+                now = {"scan": provenance.digest_of_scan(file), **self.made_by}
+                found[provenance.KEY] = made_by | {labels.name: now}
+                if not there:  # for a killed process leaves labels all the same
+                    shared.tell(self.output, name, before | found)
             if missing:
-                title = f"{name} ({number} of {len(scans)})"
-                found |= _segment(segmenter, file, kept, missing, names, options, title)
-                if options.overwrite:
-                    options.remove_stale(output, name)
-        except checks.UserError as error:
-            logging.error("%s: %s", name, error)
-            found["error"] = str(error)
-        except Exception as error:  # memory, a bug: other scans may do without it
-            logging.exception("%s failed", name)
-            found["error"] = f"{type(error).__name__}: {error}"
-        if "error" in found and there:
-            found[provenance.KEY] = before
-        summary[name] = found
-        entry = record.get(name, {}) if "seconds" not in found else {}
-        record[name] = {k: v for k, v in entry.items() if k != "error"} | found
-        files.write_json(output / SUMMARY, record)
-    return summary
+                source = labels if kept else None
+                about = missing, self.names, self.options, title
+                found |= _segment(self.segmenter, file, source, *about)
+                if self.options.overwrite:
+                    self.options.remove_stale(self.output, name)
+        except Exception as error:  # also memory, a bug: other scans may do without it
+            found["error"] = _reason(name, error)
+            if there:
+                found[provenance.KEY] = made_by
+        before = before if "seconds" not in found else {}
+        entry = {k: v for k, v in before.items() if k != "error"} | found
+        shared.tell(self.output, name, entry)
+        return found
+
+
+def _reason(name, error):
+    """Log why a scan failed, and return it."""
+    if isinstance(error, checks.UserError):
+        logging.error("%s: %s", name, error)
+        return str(error)
+    logging.exception("%s failed", name)
+    return f"{type(error).__name__}: {error}"
+
+
+def _stamp(path):
+    """Return what differs where a file or folder was replaced; None if it is absent."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def _segment(segmenter, file, kept, missing, names, options, title):
@@ -174,15 +222,6 @@ def _segment(segmenter, file, kept, missing, names, options, title):
             logging.warning("%s: %s", file, reason)
     found = np.unique(labels).tolist()
     return facts | {"structures": [names[i] for i in found if i in names]}
-
-
-def _read_summary(file):
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    found = found.items() if isinstance(found, dict) else ()
-    return {name: entry for name, entry in found if isinstance(entry, dict)}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Files and folders that are whole or not there, and the lock of a folder."""
 
 import contextlib
+import enum
 import errno
+import glob
 import json
 import os
 import platform
@@ -20,6 +22,14 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 NO_FLUSH = (errno.EINVAL, errno.EOPNOTSUPP)  # of folders, on some network drives
 
 
+class Claim(enum.Enum):
+    """How a process found what it wanted to work on."""
+
+    FREE = enum.auto()
+    BUSY = enum.auto()  # another process works on it
+    LEFT = enum.auto()  # another one did, and was killed
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path; on success, what was made there replaces `path`.
@@ -30,7 +40,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if it cannot be written.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as folder:
+    prefix = f"{PARTIAL}{path.name[:100]}-"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
         partial = Path(folder) / path.name  # some writers look at the name
         yield partial
         for written in (partial, *partial.rglob("*")):
@@ -89,9 +100,17 @@ def remove(folder: Path) -> None:
         os.replace(folder, Path(parent) / folder.name)
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder."""
-    for left in folder.glob(f"{PARTIAL}*"):
+def remove_partial(folder: Path, *, of: str | None = None) -> None:
+    """Remove what killed processes left half-written in a folder.
+
+    Nobody may be writing it: the caller holds a lock.
+
+    Args:
+        folder: where they wrote.
+        of: what they wrote there; None for anything.
+    """
+    pattern = "*" if of is None else f"{glob.escape(of[:100])}-????????"
+    for left in folder.glob(f"{PARTIAL}{pattern}"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)  # its process may be about to end
         else:
@@ -153,6 +172,40 @@ def locked(file: Path, *, what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def claimed(file: Path, *, wait: bool = False) -> Iterator[Claim]:
+    """Hold a lock file that is there only as long as it is held.
+
+    One that was there although nobody held it is of a process that was killed.
+    On a file system without locks nobody else is seen.
+
+    Args:
+        file: made, and removed at the end.
+        wait: until nobody else holds it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    lock = filelock.FileLock(file, blocking=wait, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        yield Claim.BUSY
+        return
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        yield Claim.FREE
+        return
+    try:
+        left = file.stat().st_size > 0
+        file.write_text(f"process {os.getpid()} on {platform.node()}\n")
+        yield Claim.LEFT if left else Claim.FREE
+    finally:
+        file.unlink(missing_ok=True)
         lock.release()
 
 

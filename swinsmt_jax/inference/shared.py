@@ -1,0 +1,60 @@
+"""An output folder whose scans several processes share, and its summary.json."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from absl import logging
+
+from swinsmt_jax.runtime import files
+from swinsmt_jax.runtime.files import Claim
+
+SUMMARY = "summary.json"
+LOCK = ".lock"  # of the summary; with a name behind it, of a scan
+PATIENCE = 1.0  # seconds between looks at what others work on
+
+
+def read(output: Path) -> dict[str, dict]:
+    """Return {name: entry} of the summary; nothing if it cannot be understood."""
+    try:
+        found = json.loads((output / SUMMARY).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found = found.items() if isinstance(found, dict) else ()
+    return {name: entry for name, entry in found if isinstance(entry, dict)}
+
+
+def tell(output: Path, name: str, entry: dict) -> None:
+    """Replace the entry of one scan; those of other processes stay.
+
+    Raises:
+        UserError: if the summary cannot be written.
+    """
+    file = output / SUMMARY
+    with files.writable(file), files.claimed(output / LOCK, wait=True):
+        files.remove_partial(output, of=SUMMARY)
+        files.write_json(file, {**read(output), name: entry})
+
+
+def turns(output: Path, names: Iterable[str]) -> Iterator[tuple[str, Claim]]:
+    """Yield each name once, while no other process works on it.
+
+    Those that are taken come last, when they are free: their process may have failed.
+    Close this generator, or a name stays taken.
+    """
+    waiting, told = list(names), False
+    while waiting:
+        taken = []
+        for name in waiting:
+            with files.claimed(output / f"{LOCK}-{name}") as claim:
+                if claim is Claim.BUSY:
+                    taken.append(name)
+                else:
+                    yield name, claim
+        if taken == waiting:
+            if not told:
+                logging.info("waiting for other processes: %s", ", ".join(taken))
+                told = True
+            time.sleep(PATIENCE)
+        waiting = taken

@@ -1,0 +1,38 @@
+"""What memory the host has left, asked before a file's claims are believed."""
+
+from pathlib import Path
+
+from swinsmt_jax import checks
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")  # of a container
+
+
+def available() -> int | None:
+    """Return bytes that this process can still take; None where nobody tells."""
+    try:
+        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        cached = int(dict(line.split() for line in lines)["inactive_file"])
+    except (OSError, KeyError, ValueError):  # no container, or one without a limit
+        return free
+    return min(free, max(0, limit - used + cached))
+
+
+def require(what: object, needed: int) -> None:
+    """Raise `UserError` if `what` needs more bytes than there are.
+
+    Linux would end the process, and with it all scans after this one.
+    """
+    free = available()
+    checks.require(
+        free is None or needed <= free,
+        f"{what} needs at least {needed / 1e9:.1f} GB of memory, but "
+        f"{(free or 0) / 1e9:.1f} GB are free; crop it, or give the process more.",
+    )

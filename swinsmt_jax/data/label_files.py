@@ -7,7 +7,7 @@ from absl import logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import nifti
+from swinsmt_jax.data import geometry, nifti, resampling
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -51,6 +51,28 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
     for note in merged.notes:
         logging.warning("%s", note)
     return merged.label
+
+
+def load_regridded(
+    path: Path, *, classes: ClassMap, like: nifti.Volume
+) -> tuple[np.ndarray, str]:
+    """Read label ids as `load_prediction`, from any grid, on that of a scan.
+
+    Each voxel of the scan gets the label of the nearest one; outside of the labels'
+    grid it is background.
+
+    Returns:
+        The labels, and how their own grid lay beside the scan's; "" if it was the same.
+    """
+    files = list(masks_in(path).values()) if path.is_dir() else [path]
+    checks.require(bool(files), f"{path} holds no masks.")
+    own = nifti.grid_of(files[0])
+    label = load_prediction(path, classes=classes, like=own)
+    if nifti.same_grid(own, like):
+        return label, ""
+    note = geometry.difference(label.shape, own.affine, like.array.shape, like.affine)
+    step = np.linalg.inv(own.affine) @ like.affine
+    return resampling.nearest(label, step, like.array.shape), note
 
 
 def masks_in(folder: Path) -> dict[str, Path]:

@@ -233,21 +233,35 @@ def require_same_grid(volume: Volume, reference: Volume) -> None:
     grid, wanted = volume.array.shape, reference.array.shape
     remedy = (
         f"{geometry.difference(grid, volume.affine, wanted, reference.affine)}. A "
-        "segmentation must lie on the voxel grid of its CT: resample it."
+        "segmentation must lie on the voxel grid of its CT: resample it; evaluate.py "
+        "--regrid does that with predictions."
     )
     checks.require(
         grid == wanted,
         f"{volume.path} has shape {grid} in RAS orientation, but {reference.path} has "
         f"shape {wanted}: {remedy}",
     )
-    to_voxels = np.linalg.inv(reference.affine) @ volume.affine
-    miss = geometry.corner_distance(reference.array.shape, to_voxels, np.eye(4))
+    miss = _corners_apart(volume, reference)
     checks.require(
         miss <= GRID_TOLERANCE,
         f"the affine of {volume.path} places its voxels up to {miss:.2f} voxels away "
         f"from those of {reference.path}, more than the {GRID_TOLERANCE} allowed: "
         f"{remedy}",
     )
+
+
+def same_grid(volume: Volume, reference: Volume) -> bool:
+    """Tell whether `require_same_grid` would pass."""
+    return (
+        volume.array.shape == reference.array.shape
+        and _corners_apart(volume, reference) <= GRID_TOLERANCE
+    )
+
+
+def _corners_apart(volume, reference):
+    """Return the most voxels by which a corner of one grid misses the other's."""
+    to_voxels = np.linalg.inv(reference.affine) @ volume.affine
+    return geometry.corner_distance(reference.array.shape, to_voxels, np.eye(4))
 
 
 def save_labels(

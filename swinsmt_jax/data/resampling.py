@@ -102,6 +102,20 @@ def resample(
     return resampled, new_affine
 
 
+def nearest(array: np.ndarray, step: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Return for each voxel of another grid the nearest label id; 0 outside.
+
+    Args:
+        array: label ids [X, Y, Z].
+        step: [4, 4], from indices of the other grid to indices of the array.
+        shape: of the other grid.
+    """
+    offset = step[:3, 3] + TIE  # between two voxels, always the same one
+    return ndimage.affine_transform(
+        array, step[:3, :3], offset, tuple(shape), order=0, mode="grid-constant"
+    )
+
+
 def positions(
     shape: tuple[int, ...], affine: np.ndarray, *, on: np.ndarray
 ) -> tuple[np.ndarray, ...]:

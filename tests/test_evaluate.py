@@ -98,8 +98,10 @@ def test_a_perfect_network_gets_a_perfect_table(trained, tmp_path):
     table = evaluate.evaluate(parse(f"--workdir={tmp_path}", "--step=40"))
     assert trained == [(tmp_path, "40")]
     header = "organs vertebrae muscles ribs vessels overall"
-    assert header.split() == table.splitlines()[2].split()[2:]
-    assert table.splitlines()[4].split() == [">", "over_classes", *["100.00"] * 6]
+    lines = table.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("Dice (%)")]
+    assert header.split() == lines[at].split()[2:]
+    assert lines[at + 2].split() == [">", "over_classes", *["100.00"] * 6]
     assert "2 cases of the split 'test', checkpoint of step 40" in table
     output = tmp_path / "eval_test"
     assert sorted(p.name for p in output.iterdir()) == FILES
@@ -186,14 +188,32 @@ def test_user_errors_end_the_script_in_one_line(tmp_path):
 def test_the_protocol_of_totalsegmentator(dataset):
     assert evaluate.scoring(parse("--protocol=totalseg")) == {
         "rule": "over_classes",
-        "metrics": ["dice", "surface_dice"],
-        "surface_rule": SurfaceRule(3.0, (1.5, 1.5, 1.5)),
+        "metrics": None,
+        "surface_rule": SurfaceRule(3.0, (1.5, 1.5, 1.5), slack=0.0),
+        "protocol": "totalseg",
     }
     with pytest.raises(UserError, match="--average=over_pairs was given too"):
         evaluate.scoring(parse("--protocol=totalseg", "--average=over_pairs"))
     assert evaluate.scoring(parse("--surface_tolerance=0"))["surface_rule"] is None
-    with pytest.raises(UserError, match="--metrics=surface_dice asks for metrics of"):
-        evaluate.scoring(parse("--metrics=surface_dice", "--surface_tolerance=0"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--metrics=dice,nsd --surface_tolerance=0", "is 0 mm.*asks for surface_dice"),
+        ("--metrics=dice,hd59", "metrics is 'hd59'.*Did you mean 'hd95'"),
+        ("--metrics=nsd", "must have 'dice'"),
+        ("--protocol=mona", "--protocol is 'mona'.*Did you mean 'monai'"),
+        ("--protocol=nnunet --metrics=dice,hd95", "'hd95', which nnU-Net 2.8.1 does"),
+        ("--protocol=monai --metrics=dice,volume", "gives dice, surface_dice, hd95"),
+        ("--protocol=monai --average=over_pairs", "sets --average=over_cases"),
+        ("--protocol=totalseg --surface_tolerance=2", "sets --surface_tolerance=3.0"),
+        ("--protocol=medpy --cut_faces=ignore", "sets --cut_faces=count"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_work_begins(arguments, words):
+    with pytest.raises(UserError, match=words):
+        evaluate.scoring(parse(*arguments.split()))
 
 
 def evaluate_files(*arguments):

@@ -3,8 +3,8 @@
     python evaluate.py --workdir=runs/demo --split=test
 
 reads configuration and parameters from the checkpoint, segments every case by a
-sliding window of the training patch's shape, prints the Dice table with its surface
-Dice and 95 % bootstrap intervals over cases, and writes
+sliding window of the training patch's shape, prints the table of Dice, with its 95 %
+bootstrap intervals over cases, and of the other metrics, and writes
 per_class.csv, per_case.csv, results.json, overview.png and report.html to
 <workdir>/eval_<split>.
 
@@ -29,18 +29,17 @@ from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.meta import SPLITS
 from swinsmt_jax.evaluation import compare
 from swinsmt_jax.evaluation.averages import AVERAGES
+from swinsmt_jax.evaluation.conventions import CONVENTIONS, convention, surface_rule
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
-from swinsmt_jax.evaluation.metrics import METRICS
+from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
-from swinsmt_jax.evaluation.surface import SurfaceRule
+from swinsmt_jax.evaluation.surface import TOLERANCE
 from swinsmt_jax.inference.segmenter import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
 from swinsmt_jax.runtime import distributed, processes, startup
 from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training.checkpoint import load_model
-
-PROTOCOLS = ("totalseg",)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -63,14 +62,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         list(AVERAGES),
         "the average that counts as the result",
     )
-    help = "what is measured of each class"
-    flags.DEFINE_list("metrics", list(METRICS), help, flag_values=values)
-    help = "mm within which surfaces count as one; 0 leaves surface Dice out"
+    help = "what is measured of each class; by default dice,nsd,hd95,assd,volume"
+    flags.DEFINE_list("metrics", None, help, flag_values=values)
+    help = "mm within which surfaces count as one; 0 leaves out all metrics of surfaces"
     flags.DEFINE_float(
-        "surface_tolerance", 3.0, help, lower_bound=0, flag_values=values
+        "surface_tolerance", TOLERANCE, help, lower_bound=0, flag_values=values
     )
-    help = "rules of another tool's evaluation script, instead of the two flags above"
-    text("protocol", None, f"{help}: {', '.join(PROTOCOLS)}")
+    help = "faces where the scan cuts a structure: surface or not"
+    choice("cut_faces", "count", ("count", "ignore"), help)
+    help = "give the numbers as another tool gives them"
+    text("protocol", None, f"{help}: {', '.join(CONVENTIONS)}")
     text("groups", None, "JSON file {group: [class ids or names]} for the table")
     flags.DEFINE_integer("limit", 0, "first cases only; 0: all", flag_values=values)
     flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
@@ -87,6 +88,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     choice("dtype", None, DTYPES, "of matrix products, if not the training's")
     help = "folder of label files <case>.nii.gz, or folders <case> of masks"
     text("predictions", None, help)
+    help = "resample predictions on another grid than their scan's (nearest voxel)"
+    flags.DEFINE_bool("regrid", False, help, flag_values=values)
     help = "processes for --predictions; 0: one for each CPU core, up to 8"
     flags.DEFINE_integer("workers", 0, help, lower_bound=0, flag_values=values)
     help = "two runs or folders of results, to compare case by case"
@@ -97,31 +100,40 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def scoring(options: flags.FlagValues) -> dict:
     """Return the average, the metrics and the rule for surfaces that flags ask for.
 
-    TotalSegmentator's resources/evaluate.py takes the mean over cases of each class and
-    then over classes, and compares surfaces at 3 mm as if voxels measured 1.5 mm.
+    Raises:
+        UserError: for an unknown protocol, and flags that contradict it or each other.
     """
-    if options.protocol is not None:
-        checks.one_of("--protocol", options.protocol, PROTOCOLS)
-        for name, rule in (("average", "over_classes"), ("surface_tolerance", 3.0)):
-            checks.require(
-                options[name].value == rule,
-                f"--protocol=totalseg sets --{name}={rule}, but --{name}="
-                f"{options[name].value} was given too; leave one of them out.",
-            )
-    tolerance, names = options.surface_tolerance, options.metrics
-    surfaces = any(m.surfaces for n, m in METRICS.items() if n in names)
-    checks.require(
-        bool(tolerance) or not surfaces or options["metrics"].using_default_value,
-        f"--metrics={','.join(names)} asks for metrics of surfaces, which "
-        "--surface_tolerance=0 leaves out; give one of them.",
+    protocol, names = options.protocol, options.metrics
+    own = convention(protocol)
+    fixed = {"average": own.average, "surface_tolerance": own.tolerance}
+    if protocol:
+        fixed["cut_faces"] = "count"
+    for name, value in fixed.items():
+        given = options[name]
+        checks.require(
+            not value or given.using_default_value or given.value == value,
+            f"--protocol={protocol} sets --{name}={value}, but --{name}="
+            f"{given.value} was given too; leave one of them out.",
+        )
+    tolerance, chosen = options.surface_tolerance, options["surface_tolerance"]
+    rule = surface_rule(
+        protocol,
+        tolerance=None if chosen.using_default_value else tolerance,
+        cut_faces=options.cut_faces == "count",
     )
-    spacing = (1.5, 1.5, 1.5) if options.protocol else None
+    found = chosen_metrics(names, surface_rule=rule, protocol=protocol)
+    surfaces = [metric.name for metric in found if metric.surfaces]
+    checks.require(
+        bool(tolerance) or names is None or not surfaces,
+        f"--surface_tolerance is 0 mm, which leaves out all metrics of surfaces, but "
+        f"--metrics={','.join(names or ())} asks for {', '.join(surfaces)}; give a "
+        "tolerance above 0, such as 3, or other metrics.",
+    )
     return {
-        "rule": options.average,
+        "rule": own.average or options.average,
         "metrics": names,
-        "surface_rule": SurfaceRule(tolerance, spacing)
-        if tolerance and surfaces
-        else None,
+        "surface_rule": rule if tolerance and surfaces else None,
+        "protocol": protocol,
     }
 
 
@@ -177,6 +189,7 @@ def main(arguments: list[str]) -> None:
             **scoring(options),
             output=absolute(options.output),
             limit=options.limit,
+            regrid=options.regrid,
             workers=options.workers,
         )
         print(table)

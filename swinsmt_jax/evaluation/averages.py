@@ -10,6 +10,7 @@ AVERAGES = {
     "over_classes": "mean over cases of each class, then over classes",
     "over_cases": "mean over classes present in each case, then over cases",
     "over_pairs": "mean over all (case, class) pairs",
+    "over_all_classes": "as over_classes, but none if a class is in no case (nnU-Net)",
 }
 
 
@@ -110,4 +111,5 @@ def _weighted(values: np.ndarray, weights: np.ndarray, rule: str) -> np.ndarray:
     count, total = weights @ present, weights @ np.where(present, values, 0.0)
     if rule == "over_pairs":
         count, total = (x.sum(axis=1, keepdims=True) for x in (count, total))
-    return known_mean(np.where(count > 0, total / np.maximum(count, 1), np.nan), axis=1)
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return means.mean(axis=1) if rule == "over_all_classes" else known_mean(means, 1)

@@ -21,6 +21,8 @@ from swinsmt_jax.runtime.files import absolute
 FILE = "results.json"
 SAMPLES = 10_000  # of the bootstrap
 CONVENTIONS = {  # entry of results.json: (what it says, flags that set it)
+    "convention": ("convention", "--protocol"),
+    "cut_faces": ("cut faces", "--cut_faces"),
     "surface_tolerance_mm": ("tolerance of surfaces in mm", "--surface_tolerance"),
     "surface_spacing": ("voxels of surfaces in mm", "--protocol"),
 }

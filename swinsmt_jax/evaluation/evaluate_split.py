@@ -14,7 +14,7 @@ from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
-from swinsmt_jax.evaluation.results import about_surfaces, write_results
+from swinsmt_jax.evaluation.results import about_metrics, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.evaluation.validation import segment_case
@@ -36,6 +36,7 @@ def evaluate_split(
     step: int | None = None,
     metrics: Sequence[str] | None = None,
     surface_rule: SurfaceRule | None = None,
+    protocol: str | None = None,
     mirror: bool = False,
 ) -> str:
     """Segment the cases of a split, write all results, and return the Dice table.
@@ -54,7 +55,7 @@ def evaluate_split(
         output: folder, made if missing.
         limit: evaluate only so many cases, the first ones; 0 takes all.
         step: of the checkpoint, for the record.
-        metrics, surface_rule: as in `metrics.chosen_metrics`.
+        metrics, surface_rule, protocol: as in `metrics.chosen_metrics`.
         mirror: average over windows and their mirror images.
 
     Raises:
@@ -63,13 +64,14 @@ def evaluate_split(
         UserError: for an empty split, or an output path that is no folder.
     """
     checks.in_range("limit", limit, 0, 10**9)
-    chosen = chosen_metrics(metrics, surface_rule=surface_rule)
+    chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)
     data, names = config.data, pipeline.class_names(config.data)
     num_classes = config.model.out_channels
     exchanged = left_right_swap(names, num_classes=num_classes) if mirror else None
     predict = predict_fn(model, exchanged=exchanged)
 
-    decides = {**to_dict(config), "mirror": mirror, "metrics": [m.name for m in chosen]}
+    how = about_metrics(chosen, surface_rule=surface_rule, protocol=protocol)
+    decides = {**to_dict(config), "mirror": mirror, "metrics": how}
     decides |= {"network": digest_of_network(model), "surfaces": repr(surface_rule)}
     so_far = kept.Kept(output, kept.key_of(decides))
 
@@ -88,6 +90,7 @@ def evaluate_split(
             num_classes=num_classes,
             sharding=batch_sharding(),
             metrics=chosen,
+            surface_rule=surface_rule,
         )
         return segmented.result, views_of(segmented)
 
@@ -119,7 +122,7 @@ def evaluate_split(
         # Of a Soft MoE in its dense form.
         "gflop_per_window": forward_operations(config.model, data.patch_shape) / 1e9,
         "seconds_per_scan": statistics.median(r.seconds for r in results),
-        **about_surfaces(surface_rule),
+        **how,
     }
     note = (
         f"{about['parameters'] / 1e6:,.1f} M parameters, "

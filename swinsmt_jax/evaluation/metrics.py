@@ -1,13 +1,12 @@
-"""The list of metrics, and the counts of voxels behind Dice.
+"""The list of metrics, what of them is measured, and the counts of voxels behind Dice.
 
-A class that the truth of a case lacks has no score there, whatever was predicted; one
-that is present but not predicted scores 0. That is the rule of TotalSegmentator's
-resources/evaluate.py, for Dice and surface Dice alike. What is predicted though absent
-is counted apart.
+Unless a convention of another tool is followed, a class that the truth of a case lacks
+has no score there, whatever was predicted; one that is present but not predicted has
+Dice and surface Dice 0 and no distance. That is the rule of TotalSegmentator's
+resources/evaluate.py. What is predicted though absent is counted apart.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from swinsmt_jax import checks
-from swinsmt_jax.evaluation.surface import SurfaceRule, surface_dice
+from swinsmt_jax.evaluation import surface
+from swinsmt_jax.evaluation.conventions import OWN, convention
+from swinsmt_jax.evaluation.surface import SurfaceRule
 
-CHUNK = 1 << 22  # voxels counted at once, which bounds the memory of the joint index
+CHUNK = 1 << 16  # voxels counted at once, which stay in the processor's cache
 
 
 class Counts(NamedTuple):
@@ -56,17 +57,22 @@ class Metric:
         unit: such as "mm"; for "%", tables show the score times 100.
         format: of the number in tables, as ".2f".
         compute: from a `Pair` to scores `[K]`, NaN for a class without one; a function
-            of a module, so that other processes can import it.
-        surfaces: whether it compares surfaces, which users may leave out; `compute`
-            then gets a `SurfaceRule` after the pair.
+            of a module, so that other processes can import it. Of surfaces, from
+            `surface.Distances` of one class and a `SurfaceRule` to its score.
+        surfaces: whether it compares surfaces, which users may leave out.
+        definition: in a line, for the head of tables.
+        penalises: the metric whose scores it takes, if it has no `compute`; a class
+            that was missed gets the diagonal of the scan in mm.
     """
 
     name: str
     title: str
     unit: str
     format: str
-    compute: Callable[..., np.ndarray]
+    compute: Callable | None = None
     surfaces: bool = False
+    definition: str = ""
+    penalises: str = ""
 
     @property
     def heading(self) -> str:
@@ -80,6 +86,12 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {}  # in the order of rows and columns
+SHORT = {  # names on the command line that stand for others
+    "nsd": ("surface_dice",),
+    "hd95": ("hd95", "hd95_penalised"),
+    "assd": ("assd", "assd_penalised"),
+    "volume": ("volume", "volume_ml"),
+}
 
 
 def register(metric: Metric) -> Metric:
@@ -93,28 +105,72 @@ def register(metric: Metric) -> Metric:
 
 
 def chosen_metrics(
-    names: Sequence[str] | None = None, *, surface_rule: SurfaceRule | None
+    names: Sequence[str] | None = None,
+    *,
+    surface_rule: SurfaceRule | None,
+    protocol: str | None = None,
 ) -> tuple[Metric, ...]:
-    """Return the metrics of these names, by default all; all compute from a `Pair`.
+    """Return the metrics of these names, by default all that the protocol has.
 
-    Those of surfaces follow the rule, or are left out if it is None.
+    Those of surfaces are left out if there is no rule for them.
 
     Raises:
-        UserError: for a name unknown, and without Dice, by which cases are ranked.
+        UserError: for a name unknown, or unknown to the protocol, and without Dice, by
+            which cases are ranked.
     """
-    names = list(METRICS if names is None else names)
-    for name in names:
-        checks.one_of("metrics", name, METRICS)
-    checks.require("dice" in names, f"metrics is {names}, but must have 'dice'.")
+    own, wanted = convention(protocol), set()
+    for name in names or ():
+        checks.one_of("metrics", name, {**METRICS, **SHORT})
+        full = SHORT.get(name, (name,))
+        wanted |= {*full}
+        checks.require(
+            not protocol or full[0] in own.measures,
+            f"metrics has {name!r}, which {own.title} does not have; of it, "
+            f"--protocol={protocol} gives {', '.join(own.measures)}.",
+        )
+    checks.require(
+        names is None or "dice" in wanted,
+        f"metrics is {list(names or ())}, but must have 'dice'.",
+    )
+    wanted |= {METRICS[name].penalises for name in wanted}
+    found = []
+    for name, metric in METRICS.items():
+        if (names is not None and name not in wanted) or (
+            metric.surfaces and surface_rule is None
+        ):
+            continue
+        if name in own.measures:
+            compute, definition = own.measures[name]
+            metric = dataclasses.replace(metric, compute=compute, definition=definition)
+        elif protocol:
+            continue
+        found.append(metric)
+    return tuple(found)
 
-    def ruled(metric):
-        compute = functools.partial(metric.compute, rule=surface_rule)
-        return dataclasses.replace(metric, compute=compute)
 
-    found = [metric for name, metric in METRICS.items() if name in names]
-    if surface_rule is None:
-        return tuple(metric for metric in found if not metric.surfaces)
-    return tuple(ruled(metric) if metric.surfaces else metric for metric in found)
+def measured(
+    pair: Pair, metrics: Sequence[Metric], *, surface_rule: SurfaceRule | None
+) -> dict[str, np.ndarray]:
+    """Return the scores `[K]` of each metric, as from `chosen_metrics`."""
+    scores = {m.name: m.compute(pair) for m in metrics if m.compute and not m.surfaces}
+    measures = {m.name: m.compute for m in metrics if m.compute and m.surfaces}
+    if measures:
+        scores |= surface.by_class(
+            measures,
+            pair.prediction,
+            pair.truth,
+            spacing=pair.spacing,
+            num_classes=len(pair.counts.truth),
+            rule=surface_rule or SurfaceRule(),
+            workers=pair.workers,
+        )
+    missed = missed_classes(pair.counts)
+    diagonal = np.linalg.norm(np.multiply(pair.truth.shape, pair.spacing))
+    for metric in metrics:
+        if metric.penalises:
+            found = scores[metric.penalises]
+            scores[metric.name] = np.where(missed, diagonal, found)
+    return {metric.name: scores[metric.name] for metric in metrics}
 
 
 def overlap_counts(
@@ -143,13 +199,6 @@ def overlap_counts(
     return Counts(table.diagonal().copy(), table.sum(axis=0), table.sum(axis=1))
 
 
-def dice(counts: Counts) -> np.ndarray:
-    """Dice coefficient by class, float64 `[K]`."""
-    total = counts.predicted + counts.truth
-    score = 2 * counts.intersection / np.maximum(total, 1)
-    return np.where(counts.truth > 0, score, np.nan)
-
-
 def false_positive_classes(counts: Counts) -> np.ndarray:
     """Structures predicted though absent from the truth, bool `[K]`.
 
@@ -158,6 +207,13 @@ def false_positive_classes(counts: Counts) -> np.ndarray:
     wrong = (counts.truth == 0) & (counts.predicted > 0)
     wrong[0] = False
     return wrong
+
+
+def missed_classes(counts: Counts) -> np.ndarray:
+    """Structures of the truth of which no voxel was predicted, bool `[K]`."""
+    missed = (counts.truth > 0) & (counts.predicted == 0)
+    missed[0] = False
+    return missed
 
 
 def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
@@ -175,22 +231,32 @@ def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
     )
 
 
-def _dice(pair):
-    return dice(pair.counts)
+def _register_own(name, title, unit, format, **options):
+    compute, definition = OWN.measures[name]
+    metric = Metric(
+        name, title, unit, format, compute, definition=definition, **options
+    )
+    return register(metric)
 
 
-def _surface_dice(pair, rule):
-    return surface_dice(
-        pair.prediction,
-        pair.truth,
-        spacing=rule.spacing or pair.spacing,
-        num_classes=len(pair.counts.truth),
-        tolerance=rule.tolerance,
-        workers=pair.workers,
+def _register_distance(name, title):
+    _register_own(name, title, "mm", ".2f", surfaces=True)
+    register(
+        Metric(
+            f"{name}_penalised",
+            f"{title}, missed = diagonal",
+            "mm",
+            ".2f",
+            surfaces=True,
+            definition=f"{title}, where a missed structure has the scan's diagonal",
+            penalises=name,
+        )
     )
 
 
-DICE = register(Metric("dice", "Dice", "%", ".2f", _dice))
-register(
-    Metric("surface_dice", "surface Dice", "%", ".2f", _surface_dice, surfaces=True)
-)
+DICE = _register_own("dice", "Dice", "%", ".2f")
+_register_own("surface_dice", "surface Dice", "%", ".2f", surfaces=True)
+_register_distance("hd95", "HD95")
+_register_distance("assd", "ASSD")
+_register_own("volume", "volume difference", "%", ".2f")
+_register_own("volume_ml", "volume difference", "ml", ".2f")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from swinsmt_jax import checks, class_map, labels
 from swinsmt_jax.data import nifti
 from swinsmt_jax.data.case import Case, load_case
 from swinsmt_jax.data.dataset import open_dataset
-from swinsmt_jax.data.label_files import SUFFIXES, load_prediction, masks_in
+from swinsmt_jax.data.label_files import (
+    SUFFIXES,
+    load_prediction,
+    load_regridded,
+    masks_in,
+)
 from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
-from swinsmt_jax.evaluation.results import about_surfaces, write_results
+from swinsmt_jax.evaluation.results import about_metrics, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation, score
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
@@ -36,6 +42,8 @@ def evaluate_predictions(
     limit: int = 0,
     metrics: Sequence[str] | None = None,
     surface_rule: SurfaceRule | None = None,
+    protocol: str | None = None,
+    regrid: bool = False,
     workers: int = 0,
 ) -> str:
     """Compare label files with the truth, write all results, and return the Dice table.
@@ -47,7 +55,9 @@ def evaluate_predictions(
         groups: JSON file as in `labels.load_groups`; None takes the dataset's.
         description: of the dataset, as in `dataset.open_dataset`.
         split, rule, output, limit: as in `evaluate_split.evaluate_split`.
-        metrics, surface_rule: as in `metrics.chosen_metrics`.
+        metrics, surface_rule, protocol: as in `metrics.chosen_metrics`.
+        regrid: resample predictions that lie on another grid, and say so in the table
+            and in results.json.
         workers: processes that share the cases; 0 takes one for each CPU core, up to
             `MOST_WORKERS`. Cores that are left measure surfaces.
 
@@ -58,7 +68,7 @@ def evaluate_predictions(
     """
     checks.in_range("limit", limit, 0, 10**9)
     checks.in_range("workers", workers, 0, 1024)
-    chosen = chosen_metrics(metrics, surface_rule=surface_rule)
+    chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)
     dataset = open_dataset(root, description=description)
     for reason in dataset.refused.values():
         raise checks.UserError(reason)
@@ -71,7 +81,8 @@ def evaluate_predictions(
         grouped = labels.load_groups(groups, names=classes.names)
     for case in cases:
         _file(folder, case)  # before the work, say which one is missing
-    decides = [class_map.to_json(classes), [m.name for m in chosen], repr(surface_rule)]
+    how = about_metrics(chosen, surface_rule=surface_rule, protocol=protocol)
+    decides = [class_map.to_json(classes), how, repr(surface_rule), regrid]
     so_far = kept.Kept(output, kept.key_of(decides))
     so_far.begin()
     cores = loky.cpu_count()
@@ -82,6 +93,8 @@ def evaluate_predictions(
         folder=folder,
         classes=classes,
         metrics=chosen,
+        surface_rule=surface_rule,
+        regrid=regrid,
         threads=max(1, cores // workers),
     )
     finished, found = run_each(evaluate, cases, workers=workers), {}
@@ -91,14 +104,19 @@ def evaluate_predictions(
         except WorkerDiedError as error:
             found[case.name] = {"name": case.name, "error": str(error)}
     results, views = kept.scores_of([found[case.name] for case in cases])
+    moved = {result.name: result.note for result in results if result.note}
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
-    about |= about_surfaces(surface_rule)
+    about |= how | {"regridded": moved}
+    lines = [f"  {name}: {note}" for name, note in moved.items()]
+    if moved:
+        lines.insert(0, f"Resampled (nearest) from another grid: {len(moved)} cases.")
     table = write_results(
         output,
         Evaluation(results, grouped, rule, classes.names),
         views,
         about=about,
         title=f"{len(results)} cases of the split {split!r}, predictions in {folder}",
+        note="\n".join(lines),
     )
     so_far.end()
     return table
@@ -112,22 +130,27 @@ def _evaluate(case, *, so_far, folder, **options):
     return so_far.outcome(case, [*case.files, *predicted], score)
 
 
-def _score(case, *, path, classes, metrics, threads):
+def _score(case, *, path, classes, metrics, surface_rule, regrid, threads):
     """Return result and views of a case."""
     truth = load_case(case, classes=classes)
     scan = nifti.Volume(
         truth.image, truth.affine, truth.source_affine, truth.source_shape, case.ct
     )
-    prediction = load_prediction(path, classes=classes, like=scan)
+    note = ""
+    if regrid:
+        prediction, note = load_regridded(path, classes=classes, like=scan)
+    else:
+        prediction = load_prediction(path, classes=classes, like=scan)
     case = score(
         truth,
         prediction,
         seconds=math.nan,
         num_classes=classes.num_classes,
         metrics=metrics,
+        surface_rule=surface_rule,
         workers=threads,
     )
-    return case.result, views_of(case)
+    return replace(case.result, note=note), views_of(case)
 
 
 def _file(folder: Path, case: Case) -> Path:

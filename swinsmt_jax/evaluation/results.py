@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from swinsmt_jax.evaluation.averages import (
     bootstrap_intervals,
     group_averages,
 )
-from swinsmt_jax.evaluation.metrics import DICE, METRICS
+from swinsmt_jax.evaluation.conventions import convention
+from swinsmt_jax.evaluation.metrics import DICE, METRICS, Metric
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
@@ -43,10 +45,8 @@ def write_results(
         about: plain values that say what was evaluated; copied into the files.
         title, note: of the table.
     """
-    table = tables.dice_table(evaluation, title=title)
-    if "surface_tolerance_mm" in about:
-        table += f"\nSurface Dice: within {about['surface_tolerance_mm']:g} mm."
-    table = f"{table}\n{note}".rstrip()
+    head = "\n".join([title, *_head(about)])
+    table = f"{tables.dice_table(evaluation, title=head)}\n{note}".rstrip()
 
     def write():
         write_per_class(output / "per_class.csv", evaluation)
@@ -61,11 +61,50 @@ def write_results(
     return table
 
 
-def about_surfaces(rule: SurfaceRule | None) -> dict:
-    """Say in results.json how surfaces were compared."""
-    if rule is None:
-        return {}
-    return {"surface_tolerance_mm": rule.tolerance, "surface_spacing": rule.spacing}
+def about_metrics(
+    metrics: Sequence[Metric],
+    *,
+    surface_rule: SurfaceRule | None,
+    protocol: str | None = None,
+) -> dict:
+    """Say whose convention was followed, and what each metric is, for `write_results`.
+
+    Arguments as in `metrics.chosen_metrics`, and what it returns.
+    """
+    about: dict[str, Any] = {
+        "convention": convention(protocol).title,
+        "definitions": {metric.name: metric.definition for metric in metrics},
+    }
+    rule, names = surface_rule, [metric.name for metric in metrics if metric.surfaces]
+    if rule is None or not names:
+        return about
+    about["surface_spacing"] = rule.spacing
+    about["cut_faces"] = "count" if rule.cut_faces else "ignore"
+    if "surface_dice" in names:
+        about["surface_tolerance_mm"] = rule.tolerance or "smallest side of a voxel"
+    return about
+
+
+def _head(about):
+    """Return the lines that say what the numbers of a table are."""
+    if "convention" not in about:
+        return
+    yield f"Convention: {about['convention']}"
+    for name, definition in about["definitions"].items():
+        yield f"  {METRICS[name].title}: {definition or '(not described)'}"
+    if "surface_tolerance_mm" in about:
+        tolerance = about["surface_tolerance_mm"]
+        unit = "" if isinstance(tolerance, str) else " mm"
+        yield f"  Tolerance of surface Dice: {tolerance}{unit}"
+    if about.get("surface_spacing"):
+        sides = " x ".join(f"{side:g}" for side in about["surface_spacing"])
+        yield f"  Surfaces as if voxels measured {sides} mm"
+    if "cut_faces" in about:
+        counted = about["cut_faces"] == "count"
+        yield (
+            "  Faces where the scan cuts a structure "
+            + ("count as surface" if counted else "are left out (--cut_faces=ignore)")
+        )
 
 
 def write_per_class(path: Path, evaluation: Evaluation) -> None:
@@ -95,19 +134,20 @@ def write_json(path: Path, evaluation: Evaluation, *, about: dict) -> None:
     def name_of(number):
         return labels.class_name(number, evaluation.names)
 
-    def case_of(result, wrong):
+    def case_of(result, lost, wrong):
         return {
             name: {name_of(k): scores[k] for k in range(1, len(scores))}
             for name, scores in result.scores.items()
         } | {
+            "missed": [name_of(k) for k in np.flatnonzero(lost)],
             "false_positives": [name_of(k) for k in np.flatnonzero(wrong)],
             "seconds": round(result.seconds, 3),
         }
 
     means = {metric.name: evaluation.means(metric) for metric in evaluation.measured()}
     scores, wrong = evaluation.scores(DICE), evaluation.false_positives()
-    groups, rule = evaluation.groups, evaluation.rule
-    cases = zip(evaluation.results, wrong, strict=True)
+    groups, rule, missed = evaluation.groups, evaluation.rule, evaluation.missed()
+    cases = zip(evaluation.results, missed, wrong, strict=True)
     content = {
         **about,
         "average": rule,
@@ -115,9 +155,10 @@ def write_json(path: Path, evaluation: Evaluation, *, about: dict) -> None:
         **{name: means.get(name) for name in METRICS},
         "dice_by_average": group_averages(scores, groups=groups),
         "dice_intervals": bootstrap_intervals(scores, groups=groups, rule=rule),
+        "missed": int(missed.sum()),
         "false_positives": int(wrong.sum()),
         "groups": {name: [name_of(k) for k in ids] for name, ids in groups.items()},
-        "cases": {result.name: case_of(result, own) for result, own in cases},
+        "cases": {result.name: case_of(result, *own) for result, *own in cases},
     }
     files.write_json(path, _plain(content))
 
@@ -137,7 +178,7 @@ def _page(evaluation, views, *, table, about):
         title="Evaluation",
         table=table,
         dice=DICE,
-        others=[metric for metric in METRICS.values() if metric is not DICE],
+        others=evaluation.measured()[1:],
         cases=[row | {"time": _seconds(row["seconds"], digits=1)} for row, _ in ranked],
         worst=[(view, html.png(f, facecolor="black")) for view, f in drawn],
         classes={name: [rows[k - 1] for k in ids] for name, ids in groups.items()},
@@ -162,11 +203,13 @@ def _seconds(value: float, *, digits: int) -> str:
 
 
 def _plain(value):
-    """Plain types for JSON; NaN and infinity, which JSON lacks, become null."""
+    """Plain types for JSON, which lacks NaN (null here) and infinity ("inf")."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, (float, np.floating)):
-        return round(float(value), 6) if math.isfinite(value) else None
+        if math.isinf(value):
+            return str(float(value))
+        return None if math.isnan(value) else round(float(value), 6)
     return value

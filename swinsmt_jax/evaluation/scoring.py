@@ -15,8 +15,11 @@ from swinsmt_jax.evaluation.metrics import (
     Metric,
     Pair,
     false_positive_classes,
+    measured,
+    missed_classes,
     overlap_counts,
 )
+from swinsmt_jax.evaluation.surface import SurfaceRule
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class CaseResult:
         counts: voxels of each class in prediction, truth and both.
         seconds: time of the prediction, without reading the case; NaN if unknown.
         scores: of each class `[K]`, by the name of a metric.
+        note: how the prediction's grid lay beside the scan's, if it was resampled.
     """
 
     name: str
     counts: Counts
     seconds: float
     scores: dict[str, np.ndarray]
+    note: str = ""
 
     def of(self, metric: Metric) -> np.ndarray:
         """Return the scores of a metric `[K]`, NaN if it was not measured."""
@@ -88,6 +93,10 @@ class Evaluation:
         """Classes predicted in a case whose truth lacks them, bool `[cases, K]`."""
         return np.stack([false_positive_classes(r.counts) for r in self.results])
 
+    def missed(self) -> np.ndarray:
+        """Classes of the truth without a predicted voxel, bool `[cases, K]`."""
+        return np.stack([missed_classes(r.counts) for r in self.results])
+
 
 def score(
     scan: Sample,
@@ -96,14 +105,16 @@ def score(
     seconds: float,
     num_classes: int,
     metrics: Sequence[Metric],
+    surface_rule: SurfaceRule | None = None,
     workers: int | None = None,
 ) -> Segmented:
     """Compare a prediction `[X, Y, Z]` with a scan's labels.
 
-    Arguments as in `Pair` and `CaseResult`; `metrics` as from `chosen_metrics`.
+    Arguments as in `Pair` and `CaseResult`; `metrics` as from `chosen_metrics`, with
+    the same `surface_rule`.
     """
     counts = overlap_counts(prediction, scan.label, num_classes=num_classes)
     spacing = nifti.spacing_of(scan.affine)
     pair = Pair(prediction, scan.label, counts, spacing, workers)
-    scores = {metric.name: metric.compute(pair) for metric in metrics}
+    scores = measured(pair, metrics, surface_rule=surface_rule)
     return Segmented(scan, prediction, CaseResult(scan.name, counts, seconds, scores))

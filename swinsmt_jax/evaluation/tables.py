@@ -16,7 +16,7 @@ from swinsmt_jax.evaluation.averages import (
     group_averages,
     known_mean,
 )
-from swinsmt_jax.evaluation.metrics import DICE, METRICS
+from swinsmt_jax.evaluation.metrics import DICE, METRICS, missed_classes
 from swinsmt_jax.evaluation.scoring import Evaluation
 
 
@@ -24,22 +24,25 @@ def dice_table(evaluation: Evaluation, *, title: str) -> str:
     """Format Dice by group in per cent, one row for each rule of averaging.
 
     The row of the evaluation's rule comes first and is marked. Below stand how many
-    classes of each group have a value, and what no average shows: classes predicted
-    though absent; then the 95 % bootstrap interval over cases of the marked row, and
-    the other metrics under the same rule. Where the groups are the paper's, its
-    authors' rows end the table.
+    classes of each group have a value, and how many (case, class) pairs were missed
+    altogether and, as no average shows, predicted though absent; then the 95 %
+    bootstrap interval over cases of the marked row, and the other metrics under the
+    same rule. Where the groups are the paper's, its authors' rows end the table.
     """
     groups, rule = evaluation.groups, evaluation.rule
     scores, wrong = evaluation.scores(DICE), evaluation.false_positives()
+    missed = evaluation.missed()
     intervals = bootstrap_intervals(scores, groups=groups, rule=rule)
     means = group_averages(scores, groups=groups)
     members = [list(ids) for ids in groups.values()] + [list(range(1, len(wrong[0])))]
     valued = ~np.isnan(scores).all(axis=0)
-    rules = {f"> {rule}": rule} | {f"  {r}": r for r in AVERAGES if r != rule}
+    others = [r for r in AVERAGES if r not in (rule, "over_all_classes")]
+    rules = {f"> {rule}": rule} | {f"  {r}": r for r in others}
     rows = [
         ["Dice (%)", *means],
         *([k, *(DICE.text(m[r]) for m in means.values())] for k, r in rules.items()),
         ["  classes with a value", *(f"{valued[i].sum()}/{len(i)}" for i in members)],
+        ["  missed altogether", *(str(missed[:, i].sum()) for i in members)],
         ["  predicted though absent", *(str(wrong[:, i].sum()) for i in members)],
         ["  95 % interval", *map(_interval, intervals.values())],
     ]
@@ -65,7 +68,7 @@ def class_rows(evaluation: Evaluation) -> list[dict]:
     of the others it was predicted, and the means of the other metrics, NaN if unknown.
     """
     scores, wrong = evaluation.scores(DICE), evaluation.false_positives()
-    predicted = np.stack([r.counts.predicted for r in evaluation.results])
+    missed = evaluation.missed()
     means = {m.name: known_mean(evaluation.scores(m), axis=0) for m in METRICS.values()}
     rows = []
     for k in range(1, scores.shape[1]):
@@ -79,7 +82,7 @@ def class_rows(evaluation: Evaluation) -> list[dict]:
             "dice_min": values.min(),
             "dice_max": values.max(),
             "cases": present.sum(),
-            "missed": (present & (predicted[:, k] == 0)).sum(),
+            "missed": missed[:, k].sum(),
             "false_positives": wrong[:, k].sum(),
         }
         rows.append(row | {name: mean[k] for name, mean in means.items()})
@@ -101,7 +104,7 @@ def case_rows(evaluation: Evaluation) -> list[dict]:
             "case": result.name,
             "dice": Evaluation([result], evaluation.groups).means(DICE),
             "classes": present.sum(),
-            "missed": (present & (result.counts.predicted[1:] == 0)).sum(),
+            "missed": missed_classes(result.counts).sum(),
             "false_positives": wrong.sum(),
             "means": {name: result.mean(m) for name, m in METRICS.items()},
             "seconds": result.seconds,

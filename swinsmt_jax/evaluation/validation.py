@@ -15,6 +15,7 @@ from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.metrics import DICE, Metric
 from swinsmt_jax.evaluation.scoring import Evaluation, Segmented, score
+from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.segmenter import segment
 from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.runtime import processes
@@ -31,6 +32,7 @@ def segment_case(
     num_classes: int,
     sharding: jax.sharding.Sharding | None = None,
     metrics: Sequence[Metric] = (DICE,),
+    surface_rule: SurfaceRule | None = None,
 ) -> Segmented:
     """Return a case with its prediction, compared on the scan's own grid.
 
@@ -39,7 +41,7 @@ def segment_case(
         case: as from `pipeline.find_cases`.
         data: of the experiment whose network `predict` is.
         inference, num_classes, sharding: as in `inference.segmenter.segment`.
-        metrics: what is measured.
+        metrics, surface_rule: what is measured, as in `scoring.score`.
 
     Raises:
         UserError: for bad files, or labels that the network has no output for.
@@ -71,6 +73,7 @@ def segment_case(
         seconds=time.perf_counter() - start,
         num_classes=num_classes,
         metrics=metrics,
+        surface_rule=surface_rule,
     )
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.evaluation import metrics
+from swinsmt_jax.evaluation import conventions, metrics
 from swinsmt_jax.evaluation.metrics import Counts
 
 NAN = np.nan
@@ -29,14 +29,14 @@ def test_every_voxel_is_counted_once(rng):
 
 def test_dice_of_a_label_map_with_itself_is_one(rng):
     labels = rng.integers(0, 5, (4, 4, 4))
-    score = metrics.dice(metrics.overlap_counts(labels, labels, num_classes=5))
+    score = conventions.dice(metrics.overlap_counts(labels, labels, num_classes=5))
     assert (score == 1).all() and score.dtype == np.float64
 
 
 def test_dice_is_symmetric_where_both_maps_have_the_class(rng):
     a, b = rng.integers(0, 5, (2, 4, 4, 4))
-    forth = metrics.dice(metrics.overlap_counts(a, b, num_classes=5))
-    back = metrics.dice(metrics.overlap_counts(b, a, num_classes=5))
+    forth = conventions.dice(metrics.overlap_counts(a, b, num_classes=5))
+    back = conventions.dice(metrics.overlap_counts(b, a, num_classes=5))
     np.testing.assert_array_equal(forth, back)
 
 
@@ -45,7 +45,7 @@ def test_absent_missed_and_invented_classes():
     truth = np.array([0, 0, 1, 1, 2, 2])
     prediction = np.array([0, 4, 1, 0, 0, 0])
     counts = metrics.overlap_counts(prediction, truth, num_classes=5)
-    np.testing.assert_allclose(metrics.dice(counts), [2 / 6, 2 / 3, 0, NAN, NAN])
+    np.testing.assert_allclose(conventions.dice(counts), [2 / 6, 2 / 3, 0, NAN, NAN])
     assert metrics.false_positive_classes(counts).tolist() == [0, 0, 0, 0, 1]
 
 
@@ -71,4 +71,4 @@ def test_refuses_bad_label_maps(prediction, truth, words):
 
 def test_no_predicted_voxel_of_a_present_class_is_zero():
     counts = Counts(np.array([0]), np.array([0]), np.array([7]))
-    assert metrics.dice(counts).tolist() == [0.0]
+    assert conventions.dice(counts).tolist() == [0.0]

@@ -47,8 +47,9 @@ def test_the_table_shows_all_averages_and_what_they_hide(results):
     assert lines[5].split() == ["over_classes", "41.67", "-", "41.67"]
     assert lines[6].split() == ["over_pairs", "55.56", "-", "55.56"]
     assert lines[7].split()[-3:] == ["2/2", "0/1", "2/3"]
-    assert lines[8].split()[-3:] == ["0", "1", "1"]
-    assert lines[9].split()[:3] == ["95", "%", "interval"]
+    assert lines[8].split() == ["missed", "altogether", "1", "0", "1"]
+    assert lines[9].split()[-3:] == ["0", "1", "1"]
+    assert lines[10].split()[:3] == ["95", "%", "interval"]
     assert "surface Dice" not in text
     assert "> over_cases: mean over classes present in each case" in text
     assert "absent from the truth: 1 (case, class) pairs, 1 classes." in text

@@ -1,7 +1,7 @@
 """Crops per second of the input pipeline, beside MONAI's loader of the released code.
 
     python -m benchmarks.input_pipeline [--quick] [--json=FILE]
-    python -m benchmarks.input_pipeline --what=formats|metrics [--quick] [--json=FILE]
+    python -m benchmarks.input_pipeline --what=formats [--quick] [--json=FILE]
 
 Both read the same phantoms (CT and merged labels, 2.5 mm) with the released recipe:
 HU scaled, foreground cropped, zoom, one crop balanced between labelled and other
@@ -20,10 +20,6 @@ The headline is of the recommended configuration, two threads and no worker proc
 --what=formats writes a phantom's CT and labels in each format that a store might have;
 then one thread reads random crops of 96^3 of both, one after the other, from the page
 cache. The formats take turns, and the median round is told.
-
---what=metrics times how a whole-body case is scored: Dice and surface Dice of 117
-structures. Truth is a phantom's label map at 1.5 mm, prediction the same moved by a
-voxel along each axis; the fastest of three runs counts.
 
 --quick takes coarser phantoms, smaller crops and fewer of them.
 """
@@ -248,11 +244,10 @@ def headline(rows):
 
 
 def main(options):
-    if options.what != "pipeline":  # whose processes are to import little
-        from benchmarks import scoring_time, store_formats
+    if options.what == "formats":  # its processes are to import little
+        from benchmarks import store_formats
 
-        part = {"formats": store_formats, "metrics": scoring_time}[options.what]
-        return part.report(quick=options.quick)
+        return store_formats.report(quick=options.quick)
     settings = {
         "scans": 6,
         "spacing": 2.5,
@@ -271,6 +266,6 @@ def main(options):
 
 
 if __name__ == "__main__":
-    what = ("pipeline", "formats", "metrics")
+    what = ("pipeline", "formats")
     flags.DEFINE_enum("what", what[0], what, "what is measured")
     run(main, quick="few small scans and crops, under a minute")

@@ -50,11 +50,11 @@ def ellipsoids(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def ours(prediction, truth):
-    from swinsmt_jax.evaluation import metrics, surface
+    from swinsmt_jax.evaluation import metrics, overlap, surface
 
     rule = surface.SurfaceRule(TOLERANCE)
-    counts = metrics.overlap_counts(prediction, truth, num_classes=CLASSES)
-    pair = metrics.Pair(prediction, truth, counts, SPACING)
+    counts = overlap.overlap_counts(prediction, truth, num_classes=CLASSES)
+    pair = overlap.Pair(prediction, truth, counts, SPACING)
     chosen = metrics.chosen_metrics(surface_rule=rule)
     return metrics.measured(pair, chosen, surface_rule=rule)["surface_dice"]
 
@@ -63,9 +63,9 @@ def in_boxes(prediction, truth):
     import loky
     import surface_distance
 
-    from swinsmt_jax.evaluation import conventions, metrics
+    from swinsmt_jax.evaluation import conventions, overlap
 
-    conventions.dice(metrics.overlap_counts(prediction, truth, num_classes=CLASSES))
+    conventions.dice(overlap.overlap_counts(prediction, truth, num_classes=CLASSES))
     boxes = [ndimage.find_objects(x, CLASSES - 1) for x in (truth, prediction)]
 
     def measure(k):

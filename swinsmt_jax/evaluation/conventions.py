@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from swinsmt_jax import checks
+from swinsmt_jax.evaluation.overlap import Counts, Pair
 from swinsmt_jax.evaluation.surface import Distances, SurfaceRule, share_within
 
 PERCENT = 95
@@ -39,11 +40,17 @@ class Convention:
     surfaces: Mapping = field(default_factory=dict)
 
 
-def dice(counts, *, empty=np.nan, invented=np.nan, epsilon=0.0) -> np.ndarray:
+def dice(
+    counts: Counts,
+    *,
+    empty: float = np.nan,
+    invented: float = np.nan,
+    epsilon: float = 0.0,
+) -> np.ndarray:
     """Dice coefficient by class, float64 `[K]`.
 
     Args:
-        counts: as `metrics.Counts`.
+        counts: of the voxels.
         empty: of a class that both lack.
         invented: of a class that the truth lacks, but not the prediction.
         epsilon: added to the sum of both.
@@ -58,14 +65,14 @@ def _dice(pair, **options):
     return dice(pair.counts, **options)
 
 
-def volume_difference(pair, *, empty=np.nan) -> np.ndarray:
+def volume_difference(pair: Pair, *, empty: float = np.nan) -> np.ndarray:
     """Return (prediction - truth) / truth by class; `empty` if both lack it."""
     truth, predicted = pair.counts.truth, pair.counts.predicted
     absent = np.where(predicted > 0, np.nan, empty)
     return np.where(truth > 0, (predicted - truth) / np.maximum(truth, 1), absent)
 
 
-def volume_difference_ml(pair) -> np.ndarray:
+def volume_difference_ml(pair: Pair) -> np.ndarray:
     """Return prediction - truth in ml by class."""
     more = (pair.counts.predicted - pair.counts.truth) * np.prod(pair.spacing) / 1000
     return np.where(pair.counts.truth > 0, more, np.nan)

@@ -9,13 +9,11 @@ from swinsmt_jax import labels
 from swinsmt_jax.data import nifti
 from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation.averages import averages, group_averages
-from swinsmt_jax.evaluation.metrics import (
-    METRICS,
+from swinsmt_jax.evaluation.metrics import METRICS, Metric, measured
+from swinsmt_jax.evaluation.overlap import (
     Counts,
-    Metric,
     Pair,
     false_positive_classes,
-    measured,
     missed_classes,
     overlap_counts,
 )

@@ -16,7 +16,8 @@ from swinsmt_jax.evaluation.averages import (
     group_averages,
     known_mean,
 )
-from swinsmt_jax.evaluation.metrics import DICE, METRICS, missed_classes
+from swinsmt_jax.evaluation.metrics import DICE, METRICS
+from swinsmt_jax.evaluation.overlap import missed_classes
 from swinsmt_jax.evaluation.scoring import Evaluation
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import masks
-from swinsmt_jax.evaluation import averages, conventions, metrics, scoring
+from swinsmt_jax.evaluation import averages, conventions, metrics, overlap, scoring
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
 PACKAGES = {"nnunet": "nnunetv2", "totalseg": "surface_distance"}
@@ -23,8 +23,8 @@ def scored(protocol, prediction, truth, spacing):
     tolerance = masks.TOLERANCE if own.tolerance == 0 else None
     rule = conventions.surface_rule(protocol, tolerance=tolerance)
     chosen = metrics.chosen_metrics(surface_rule=rule, protocol=protocol)
-    counts = metrics.overlap_counts(prediction, truth, num_classes=CLASSES)
-    pair = metrics.Pair(prediction, truth, counts, spacing)
+    counts = overlap.overlap_counts(prediction, truth, num_classes=CLASSES)
+    pair = overlap.Pair(prediction, truth, counts, spacing)
     return metrics.measured(pair, chosen, surface_rule=rule)
 
 
@@ -48,7 +48,7 @@ def evaluation(protocol):
     """Return the evaluation of ten pairs."""
     results = []
     for prediction, truth, spacing in list(masks.thirty_pairs())[:10]:
-        counts = metrics.overlap_counts(prediction, truth, num_classes=CLASSES)
+        counts = overlap.overlap_counts(prediction, truth, num_classes=CLASSES)
         scores = scored(protocol, prediction, truth, spacing)
         results.append(scoring.CaseResult(str(len(results)), counts, 0.0, scores))
     rule = conventions.convention(protocol).average

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import logging
 
 from swinsmt_jax import checks
-from swinsmt_jax.evaluation.metrics import Counts
+from swinsmt_jax.evaluation.overlap import Counts
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.scoring import CaseResult
 from swinsmt_jax.inference.pictures import View

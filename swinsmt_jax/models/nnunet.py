@@ -222,13 +222,14 @@ class Encoder(nnx.Module):
         channels, features = config.in_channels, config.features_per_stage
         common: dict = {"dtype": config.dtype, "rngs": rngs}
         stage: type[ConvStack] | type[ResidualStack] = ConvStack
-        self.stem: ConvStack | None = None
+        stem = None
         if isinstance(config, ResidualEncoderUNetConfig):
             stage, counts = ResidualStack, checks.each(config.n_blocks_per_stage)
-            self.stem = ConvStack(channels, features[0], count=1, **common)
+            stem = ConvStack(channels, features[0], count=1, **common)
             channels = features[0]
         else:
             counts = checks.each(config.n_conv_per_stage)
+        self.stem = stem
         self.stages = nnx.List(
             stage(before, after, count=count, strides=stride, **common)
             for before, after, count, stride in zip(

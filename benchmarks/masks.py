@@ -1,7 +1,7 @@
 """Pairs of masks, and what other tools measure of them; for `benchmarks.conventions`.
 
 Each function takes a prediction and the truth of one structure, bool `[X, Y, Z]`, and
-returns the tool's own figures by the name of the metric; NaN where it refuses.
+returns the tool's own figures by the name of the metric; None where it refuses.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import numpy as np
 TOLERANCE = 1.0  # mm
 
 
-def monai(prediction, truth, *, spacing):
+def monai(prediction, truth, *, spacing, tolerance=TOLERANCE):
     """Return what MONAI gives, without the background."""
     import torch
     from monai import metrics
@@ -23,7 +23,7 @@ def monai(prediction, truth, *, spacing):
 
     pair, sides = (one_hot(prediction), one_hot(truth)), list(spacing)
     (dice,) = metrics.compute_dice(*pair, include_background=False)
-    (nsd,) = metrics.compute_surface_dice(*pair, [TOLERANCE], spacing=sides)
+    (nsd,) = metrics.compute_surface_dice(*pair, [tolerance], spacing=sides)
     (hd,) = metrics.compute_hausdorff_distance(*pair, percentile=95, spacing=sides)
     (asd,) = metrics.compute_average_surface_distance(
         *pair, symmetric=True, spacing=sides
@@ -32,7 +32,7 @@ def monai(prediction, truth, *, spacing):
     return {n: float(x) for n, x in zip(names, (dice, nsd, hd, asd), strict=True)}
 
 
-def nnunet(prediction, truth, *, spacing):
+def nnunet(prediction, truth, *, spacing, tolerance=TOLERANCE):
     """Return what nnU-Net's evaluation gives."""
     from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn
 
@@ -41,7 +41,7 @@ def nnunet(prediction, truth, *, spacing):
     return {"dice": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else np.nan}
 
 
-def surface_distance(prediction, truth, *, spacing):
+def surface_distance(prediction, truth, *, spacing, tolerance=TOLERANCE):
     """Return what DeepMind's package gives, with the names that numpy 2 dropped."""
     import surface_distance as tool
 
@@ -49,13 +49,13 @@ def surface_distance(prediction, truth, *, spacing):
         found = tool.compute_surface_distances(truth, prediction, spacing)
         return {
             "dice": tool.compute_dice_coefficient(truth, prediction),
-            "surface_dice": tool.compute_surface_dice_at_tolerance(found, TOLERANCE),
+            "surface_dice": tool.compute_surface_dice_at_tolerance(found, tolerance),
             "hd95": tool.compute_robust_hausdorff(found, 95),
             "assd": np.mean(tool.compute_average_surface_distance(found)),
         }
 
 
-def totalseg(prediction, truth, *, spacing):
+def totalseg(prediction, truth, *, spacing, tolerance=TOLERANCE):
     """Return what TotalSegmentator's resources/evaluate.py gives, by the same package.
 
     The script is not part of its package.
@@ -75,32 +75,74 @@ def totalseg(prediction, truth, *, spacing):
     }
 
 
-def medpy(prediction, truth, *, spacing):
+def medpy(prediction, truth, *, spacing, tolerance=TOLERANCE):
     """Return what MedPy gives."""
     from medpy.metric import binary
 
     return {
         "dice": binary.dc(prediction, truth),
-        "hd95": _or_nan(binary.hd95, prediction, truth, voxelspacing=spacing),
-        "assd": _or_nan(binary.assd, prediction, truth, voxelspacing=spacing),
-        "volume": _or_nan(binary.ravd, prediction, truth),
+        "hd95": _or_none(binary.hd95, prediction, truth, voxelspacing=spacing),
+        "assd": _or_none(binary.assd, prediction, truth, voxelspacing=spacing),
+        "volume": _or_none(binary.ravd, prediction, truth),
     }
 
 
-def panoptica(prediction, truth, *, spacing):
+def panoptica(prediction, truth, *, spacing, tolerance=None):
     """Return what panoptica's metrics give of whole masks."""
     from panoptica.metrics import Metric
 
     def measure(metric, **options):
-        return _or_nan(metric, truth, prediction, **options)
+        return _or_none(metric, truth, prediction, **options)
 
     return {
         "dice": measure(Metric.DSC),
-        "surface_dice": measure(Metric.NSD, voxelspacing=spacing),
+        "surface_dice": measure(Metric.NSD, voxelspacing=spacing, threshold=tolerance),
         "hd95": measure(Metric.HD95, voxelspacing=spacing),
         "assd": measure(Metric.ASSD, voxelspacing=spacing),
         "volume": measure(Metric.RVD),
     }
+
+
+def seg_metrics(prediction, truth, *, spacing, tolerance=TOLERANCE):
+    """Return what seg-metrics gives."""
+    from seg_metrics import seg_metrics as tool
+
+    (found,) = tool.write_metrics(
+        labels=[1],
+        gdth_img=truth.astype(np.uint8),
+        pred_img=prediction.astype(np.uint8),
+        metrics=["dice", "hd95", "msd"],
+        TPTNFPFN=False,
+    )
+    dice, hd, mean = (float(found[name][0]) for name in ("dice", "hd95", "msd"))
+    return {"dice": dice, "hd95": hd, "assd": mean}
+
+
+def simple_itk(prediction, truth, *, spacing, tolerance=TOLERANCE):
+    """Return what SimpleITK gives; its average is over whole masks."""
+    import SimpleITK
+
+    pair = [
+        SimpleITK.GetImageFromArray(x.astype(np.uint8)) for x in (prediction, truth)
+    ]
+    distances, overlap = (
+        SimpleITK.HausdorffDistanceImageFilter(),
+        SimpleITK.LabelOverlapMeasuresImageFilter(),
+    )
+    done = _or_none(lambda: distances.Execute(*pair) or 0)
+    mean = None if done is None else distances.GetAverageHausdorffDistance()
+    overlap.Execute(*pair)
+    return {"dice": overlap.GetDiceCoefficient(), "assd": mean}
+
+
+def torchmetrics(prediction, truth, *, spacing, tolerance=TOLERANCE):
+    """Return what torchmetrics gives, without the background."""
+    import torch
+    from torchmetrics.segmentation import DiceScore
+
+    tool = DiceScore(2, include_background=False, input_format="index")
+    pair = [torch.from_numpy(x[None].astype(int)) for x in (prediction, truth)]
+    return {"dice": float(tool(*pair))}
 
 
 TOOLS = {  # by the name of their protocol
@@ -111,13 +153,18 @@ TOOLS = {  # by the name of their protocol
     "medpy": medpy,
     "panoptica": panoptica,
 }
+OTHERS = {
+    "seg-metrics": seg_metrics,
+    "SimpleITK": simple_itk,
+    "torchmetrics": torchmetrics,
+}
 
 
-def _or_nan(function, *arguments, **options):
+def _or_none(function, *arguments, **options):
     try:
         return float(function(*arguments, **options))
     except (RuntimeError, IndexError, ZeroDivisionError, ValueError):
-        return np.nan
+        return None
 
 
 @contextlib.contextmanager

@@ -51,10 +51,22 @@ def dice_table(evaluation: Evaluation, *, title: str) -> str:
         cells = map(metric.text, evaluation.means(metric).values())
         rows.append([f"  {metric.heading}", *cells])
     notes = [f"{label}: {AVERAGES[r]}" for label, r in rules.items()]
+    told = (
+        "They have no Dice and are in no mean."
+        if np.isnan(scores[wrong]).all()
+        else "Their scores are in the means, as the convention has it."
+    )
     notes.append(
         f"Predicted though absent from the truth: {wrong.sum()} (case, class) pairs, "
-        f"{wrong.any(axis=0).sum()} classes.\nThey have no Dice and are in no mean."
+        f"{wrong.any(axis=0).sum()} classes.\n{told}"
     )
+    truth = np.sum([result.counts.truth for result in evaluation.results], axis=0)
+    if absent := np.flatnonzero(truth == 0).tolist():
+        names = [labels.class_name(k, evaluation.names) for k in absent[:5]]
+        more = ", ..." if len(absent) > 5 else ""
+        notes.append(
+            f"No case has {len(absent)} of the classes: {', '.join(names)}{more}"
+        )
     if dict(groups) == labels.GROUPS:
         rows += published_results.table_rows(means)
         notes.append(published_results.NOTE)

@@ -121,6 +121,16 @@ def test_other_classes_or_another_split_cannot_be_paired(write):
             {"surface_tolerance_mm": 3.0, "surface_spacing": [1.5, 1.5, 1.5]},
             "voxels of surfaces in mm is the scan's own and .1.5, 1.5, 1.5.;",
         ),
+        (
+            {"convention": "swinsmt_jax"},
+            {"convention": "MONAI 1.6.1"},
+            "convention is swinsmt_jax and MONAI 1.6.1; .*--protocol",
+        ),
+        (
+            {"convention": "swinsmt_jax", "cut_faces": "count"},
+            {"convention": "swinsmt_jax", "cut_faces": "ignore"},
+            "cut faces is count and ignore; .*--cut_faces",
+        ),
     ],
 )
 def test_different_conventions_are_not_compared(write, one, other, words):

@@ -54,9 +54,9 @@ def dataset(tmp_path):
     return tmp_path
 
 
-def evaluated(dataset, **options):
+def evaluated(dataset, folder=None, **options):
     return evaluate_predictions(
-        dataset,
+        folder or dataset,
         root=dataset,
         split="test",
         rule="over_classes",

@@ -38,6 +38,7 @@ def test_each_protocol_gives_the_numbers_of_its_tool(protocol):
             assert expected.keys() == found.keys()
             for name, value in expected.items():
                 # Or by a unit of float32, in which MONAI sums up.
+                value = np.nan if value is None else value  # the tool refuses
                 close = pytest.approx(value, abs=1e-6, rel=1.2e-7, nan_ok=True)
                 assert found[name][k] == close, (name, k)
                 compared += 1

@@ -14,6 +14,7 @@ from absl import logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.checks import Among, Positive, Positives, Rule, Share, Within
+from swinsmt_jax.class_map import V2
 from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.models import registry
 from swinsmt_jax.models.registry import NetworkConfig
@@ -64,6 +65,11 @@ class DataConfig:
         checks.typed_fields("data", self)
         if self.root.startswith("~"):
             object.__setattr__(self, "root", str(absolute(self.root)))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the label ids, the background first."""
+        return (V2.names[0], *self.classes) if self.classes else V2.names
 
 
 @dataclass(frozen=True)

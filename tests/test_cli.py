@@ -73,6 +73,7 @@ def test_light_commands_load_no_jax(name):
     [
         ("import swinsmt_jax", {"jax", "numpy"}),
         ("from swinsmt_jax import SwinSMTConfig", {"grain", "nibabel"}),
+        ("from swinsmt_jax import load", {"grain", "nibabel", "scipy.ndimage"}),
     ],
 )
 def test_the_package_loads_what_is_asked_for_alone(program, absent):

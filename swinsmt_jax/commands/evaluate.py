@@ -156,7 +156,7 @@ def evaluate(options: flags.FlagValues) -> str:
     )
     groups = pipeline.class_map(config.data).groups
     if options.groups:
-        names = pipeline.class_names(config.data)
+        names = config.data.class_names
         groups = labels.load_groups(options.groups, names=names)
     return evaluate_split(
         model,

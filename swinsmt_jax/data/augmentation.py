@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-from scipy import ndimage
 
 from swinsmt_jax import checks
 from swinsmt_jax.checks import Share, Within
@@ -191,6 +190,8 @@ class Blur(Augmentation):
 
     def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
         sigma = rng.uniform(*self.sigma)
+        from scipy import ndimage  # slow to import
+
         smooth = ndimage.gaussian_filter(sample.image, sigma, mode="nearest")
         return replace(sample, image=smooth)
 

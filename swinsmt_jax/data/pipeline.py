@@ -173,11 +173,6 @@ def with_classes(config: DataConfig, *, num_classes: int) -> DataConfig:
     return config
 
 
-def class_names(config: DataConfig) -> tuple[str, ...]:
-    """Return the names of the label ids, the background first."""
-    return (V2.names[0], *config.classes) if config.classes else V2.names
-
-
 def _own_names(classes: ClassMap) -> tuple[str, ...]:
     return () if classes.names == V2.names else classes.names[1:]
 

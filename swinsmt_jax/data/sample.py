@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import ndimage
 
 DRAWS = 256  # voxels tried at random before all voxels are searched
 
@@ -75,6 +74,8 @@ class Sample:
 
 def foreground_box(image: np.ndarray, *, air: float) -> tuple[slice, ...]:
     """Return the smallest box around the voxels > air; all of an image without any."""
+    from scipy import ndimage  # half of what `load` would take to import
+
     found = ndimage.find_objects((image > air).view(np.uint8))
     return found[0] if found else tuple(slice(0, n) for n in image.shape)
 

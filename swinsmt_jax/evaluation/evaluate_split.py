@@ -65,7 +65,7 @@ def evaluate_split(
     """
     checks.in_range("limit", limit, 0, 10**9)
     chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)
-    data, names = config.data, pipeline.class_names(config.data)
+    data, names = config.data, config.data.class_names
     num_classes = config.model.out_channels
     exchanged = left_right_swap(names, num_classes=num_classes) if mirror else None
     predict = predict_fn(model, exchanged=exchanged)

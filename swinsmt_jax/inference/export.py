@@ -15,7 +15,6 @@ from absl import flags
 from flax import nnx
 
 from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.data import pipeline
 from swinsmt_jax.inference import portable
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.runtime import startup
@@ -41,7 +40,7 @@ def export(
     def program(leaves, windows):
         return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(windows)
 
-    names = pipeline.class_names(config.data)
+    names = config.data.class_names
     batch, window = config.inference.window_batch, config.data.patch_shape
     shape = (batch, *window, config.model.in_channels)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]

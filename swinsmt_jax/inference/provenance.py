@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from swinsmt_jax import checks
-from swinsmt_jax.inference.outputs import Targets
+
+if TYPE_CHECKING:
+    from swinsmt_jax.inference.outputs import Targets
 
 KEY = "made_by"  # of a scan in the summary: {name of labels: what made them}
 
@@ -37,7 +40,7 @@ def digest_of_network(parameters: object) -> str:
 
 
 def require_same(
-    targets: Targets,
+    targets: "Targets",
     scans: Mapping[str, Path],
     made_by: Mapping[str, object],
     record: Mapping[str, Mapping],

@@ -5,12 +5,15 @@ segmenter = load("runs/x")
 labels = segmenter.segment("scan.nii.gz")         # uint8, in the axes of the file
 labels = segmenter.segment_array(hu, affine)      # hu [X, Y, Z], in any axes
 save("labels.nii.gz", labels, like="scan.nii.gz")
+
+Libraries that read scans and checkpoints are imported where they are used: together
+they take longer than jax, and nobody who only imports `load` should wait for them.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +24,16 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig, InferenceConfig
-from swinsmt_jax.data import dicom, label_table, nifti, pipeline, voxels
-from swinsmt_jax.data.network_view import NetworkView, network_view
-from swinsmt_jax.data.nifti import Volume
 from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.models import abstract_model, split
 from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.runtime.files import absolute
-from swinsmt_jax.training.checkpoint import load_model
+
+if TYPE_CHECKING:
+    from swinsmt_jax.data.network_view import NetworkView
+    from swinsmt_jax.data.nifti import Volume
 
 Progress = Callable[[int, int], None]
 
@@ -75,7 +78,7 @@ class Segmenter:
     @property
     def class_names(self) -> dict[int, str]:
         """Names of the label ids that the network gives, background left out."""
-        names = pipeline.class_names(self.config.data)
+        names = self.config.data.class_names
         return names_by_id(names, num_classes=self.config.model.out_channels)
 
     def segment(
@@ -88,6 +91,8 @@ class Segmenter:
         Raises:
             UserError: as `load_scan`.
         """
+        from swinsmt_jax.data import nifti
+
         volume = load_scan(path, modality=self.config.data.modality)
         with checks.named(path):
             labels = self.segment_volume(volume, progress=progress)
@@ -107,6 +112,8 @@ class Segmenter:
             UserError: for arrays that are not 3-D or not finite, and an affine that
                 cannot be inverted.
         """
+        from swinsmt_jax.data import nifti
+
         modality = self.config.data.modality
         volume = nifti.from_array(hu, affine, modality=modality)
         return nifti.in_file_axes(
@@ -114,9 +121,11 @@ class Segmenter:
         )
 
     def segment_volume(
-        self, volume: Volume, *, progress: Progress | None = None
+        self, volume: "Volume", *, progress: Progress | None = None
     ) -> np.ndarray:
         """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
+        from swinsmt_jax.data.network_view import network_view
+
         data = self.config.data
         view = network_view(
             volume.array, volume.affine, spacing=data.spacing, hu_range=data.hu_range
@@ -157,6 +166,8 @@ def load(
     Raises:
         UserError: as `checkpoint.load_model`, and for fields out of range.
     """
+    from swinsmt_jax.training.checkpoint import load_model
+
     config, model, info = load_model(workdir, step=step)
     network, model = computing_in(dtype, config.model, model)
     known = {field.name for field in dataclasses.fields(config.inference)}
@@ -166,19 +177,21 @@ def load(
     config = dataclasses.replace(config, model=network, inference=windows)
     exchanged = None
     if mirror:
-        names = pipeline.class_names(config.data)
+        names = config.data.class_names
         exchanged = left_right_swap(names, num_classes=network.out_channels)
     predict = predict_fn(model, exchanged=exchanged)
     digest = digest_of_network(split(model)[1])
     return Segmenter(config, predict, info["step"], sums, digest, mirror)
 
 
-def load_scan(path: str | Path, *, modality: str = "CT") -> Volume:
+def load_scan(path: str | Path, *, modality: str = "CT") -> "Volume":
     """Read a CT: a NIfTI file, or a folder with a DICOM series.
 
     Raises:
         UserError: as `nifti.load_ct` and `dicom.load_series`.
     """
+    from swinsmt_jax.data import dicom, nifti
+
     path = absolute(path)
     if path.is_dir():
         return dicom.load_series(path)
@@ -199,6 +212,8 @@ def save(
     Raises:
         UserError: for another suffix, dtype, value or shape.
     """
+    from swinsmt_jax.data import dicom, label_table, nifti, voxels
+
     labels = voxels.label_ids(path, labels)
     path, like = absolute(path), absolute(like)
     directory = like.is_dir()
@@ -214,7 +229,7 @@ def save(
 
 def segment(
     predict: Predict,
-    view: NetworkView,
+    view: "NetworkView",
     *,
     window: Sequence[int],
     num_classes: int,

@@ -1,13 +1,35 @@
 """PyTorch's initialisations, so that training starts as the published one."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+_undrawn: ContextVar[bool] = ContextVar("undrawn", default=False)
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Make parameters as `jax.ShapeDtypeStruct`, without drawing or tracing them."""
+    token = _undrawn.set(True)
+    try:
+        yield
+    finally:
+        _undrawn.reset(token)
+
+
+def _shape(shape):
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+
+
+def _key(rngs):
+    return None if _undrawn.get() else rngs.params()
 
 
 def uniform(fan_in: int) -> Callable[..., jax.Array]:
@@ -17,12 +39,16 @@ def uniform(fan_in: int) -> Callable[..., jax.Array]:
     the default of biases in PyTorch's linear and convolution layers.
     """
     bound = np.float32(1 / np.sqrt(fan_in))
-    return lambda key, shape, dtype=None: bound * _uniform(key, shape)
+
+    def draw(key, shape, dtype=None):
+        return _shape(shape) if _undrawn.get() else bound * _uniform(key, shape)
+
+    return draw
 
 
 def uniform_fan_in(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
     """Draw a parameter from `uniform(fan_in)`."""
-    return nnx.Param(uniform(fan_in)(rngs.params(), shape))
+    return nnx.Param(uniform(fan_in)(_key(rngs), shape))
 
 
 def he_normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
@@ -44,11 +70,15 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
 
 def constant(value: float, shape: tuple[int, ...]) -> nnx.Param:
     """Fill a float32 parameter with one value."""
+    if _undrawn.get():
+        return nnx.Param(_shape(shape))
     return nnx.Param(jnp.full(shape, value, jnp.float32))
 
 
 def _normal(rngs, shape, *, stddev, within=1 - 2.0**-23):
     """Draw from the part `within` a normal distribution: by default, all but inf."""
+    if _undrawn.get():
+        return nnx.Param(_shape(shape))
     draw = jax.lax.erf_inv(within * _uniform(rngs.params(), shape))
     return nnx.Param(np.float32(stddev * np.sqrt(2)) * draw)
 

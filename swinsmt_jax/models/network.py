@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swinsmt_jax import checks
+from swinsmt_jax.layers import initializers
 from swinsmt_jax.models.registry import NetworkConfig, entry_of
 
 
@@ -102,4 +103,21 @@ def abstract_model(config: NetworkConfig) -> tuple[nnx.GraphDef, dict]:
 
 @functools.cache
 def _abstract_model(create, config):
-    return split(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))
+    with initializers.undrawn():
+        graphdef, params = split(create(config, rngs=_OneKey(0)))
+    return graphdef, jax.tree.map(_shape_of, params)
+
+
+class _OneKey(nnx.Rngs):
+    """Gives every parameter one key, and so computes none."""
+
+    @functools.cached_property
+    def _only(self):
+        return jax.random.key(0)
+
+    def params(self):
+        return self._only
+
+
+def _shape_of(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -269,6 +268,12 @@ def _require_same_origin(folder, found, wanted):
         "batch_size": "data.batch_size decides which crops a step has seen",
         "data": "cases of the train split, their order or their files changed",
     }
+    checks.require(
+        found.get("data") != "",
+        f"the checkpoint {folder} holds weights alone, not the state of a training, and "
+        "cannot be continued; choose another --workdir and give "
+        f"--start_from={folder.parent.parent}.",
+    )
     for key, reason in reasons.items():
         checks.require(
             found.get(key) == wanted[key],
@@ -327,7 +332,7 @@ def _load(folder):
     leaves = jax.tree_util.tree_flatten_with_path(found[part])[0]
     named = {path_name(path): leaf for path, leaf in leaves}
     checks.finite(f"the checkpoint {folder}", named)
-    params = jax.tree.map(jnp.asarray, found[part])  # not tied to a device
+    params = jax.device_put(found[part])  # not tied to a device
     metrics = {} if dice is None else {METRIC: dice}
     about = {"step": int(folder.name), "metrics": metrics}
     return config, nnx.merge(graphdef, params), about

@@ -228,7 +228,7 @@ def test_a_network_is_trained_and_used_with_one_set_of_classes(tmp_path):
     ):
         pipeline.with_classes(config, num_classes=118)
     config = pipeline.with_classes(config, num_classes=3)
-    assert pipeline.class_names(config) == ("background", "liver", "tumour")
+    assert config.class_names == ("background", "liver", "tumour")
     assert len(pipeline.find_cases(config, split="train")) == 1
     with pytest.raises(checks.UserError, match="preprocess.py"):
         pipeline.find_cases(settings(root), split="train")

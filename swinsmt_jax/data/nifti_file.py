@@ -92,9 +92,9 @@ def without_last_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 def require_room(path: Path, image: nib.Nifti1Pair) -> None:
     """Refuse voxels that the host's memory cannot hold, before any is read."""
-    proxy = image.dataobj
-    plain = (proxy.slope, proxy.inter) == (1, 0)
-    size = proxy.dtype.itemsize if plain else 8  # nibabel scales in float64
+    reader = proxy(image)
+    plain = (reader.slope, reader.inter) == (1, 0)
+    size = reader.dtype.itemsize if plain else 8  # nibabel scales in float64
     host_memory.require(path, math.prod(image.shape) * (size + CHECKED))
 
 

@@ -7,16 +7,20 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from absl import logging
 
 from swinsmt_jax import checks
+from swinsmt_jax.data.case import Case
+from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.evaluation.overlap import Counts
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.scoring import CaseResult
 from swinsmt_jax.inference.pictures import View
 from swinsmt_jax.runtime import files, plain, processes
 
+C = TypeVar("C", Case, StoredCase)
 FOLDER = "cases"  # in the output
 FAILURES = (checks.UserError, OSError, MemoryError)
 
@@ -35,9 +39,9 @@ class Kept:
 
     def outcome(
         self,
-        case: object,
+        case: C,
         inputs: Iterable[Path],
-        score: Callable[[object], tuple[CaseResult, CaseViews]],
+        score: Callable[[C], tuple[CaseResult, CaseViews]],
     ) -> dict:
         """Return a case's scores, or why there are none, as plain values.
 
@@ -51,8 +55,9 @@ class Kept:
             key = key_of(self.key, [_stamp(path) for path in inputs])
             if found := _read(file, key):
                 return found
-            result, views = map(dataclasses.asdict, score(case))
-            found = {"key": key, "result": result, "views": views}
+            result, views = score(case)
+            found = {"key": key, "result": dataclasses.asdict(result)}
+            found["views"] = dataclasses.asdict(views)
             files.write_text(file, plain.dumps(found))
             return found
         except FAILURES as error:

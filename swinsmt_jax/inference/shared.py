@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from absl import logging
@@ -37,7 +37,9 @@ def tell(output: Path, name: str, entry: dict) -> None:
         files.write_json(file, {**read(output), name: entry})
 
 
-def turns(output: Path, names: Iterable[str]) -> Iterator[tuple[str, Claim]]:
+def turns(
+    output: Path, names: Iterable[str]
+) -> Generator[tuple[str, Claim], None, None]:
     """Yield each name once, while no other process works on it.
 
     Those that are taken come last, when they are free: their process may have failed.

@@ -88,7 +88,7 @@ def gather(value: T) -> list[T]:
     found = found.reshape(len(sizes), -1)
     try:
         return [
-            plain.loads(part[:size].tobytes())
+            cast(T, plain.loads(part[:size].tobytes()))
             for part, size in zip(found, sizes, strict=True)
         ]
     except ValueError as error:

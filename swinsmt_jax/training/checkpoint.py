@@ -270,8 +270,8 @@ def _require_same_origin(folder, found, wanted):
     }
     checks.require(
         found.get("data") != "",
-        f"the checkpoint {folder} holds weights alone, not the state of a training, and "
-        "cannot be continued; choose another --workdir and give "
+        f"the checkpoint {folder} holds weights alone, not the state of a training, so "
+        "it cannot be continued; choose another --workdir and give "
         f"--start_from={folder.parent.parent}.",
     )
     for key, reason in reasons.items():

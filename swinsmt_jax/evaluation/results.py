@@ -2,6 +2,7 @@
 
 import csv
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def _head(about):
         return
     yield f"Convention: {about['convention']}"
     for name, definition in about["definitions"].items():
-        yield f"  {METRICS[name].title}: {definition or '(not described)'}"
+        line = f"  {METRICS[name].heading}: {definition or '(not described)'}"
+        yield textwrap.fill(line, 96, subsequent_indent="    ")
     if "surface_tolerance_mm" in about:
         tolerance = about["surface_tolerance_mm"]
         unit = "" if isinstance(tolerance, str) else " mm"
@@ -182,7 +184,7 @@ def _page(evaluation, views, *, table, about):
         cases=[row | {"time": _seconds(row["seconds"], digits=1)} for row, _ in ranked],
         worst=[(view, html.png(f, facecolor="black")) for view, f in drawn],
         classes={name: [rows[k - 1] for k in ids] for name, ids in groups.items()},
-        about=about,
+        about={k: v for k, v in about.items() if k != "definitions"},
     )
 
 

@@ -195,10 +195,10 @@ def prepare(folder: Path) -> None:
 
     if not (folder / "config.py").exists():
         phantom.write_dataset(
-            folder / "data", train=3, val=1, test=5, spacing=10.0, seed=0
+            folder / "data", train=4, val=1, test=6, spacing=10.0, seed=0
         )
         (folder / "scans").mkdir(exist_ok=True)
-        for name in range(5, 10):
+        for name in range(1, 12):
             scan = folder / "scans" / f"s{name:04}.nii.gz"
             scan.write_bytes(
                 (folder / "data" / scan.stem[:5] / "ct.nii.gz").read_bytes()

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from swinsmt_jax import checks
 from swinsmt_jax.data import meta, nifti
-from swinsmt_jax.runtime.files import absolute
+from swinsmt_jax.runtime import files
+
+LOCK = ".lock"  # held while the dataset is changed
 
 
 def import_scan(
@@ -27,27 +29,33 @@ def import_scan(
 ) -> tuple[str, ...]:
     """Copy a scan into `root` and list it in `meta.csv`; return the new ids.
 
-    A case that is there already is replaced. The scan keeps its orientation; its HU
+    A case that is there already is replaced as a whole. Several processes may import
+    into one root. The scan keeps its orientation; its HU
     are rounded to int16.
 
     Raises:
         UserError: for an unknown split, an id that is no plain folder name, bad files,
             and labels off the CT's voxel grid.
     """
-    root = absolute(root)
+    root = files.absolute(root)
     checks.require(len(splits) > 0, "--split names no split; take train, val or test.")
     for split in splits:
         checks.one_of("split", split, meta.SPLITS)
     meta.require_id("case", case)
     image, label = nifti.load_ct(ct), nifti.load_labels(labels)
     nifti.require_same_grid(label, image)
-    if (root / "meta.csv").exists():
-        meta.read(root)  # refuse before anything is written
     names = [case] if len(splits) == 1 else [f"{case}_{split}" for split in splits]
-    for name in names:
-        nifti.save(root / name / "ct.nii.gz", image.array, like=image)
-        nifti.save_labels(root / name / "segmentations.nii.gz", label.array, like=image)
-    meta.add(root, dict(zip(names, splits, strict=True)))
+    root.mkdir(parents=True, exist_ok=True)
+    with files.claimed(root / LOCK, wait=True):
+        files.remove_partial(root)
+        if (root / meta.META).exists():
+            meta.read(root)  # refuse before anything is written
+        for name in names:
+            with files.replacing(root / name) as folder:
+                nifti.save(folder / "ct.nii.gz", image.array, like=image)
+                labels = folder / "segmentations.nii.gz"
+                nifti.save_labels(labels, label.array, like=image)
+        meta.add(root, dict(zip(names, splits, strict=True)))
     return tuple(names)
 
 

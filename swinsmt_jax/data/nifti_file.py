@@ -18,6 +18,7 @@ MAX_VOXELS = 2**32  # a whole body of 512 x 512 x 2,500 has 2^29.3
 MAX_SIDE = 2**15 - 1  # voxels; a store keeps places as int16
 DEFLATE = 1032  # bytes that a byte of gzip stands for at most
 CHECKED = 3  # bytes a voxel: int16 HU, and a map of those that are dense
+MAX_HEADER = 2**24  # bytes, with extensions
 MAX_TAIL = 2**24  # bytes read after the voxels, to the end of a gzip stream
 
 
@@ -50,11 +51,42 @@ class _RoundedImage(nib.Nifti1Image):
 
 
 def opened(path: Path) -> nib.filebasedimages.FileBasedImage:
-    """Open a file as nibabel does, also if its only form is a rounded quaternion."""
+    """Open a file as nibabel does, also if its only form is a rounded quaternion.
+
+    Voxels will be read and not mapped: a mapped file that another program cuts short
+    ends this process.
+    """
+    _require_small_header(path)
     try:
-        return nib.load(path)
+        return nib.load(path, mmap=False)
     except ValueError:
-        return _RoundedImage.from_filename(path)
+        return _RoundedImage.from_filename(path, mmap=False)
+
+
+class _Start:
+    """The start of a stream; who wants more than a header may have gets an error."""
+
+    def __init__(self, stream):
+        self._stream, self.tell = stream, stream.tell
+
+    def read(self, size: int) -> bytes:
+        """Return so many bytes, or fewer at the end of the stream."""
+        if self.tell() + size > MAX_HEADER:
+            raise nib.spatialimages.HeaderDataError(
+                f"its header claims more than {MAX_HEADER} bytes"
+            )
+        return self._stream.read(size)
+
+
+def _require_small_header(path):
+    """Refuse a header whose extensions claim absurd memory, before any is taken."""
+    for kind in (nib.Nifti1Image, nib.Nifti2Image, nib.Nifti1Pair, nib.Nifti2Pair):
+        if kind.path_maybe_image(path)[0]:
+            found = kind.filespec_to_file_map(path)
+            file = found.get("header", found["image"]).filename
+            with nib.openers.ImageOpener(file) as stream:
+                kind.header_class.from_fileobj(_Start(stream), check=False)
+            return
 
 
 def proxy(image: nib.Nifti1Pair) -> ArrayProxy:

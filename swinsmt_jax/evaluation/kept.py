@@ -46,7 +46,7 @@ class Kept:
         """Return a case's scores, or why there are none, as plain values.
 
         Args:
-            case: its name counts.
+            case: to be scored.
             inputs: its files; where one changes, the case is scored again.
             score: scores the case, unless an earlier run did.
         """

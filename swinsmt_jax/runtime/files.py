@@ -18,6 +18,7 @@ from absl import logging
 from swinsmt_jax import checks
 
 PARTIAL = ".partial-"  # begins the names of what a killed process left half-written
+BEFORE = ".before"  # a folder that is being replaced
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 NO_FLUSH = (errno.EINVAL, errno.EOPNOTSUPP)  # of folders, on some network drives
 
@@ -47,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         for written in (partial, *partial.rglob("*")):
             _flush(written)
         if path.is_dir():
-            os.replace(path, Path(folder) / ".before")
+            os.replace(path, Path(folder) / BEFORE)
         os.replace(partial, path)
         _flush(path.parent)
 
@@ -103,7 +104,8 @@ def remove(folder: Path) -> None:
 def remove_partial(folder: Path, *, of: str | None = None) -> None:
     """Remove what killed processes left half-written in a folder.
 
-    Nobody may be writing it: the caller holds a lock.
+    What was whole, but for its name, gets it. Nobody may be writing it: the caller
+    holds a lock.
 
     Args:
         folder: where they wrote.
@@ -112,9 +114,18 @@ def remove_partial(folder: Path, *, of: str | None = None) -> None:
     pattern = "*" if of is None else f"{glob.escape(of[:100])}-????????"
     for left in folder.glob(f"{PARTIAL}{pattern}"):
         if left.is_dir():
+            _finish(left)
             shutil.rmtree(left, ignore_errors=True)  # its process may be about to end
         else:
             left.unlink()
+
+
+def _finish(left):
+    """Give a whole folder its name, if its process was killed just before."""
+    if (left / BEFORE).exists():
+        for whole in left.glob("[!.]*"):
+            if not (left.parent / whole.name).exists():
+                os.replace(whole, left.parent / whole.name)
 
 
 @contextlib.contextmanager

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -6,6 +10,8 @@ from swinsmt_jax import checks
 from swinsmt_jax.data import import_scan
 from swinsmt_jax.data.case import load_case
 from swinsmt_jax.data.layouts import totalsegmentator
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_imported_scan_is_found_and_equal(tmp_path, root, volumes):
@@ -77,3 +83,39 @@ def test_real_scan_enters_the_layout(tmp_path, shared):
     assert sample.image.shape == sample.label.shape == (122, 101, 112)
     liver = sample.image[sample.label == 5]
     assert 20 < liver.mean() < 80
+
+
+IMPORT = """
+import sys
+from swinsmt_jax.data.import_scan import import_scan
+ct, labels, root, name = sys.argv[1:]
+for i in range(4):
+    import_scan(ct, labels, root=root, case=f"{name}{i}", splits=["train"])
+"""
+
+
+def test_several_processes_import_into_one_dataset(tmp_path, root):
+    files = [root / "s0002" / f"{name}.nii.gz" for name in ("ct", "segmentations")]
+    command = [sys.executable, "-c", IMPORT, *files, tmp_path / "mine"]
+    running = [subprocess.Popen([*command, name], cwd=ROOT) for name in "abc"]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    names = {f"{name}{i}" for name in "abc" for i in range(4)}
+    cases = totalsegmentator.find_cases(tmp_path / "mine", split="train")
+    assert {case.name for case in cases} == names
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == names | {"meta.csv"}
+
+
+def test_a_kill_leaves_the_scan_that_was_there(tmp_path, root, monkeypatch):
+    files = [root / "s0002" / f"{name}.nii.gz" for name in ("ct", "segmentations")]
+    mine = tmp_path / "mine"
+    for case in ("s1", "s2"):
+        import_scan.import_scan(*files, root=mine, case=case, splits=["train"])
+    before = {f: f.read_bytes() for f in mine.rglob("*.*") if f.is_file()}
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_scan.nifti, "save_labels", killed)
+    with pytest.raises(KeyboardInterrupt):
+        import_scan.import_scan(*files, root=mine, case="s1", splits=["val"])
+    assert {f: f.read_bytes() for f in mine.rglob("*.*") if f.is_file()} == before

@@ -41,6 +41,36 @@ def test_an_error_leaves_the_old_file_and_no_partial_one(tmp_path):
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
+def test_a_kill_between_two_folders_leaves_the_new_one(tmp_path):
+    def swap(name):
+        with files.replacing(tmp_path / "folder") as partial:
+            partial.mkdir()
+            (partial / name).write_text(name)
+
+    swap("old")
+    killed = """
+import os, sys
+from pathlib import Path
+from swinsmt_jax.runtime import files
+path, replace = Path(sys.argv[1]), os.replace
+os.replace = lambda a, b: os.kill(os.getpid(), 9) if b == path else replace(a, b)
+with files.replacing(path) as partial:
+    partial.mkdir()
+    (partial / "new").write_text("new")
+"""
+    command = [sys.executable, "-c", killed, tmp_path / "folder"]
+    assert subprocess.run(command).returncode == -9
+    assert not (tmp_path / "folder").exists()
+    files.remove_partial(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["new"]
+    (tmp_path / ".partial-folder-abcdefgh" / "folder").mkdir(parents=True)
+    files.remove_partial(tmp_path, of="other")
+    assert (tmp_path / ".partial-folder-abcdefgh").exists()
+    files.remove_partial(tmp_path, of="folder")  # half-written, and of no use
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["new"]
+
+
 def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     events = []
     real = {"fsync": os.fsync, "replace": os.replace}

@@ -17,6 +17,7 @@ from flax import nnx
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.inference import portable
 from swinsmt_jax.labels import names_by_id
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.files import absolute, make_folder, replacing
 from swinsmt_jax.training.checkpoint import load_model
@@ -45,7 +46,9 @@ def export(
     shape = (batch, *window, config.model.in_channels)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     windows = jax.ShapeDtypeStruct(shape, jnp.float32)
-    exported = jax.export.export(program, platforms=portable.PLATFORMS)(shapes, windows)
+    with by_platform.for_every_platform():
+        lowered = jax.export.export(program, platforms=portable.PLATFORMS)
+        exported = lowered(shapes, windows)
     about = {
         "window": list(window),
         "window_batch": batch,

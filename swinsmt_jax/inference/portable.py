@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,9 @@ def save(
 def load(path: str | Path) -> Portable:
     """Read an exported network; open only files that you trust.
 
+    Code of the host that a program would call is refused, for no network needs it; what
+    a program computes, and how long, is not looked at.
+
     Raises:
         UserError: for a file that is missing, damaged, or none of `inference.export`.
     """
@@ -120,6 +124,7 @@ def load(path: str | Path) -> Portable:
             count = sum(name.startswith("parameter_") for name in file.files)
             arrays = {f"parameter_{i}": file[f"parameter_{i}"] for i in range(count)}
             _require_fit(exported, [*arrays.values()], about)
+            _require_no_calls(exported)
     except Exception as error:  # damaged archives and programs raise anything
         raise checks.UserError(
             f"{path} is no exported network ({checks.one_line(error)}); make one with "
@@ -134,6 +139,13 @@ def _require_known(about):
     lacking = NEEDED - about.keys() if isinstance(about, dict) else NEEDED
     if lacking:
         raise ValueError(f"it does not tell {', '.join(sorted(lacking))}")
+
+
+def _require_no_calls(exported):
+    """Raise `ValueError` for custom calls: code of the host, which no export needs."""
+    calls = re.findall(r"custom_call\W*([\w$.]*)", exported.mlir_module())
+    if calls:
+        raise ValueError(f"it calls {calls[0]}, which no network of this package does")
 
 
 def _require_fit(exported, arrays, about):

@@ -142,8 +142,14 @@ class SoftMoE(nnx.Module):
             slots = self.slot_embeddings(tokens)
         key = fold_in(key, 0)
         routing: Any = None
-        if return_routing is True or self._is_dense(slots.shape, x.shape[1]):
+        if return_routing is True or self.routing == "dense":
             y, routing = self._dense(tokens, slots, key)
+        elif self.routing == "auto":
+            y = by_platform.dense_or_streaming(
+                x.shape[1] * self.num_experts * slots.shape[2],
+                dense=lambda: self._dense(tokens, slots, key)[0],
+                streaming=lambda: self._streaming(tokens, slots, key),
+            )
         else:
             y = self._streaming(tokens, slots, key)
         if return_routing == "statistics":
@@ -173,12 +179,6 @@ class SoftMoE(nnx.Module):
             outputs = self.experts(inputs, key=key, sparing=True)
         with jax.named_scope("combine"):
             return soft_routing.combine_streaming(tokens, slots, outputs, cudnn=cudnn)
-
-    def _is_dense(self, slots_shape, tokens):
-        if self.routing != "auto":
-            return self.routing == "dense"
-        _, e, s, _ = slots_shape
-        return by_platform.attend_densely(tokens * e * s)
 
     def _check(self, x, return_routing):
         checks.require(

@@ -5,8 +5,10 @@ platforms. The forms of an operation are equal up to rounding, but for cuDNN's
 attention, which has to be asked for.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,6 +35,9 @@ WINDOWS_BLOCK = {"cpu": 2**20, "default": 2**26}
 # tokens with dynamic slots, from where on streaming is faster (benchmarks/soft_moe.py);
 # on an accelerator those of 4,096 tokens, a 64^3 patch: not measured.
 DENSE = {"cpu": 2**21, "default": 2**24}
+
+
+_for_every_platform = contextvars.ContextVar("for_every_platform", default=False)
 
 
 class Form(NamedTuple):
@@ -217,6 +222,25 @@ def attend_with_softmax(
     return lax.stop_gradient(found)
 
 
-def attend_densely(weights: int) -> bool:
-    """Whether a Soft MoE with so many routing weights a sample is faster dense."""
-    return weights <= DENSE["cpu" if jax.default_backend() == "cpu" else "default"]
+@contextlib.contextmanager
+def for_every_platform() -> Iterator[None]:
+    """Leave `dense_or_streaming` to the platform, for programs that leave this host."""
+    token = _for_every_platform.set(True)
+    try:
+        yield
+    finally:
+        _for_every_platform.reset(token)
+
+
+def dense_or_streaming(
+    weights: int, *, dense: Callable[[], jax.Array], streaming: Callable[[], jax.Array]
+) -> jax.Array:
+    """Call what is faster for a Soft MoE with so many routing weights a sample.
+
+    It is chosen for this host, so that a gradient keeps what one of them needs, or see
+    `for_every_platform`.
+    """
+    forms = {n: dense if weights <= most else streaming for n, most in DENSE.items()}
+    if _for_every_platform.get() and forms["cpu"] is not forms["default"]:
+        return lax.platform_dependent(**forms)
+    return forms["cpu" if jax.default_backend() == "cpu" else "default"]()

@@ -11,8 +11,8 @@ CGROUP = Path("/sys/fs/cgroup")  # of a container
 def available() -> int | None:
     """Return bytes that this process can still take; None where nobody tells."""
     try:
-        facts = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        free = int(facts["MemAvailable"].split()[0]) * 1024
+        known = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        free = int(known["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,6 +19,8 @@ from swinsmt_jax.inference import portable
 from swinsmt_jax.inference.export import export
 from swinsmt_jax.inference.segmenter import predict_fn
 from swinsmt_jax.inference.sliding_window import predict_labels
+from swinsmt_jax.layers.soft_moe import SoftMoE, SoftMoEConfig
+from swinsmt_jax.ops import by_platform
 
 ROOT = Path(portable.__file__).parents[2]
 # What the loader must do without.
@@ -164,6 +167,37 @@ def test_damaged_files_are_refused_in_one_way(parts, tmp_path, change):
     np.savez(tmp_path / "x.npz", **(parts | change(parts)))
     with pytest.raises(UserError, match="x.npz is no exported network"):
         portable.load(tmp_path / "x.npz")
+
+
+def test_a_program_that_calls_code_of_the_host_is_refused(parts, tmp_path):
+    def program(parameters, windows):
+        square = jnp.linalg.cholesky(jnp.eye(2) * parameters[0])
+        return windows * parameters[0] + square[0]  # by LAPACK
+
+    shapes = [jax.ShapeDtypeStruct((2,), "float32")]
+    windows = jax.ShapeDtypeStruct((2, 8, 8, 8, 1), "float32")
+    exported = jax.export.export(jax.jit(program))(shapes, windows)
+    about = json.loads(parts["about"].tobytes())
+    portable.save(tmp_path / "x.npz", exported, [np.float32([1, 1])], about)
+    with pytest.raises(UserError, match="x.npz is no exported .*calls lapack"):
+        portable.load(tmp_path / "x.npz")
+
+
+def test_the_routing_is_that_of_the_platform_that_runs_the_program(monkeypatch):
+    """On a CPU this Soft MoE streams, in a loop; elsewhere it is dense."""
+    monkeypatch.setattr(by_platform, "DENSE", {"cpu": 1, "default": 2**24})
+    moe = SoftMoE(8, SoftMoEConfig(num_experts=2), rngs=nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((1, 24, 8), "float32")
+    loops = {}
+    for platform in portable.PLATFORMS:
+        with by_platform.for_every_platform():
+            lowered = jax.export.export(jax.jit(moe), platforms=[platform])(x)
+        loops[platform] = "stablehlo.while" in lowered.mlir_module()
+    assert loops == {"cpu": True, "cuda": False, "tpu": False}
+    with by_platform.for_every_platform():
+        exported = jax.export.export(jax.jit(moe), platforms=portable.PLATFORMS)(x)
+    x = jax.random.normal(jax.random.key(0), x.shape)
+    np.testing.assert_allclose(exported.call(x), moe(x), atol=1e-5)
 
 
 def test_a_program_is_compiled_once_for_all_scans(rng):

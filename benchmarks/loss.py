@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from benchmarks import programs, save
 from swinsmt_jax.training import losses
-from swinsmt_jax.training.losses import SMOOTH, VOXELS
+from swinsmt_jax.training.losses import SMOOTH, SPATIAL_AXES
 
 WHATS = ("forward", "gradient")
 CHANNELS, REPEATS = 48, 5
@@ -22,7 +22,7 @@ def dice_cross_entropy_of_features(features, kernel, bias, labels):
 def one_hot(logits, labels):
     truth = jax.nn.one_hot(labels, logits.shape[-1])
     p, log_p = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
-    both, size = (p * truth).sum(VOXELS), (p + truth).sum(VOXELS)
+    both, size = (p * truth).sum(SPATIAL_AXES), (p + truth).sum(SPATIAL_AXES)
     dice = (2 * both + SMOOTH) / (size + SMOOTH)
     return (1 - dice).mean() - (truth * log_p).sum(-1).mean()
 
@@ -30,8 +30,9 @@ def one_hot(logits, labels):
 def compared(logits, labels):
     truth = labels[..., None] == jnp.arange(logits.shape[-1])
     p, log_p = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
-    both = jnp.where(truth, p, 0).sum(VOXELS)
-    dice = (2 * both + SMOOTH) / (p.sum(VOXELS) + truth.sum(VOXELS) + SMOOTH)
+    both = jnp.where(truth, p, 0).sum(SPATIAL_AXES)
+    sizes = p.sum(SPATIAL_AXES) + truth.sum(SPATIAL_AXES)
+    dice = (2 * both + SMOOTH) / (sizes + SMOOTH)
     return (1 - dice).mean() - jnp.where(truth, log_p, 0).sum(-1).mean()
 
 

@@ -4,7 +4,9 @@ A config file returns a `ml_collections.ConfigDict`; `from_config_dict` turns it
 the frozen dataclasses below, and nothing beneath the scripts sees anything else.
 """
 
+import copy
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -171,14 +173,14 @@ class InferenceConfig:
         overlap: share of the window that neighbours have in common.
         blend: "gaussian" or "constant" weights of a window's voxels.
         window_batch: windows per call of the network, over all devices.
-        accumulate: where the windows' logits are averaged: in the memory of the "host"
-            or of the "device"; "auto" takes an accelerator that has room for them.
+        accumulate_on: where the windows' logits are averaged: in the memory of the
+            "host" or the "device"; "auto" takes an accelerator that has room for them.
     """
 
     overlap: Annotated[float, Rule("lie in [0, 1)", lambda share: 0 <= share < 1)] = 0.5
     blend: Annotated[str, Among(("gaussian", "constant"))] = "gaussian"
     window_batch: Positive = 1
-    accumulate: Annotated[str, Among(("auto", "host", "device"))] = "auto"
+    accumulate_on: Annotated[str, Among(("auto", "host", "device"))] = "auto"
 
     def __post_init__(self):
         checks.typed_fields("inference", self)
@@ -237,8 +239,9 @@ def from_config_dict(config: Mapping) -> ExperimentConfig:
             range; the message names the dotted key.
     """
     values = _plain(config)
-    if isinstance(values, dict) and isinstance(values.get("data"), dict):
-        values["data"] = _with_new_keys(values["data"])
+    for group in _RENAMED if isinstance(values, dict) else ():
+        if isinstance(values.get(group), dict):
+            values[group] = with_new_keys(group, values[group])
     return _build(ExperimentConfig, values, "")
 
 
@@ -254,41 +257,43 @@ def to_dict(config: ExperimentConfig | NetworkConfig) -> dict:
     return {**dataclasses.asdict(config), "model": to_dict(config.model)}
 
 
-_RENAMED = {  # keys of data in configs of before -> keys of data.augmentations
-    "zoom_probability": "zoom.probability",
-    "zoom_range": "zoom.factor",
-    "rotate_probability": "rotate.probability",
-    "intensity_probability": "intensity.probability",
-    "intensity_shift": "intensity.shift",
-    "mirror_probability": "mirror.probability",
-    "noise_probability": "noise.probability",
-    "noise_most": "noise.std_max",
-    "blur_probability": "blur.probability",
-    "blur_sigma": "blur.sigma",
-    "gamma_probability": "gamma.probability",
-    "gamma_range": "gamma.exponent",
-    "low_resolution_probability": "low_resolution.probability",
-    "low_resolution_range": "low_resolution.scale",
+_RENAMED = {  # by group: keys of earlier configs -> keys of today
+    "data": {
+        "zoom_probability": "augmentations.zoom.probability",
+        "zoom_range": "augmentations.zoom.factor",
+        "rotate_probability": "augmentations.rotate.probability",
+        "intensity_probability": "augmentations.intensity.probability",
+        "intensity_shift": "augmentations.intensity.shift",
+        "mirror_probability": "augmentations.mirror.probability",
+        "noise_probability": "augmentations.noise.probability",
+        "noise_most": "augmentations.noise.std_max",
+        "blur_probability": "augmentations.blur.probability",
+        "blur_sigma": "augmentations.blur.sigma",
+        "gamma_probability": "augmentations.gamma.probability",
+        "gamma_range": "augmentations.gamma.exponent",
+        "low_resolution_probability": "augmentations.low_resolution.probability",
+        "low_resolution_range": "augmentations.low_resolution.scale",
+    },
+    "inference": {"accumulate": "accumulate_on"},
 }
 
 
-def _with_new_keys(data: dict) -> dict:
-    """Return the group `data` with its old keys renamed; they win over new ones.
+def with_new_keys(group: str, values: dict) -> dict:
+    """Return a group of the config with its old keys renamed; they win over new ones.
 
     A config file has new keys, so an old one beside them comes from a flag.
     """
-    old = [key for key in _RENAMED if key in data]
+    renamed = _RENAMED.get(group, {})
+    old = [key for key in renamed if key in values]
     if not old:
-        return data
-    told = ", ".join(f"{key} is now augmentations.{_RENAMED[key]}" for key in old)
-    logging.info("keys of the config's group data have new names: %s", told)
-    new = dict(data)
-    new["augmentations"] = {
-        k: dict(v) for k, v in data.get("augmentations", {}).items()
-    }
+        return values
+    told = ", ".join(f"{key} is now {renamed[key]}" for key in old)
+    logging.info("keys of the config's group %s have new names: %s", group, told)
+    new = copy.deepcopy(values)
     for key in old:
-        name, parameter = _RENAMED[key].split(".")
-        new["augmentations"].setdefault(name, {})[parameter] = new.pop(key)
+        *groups, name = renamed[key].split(".")
+        place = functools.reduce(lambda at, part: at.setdefault(part, {}), groups, new)
+        place[name] = new.pop(key)
     return new
 
 

@@ -92,6 +92,13 @@ def test_a_bad_value_is_named_with_its_rule(key, value, words):
         config.from_config_dict(changed(key, value))
 
 
+def test_an_earlier_key_is_read_and_told(caplog):
+    with caplog.at_level("INFO", logger="absl"):
+        found = config.from_config_dict(changed("inference.accumulate", "host"))
+    assert found.inference.accumulate_on == "host"
+    assert "accumulate is now accumulate_on" in caplog.text
+
+
 def test_layer_decay_needs_encoder_stages():
     model = {"name": "unetr", "in_channels": 1, "out_channels": 2, "img_size": 64}
     values = changed("optimizer.layer_decay", 0.8)

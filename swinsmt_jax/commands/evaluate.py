@@ -80,7 +80,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "window_batch", None, "windows per call, over all devices", flag_values=values
     )
     help = "where logits are summed up: in memory of the host or of the device"
-    choice("accumulate", None, ACCUMULATE, help)
+    choice("accumulate_on", None, ACCUMULATE, help)
     help = "of --data_root with --predictions: a JSON file, v1, v2 or total_v3"
     text("description", "", help)
     help = "average over windows and their mirror images; twice the time"
@@ -143,7 +143,7 @@ def evaluate(options: flags.FlagValues) -> str:
     workdir = absolute(options.workdir)
     config, model, info = load_model(workdir, step=options.step)
     network, model = computing_in(options.dtype, config.model, model)
-    inference = ("overlap", "blend", "window_batch", "accumulate")
+    inference = ("overlap", "blend", "window_batch", "accumulate_on")
     given = {name: getattr(options, name) for name in inference}
     given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(

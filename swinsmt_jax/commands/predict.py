@@ -61,7 +61,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "windows per call, over all devices"
     flags.DEFINE_integer("window_batch", None, help, flag_values=values)
     help = "where logits are summed up: in memory of the host or of the device"
-    flags.DEFINE_enum("accumulate", None, ACCUMULATE, help, flag_values=values)
+    flags.DEFINE_enum("accumulate_on", None, ACCUMULATE, help, flag_values=values)
     for name in ("workdir", "input", "output"):
         flags.mark_flag_as_required(name, flag_values=values)
 
@@ -75,9 +75,8 @@ def main(arguments: list[str]) -> None:
         "--fast stands for --overlap=0.25; give one of them.",
     )
     overlap = 0.25 if options.fast else options.overlap
-    given = {"overlap": overlap} | {
-        name: getattr(options, name) for name in ("blend", "window_batch", "accumulate")
-    }
+    names = ("blend", "window_batch", "accumulate_on")
+    given = {"overlap": overlap, **{name: getattr(options, name) for name in names}}
     scans = find_scans(options.input)
     segmenter = prediction.load(
         options.workdir,

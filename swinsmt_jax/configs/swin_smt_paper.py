@@ -78,7 +78,7 @@ def get_config() -> config_dict.ConfigDict:
                 "overlap": 0.5,
                 "blend": "gaussian",
                 "window_batch": 1,
-                "accumulate": "auto",
+                "accumulate_on": "auto",
             },
         }
     )

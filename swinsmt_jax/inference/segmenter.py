@@ -23,7 +23,7 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.config import ExperimentConfig, InferenceConfig
+from swinsmt_jax.config import ExperimentConfig, InferenceConfig, with_new_keys
 from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
 from swinsmt_jax.labels import names_by_id
@@ -171,6 +171,7 @@ def load(
     config, model, info = load_model(workdir, step=step)
     network, model = computing_in(dtype, config.model, model)
     known = {field.name for field in dataclasses.fields(config.inference)}
+    inference = with_new_keys("inference", inference)
     for name in inference:
         checks.one_of("an option of the inference", name, known)
     windows = dataclasses.replace(config.inference, **inference)
@@ -264,7 +265,7 @@ def segment(
         sharding=sharding,
         positions=view.positions,
         sums=sums,
-        accumulate=inference.accumulate,
+        accumulate=inference.accumulate_on,
         progress=progress,
     )
     return labels

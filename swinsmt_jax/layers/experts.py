@@ -11,7 +11,7 @@ from swinsmt_jax.layers.linear import dropout, fold_in, gelu
 
 DATA, EXPERT = "data", "expert"  # the axes of the mesh
 BATCH = PartitionSpec((DATA, EXPERT))
-HIDDEN = 2**21  # hidden activations that sparing experts hold at a time
+HIDDEN = 2**21  # hidden activations that recomputed experts hold at a time
 
 
 class Experts(nnx.Module):
@@ -48,14 +48,14 @@ class Experts(nnx.Module):
         self.b2 = initializers.uniform_fan_in(rngs, (e, c), fan_in=f)
 
     def __call__(
-        self, slots: jax.Array, *, key: jax.Array | None = None, sparing: bool = False
+        self, slots: jax.Array, *, key: jax.Array | None = None, recompute: bool = False
     ) -> jax.Array:
         """Map slots [B, E, S, C] to [B, E, S, C].
 
         Args:
             slots: inputs of the experts.
             key: switches dropout on.
-            sparing: keep no hidden activations for the backward pass, and hold those
+            recompute: keep no hidden activations for the backward pass, and hold those
                 of a few experts at a time.
 
         Raises:
@@ -64,7 +64,7 @@ class Experts(nnx.Module):
         weights = tuple(
             p[...].astype(self.dtype) for p in (self.w1, self.b1, self.w2, self.b2)
         )
-        run = self._few_at_a_time if sparing else self._feed_forward
+        run = self._few_at_a_time if recompute else self._feed_forward
         slots = slots.astype(self.dtype)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.shape.get(EXPERT, 1) == 1:

@@ -176,7 +176,7 @@ class SoftMoE(nnx.Module):
             values = tokens.astype(self.dtype)
             inputs = soft_routing.dispatch_streaming(tokens, slots, values, cudnn=cudnn)
         with jax.named_scope("experts"):
-            outputs = self.experts(inputs, key=key, sparing=True)
+            outputs = self.experts(inputs, key=key, recompute=True)
         with jax.named_scope("combine"):
             return soft_routing.combine_streaming(tokens, slots, outputs, cudnn=cudnn)
 

@@ -28,6 +28,7 @@ flags.disclaim_key_flags()  # so that --help of a script lists what is defined h
 CACHE = Path("~/.cache/swinsmt_jax")
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs"
+RENAMED_FLAGS = {"accumulate": "accumulate_on"}  # earlier name: name of today
 
 
 def start(arguments: Sequence[str] = ()) -> None:
@@ -95,7 +96,7 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
     """Parse the command line; a `UserError` for what the flags or the config lack."""
     try:
         values.set_gnu_getopt()  # `--compare a b --split=val`
-        rest = values(arguments)
+        rest = values([_with_new_name(argument) for argument in arguments])
         if "config" in values and values["config"].value is not None:
             values.config.lock()  # raises if there was no such file
         return rest
@@ -111,6 +112,15 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
             f"unknown config group {group!r}; the groups are "
             f"{', '.join(groups.values())}.{near or did_you_mean(group, groups)}"
         ) from None
+
+
+def _with_new_name(argument):
+    """Return an argument with the new name of its flag, and say that it has one."""
+    old = argument.partition("=")[0].lstrip("-")
+    if not argument.startswith("-") or old not in RENAMED_FLAGS:
+        return argument
+    logging.warning("the flag --%s is now --%s", old, RENAMED_FLAGS[old])
+    return argument.replace(old, RENAMED_FLAGS[old], 1)
 
 
 def only_flags(arguments: Sequence[str]) -> None:

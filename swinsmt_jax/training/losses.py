@@ -14,7 +14,7 @@ from jax import lax
 from swinsmt_jax import checks
 
 SMOOTH = 1e-5  # added to numerator and denominator of an overlap, as in MONAI
-VOXELS = (1, 2, 3)
+SPATIAL_AXES = (1, 2, 3)
 BLOCK = 2**23  # logits of a sample that `Loss.of_features` holds at once
 
 Overlap = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -143,7 +143,7 @@ def _forward(overlap, features, head, labels):
         logits = _logits(features, head)
         log_total = jax.nn.logsumexp(logits, axis=-1)  # [B, planes, H, W]
         log_true = _at_label(logits, labels) - log_total
-        predicted = jnp.exp(logits - log_total[..., None]).sum(VOXELS)  # [B, K]
+        predicted = jnp.exp(logits - log_total[..., None]).sum(SPATIAL_AXES)  # [B, K]
         sums = _sums_by_class(jnp.exp(log_true), labels, logits.shape[-1])
         return (log_total, log_true), (predicted, *sums)
 
@@ -168,7 +168,7 @@ def _backward(overlap, saved, cotangent):
             dkernel = jnp.einsum(
                 "bxyzc,bxyzo->bco", features, g, preferred_element_type=jnp.float32
             )
-            return g @ head[0].T, (dkernel, g.sum(VOXELS, dtype=jnp.float32))
+            return g @ head[0].T, (dkernel, g.sum(SPATIAL_AXES, dtype=jnp.float32))
 
     arrays = features, labels, log_total
     dfeatures, dhead = _over_blocks(block, arrays, head)
@@ -273,8 +273,8 @@ def sums_by_comparison(
     A scatter would queue all voxels of one class at one address, and is slow on TPU.
     """
     here = labels[..., None] == jnp.arange(num_classes)
-    sums = jnp.where(here, values[..., None], 0).sum(VOXELS)
-    return sums, here.sum(VOXELS, dtype=jnp.int32)
+    sums = jnp.where(here, values[..., None], 0).sum(SPATIAL_AXES)
+    return sums, here.sum(SPATIAL_AXES, dtype=jnp.int32)
 
 
 def sums_by_scatter(

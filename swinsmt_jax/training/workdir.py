@@ -45,7 +45,7 @@ MAY_CHANGE = (
     "inference.overlap",
     "inference.blend",
     "inference.window_batch",
-    "inference.accumulate",
+    "inference.accumulate_on",
 )
 # Keys in which the processes of one run may differ: the data may lie on each node.
 MAY_DIFFER = ("data.root", "data.num_workers", "data.num_threads", "data.cache")

@@ -199,7 +199,7 @@ def test_keys_of_before_are_read_and_told():
 
 
 def test_a_key_of_before_is_named_with_the_new_one(caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         experiment(noise_most=0.2)
     assert "noise_most is now augmentations.noise.std_max" in caplog.text
 

@@ -22,9 +22,9 @@ def test_sparing_changes_only_the_memory(rng, monkeypatch):
     graphdef, params = nnx.split(Experts(6, num_experts=6, hidden=24, rngs=nnx.Rngs(0)))
     slots = jnp.asarray(rng.standard_normal((2, 6, 5, 6)), jnp.float32)
 
-    def run(sparing):
+    def run(recompute):
         def loss(params):
-            y = nnx.merge(graphdef, params)(slots, sparing=sparing)
+            y = nnx.merge(graphdef, params)(slots, recompute=recompute)
             return jnp.sin(y).sum(), y
 
         return jax.jit(jax.grad(loss, has_aux=True))(params)

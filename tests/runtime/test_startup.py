@@ -63,6 +63,16 @@ def test_a_bad_flag_is_bad_usage_in_every_command(capsys, command):
     assert stop.value.code == 2 and "nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [evaluate, predict])
+def test_a_flag_by_its_earlier_name_is_read_and_told(command, caplog):
+    values = flags.FlagValues()
+    command.define_flags(values)
+    given = [f"--{name}=x" for name in ("workdir", "input", "output") if name in values]
+    startup.parse(["x.py", *given, "--accumulate=host"], values)
+    assert values.accumulate_on == "host"
+    assert "--accumulate is now --accumulate_on" in caplog.text
+
+
 def test_words_and_flags_come_in_any_order():
     values = flags.FlagValues()
     evaluate.define_flags(values)

@@ -20,7 +20,7 @@ from absl import flags
 from swinsmt_jax import checks
 from swinsmt_jax.checks import DTYPES
 from swinsmt_jax.inference import segmenter as prediction
-from swinsmt_jax.inference.outputs import KINDS, OutputOptions
+from swinsmt_jax.inference.outputs import FORMATS, KINDS, OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
@@ -43,6 +43,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "write only these classes; others become background"
     flags.DEFINE_list("roi", [], help, flag_values=values)
     switch("masks", "a file for each class instead of one file of labels")
+    help = "of label files, if not the scan's; nii.gz for NIfTI and DICOM"
+    flags.DEFINE_enum("format", None, FORMATS, help, flag_values=values)
     switch("clean", "keep the largest piece of organs and bones that are one piece")
     for name, kind in KINDS.items():
         if kind.choices:
@@ -89,6 +91,7 @@ def main(arguments: list[str]) -> None:
     output_options = OutputOptions(
         roi=tuple(options.roi),
         masks=options.masks,
+        format=options.format,
         clean=options.clean,
         overwrite=options.overwrite,
         **{name: getattr(options, name) for name in KINDS},

@@ -7,9 +7,9 @@ from absl import logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import geometry, nifti, resampling
+from swinsmt_jax.data import geometry, itk_file, nifti, resampling
 
-SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (".nii.gz", ".nii", *itk_file.SUFFIXES)
 
 
 def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.ndarray:

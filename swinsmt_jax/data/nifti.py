@@ -13,10 +13,11 @@ from nibabel import orientations
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
-from swinsmt_jax.data import geometry, label_table, nifti_file, voxels
+from swinsmt_jax.data import geometry, itk_file, label_table, nifti_file, voxels
 from swinsmt_jax.data.resampling import fill_most
 from swinsmt_jax.runtime.files import absolute, replacing
 
+WRITTEN = (".nii", ".nii.gz", ".nrrd", ".mha")
 ROUNDING = 1e-3  # of label ids that a file stores with a slope
 GRID_TOLERANCE = 0.1  # voxels by which the corners of one grid may miss another's
 
@@ -313,19 +314,23 @@ def write(
     header: nib.Nifti1Header | None = None,
     description: str = "",
 ) -> None:
-    """Write an array as NIfTI; atomic: a temporary name, then rename.
+    """Write an array as NIfTI, NRRD or MetaImage; it appears when complete.
 
     It lies where `affine` says, in mm, or where a file with this `header` does.
 
     Raises:
-        UserError: for another suffix than .nii and .nii.gz.
+        UserError: for another suffix than .nii, .nii.gz, .nrrd and .mha.
     """
     path = absolute(path)
     checks.require(
-        path.name.endswith((".nii", ".nii.gz")),
-        f"{path} cannot be written: the name of NIfTI ends with .nii or .nii.gz.",
+        path.name.endswith(WRITTEN),
+        f"{path} cannot be written: its name must end with {' or '.join(WRITTEN)}.",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    if itk_file.is_itk(path):
+        with replacing(path) as partial:
+            itk_file.write(partial, array, affine, table=description)
+        return
     header = geometry.header_like(header, affine, array.shape)
     header.set_data_dtype(array.dtype)
     image = nib.Nifti1Image(np.ascontiguousarray(array), None, header)
@@ -352,7 +357,7 @@ def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
     path = absolute(path)
     checks.require(path.is_file(), f"{path} does not exist; expected a NIfTI file.")
     with nifti_file.named(path):
-        image = nifti_file.opened(path)
+        image = (itk_file if itk_file.is_itk(path) else nifti_file).opened(path)
         if not isinstance(image, nib.Nifti1Pair):
             raise nib.filebasedimages.ImageFileError(f"but {type(image).__name__}")
         nifti_file.require_possible(path, image)

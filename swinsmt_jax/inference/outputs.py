@@ -12,13 +12,14 @@ import nibabel as nib
 import numpy as np
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import label_table, nifti
+from swinsmt_jax.data import itk_file, label_table, nifti
 from swinsmt_jax.data.label_files import SUFFIXES, masks_in
 from swinsmt_jax.inference import pictures
 from swinsmt_jax.results import anatomy, color_tables, dicom_seg, meshes, statistics
 from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime.files import remove, replacing, writable
 
+FORMATS = ("nii.gz", "nii", "nrrd", "mha")  # of labels
 Targets = Mapping[str, Mapping[str, Path]]  # by scan and kind
 
 
@@ -99,6 +100,7 @@ class OutputOptions:
     Attributes:
         roi: classes to keep; empty keeps all.
         masks: a file for each class instead of one of labels.
+        format: of `FORMATS`; None takes the scan's, and nii.gz for NIfTI and DICOM.
         clean: keep the largest piece of what is one piece by nature.
         overwrite: segment again and replace what is there.
         statistics, statistics_json, quality, preview, colors, itk_snap, seg, mesh: of
@@ -107,6 +109,7 @@ class OutputOptions:
 
     roi: Sequence[str] = ()
     masks: bool = False
+    format: str | None = None
     clean: bool = False
     overwrite: bool = False
     statistics: bool = False
@@ -120,6 +123,8 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         """Check the choices; a `UserError` for one that is not there."""
+        if self.format:
+            checks.one_of("the option format", self.format, FORMATS)
         for name, kind in KINDS.items():
             if kind.choices and (value := getattr(self, name)):
                 checks.one_of(f"the option {name}", value, kind.choices)
@@ -129,9 +134,15 @@ class OutputOptions:
         """What decides the labels of a scan, besides the segmenter."""
         return {"clean": True} if self.clean else {}
 
-    def files(self, output: Path, name: str) -> dict[str, Path]:
+    def ending(self, scan: Path) -> str:
+        """Return how the names of label files of a scan end."""
+        if self.format is None and itk_file.is_itk(scan):
+            return ".nrrd" if scan.suffix.lower() == ".nrrd" else ".mha"
+        return f".{self.format or FORMATS[0]}"
+
+    def files(self, output: Path, name: str, scan: Path) -> dict[str, Path]:
         """Return what is written of a scan: labels first, then the rest."""
-        labels = name if self.masks else f"{name}{SUFFIXES[0]}"
+        labels = name if self.masks else f"{name}{self.ending(scan)}"
         rest = {
             kind: f"{name}{what.ending}"
             for kind, what in KINDS.items()
@@ -175,16 +186,16 @@ def write(files: Mapping[str, Path], result: Result, options: OutputOptions) -> 
                     path, result.labels, like=result.volume, description=table
                 )
             else:
-                _write_masks(path, result)
+                _write_masks(path, result, options.ending(result.volume.path))
 
 
-def _write_masks(path, result):
+def _write_masks(path, result, ending):
     """Write a file for each class; the folder appears when all are there."""
     with replacing(path) as partial:
         partial.mkdir()
         for number, name in result.names.items():
             mask = (result.labels == number).astype(np.uint8)
-            nifti.save(partial / f"{name}{SUFFIXES[0]}", mask, like=result.volume)
+            nifti.save(partial / f"{name}{ending}", mask, like=result.volume)
 
 
 def require_free(
@@ -248,6 +259,11 @@ def is_whole(path: Path) -> bool:
         return False
     if not path.name.endswith(SUFFIXES):
         return True
+    if itk_file.is_itk(path):
+        try:
+            return np.asarray(itk_file.opened(path).dataobj).ndim == 3
+        except (checks.UserError, RuntimeError):
+            return False
     try:
         image: Any = nib.load(path)
         array = image.dataobj
@@ -273,6 +289,13 @@ def _classes_in(path):
     if not path.name.endswith(SUFFIXES):
         return None
     try:
-        return set(label_table.of_header(nib.load(path).header).values()) or None
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError):
+        header = (itk_file.opened if itk_file.is_itk(path) else nib.load)(path).header
+        return set(label_table.of_header(header).values()) or None
+    except (
+        checks.UserError,
+        nib.filebasedimages.ImageFileError,
+        OSError,
+        EOFError,
+        ValueError,
+    ):
         return None  # damaged

@@ -107,7 +107,7 @@ def segment_scans(
     for name in options.roi:
         checks.one_of("a class of roi", name, known.values())
     names = {i: n for i, n in known.items() if not options.roi or n in options.roi}
-    targets = {name: options.files(output, name) for name in scans}
+    targets = {name: options.files(output, name, file) for name, file in scans.items()}
     _require_one_place_each(targets, output)
     options.require_possible(scans.values())
     outputs.require_free(targets, scans, known.values())
@@ -240,8 +240,8 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         checks.require(
             path.name.endswith(SUFFIXES),
-            f"the input {path} is no NIfTI file; its name must end with "
-            ".nii or .nii.gz.",
+            f"the input {path} is not a scan: its name must end with "
+            f"{', '.join(SUFFIXES)}.",
         )
         return [path]
     found = sorted(
@@ -254,8 +254,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     checks.require(
         bool(found),
-        f"the folder {path} holds no .nii, .nii.gz or DICOM files; folders in it are "
-        "not searched.",
+        f"the folder {path} holds no {', '.join(SUFFIXES)} or DICOM files; folders "
+        "in it are not searched.",
     )
     return found
 

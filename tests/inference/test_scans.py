@@ -14,7 +14,7 @@ from nibabel import orientations
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.commands import predict as script
 from swinsmt_jax.config import InferenceConfig, from_config_dict
-from swinsmt_jax.data import label_table
+from swinsmt_jax.data import label_table, nifti
 from swinsmt_jax.inference import segmenter as prediction
 from swinsmt_jax.inference.outputs import KINDS, OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
@@ -158,7 +158,7 @@ def test_scans_are_found_and_named(tmp_path, hu):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="folder .*empty holds no .nii, .nii.gz or"):
         find_scans([tmp_path / "empty"])
-    with pytest.raises(UserError, match="no NIfTI file; its name must end with"):
+    with pytest.raises(UserError, match="not a scan: its name must end with"):
         find_scans([__file__])
     with pytest.raises(UserError, match="nowhere.nii does not exist"):
         find_scans([tmp_path / "nowhere.nii"])
@@ -323,6 +323,25 @@ def test_every_kind_of_output_is_made_of_cleaned_labels(tmp_path, hu):
     segment_scans(make(), {"s": scan}, out, OutputOptions(overwrite=True))
     assert {path.name for path in out.iterdir()} == {"s.nii.gz", "summary.json"}
     assert before["structures"]
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_labels_are_written_in_the_format_of_the_scan(tmp_path, hu, suffix):
+    save = pytest.importorskip("SimpleITK").WriteImage
+    image = pytest.importorskip("SimpleITK").GetImageFromArray(np.int16(hu).T)
+    image.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))  # RAS
+    save(image, str(tmp_path / f"s{suffix}"))
+    out, scans = tmp_path / "out", find_scans([tmp_path / f"s{suffix}"])
+    for _ in range(2):  # the second time all is there
+        segment_scans(make(), scans, out, OutputOptions(statistics=True))
+    labels = nifti.load_labels(out / f"s{suffix}", on=nifti.load_ct(scans["s"]))
+    np.testing.assert_array_equal(labels.array, brightness(hu))
+    segment_scans(make(), scans, out, OutputOptions(format="nii.gz"))
+    same = nifti.load_labels(out / "s.nii.gz", on=nifti.load_ct(scans["s"]))
+    np.testing.assert_array_equal(same.array, labels.array)
+    content = (out / f"s{suffix}").read_bytes()
+    (out / f"s{suffix}").write_bytes(content[: len(content) // 2])
+    assert "seconds" in segment_scans(make(), scans, out, OutputOptions())["s"]
 
 
 def test_labels_of_another_scan_or_network_are_never_taken(tmp_path, hu):

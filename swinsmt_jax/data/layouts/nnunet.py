@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swinsmt_jax import checks, class_map
-from swinsmt_jax.data import meta
+from swinsmt_jax.data import itk_file, meta
 from swinsmt_jax.data.case import Case, Dataset, require_files
 
 TITLE = "nnU-Net's, with imagesTr and labelsTr"
@@ -21,7 +21,7 @@ FOLDERS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", "labelsTs")}
 SPLITS_FILE = "splits_final.json"
 HOLD_OUT_EVERY = 5  # training cases, one of which is for validation
 NORMALISATIONS = ("nonorm", "zscore", "rescale_to_0_1")  # name no modality
-ENDINGS = (".nii.gz", ".nii")
+ENDINGS = (".nii.gz", ".nii", *itk_file.SUFFIXES)
 
 
 def fits(root: Path, content: dict) -> bool:

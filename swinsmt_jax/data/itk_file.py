@@ -1,0 +1,111 @@
+"""Volumes in NRRD and MetaImage files, by SimpleITK of the extra `dicom`."""
+
+import importlib.util
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from swinsmt_jax import checks
+from swinsmt_jax.data import geometry
+
+SUFFIXES = (".nrrd", ".mha", ".mhd")
+TABLE = "label_table"  # the key under which names of label ids are kept
+TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's axes run to the left and back
+
+
+def is_itk(path: Path) -> bool:
+    """Whether a file is one of these by its name."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def opened(path: Path) -> nib.Nifti1Image:
+    """Return the header of a file as nibabel has it; voxels are read when asked for.
+
+    The names of label ids that `write` keeps become the header extension of NIfTI.
+
+    Raises:
+        UserError: without the extra, and for files of another kind.
+    """
+    sitk = _library(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise checks.UserError(
+            f"{path} cannot be read as NRRD or MetaImage "
+            f"({str(error).strip().splitlines()[-1]}); copy it again or export it anew."
+        ) from error
+    shape, count = reader.GetSize(), reader.GetNumberOfComponents()
+    checks.require(
+        count == 1,
+        f"{path} has {count} values in each voxel, but a scan has one; export it "
+        "without colours.",
+    )
+    affine = np.eye(4)
+    direction = np.reshape(reader.GetDirection(), (len(shape),) * 2)
+    sides = np.array(reader.GetSpacing())[:3]
+    known = min(len(shape), 3)
+    affine[:known, :known] = direction[:known, :known] * sides
+    affine[:known, 3] = reader.GetOrigin()[:3]
+    header = geometry.header_like(None, TO_RAS @ affine, shape)
+    image = nib.Nifti1Image(_Voxels(path, sitk, reader), TO_RAS @ affine, header)
+    if reader.HasMetaDataKey(TABLE):
+        table = nib.nifti1.Nifti1Extension(0, reader.GetMetaData(TABLE).encode())
+        image.header.extensions.append(table)
+    return image
+
+
+def write(path: Path, array: np.ndarray, affine: np.ndarray, *, table: str) -> None:
+    """Write an array [X, Y, Z] to a compressed file.
+
+    Args:
+        path: .nrrd or .mha.
+        array: in any axes.
+        affine: [4, 4], voxel indices to mm to the right, front and head.
+        table: of label ids, from `label_table.xml`.
+
+    Raises:
+        UserError: without the extra, and for axes that are not at right angles.
+    """
+    sitk = _library(path)
+    checks.require(
+        geometry.skew(affine) < geometry.SKEW,
+        f"{path} cannot be written: the scan's axes are not at right angles, which "
+        "NRRD and MetaImage files of ITK cannot say; give --format=nii.gz.",
+    )
+    lps = TO_RAS @ affine
+    sides = np.linalg.norm(lps[:3, :3], axis=0)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    image.SetSpacing(sides.tolist())
+    image.SetDirection((lps[:3, :3] / sides).ravel().tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    if table:
+        image.SetMetaData(TABLE, table)
+    sitk.WriteImage(image, str(path), useCompression=True)
+
+
+class _Voxels:
+    """Reads a file when it is made an array."""
+
+    def __init__(self, path, sitk, reader):
+        pixel = sitk.Image([1] * reader.GetDimension(), reader.GetPixelID())
+        self.shape = reader.GetSize()
+        self.dtype = sitk.GetArrayViewFromImage(pixel).dtype
+        self.ndim = len(self.shape)
+        self._read = lambda: sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T
+
+    def __array__(self, dtype=None, copy=None):
+        return self._read().astype(dtype or self.dtype, copy=False)
+
+
+def _library(path):
+    checks.require(
+        importlib.util.find_spec("SimpleITK") is not None,
+        f'{path} needs SimpleITK: pip install "swinsmt_jax[dicom]".',
+    )
+    import SimpleITK as sitk  # noqa: N813
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    return sitk

@@ -87,7 +87,9 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray, *, table: str) -> N
 
 
 class _Voxels:
-    """Reads a file when it is made an array."""
+    """Reads a file when it is made an array, as nibabel's ArrayProxy does."""
+
+    slope, inter, offset = 1, 0, 0
 
     def __init__(self, path, sitk, reader):
         pixel = sitk.Image([1] * reader.GetDimension(), reader.GetPixelID())

@@ -138,7 +138,7 @@ def is_possible(shape: Sequence[int]) -> bool:
 def require_possible(path: Path, image: nib.Nifti1Pair) -> None:
     """Refuse a header that asks for absurd memory, before any is taken."""
     shape, reader = image.shape, proxy(image)
-    offset = getattr(reader, "offset", 0)
+    offset = reader.offset
     checks.require(
         min(shape, default=1) >= 0 and offset >= 0,
         f"{path} claims a shape of {tuple(shape)} and voxels from byte {offset} "

@@ -324,7 +324,7 @@ def write(
     path = absolute(path)
     checks.require(
         path.name.endswith(WRITTEN),
-        f"{path} cannot be written: the name ends with {', '.join(WRITTEN[:-1])} or {WRITTEN[-1]}.",
+        f"{path} cannot be written: the name ends with .nii, .nii.gz, .nrrd or .mha.",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     if itk_file.is_itk(path):

@@ -152,7 +152,7 @@ def _may_have_side(words):
 def _one_of_its_kind(words):
     """Whether a sided name is of a structure that the other side of the body lacks.
 
-    The heart's chambers are no sides: the left ventricle of a mirrored heart still has
+    The heart's chambers are not sides: the left ventricle of a mirrored heart still has
     the thick wall (those of the brain are called lateral). Only the right lung has a
     middle lobe.
     """

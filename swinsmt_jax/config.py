@@ -257,7 +257,7 @@ def to_dict(config: ExperimentConfig | NetworkConfig) -> dict:
     return {**dataclasses.asdict(config), "model": to_dict(config.model)}
 
 
-_RENAMED = {  # by group: keys of earlier configs -> keys of today
+_RENAMED = {  # by group: keys of earlier versions -> today's
     "data": {
         "zoom_probability": "augmentations.zoom.probability",
         "zoom_range": "augmentations.zoom.factor",

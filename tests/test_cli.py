@@ -114,7 +114,7 @@ def test_each_command_listens_for_signals(monkeypatch):
         lambda _: seen.update({n: signal.getsignal(n) for n in statuses.STATUS}),
     )
     before = {number: signal.getsignal(number) for number in statuses.STATUS}
-    with pytest.raises(AttributeError):  # of None, which is no module
+    with pytest.raises(AttributeError):  # of None, which is not a module
         cli.run("predict", program="predict.py")
     assert len(seen) == 3 and not set(seen.values()) & set(before.values())
     assert {number: signal.getsignal(number) for number in statuses.STATUS} == before

@@ -54,7 +54,7 @@ BACKED = {  # each row of docs/formats.md, and a test of what it says
     "axes that are not at right angles": "test_ct_and_labels_lie_in_one_place_in_",
     "`pixdim` unlike": "test_ct_and_labels_lie_in_one_place_in_every_reader",
     "lengths in metres": "test_ct_and_labels_lie_in_one_place_in_every_reader",
-    "axes of one": "test_ct_and_labels_lie_in_one_place_in_every_reader",
+    "axes of length one": "test_ct_and_labels_lie_in_one_place_in_every_reader",
     "4-D with several volumes": "test_bad_volumes_are_refused_by_name",
     "an affine that cannot": "test_affine_that_cannot_be_inverted_is_refused",
     "NaN or infinite": "test_bad_volumes_are_refused_by_name",
@@ -71,7 +71,7 @@ BACKED = {  # each row of docs/formats.md, and a test of what it says
     "several series": "test_bad_series_are_refused",
     "a single slice": "test_a_single_slice_is_as_thick_as_its_tags_say",
     "the lists of the first fold": "test_what_a_fold_of_nnunet_says_of_cases_is_kept",
-    "a channel that is no CT": "test_what_of_nnunet_is_not_supported_is_said",
+    "a channel that is not a CT": "test_what_of_nnunet_is_not_supported_is_said",
     "class names with": "test_names_become_safe_file_names",
 }
 

@@ -4,10 +4,10 @@
         --spacing=1.5 --workers=8
 
 The source is in the TotalSegmentator-V2 layout, or in nnU-Net's (dataset.json), or in
-that of a JSON file given by --description; docs/data.md tells how. Each case becomes
+that of a JSON file given by --description; docs/data.md explains how. Each case becomes
 one folder of the store: CT and merged labels in RAS orientation, resampled to cubic
 voxels if a spacing is given, chunked and compressed. Give the store to train.py as
---config.data.root. The same command again continues, and makes cases that failed anew.
+--config.data.root. The same command again continues, and tries failed cases again.
 A case that cannot be used is named with its reason, the others go on, and the exit
 status is 1. At the end report.html and report.json in the store show what is in it.
 """
@@ -37,9 +37,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("workers", 1, help, 1, flag_values=values)
     help = "ids of cases to leave out, such as those with known wrong labels"
     flags.DEFINE_list("exclude", [], help, flag_values=values)
-    help = "read the cases of the store whole, and make damaged ones anew"
+    help = "read the cases of the store whole, and make damaged ones again"
     flags.DEFINE_bool("verify", False, help, flag_values=values)
-    help = "which class a resampled voxel gets; docs/data.md tells what each keeps"
+    help = "which class a resampled voxel gets; docs/data.md says what each keeps"
     rules = list(LABEL_RULES)
     flags.DEFINE_enum("label_resampling", "most", rules, help, flag_values=values)
     for name in ("source", "store"):

@@ -1,4 +1,4 @@
-"""A small Swin SMT learns one real CT by heart.
+"""A small Swin SMT overfits one real CT.
 
     python -m swinsmt_jax.data.import_scan --ct=ct.nii.gz --labels=labels.nii.gz \
         --root=data/one_scan --case=s0001 --split=train,val,test

@@ -197,7 +197,7 @@ class _Kind(NamedTuple):
 def _require_sizes(*numbers):
     """Raise `ValueError` unless all are plain ints, no others that count in a way."""
     if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError(f"{numbers!r:.100} are no sizes")
+        raise ValueError(f"{numbers!r:.100} are not sizes")
 
 
 def _tensor(storage, offset, shape, strides, *_):

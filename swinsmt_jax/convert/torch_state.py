@@ -55,7 +55,7 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     checks.require(
         not broken,
         f"{len(broken)} arrays of the state dictionary hold NaN or infinite numbers; "
-        f"take the weights of before the training diverged.{_lines(broken)}",
+        f"take weights from before the training diverged.{_lines(broken)}",
     )
     for target in targets.values():
         target.read(given)
@@ -157,7 +157,7 @@ def _drop_aliases(table, expected, given):
     checks.require(
         not unequal,
         "the state dictionary holds different values under two names of one tensor; "
-        f"write it anew from the PyTorch network.{_lines(sorted(unequal))}",
+        f"write it again from the PyTorch network.{_lines(sorted(unequal))}",
     )
 
 

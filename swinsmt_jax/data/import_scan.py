@@ -34,8 +34,8 @@ def import_scan(
     are rounded to int16.
 
     Raises:
-        UserError: for an unknown split, an id that is no plain folder name, bad files,
-            and labels off the CT's voxel grid.
+        UserError: for an unknown split, an id that is not a plain folder name, bad
+            files, and labels off the CT's voxel grid.
     """
     root = files.absolute(root)
     checks.require(len(splits) > 0, "--split names no split; take train, val or test.")

@@ -18,7 +18,7 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
     Args:
         path: a file of label ids, or a folder with <class>.nii.gz or <class>.nii for
             each class, as TotalSegmentator and `predict.py --masks` write it. Of masks
-            that overlap the later class wins; a class without a mask is nowhere.
+            that overlap the later class wins; a class without a mask has no voxels.
         classes: the names of the ids.
         like: the scan.
 

@@ -65,7 +65,7 @@ def read(root: Path, *, refused: dict[str, str] | None = None) -> dict[str, str]
     """Read meta.csv as {case id: split}, in file order; see `collect`.
 
     Raises:
-        UserError: for a file that is no such table, and as `collect`.
+        UserError: for a file that is not such a table, and as `collect`.
     """
     path = root / META
     checks.require(

@@ -114,7 +114,7 @@ def voxels(image: nib.Nifti1Pair) -> np.ndarray:
 
 
 def without_last_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape without axes of one behind the third: of one volume, not a series.
+    """Return a shape without axes of length one after the third: one volume, no series.
 
     FSL, SPM and MATLAB write such.
     """

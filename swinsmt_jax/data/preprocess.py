@@ -1,7 +1,7 @@
 """From a dataset as it downloads to a store: every case once, in parallel.
 
 A run can be killed and started again: finished cases stay, half-written ones are made
-anew. A case that cannot be used is reported by name and reason, and the others go on.
+again. A case that cannot be used is reported by name and reason, and the others go on.
 """
 
 import functools
@@ -51,7 +51,7 @@ def preprocess(
         workers: processes, each of which holds one scan; one is this process itself.
         exclude: ids of cases to leave out, such as those with known wrong labels.
         progress: show a bar.
-        verify: read finished cases whole; those that are damaged are made anew.
+        verify: read finished cases whole; those that are damaged are made again.
         label_resampling: one of `resampling.LABEL_RULES`.
 
     Returns:
@@ -59,7 +59,7 @@ def preprocess(
         names no case; also in the index of the store.
 
     Raises:
-        UserError: for a source that is no such dataset, unknown ids in `exclude` or
+        UserError: for a source that is not such a dataset, unknown ids in `exclude` or
             names in `classes`, a store of other options, that another run is writing
             to, or that cannot be written, such as on a full disk. Finished cases stay,
             half-written ones do not.
@@ -103,7 +103,7 @@ def _is_finished(folder, verify):
         return False
     damage = store.damage(folder, whole=verify)
     if damage:
-        logging.warning("%s is made anew: %s", folder.name, damage)
+        logging.warning("%s is made again: %s", folder.name, damage)
     return damage is None
 
 

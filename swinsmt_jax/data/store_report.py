@@ -10,7 +10,7 @@ from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.runtime import files, html
 
 SHOWN = 4  # cases drawn
-CUT = "made before grids covered scans, it ends before its scan; preprocess it anew."
+CUT = "made before grids covered scans, it ends before its scan; preprocess it again."
 
 
 def write(root: Path) -> str:

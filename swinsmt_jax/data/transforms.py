@@ -79,7 +79,7 @@ def enlarge(sample: Sample, *, shape: Sequence[int]) -> Sample:
 
 
 def pad(sample: Sample, *, shape: Sequence[int], air: float) -> Sample:
-    """Surround a sample with air and label 0 to `shape`, the larger half behind."""
+    """Surround a sample with air and label 0 to `shape`, the larger half at the end."""
     missing = [side - n for side, n in zip(shape, sample.label.shape, strict=True)]
     if not any(missing):
         return sample

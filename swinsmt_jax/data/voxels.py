@@ -39,7 +39,7 @@ def hounsfield(name: object, array: np.ndarray) -> np.ndarray:
     """Return Hounsfield units rounded to int16.
 
     Raises:
-        UserError: for voxels that are no finite numbers; the message begins with name.
+        UserError: for voxels that are not finite numbers; the message begins with name.
     """
     require_real(name, array)
     require_finite(name, array)

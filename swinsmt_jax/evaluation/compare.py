@@ -61,7 +61,7 @@ def compare(
     Of a run, eval_<split> is taken.
 
     Raises:
-        UserError: for files that are no results, and evaluations of other splits,
+        UserError: for files that are not results, and evaluations of other splits,
             conventions, cases, groups, or classes of any case.
     """
     pair = one, other = [_read(absolute(path), split) for path in (first, second)]

@@ -61,7 +61,7 @@ def evaluate_split(
     Raises:
         SomeFailedError: after all cases, for bad files, and labels unknown to the
             network.
-        UserError: for an empty split, or an output path that is no folder.
+        UserError: for an empty split, or an output path that is not a folder.
     """
     checks.in_range("limit", limit, 0, 10**9)
     chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)

@@ -201,7 +201,7 @@ def _write_masks(path, result, ending):
 def require_free(
     targets: Targets, scans: Mapping[str, Path], classes: Collection[str]
 ) -> None:
-    """Raise `UserError` if an output would replace an input, or what is no mask.
+    """Raise `UserError` if an output would replace an input, or what is not a mask.
 
     Args:
         targets: what would be written.

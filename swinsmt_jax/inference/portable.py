@@ -67,7 +67,7 @@ class Portable:
                 as training does: a window of air tells the network nothing.
 
         Raises:
-            UserError: for another rank, and voxels that are no finite numbers.
+            UserError: for another rank, and voxels that are not finite numbers.
         """
         hu = np.asarray(hu)
         checks.require(hu.ndim == 3, f"hu has shape {hu.shape}, but must be [X, Y, Z].")
@@ -127,8 +127,8 @@ def load(path: str | Path) -> Portable:
             _require_no_calls(exported)
     except Exception as error:  # damaged archives and programs raise anything
         raise checks.UserError(
-            f"{path} is no exported network ({checks.one_line(error)}); make one with "
-            "python -m swinsmt_jax.inference.export."
+            f"{path} is not an exported network ({checks.one_line(error)}); make one "
+            "with python -m swinsmt_jax.inference.export."
         ) from error
     checks.finite(path, arrays)
     return Portable(about, exported, [*map(jax.numpy.asarray, arrays.values())])

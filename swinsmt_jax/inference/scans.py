@@ -34,7 +34,7 @@ TRUTH = "segmentations"  # stem of the labels beside a ct.nii.gz of TotalSegment
 def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
     """Return {name: file} of NIfTI files and of those in folders, sorted by folder.
 
-    In folders, hidden files and TotalSegmentator's `segmentations.nii.gz` are no scans.
+    In folders, hidden files and TotalSegmentator's `segmentations.nii.gz` are left out.
     A folder without any that holds a DICOM series is a scan itself. The name is that of
     the file without its suffix, or of its folder for `ct.nii.gz` and where several
     files have one name.
@@ -141,7 +141,7 @@ class _Work:
     made_by: Mapping[str, object]
 
     def on(self, name, file, targets, *, claim, anew, title):
-        """Write what is missing of a scan, or all anew; return its entry."""
+        """Write what is missing of a scan, or all of it again; return its entry."""
         for path in targets.values():
             files.remove_partial(self.output, of=path.name)
         before, labels = shared.read(self.output).get(name, {}), targets["labels"]

@@ -78,7 +78,8 @@ def predict_labels(
 
     Arguments as in `sliding_window`. Windows come in layers along the axis with the
     smallest cross-section. Logits are kept only where a further window can touch them:
-    between two layers of overlap 0.5 half a window deep, and they become labels behind.
+    between two layers of overlap 0.5 half a window deep. Planes that no later window
+    touches become labels.
 
     Args:
         positions: where the planes, rows and columns of another grid lie on the

@@ -24,7 +24,7 @@ Box = tuple[slice, ...]
 def padding(shape: Sequence[int], window: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Voxels to add (before, after) on each axis so that the window fits once.
 
-    An odd number puts the larger half behind.
+    For an odd number the larger half comes last.
     """
     lacking = [max(w - n, 0) for n, w in zip(shape, window, strict=True)]
     return tuple((n // 2, n - n // 2) for n in lacking)

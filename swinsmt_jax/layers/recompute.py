@@ -9,17 +9,17 @@ from flax import nnx
 def maybe_remat(recompute: bool) -> Callable[..., jax.Array]:
     """Return f(module, *inputs) = module(*inputs).
 
-    With `recompute`, its activations are not kept but computed anew in the backward
+    With `recompute`, its activations are not kept but recomputed in the backward
     pass.
     """
     return nnx.remat(_apply) if recompute else _apply
 
 
 def compiler_options(platform: str) -> dict[str, str] | None:
-    """Return what a program must be compiled with for recomputation to spare memory.
+    """Return what a program must be compiled with for recomputation to save memory.
 
     Before jax 0.11 XLA removes on CPU the barriers that keep it from finding that what
-    is computed anew is there already.
+    is recomputed is there already.
     """
     if platform != "cpu":
         return None

@@ -1,4 +1,4 @@
-"""What tracing costs, and how to spare it."""
+"""What tracing costs, and how to avoid it."""
 
 import contextlib
 import functools

@@ -75,7 +75,7 @@ def gather(value: T) -> list[T]:
     small: each process gets all of them.
 
     Raises:
-        SharedError: if what another process sent is no such text.
+        SharedError: if another process sent something else.
     """
     if jax.process_count() == 1:
         return [value]

@@ -49,7 +49,7 @@ def ranked(root: Path) -> list[int]:
 
 
 def dice_of(folder: Path) -> float | None:
-    """Return the validation Dice; None if there was none, or it was no number."""
+    """Return the validation Dice; None if there is none, or it is not a number."""
 
     def restore():
         value = SCORES.restore(folder / METRICS)[METRIC]
@@ -121,9 +121,9 @@ def read(folder: Path, function: Callable[[], T]) -> T:
     """Return what a function reads from a checkpoint.
 
     Storage libraries raise almost anything on damaged files, and the same where the
-    system refuses to read. So after an error all files are read as they are: what the
-    system refuses is no damage. If it refuses none, it may have recovered, and the
-    function is called once more.
+    system refuses to read. So after an error all files are read as they are: a file
+    that the system refuses is not damaged. If it refuses none, it may have recovered,
+    and the function is called once more.
 
     Raises:
         DamagedError: for damaged or missing files.

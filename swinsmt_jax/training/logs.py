@@ -113,7 +113,7 @@ class Log:
 def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log]:
     """Continue the log of a run after step `start`; rows beyond it are dropped.
 
-    In all processes but the first, what is logged goes nowhere.
+    In all processes but the first, nothing is logged.
     """
     first, path = processes.is_first(), Path(os.devnull)
     if first:

@@ -117,7 +117,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 no archive")
     np.savez(tmp_path / "y.npz", a=np.zeros(3))
     for name in ("x.npz", "y.npz", "missing.npz"):
-        with pytest.raises(UserError, match=rf"{name} is no exported network"):
+        with pytest.raises(UserError, match=rf"{name} is not an exported network"):
             portable.load(tmp_path / name)
 
 
@@ -165,7 +165,7 @@ def changed(parts, **keys):
 )
 def test_damaged_files_are_refused_in_one_way(parts, tmp_path, change):
     np.savez(tmp_path / "x.npz", **(parts | change(parts)))
-    with pytest.raises(UserError, match="x.npz is no exported network"):
+    with pytest.raises(UserError, match="x.npz is not an exported network"):
         portable.load(tmp_path / "x.npz")
 
 
@@ -179,7 +179,7 @@ def test_a_program_that_calls_code_of_the_host_is_refused(parts, tmp_path):
     exported = jax.export.export(jax.jit(program))(shapes, windows)
     about = json.loads(parts["about"].tobytes())
     portable.save(tmp_path / "x.npz", exported, [np.float32([1, 1])], about)
-    with pytest.raises(UserError, match="x.npz is no exported .*calls lapack"):
+    with pytest.raises(UserError, match="x.npz is not an exported .*calls lapack"):
         portable.load(tmp_path / "x.npz")
 
 

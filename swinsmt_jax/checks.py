@@ -16,7 +16,21 @@ import numpy as np
 
 
 class UserError(ValueError):
-    """Bad input that the user can mend; scripts print its message without traceback."""
+    """Bad input that the user can mend; scripts print its message without traceback.
+
+    What a file or its name holds may enter the message: no terminal obeys it.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    """Return a text with what would steer a terminal written out, but line ends."""
+    if text.isprintable():
+        return text
+    kept = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return "".join(kept)
 
 
 def require(condition: bool, message: str) -> None:
@@ -81,6 +95,18 @@ def file_name(name: str, value: object) -> None:
         f"{name} is {value!r}, but must be the plain name of a folder or file, such as "
         f"'s0001': at most {MAX_NAME_BYTES} bytes, no leading dot, and none of "
         "/ \\ : ; or control characters. Rename it.",
+    )
+
+
+def group_name(where: str, name: object) -> None:
+    """Raise `UserError` unless `name` can be a column beside that of all classes."""
+    require(
+        isinstance(name, str)
+        and name.strip() == name != ""
+        and name.isprintable()
+        and name != OVERALL,
+        f"{where}: {name!r} is not a name for a group: it must be printable, without "
+        f"spaces around it, and not {OVERALL!r}, which are all classes. Rename it.",
     )
 
 
@@ -178,6 +204,7 @@ def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else value
 
 
+OVERALL = "overall"  # the column of all classes
 MAX_NAME_BYTES = 200  # file systems take 255 with what is added to a name
 DTYPES = ("float32", "bfloat16")
 

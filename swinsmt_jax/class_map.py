@@ -214,6 +214,7 @@ def make(
         f"{where}: groups is {groups!r}, but must be {{group: [class names]}}.",
     )
     for group, members in groups.items():
+        checks.group_name(f"{where}: groups", group)
         checks.require(
             isinstance(members, (list, tuple)) and len(members) > 0,
             f"{where}: the group {group!r} is {members!r}, but must list names.",

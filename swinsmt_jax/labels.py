@@ -6,13 +6,12 @@ its "cardiac" part read as vessels, the name in the authors' table. Which classe
 are in each is not published, so a user can replace them (`load_groups`).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from swinsmt_jax import checks
-from swinsmt_jax.runtime.files import absolute
+from swinsmt_jax.runtime.files import absolute, read_json
 
 VERSION = "v2"
 RECORD = "https://zenodo.org/records/10047292"  # TotalSegmentator-V2, dataset v2.0.1
@@ -85,7 +84,7 @@ def load_groups(
         '{"organs": ["spleen", 5]}.',
     )
     try:
-        groups = json.loads(path.read_text(encoding="utf-8-sig"))
+        groups = read_json(path)
     except ValueError as error:
         raise checks.UserError(f"groups file {path} is not JSON: {error}.") from error
     checks.require(
@@ -93,6 +92,8 @@ def load_groups(
         f"groups file {path} holds {type(groups).__name__}, but must hold an object "
         "with at least one group: {group: [label ids or class names]}.",
     )
+    for name in groups:
+        checks.group_name(f"groups file {path}", name)
     return {
         name: _label_ids(name, entries, path, names) for name, entries in groups.items()
     }

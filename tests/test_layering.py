@@ -8,6 +8,7 @@ LAYERS = [  # a file belongs to the longest of these names that its own begins w
     ["configs"],
     ["checks"],
     [
+        "runtime.csv_text",
         "runtime.files",
         "runtime.html",
         "runtime.plain",

@@ -1,13 +1,12 @@
 """The door to datasets on disk, of any layout of `data/layouts`."""
 
-import json
 from pathlib import Path
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.data import layouts
 from swinsmt_jax.data.case import Dataset
 from swinsmt_jax.data.layouts import totalsegmentator
-from swinsmt_jax.runtime.files import absolute
+from swinsmt_jax.runtime.files import absolute, read_json
 
 DESCRIPTION = "dataset.json"
 
@@ -61,7 +60,7 @@ def _description(file):
         f"{', '.join(class_map.VERSIONS)} for TotalSegmentator's layout.",
     )
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = read_json(file)
     except ValueError as error:
         raise checks.UserError(f"{file} is not JSON: {error}.") from error
     checks.require(

@@ -396,7 +396,7 @@ def _box(sample, air):
 def read_json(file: Path) -> Any:
     """Read a JSON file of a store; a `UserError` if it cannot be read."""
     with _readable(file):
-        return json.loads(file.read_text())
+        return files.read_json(file)
 
 
 @contextlib.contextmanager

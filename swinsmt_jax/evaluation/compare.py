@@ -6,7 +6,6 @@ Holm's method; the effect size is the matched-pairs rank-biserial correlation (K
 2014): the share of the ranks in favour of one less the share in favour of the other.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from scipy import stats
 
 from swinsmt_jax import checks
 from swinsmt_jax.evaluation.averages import known_mean
-from swinsmt_jax.runtime.files import absolute
+from swinsmt_jax.runtime.files import absolute, read_json
 
 FILE = "results.json"
 SAMPLES = 10_000  # of the bootstrap
@@ -200,7 +199,7 @@ def _read(path, split):
     places = path / FILE, path / f"eval_{split}" / FILE, path
     file = next((file for file in places if file.is_file()), path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         content["cases"], content["groups"]  # noqa: B018 - KeyError if absent
         return content
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,5 @@
 """The files of an evaluation: results.json, CSV tables, a picture and a report."""
 
-import csv
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from swinsmt_jax.evaluation.metrics import DICE, METRICS, Metric
 from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.runtime import files, html, processes
+from swinsmt_jax.runtime import csv_text, files, html, processes
 
 WORST = 5  # cases drawn in the report
 
@@ -194,9 +193,8 @@ def _write_csv(path, rows):
             return "" if math.isnan(value) else f"{value:.6f}"
         return value
 
-    with files.replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([cell(value) for value in row] for row in rows)
+    text = csv_text.as_csv([cell(value) for value in row] for row in rows)
+    files.write_text(path, text)
 
 
 def _seconds(value: float, *, digits: int) -> str:

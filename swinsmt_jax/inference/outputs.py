@@ -17,6 +17,7 @@ from swinsmt_jax.data.label_files import SUFFIXES, masks_in
 from swinsmt_jax.inference import pictures
 from swinsmt_jax.results import anatomy, color_tables, dicom_seg, meshes, statistics
 from swinsmt_jax.results.result import Result
+from swinsmt_jax.runtime import csv_text
 from swinsmt_jax.runtime.files import remove, replacing, writable
 
 FORMATS = ("nii.gz", "nii", "nrrd", "mha")  # of labels
@@ -156,11 +157,11 @@ class OutputOptions:
             for scan in scans if getattr(self, kind) else ():
                 what.require(scan)
 
-    def remove_stale(self, output: Path, name: str) -> None:
-        """Remove what was made of labels that were replaced."""
-        for kind, what in KINDS.items():
+    def remove_results(self, output: Path, name: str) -> None:
+        """Remove what was made of labels that are about to be replaced."""
+        for what in KINDS.values():
             path = output / f"{name}{what.ending}"
-            if not getattr(self, kind) and path.exists():
+            if path.exists():
                 remove(path) if path.is_dir() else path.unlink()
 
 
@@ -285,7 +286,8 @@ def _classes_in(path):
         return None
     if path.suffix == ".csv":
         with path.open(newline="") as file:
-            return {row.get("class") for row in csv.DictReader(file)}
+            rows = csv.DictReader(file)
+            return {csv_text.read_cell(row.get("class") or "") for row in rows}
     if not path.name.endswith(SUFFIXES):
         return None
     try:

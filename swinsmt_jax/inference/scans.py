@@ -68,11 +68,12 @@ def _require_one_place_each(targets, output):
             checks.require(
                 name.strip() != ""
                 and name[0] != "."
+                and name.isprintable()
                 and path.parent == output
                 and places[path] == 1,
                 f"results of the scan {name!r} would be written to {path}, which is "
-                "hidden, outside of --output or the place of other results; rename the "
-                "scan.",
+                "hidden, unprintable, outside of --output or the place of other "
+                "results; rename the scan.",
             )
 
 
@@ -150,6 +151,14 @@ class _Work:
             missing = {k: p for k, p in targets.items() if not outputs.is_whole(p)}
         kept, made_by = "labels" not in missing, before.get(provenance.KEY, {})
         found = {"file": str(file), "labels": str(labels), provenance.KEY: made_by}
+
+        def clear():  # nobody may take new labels for the old ones, or mix the two
+            nonlocal made_by
+            made_by = {k: v for k, v in made_by.items() if k != labels.name}
+            if there:
+                shared.tell(self.output, name, before | {provenance.KEY: made_by})
+            self.options.remove_results(self.output, name)
+
         try:
             if kept:  # perhaps by another process, of something else
                 about = {name: targets}, {name: file}, self.made_by, {name: before}
@@ -161,11 +170,9 @@ class _Work:
                 if not there:  # for a killed process leaves labels all the same
                     shared.tell(self.output, name, before | found)
             if missing:
-                source = labels if kept else None
+                source = labels if kept else clear
                 about = missing, self.names, self.options, title
                 found |= _segment(self.segmenter, file, source, *about)
-                if self.options.overwrite:
-                    self.options.remove_stale(self.output, name)
         except Exception as error:  # also memory, a bug: other scans may do without it
             found["error"] = _reason(name, error)
             if there:
@@ -194,11 +201,14 @@ def _stamp(path):
     return facts.st_ino, facts.st_mtime_ns
 
 
-def _segment(segmenter, file, kept, missing, names, options, title):
-    """Write what is missing of a scan, from the labels kept in a file if there are."""
+def _segment(segmenter, file, source, missing, names, options, title):
+    """Write what is missing of a scan.
+
+    `source` is the file of its labels, or what to call before new ones are written.
+    """
     volume = load_scan(file, modality=segmenter.config.data.modality)
     facts = {}
-    if kept is None:
+    if callable(source):
         start = time.perf_counter()
         with _bar(title) as progress:
             labels = segmenter.segment_volume(volume, progress=progress)
@@ -213,8 +223,10 @@ def _segment(segmenter, file, kept, missing, names, options, title):
             facts["voxels_removed"] = removed
     else:
         classes = ClassMap(("background", *segmenter.class_names.values()))
-        labels = load_prediction(kept, classes=classes, like=volume)
+        labels = load_prediction(source, classes=classes, like=volume)
     result = Result(volume, labels, names)
+    if callable(source):
+        source()
     outputs.write(missing, result, options)
     if "quality" in missing:
         facts["warnings"] = [found.reason for found in anatomy.check(result)]

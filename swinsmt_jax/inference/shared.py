@@ -1,6 +1,5 @@
 """An output folder whose scans several processes share, and its summary.json."""
 
-import json
 import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -18,8 +17,8 @@ PATIENCE = 1.0  # seconds between looks at what others work on
 def read(output: Path) -> dict[str, dict]:
     """Return {name: entry} of the summary; nothing if it cannot be understood."""
     try:
-        found = json.loads((output / SUMMARY).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = files.read_json(output / SUMMARY)
+    except (OSError, ValueError):
         return {}
     found = found.items() if isinstance(found, dict) else ()
     return {name: entry for name, entry in found if isinstance(entry, dict)}

@@ -9,7 +9,6 @@ serves them all.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -105,7 +104,10 @@ def _claim(root: Path, arguments: dict) -> bool:
             f"{root} holds other files than phantoms and is left alone; choose another "
             "--root.",
         )
-        found = json.loads(marker.read_text())
+        try:
+            found = files.read_json(marker)
+        except ValueError as error:
+            raise checks.UserError(f"{marker} is not JSON: {error}.") from error
         checks.require(
             found == arguments,
             f"{root} holds phantoms made with {found}, but {arguments} was asked for; "

@@ -1,13 +1,12 @@
 """Sizes and densities of the structures of a scan."""
 
-import csv
-import io
 import json
 
 import numpy as np
 from scipy.spatial import ConvexHull, distance
 
 from swinsmt_jax.results.result import Result
+from swinsmt_jax.runtime import csv_text
 
 PERCENTILES = (5, 25, 50, 75, 95)
 BANDS = (-np.inf, -190, -30, 150, np.inf)  # air and lung, fat, soft tissue, dense; HU
@@ -34,12 +33,11 @@ def measure(result: Result) -> dict[str, dict[str, float | None]]:
 
 def as_csv(result: Result) -> str:
     """Return the measurements as CSV, a row for each structure."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", *_columns()])
-    for name, row in measure(result).items():
-        writer.writerow([name, *("" if x is None else x for x in row.values())])
-    return text.getvalue()
+    rows = [
+        [name, *("" if x is None else x for x in row.values())]
+        for name, row in measure(result).items()
+    ]
+    return csv_text.as_csv([["class", *_columns()], *rows])
 
 
 def as_json(result: Result) -> str:

@@ -6,7 +6,6 @@ packages, on which data and devices, from which step.
 
 import datetime
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import jax
 
 from swinsmt_jax import checks
 from swinsmt_jax.runtime import processes
-from swinsmt_jax.runtime.files import write_json
+from swinsmt_jax.runtime.files import read_json, write_json
 
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -52,7 +51,7 @@ def add_start(workdir: Path, facts: dict) -> None:
 def read(file: Path) -> list[dict]:
     """Return the entries of a run.json, the first start first."""
     try:
-        return list(json.loads(file.read_text())["starts"])
+        return list(read_json(file)["starts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise checks.UserError(
             f"{file} is not the record of a run ({error}); remove it: only the "

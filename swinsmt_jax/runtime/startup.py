@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import sys
 import traceback
 import typing
@@ -16,11 +15,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from swinsmt_jax.checks import UserError, did_you_mean, require
+from swinsmt_jax.checks import UserError, did_you_mean, printable, require
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.runtime import processes, signals
-from swinsmt_jax.runtime.files import absolute
+from swinsmt_jax.runtime.files import absolute, read_json
 from swinsmt_jax.runtime.statuses import REFUSED
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
@@ -65,7 +64,11 @@ def _config_of(text, load):
     """Return the config that a Python file makes, or that a run has recorded."""
     if not text.endswith(".json"):
         return load(str(_config_file(text)))
-    return ConfigDict(to_dict(from_config_dict(json.loads(absolute(text).read_text()))))
+    try:
+        content = read_json(absolute(text))
+    except ValueError as error:
+        raise UserError(f"--config={text} is not JSON: {error}.") from error
+    return ConfigDict(to_dict(from_config_dict(content)))
 
 
 def _config_file(text: str) -> Path:
@@ -187,7 +190,11 @@ def _words(error):
 
 
 def _is_for_users(record: LogRecord) -> bool:
-    """Keep this package's lines, others' warnings, and the errors of orbax."""
+    """Keep this package's lines, others' warnings, and the errors of orbax.
+
+    What a file or its name holds may be in them: no terminal obeys it.
+    """
+    record.msg, record.args = printable(record.getMessage()), ()
     if record.pathname.startswith(str(PACKAGE)):
         return True
     return record.levelno >= (ERROR if "/orbax/" in record.pathname else WARNING)

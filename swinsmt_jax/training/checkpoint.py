@@ -289,6 +289,7 @@ def load_model(
     """Read the config and the network of a checkpoint, without the optimiser's state.
 
     A damaged one is passed over, with a line in the log, unless a number is asked for.
+    A training may go on in the workdir.
 
     Args:
         workdir: of a training run.
@@ -303,13 +304,19 @@ def load_model(
             checkpoint that cannot be read or is of another model.
     """
     root = absolute(workdir) / CHECKPOINTS
-    *others, last = _candidates(root, step)
-    for candidate in others:
-        try:
-            return _load(root / str(candidate))
-        except DamagedError as error:
-            logging.error("%s; another one is taken", error)
-    return _load(root / str(last))
+    while True:
+        gone = False
+        for candidate in (steps := _candidates(root, step)):
+            try:
+                return _load(root / str(candidate))
+            except DamagedError as error:
+                damage = error
+                if not (root / str(candidate)).exists():
+                    gone = True  # a training that runs keeps the latest ones alone
+                elif candidate != steps[-1]:
+                    logging.error("%s; another one is taken", error)
+        if not gone:
+            raise damage
 
 
 def _load(folder):

@@ -151,8 +151,9 @@ def read_rows(path: Path) -> list[dict]:
     A line that a killed run left unfinished is passed over.
     """
     rows: dict[int, dict] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError, TypeError):
             row = json.loads(line)
             if isinstance(row, dict) and "step" in row:
                 rows.setdefault(row["step"], {}).update(row)

@@ -11,7 +11,6 @@
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,7 +114,7 @@ def _claim(workdir, config):
 def recorded_config(file: Path) -> ExperimentConfig:
     """Read a config.json back; a `UserError` if it is none."""
     try:
-        return from_config_dict(json.loads(file.read_text()))
+        return from_config_dict(files.read_json(file))
     except (OSError, ValueError) as error:
         raise checks.UserError(
             f"{file} is not the config of a run ({error}); repair it, or choose "

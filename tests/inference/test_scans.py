@@ -15,6 +15,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.commands import predict as script
 from swinsmt_jax.config import InferenceConfig, from_config_dict
 from swinsmt_jax.data import label_table, nifti
+from swinsmt_jax.inference import outputs
 from swinsmt_jax.inference import segmenter as prediction
 from swinsmt_jax.inference.outputs import KINDS, OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
@@ -342,6 +343,33 @@ def test_labels_are_written_in_the_format_of_the_scan(tmp_path, hu, suffix):
     content = (out / f"s{suffix}").read_bytes()
     (out / f"s{suffix}").write_bytes(content[: len(content) // 2])
     assert "seconds" in segment_scans(make(), scans, out, OutputOptions())["s"]
+
+
+def test_a_killed_overwrite_leaves_no_old_results_beside_new_labels(
+    tmp_path, hu, monkeypatch
+):
+    scan, output = {"s": write(tmp_path / "s.nii.gz", hu)}, tmp_path / "out"
+    wanted = OutputOptions(statistics=True, preview=True)
+    segment_scans(make(), scan, output, wanted)
+    other = replace(make(lambda windows: by_brightness(1 - windows)), network="other")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    for fails, there in (("save_labels", True), ("write_preview", True)):
+        module = outputs.nifti if fails == "save_labels" else outputs.pictures
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, fails, killed)
+            segment_scans(other, scan, output, replace(wanted, overwrite=True))
+        names = {path.name for path in output.iterdir()}
+        assert "s_preview.png" not in names and ("s.nii.gz" in names) == there
+        with pytest.raises(UserError, match="no summary.json says what made it"):
+            segment_scans(make(), scan, output, wanted)  # whose labels these are
+    segment_scans(other, scan, output, replace(wanted, overwrite=True))
+    new = nib.load(output / "s.nii.gz").get_fdata()
+    with (output / "s_statistics.csv").open() as file:
+        rows = {row["class"]: int(row["voxels"]) for row in csv.DictReader(file)}
+    assert rows["spleen"] == (new == 1).sum()
 
 
 def test_labels_of_another_scan_or_network_are_never_taken(tmp_path, hu):

@@ -298,6 +298,25 @@ def test_what_one_process_finds_damaged_all_leave(tmp_path, make_config, monkeyp
     assert folders(tmp_path) == [3] and (tmp_path / "damaged" / "4").is_dir()
 
 
+def test_a_checkpoint_that_a_training_drops_meanwhile_is_not_damaged(
+    tmp_path, make_config, monkeypatch, caplog
+):
+    config = make_config()
+    write(tmp_path, config, {3: None, 4: None})
+    load, loaded = checkpoint._load, []
+
+    def drop(folder):
+        loaded.append(folder.name)
+        if folder.name == "4":  # as it is read, 5 has become complete
+            folder.rename(tmp_path / "checkpoints" / "5")
+        return load(folder)
+
+    monkeypatch.setattr(checkpoint, "_load", drop)
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    assert checkpoint.load_model(tmp_path)[2]["step"] == 5
+    assert loaded == ["4", "5"] and "damaged" not in caplog.text
+
+
 def test_a_device_out_of_memory_is_no_damage(tmp_path, make_config, monkeypatch):
     config = make_config()
     write(tmp_path, config, {3: None})

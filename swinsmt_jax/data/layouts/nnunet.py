@@ -7,13 +7,13 @@ the order of names is for validation. Test cases are those of imagesTs that have
 in labelsTs. A training case that lacks its image or its labels is refused.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.data import itk_file, meta
 from swinsmt_jax.data.case import Case, Dataset, require_files
+from swinsmt_jax.runtime.files import read_json
 
 TITLE = "nnU-Net's, with imagesTr and labelsTr"
 CHANNEL = "_0000"  # of the only one
@@ -123,7 +123,7 @@ def _fold(file, cases, refused):
         held_out = cases[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
         return {name: "val" if name in held_out else "train" for name in cases}
     try:
-        fold = json.loads(file.read_text())[0]
+        fold = read_json(file)[0]
         val = [str(name) for name in fold["val"]]
         train = [str(name) for name in fold.get("train", set(cases) - set(val))]
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -116,6 +116,7 @@ def scoring(options: flags.FlagValues) -> dict:
             f"{given.value} was given too; leave one of them out.",
         )
     tolerance, chosen = options.surface_tolerance, options["surface_tolerance"]
+    checks.in_range("--surface_tolerance", tolerance, 0, 1e6)
     rule = surface_rule(
         protocol,
         tolerance=None if chosen.using_default_value else tolerance,

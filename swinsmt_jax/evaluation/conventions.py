@@ -214,7 +214,7 @@ CONVENTIONS = {
     "monai": Convention(
         "MONAI 1.6.1",
         {
-            "dice": (_dice, "none without truth (ignore_empty)"),
+            "dice": (_dice, "no score without truth (ignore_empty)"),
             "surface_dice": (_monai_dice, f"{COUNT}; missed or invented 0"),
             "hd95": (
                 _monai_hausdorff,

@@ -100,7 +100,9 @@ def _head(about):
     if about.get("surface_spacing"):
         sides = " x ".join(f"{side:g}" for side in about["surface_spacing"])
         yield f"  Surfaces as if voxels measured {sides} mm"
-    if "cut_faces" in about:
+    if "cut_faces" not in about:
+        yield "  Surfaces were not compared"
+    else:
         counted = about["cut_faces"] == "count"
         yield (
             "  Faces where the scan cuts a structure "

@@ -35,7 +35,7 @@ def opened(path: Path) -> nib.Nifti1Image:
     except RuntimeError as error:
         raise checks.UserError(
             f"{path} cannot be read as NRRD or MetaImage "
-            f"({str(error).strip().splitlines()[-1]}); copy it again or export it again."
+            f"({str(error).strip().splitlines()[-1]}); copy or export it again."
         ) from error
     shape, count = reader.GetSize(), reader.GetNumberOfComponents()
     checks.require(

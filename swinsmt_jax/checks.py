@@ -322,23 +322,10 @@ def spatial_shape(
     )
 
 
-def image_batch(
-    shape: Sequence[int],
-    *,
-    channels: int,
-    stride: int | Sequence[int],
-    exact: Sequence[int] | None = None,
-) -> None:
-    """Raise `UserError` unless a network can take [B, D, H, W, channels].
-
-    Args:
-        shape: of the input.
-        channels: that the network was made for.
-        stride, exact: see `spatial_shape`.
-    """
+def image_batch(shape: Sequence[int], *, channels: int) -> None:
+    """Raise `UserError` unless a shape is [B, D, H, W, channels] of some samples."""
     require(
         len(shape) == 5 and shape[-1] == channels and shape[0] > 0,
         f"input has shape {tuple(shape)}, but must be [B, D, H, W, {channels}] "
         "(channels last), with at least one sample.",
     )
-    spatial_shape("image patch", shape[1:4], stride, exact=exact)

@@ -24,7 +24,7 @@ def test_spatial_shape_refuses(shape):
 
 def test_an_empty_batch_is_refused():
     with pytest.raises(checks.UserError, match="with at least one sample"):
-        checks.image_batch((0, 32, 32, 32, 1), channels=1, stride=32)
+        checks.image_batch((0, 32, 32, 32, 1), channels=1)
 
 
 def test_typed_fields_settles_what_is_right():

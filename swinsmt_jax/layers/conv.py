@@ -15,11 +15,11 @@ Initializer = Callable[..., nnx.Param]
 
 
 class Conv(nnx.Module):
-    """Convolution with an odd cubic kernel, zero padded by half of it.
+    """Convolution with an odd kernel, zero padded by half of it.
 
     Args:
         channels, features: of input and output.
-        kernel_size: side of the kernel; 1 and 3 have stride 1 forms.
+        kernel_size: one number or (D, H, W); 1 and 3 have stride 1 forms.
         strides: one number or (D, H, W), each 1 or 2.
         use_bias: whether there is a bias.
         initializer: of kernel and bias, from `layers.initializers`.
@@ -32,20 +32,19 @@ class Conv(nnx.Module):
         channels: int,
         features: int,
         *,
-        kernel_size: int,
-        strides: int | convolution.Strides = 1,
+        kernel_size: int | convolution.Sides,
+        strides: int | convolution.Sides = 1,
         use_bias: bool = False,
         initializer: Initializer = initializers.uniform_fan_in,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        self.strides = (strides,) * 3 if isinstance(strides, int) else tuple(strides)
-        if self.strides == (1, 1, 1) and kernel_size not in (1, 3):
+        sides, self.strides = _triple(kernel_size), _triple(strides)
+        if self.strides == (1, 1, 1) and not set(sides) <= {1, 3}:
             raise ValueError(f"kernel_size is {kernel_size}, but must be 1 or 3.")
         self.dtype = dtype
-        fan_in = channels * kernel_size**3
-        shape = (kernel_size,) * 3 + (channels, features)
-        self.kernel = initializer(rngs, shape, fan_in=fan_in)
+        fan_in = channels * math.prod(sides)
+        self.kernel = initializer(rngs, (*sides, channels, features), fan_in=fan_in)
         self.bias = _bias(
             features, initializer, fan_in=fan_in, rngs=rngs, wanted=use_bias
         )
@@ -55,10 +54,12 @@ class Conv(nnx.Module):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         if self.strides != (1, 1, 1):
             y = by_platform.strided_conv(x, kernel, self.strides)
-        elif len(kernel) == 1:
+        elif kernel.shape[:3] == (1, 1, 1):
             y = x @ kernel[0, 0, 0]
-        else:
+        elif kernel.shape[:3] == (3, 3, 3):
             y = by_platform.conv3x3x3(x, kernel)
+        else:
+            y = by_platform.flat_conv(x, kernel)
         return y if self.bias is None else _add(y, self.bias[...])
 
 
@@ -101,13 +102,13 @@ class UpConv(nnx.Module):
         channels: int,
         features: int,
         *,
-        strides: int | convolution.Strides = 2,
+        strides: int | convolution.Sides = 2,
         use_bias: bool = False,
         initializer: Initializer = initializers.uniform_fan_in,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        factors = (strides,) * 3 if isinstance(strides, int) else tuple(strides)
+        factors = _triple(strides)
         self.dtype = dtype
         # PyTorch takes the fan of a transposed convolution from its outputs.
         fan_in = features * math.prod(factors)
@@ -121,6 +122,10 @@ class UpConv(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         y = convolution.unpatchify(x.astype(self.dtype), kernel)
         return y if self.bias is None else _add(y, self.bias[...])
+
+
+def _triple(sides):
+    return (sides,) * 3 if isinstance(sides, int) else tuple(sides)
 
 
 def _add(y, bias):

@@ -46,6 +46,30 @@ def uniform(fan_in: int) -> Callable[..., jax.Array]:
     return draw
 
 
+def gaussian(stddev: float, within: float = 1 - 2.0**-23) -> Callable[..., jax.Array]:
+    """Return (key, shape, dtype) -> float32 array of N(0, stddev^2).
+
+    It is drawn from the part `within` the distribution: by default, all but infinity.
+    """
+    scale = np.float32(stddev * np.sqrt(2))
+
+    def draw(key, shape, dtype=None):
+        if _undrawn.get():
+            return _shape(shape)
+        return scale * jax.lax.erf_inv(within * _uniform(key, shape))
+
+    return draw
+
+
+def filled(value: float) -> Callable[..., jax.Array]:
+    """Return (key, shape, dtype) -> float32 array of one value."""
+
+    def fill(key, shape, dtype=None):
+        return _shape(shape) if _undrawn.get() else jnp.full(shape, value, jnp.float32)
+
+    return fill
+
+
 def uniform_fan_in(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
     """Draw a parameter from `uniform(fan_in)`."""
     return nnx.Param(uniform(fan_in)(_key(rngs), shape))
@@ -63,24 +87,18 @@ def truncated_normal(
     return _normal(rngs, shape, stddev=stddev, within=math.erf(2 / math.sqrt(2)))
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
-    """Draw a parameter from the standard normal distribution."""
-    return _normal(rngs, shape, stddev=1)
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, stddev: float = 1) -> nnx.Param:
+    """Draw a parameter from a normal distribution."""
+    return _normal(rngs, shape, stddev=stddev)
 
 
 def constant(value: float, shape: tuple[int, ...]) -> nnx.Param:
     """Fill a float32 parameter with one value."""
-    if _undrawn.get():
-        return nnx.Param(_shape(shape))
-    return nnx.Param(jnp.full(shape, value, jnp.float32))
+    return nnx.Param(filled(value)(None, shape))
 
 
-def _normal(rngs, shape, *, stddev, within=1 - 2.0**-23):
-    """Draw from the part `within` a normal distribution: by default, all but inf."""
-    if _undrawn.get():
-        return nnx.Param(_shape(shape))
-    draw = jax.lax.erf_inv(within * _uniform(rngs.params(), shape))
-    return nnx.Param(np.float32(stddev * np.sqrt(2)) * draw)
+def _normal(rngs, shape, **distribution):
+    return nnx.Param(gaussian(**distribution)(_key(rngs), shape))
 
 
 @functools.partial(jax.jit, static_argnames="shape")

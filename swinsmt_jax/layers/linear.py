@@ -15,18 +15,24 @@ def linear(
     features: int,
     *,
     use_bias: bool = True,
+    stddev: float | None = None,
     dtype: str = "float32",
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """Make an affine map of the last axis, [..., C] -> [..., O], in `dtype`."""
-    draw = initializers.uniform(channels)
+    """Make an affine map of the last axis, [..., C] -> [..., O], in `dtype`.
+
+    Its weights start from N(0, stddev^2) and its bias from 0, or both as in PyTorch.
+    """
+    draw = initial_bias = initializers.uniform(channels)
+    if stddev is not None:
+        draw, initial_bias = initializers.gaussian(stddev), initializers.filled(0.0)
     return nnx.Linear(
         channels,
         features,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=draw,
-        bias_init=draw,
+        bias_init=initial_bias,
         rngs=rngs,
     )
 

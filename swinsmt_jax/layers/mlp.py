@@ -15,12 +15,14 @@ class MLP(nnx.Module):
         *,
         hidden: int,
         dropout_rate: float = 0.0,
+        stddev: float | None = None,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
+        common: dict = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
         self.dropout_rate = dropout_rate
-        self.linear1 = linear(channels, hidden, dtype=dtype, rngs=rngs)
-        self.linear2 = linear(hidden, channels, dtype=dtype, rngs=rngs)
+        self.linear1 = linear(channels, hidden, **common)
+        self.linear2 = linear(hidden, channels, **common)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Map [..., C] to [..., C]."""

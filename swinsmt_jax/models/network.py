@@ -60,12 +60,8 @@ class Network(nnx.Module):
 
     def check_input(self, x: jax.Array) -> None:
         """Raise `UserError` unless `x` is a batch that the config allows."""
-        checks.image_batch(
-            x.shape,
-            channels=self.config.in_channels,
-            stride=self.total_stride,
-            exact=self.config.input_shape,
-        )
+        checks.image_batch(x.shape, channels=self.config.in_channels)
+        self.config.check_patch("image patch", x.shape[1:4])
 
 
 def create(config: NetworkConfig, *, rngs: nnx.Rngs) -> Network:

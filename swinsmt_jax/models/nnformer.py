@@ -27,7 +27,7 @@ from swinsmt_jax.models.registry import (
 )
 from swinsmt_jax.models.torch_names import UP_CONV, NameTable
 from swinsmt_jax.ops import windows
-from swinsmt_jax.ops.convolution import Strides
+from swinsmt_jax.ops.convolution import Sides
 
 MLP_RATIO = 4
 
@@ -98,7 +98,7 @@ class Project(nnx.Module):
         channels: int,
         features: int,
         *,
-        strides: Strides,
+        strides: Sides,
         last: bool,
         dtype: str,
         rngs: nnx.Rngs,

@@ -135,6 +135,10 @@ conv3x3x3 = choose(
     default=_convolution(convolution.conv),
     cpu=_convolution(conv3x3x3_on_cpu.convolve, conv3x3x3_on_cpu.kernel_gradient),
 )
+flat_conv = choose(  # of kernels with sides of 1 and of 3
+    default=_convolution(convolution.conv),
+    cpu=_convolution(conv3x3x3_on_cpu.at_once),
+)
 depthwise_conv = choose(
     default=_convolution(convolution.depthwise_conv),
     cpu=_convolution(
@@ -155,7 +159,7 @@ def _strided_conv(strides):
 
 
 def strided_conv(
-    x: jax.Array, kernel: jax.Array, strides: convolution.Strides
+    x: jax.Array, kernel: jax.Array, strides: convolution.Sides
 ) -> jax.Array:
     """Convolve with an odd kernel and strides of 1 or 2, zero padded by half of it.
 
@@ -174,7 +178,7 @@ def attend_within_windows(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    bias: jax.Array,
+    bias: jax.Array | None = None,
     regions: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of each window's tokens to one another: see `window_attention`."""

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Strides = tuple[int, ...]  # (D, H, W)
+Sides = tuple[int, ...]  # of a kernel, or strides: (D, H, W)
 
 
 def conv(
-    x: jax.Array, kernel: jax.Array, *, strides: Strides = (1, 1, 1), groups: int = 1
+    x: jax.Array, kernel: jax.Array, *, strides: Sides = (1, 1, 1), groups: int = 1
 ) -> jax.Array:
     """Convolve [B, D, H, W, C] with an odd [p, q, r, C / groups, O], zero padded.
 

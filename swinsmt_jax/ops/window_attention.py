@@ -13,17 +13,18 @@ IN_FLOAT32 = {"preferred_element_type": jnp.float32}
 
 
 def weights(
-    q: jax.Array, k: jax.Array, bias: jax.Array, regions: jax.Array | None
+    q: jax.Array, k: jax.Array, bias: jax.Array | None, regions: jax.Array | None
 ) -> jax.Array:
     """Return the attention weights, float32 [B, W, h, n, n].
 
     Args:
         q, k: [B, W, n, h, c]; the queries are scaled by 1 / sqrt(c).
-        bias: [h, n, n], added to the logits.
+        bias: [h, n, n], added to the logits; None for none.
         regions: int [W, n]; tokens of different numbers are kept apart.
     """
     q = q * q.shape[-1] ** -0.5
-    logits = jnp.einsum("bwihc,bwjhc->bwhij", q, k, **IN_FLOAT32) + bias
+    logits = jnp.einsum("bwihc,bwjhc->bwhij", q, k, **IN_FLOAT32)
+    logits = logits if bias is None else logits + bias
     if regions is not None:
         apart = regions[:, None, :, None] != regions[:, None, None, :]
         logits = logits + jnp.where(apart, windows.DIFFERENT_REGION, 0.0)
@@ -40,7 +41,7 @@ def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    bias: jax.Array,
+    bias: jax.Array | None,
     regions: jax.Array | None,
 ) -> tuple[jax.Array, tuple[()]]:
     """Average the values of each window with `weights`, some windows at a time.
@@ -48,7 +49,7 @@ def forward(
     Args:
         entries: of the weights of one sample that are made at a time.
         q, k, v: [B, W, n, h, c].
-        bias: [h, n, n].
+        bias: [h, n, n], or None.
         regions: int [W, n], or None.
 
     Returns:
@@ -73,7 +74,7 @@ def backward(entries: int, operands: tuple, _: tuple, cotangent: jax.Array) -> t
         dv = jnp.einsum("bwhij,bwihc->bwjhc", p.astype(v.dtype), g)
         slope = jnp.einsum("bwihc,bwjhc->bwhij", g, v, **IN_FLOAT32)
         slope = p * (slope - jnp.sum(p * slope, axis=-1, keepdims=True))
-        dbias = slope.sum(1)
+        dbias = None if bias is None else slope.sum(1)
         slope = slope.astype(q.dtype)
         scale = q.shape[-1] ** -0.5
         dq = jnp.einsum("bwhij,bwjhc->bwihc", slope, k) * scale
@@ -81,7 +82,9 @@ def backward(entries: int, operands: tuple, _: tuple, cotangent: jax.Array) -> t
         return (dq, dk, dv), dbias
 
     by_window, dbias = _in_blocks(of_windows, entries, (q, k, v, cotangent), regions)
-    return *by_window, dbias.sum(0).astype(bias.dtype), None
+    if bias is not None:
+        dbias = dbias.sum(0).astype(bias.dtype)
+    return *by_window, dbias, None
 
 
 def _in_blocks(function, entries, windowed, regions):

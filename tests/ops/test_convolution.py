@@ -39,6 +39,16 @@ def test_conv3x3x3_is_a_3d_convolution_on_accelerators_and_2d_on_cpu(rng):
     assert "[b, 0, 1, f]" in cpu and "[b, 0, 1, 2, f]" not in cpu
 
 
+@pytest.mark.parametrize("sides", [(3, 3, 1), (1, 3, 1), (3, 1, 3), (3, 1, 1)])
+def test_flat_conv_equals_the_direct_convolution_with_its_gradients(rng, sides):
+    x, kernel = draw(rng, 2, 4, 5, 6, 3), draw(rng, *sides, 3, 5)
+    ours, pullback = jax.vjp(by_platform.flat_conv, x, kernel)
+    theirs, expected = jax.vjp(convolve_3d, x, kernel)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+    for a, b in zip(pullback(ours), expected(ours), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize(("side", "strides"), [(3, (1, 2, 2)), (7, (2, 2, 2))])
 def test_strided_conv_equals_the_direct_convolution_with_its_gradients(
     rng, side, strides

@@ -18,15 +18,20 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolve [B, D, H, W, C] with [3, 3, 3, C, O], stride 1, zero padding 1."""
     if x.shape[2] * x.shape[3] >= LARGE_PLANE:
         return _plane_by_plane(x, kernel)
-    return _at_once(x, kernel)
+    return at_once(x, kernel)
 
 
-def _at_once(x, kernel):
-    """One 2-D convolution to 3 O channels, depth as batch; then shift and add."""
+def at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve with [p, q, r, C, O], sides 1 or 3, stride 1, zero padded by half.
+
+    One 2-D convolution to p O channels, depth as batch; then shift and add.
+    """
     b, d, h, w, c = x.shape
-    out = kernel.shape[-1]
-    planes = jnp.transpose(kernel, (1, 2, 3, 0, 4)).reshape(3, 3, c, 3 * out)
-    y = _conv_2d(x.reshape(b * d, h, w, c), planes).reshape(b, d, h, w, 3, out)
+    p, q, r, _, out = kernel.shape
+    planes = jnp.transpose(kernel, (1, 2, 3, 0, 4)).reshape(q, r, c, p * out)
+    y = _conv_2d(x.reshape(b * d, h, w, c), planes).reshape(b, d, h, w, p, out)
+    if p == 1:
+        return y[..., 0, :]
     before, centre, after = y[..., 0, :], y[..., 1, :], y[..., 2, :]
     zero = jnp.zeros_like(centre[:, :1])
     return (

@@ -18,8 +18,8 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     Args:
         model: a network made by `models.create`.
         state_dict: arrays (or CPU tensors) under PyTorch's names, in PyTorch's layouts.
-            A prefix "module." of every name and the integer buffers
-            `relative_position_index` are passed over. Of tensors that PyTorch writes
+            A prefix "module." of every name and what the network's `NameTable` calls
+            unneeded are passed over. Of tensors that PyTorch writes
             under several names, the further ones may be missing.
 
     Raises:
@@ -30,12 +30,11 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     table, targets = _table(model), _targets(model)
     names = list(state_dict)
     prefix = "module." if names and all(n.startswith("module.") for n in names) else ""
-    given = {
-        name.removeprefix(prefix): value
-        for name, value in state_dict.items()
-        if not re.fullmatch(table.buffers, name)
-    }
+    given = {name.removeprefix(prefix): state_dict[name] for name in names}
     expected = {name for target in targets.values() for name in target.names}
+    for name in given.keys() - expected:
+        if re.fullmatch(table.unneeded, name):
+            del given[name]
     _drop_aliases(table, expected, given)
     _compare_names(expected, set(given))
     given = {name: np.asarray(given[name]) for name in expected}

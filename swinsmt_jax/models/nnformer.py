@@ -398,7 +398,7 @@ TORCH_NAMES = NameTable(
         (r"^final\.up\.", r"final.0.up."),
     ),
     layouts=((r"/up/kernel", UP_CONV),),
-    buffers=r".*\.relative_position_index",
+    unneeded=r".*\.relative_position_index",
 )
 register(
     "nnformer",

@@ -48,13 +48,15 @@ class NameTable(NamedTuple):
         layouts: (regular expression, layout); the first one found in a path decides.
         aliases: (regular expression, template) of further names of the same tensor,
             each applied to all names so far: PyTorch repeats a module of two parents.
-        buffers: regular expression of integer buffers that follow from the shape.
+        unneeded: regular expression of tensors that are passed over where no parameter
+            is of their name: integer buffers that follow from the shape, and weights
+            that have no effect.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     layouts: tuple[tuple[str, Layout], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
-    buffers: str = r"(?!)"
+    unneeded: str = r"(?!)"
 
     def name(self, path: str) -> str:
         """Return the PyTorch name of a parameter's path."""

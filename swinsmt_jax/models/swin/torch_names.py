@@ -31,5 +31,5 @@ TORCH_NAMES = NameTable(
         (r"/experts/w\d$", LINEAR),
         *MONAI_LAYOUTS,
     ),
-    buffers=r".*\.relative_position_index",
+    unneeded=r".*\.relative_position_index",
 )

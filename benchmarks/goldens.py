@@ -9,8 +9,10 @@ import numpy as np
 from flax import nnx
 
 from swinsmt_jax import SwinSMTConfig, SwinUNETRConfig, checks, convert, models
+from swinsmt_jax.models.dints import DiNTSConfig
 from swinsmt_jax.models.nnformer import NNFormerConfig
 from swinsmt_jax.models.nnunet import PlainConvUNetConfig, ResidualEncoderUNetConfig
+from swinsmt_jax.models.unest import UNesTConfig
 from swinsmt_jax.models.unetr import UNETRConfig
 from swinsmt_jax.models.ux_net import UXNetConfig
 
@@ -65,6 +67,16 @@ ZOO = {
         embedding_dim=24,
         num_heads=(3, 6, 12, 24),
     ),
+    "zoo/unest_small": UNesTConfig(
+        in_channels=1,
+        out_channels=5,
+        img_size=64,
+        feature_size=2,
+        embed_dim=(16, 32, 64),
+        depths=(1, 2, 3),
+        num_heads=(2, 4, 4),
+    ),
+    "zoo/dints_small": DiNTSConfig(in_channels=1, out_channels=5, channel_mul=3 / 32),
 }
 
 

@@ -48,6 +48,7 @@ MODELS = {
         "num_heads": (3, 6, 12, 24),
         "drop_path_rate": 0.0,
     },
+    "dints": {"channel_mul": (0.25, 0.5)},
 }
 SIZES = ("tiny", "small")
 SIZED = (
@@ -57,6 +58,7 @@ SIZED = (
     "mlp_dim",
     "feat_size",
     "embedding_dim",
+    "channel_mul",
 )
 FIXED = {"unetr": "img_size", "nnformer": "crop_size"}  # take one input shape alone
 

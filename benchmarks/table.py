@@ -40,6 +40,8 @@ NETWORKS = {
     "swin_unetr_b": "Swin UNETR B",
     "swin_unetr_l": "Swin UNETR L",
     "nnformer": "nnFormer",
+    "unest": "UNesT",
+    "dints": "DiNTS",
     "ux_net": "3D UX-Net",
     "nnunet_plain": "nnU-Net",
     "nnunet_resenc_m": "nnU-Net ResEnc M",

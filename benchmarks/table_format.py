@@ -14,6 +14,7 @@ SAME = {
     "SwinUNETR-L": "swin_unetr_l",
     "nnFormer": "nnformer",
     "3D UX-Net": "ux_net",
+    "UNesT": "unest",
     "Swin SMT": "swin_smt_paper",
 }
 MARKERS = "os^DvPX"

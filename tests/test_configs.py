@@ -23,6 +23,8 @@ PARAMETERS = {
     "unetr": 102_036_406,
     "ux_net": 53_011_606,
     "nnformer": 149_960_014,
+    "unest": 87_204_663,
+    "dints": 152_364_822,
 }
 MILLIONS = {"swin_unetr_s": 18.35, "swin_unetr_l": 290.40}
 
@@ -80,7 +82,7 @@ def test_the_papers_network():
 @pytest.mark.parametrize("name", sorted({*PARAMETERS, *MILLIONS}))
 def test_variants_differ_from_the_paper_in_the_network_alone(name):
     paper, variant = experiment("swin_smt_paper"), experiment(name)
-    if name in ("nnformer", "nnunet_resenc_m"):  # are of 96^3
+    if name in ("nnformer", "nnunet_resenc_m", "unest"):  # are of 96^3
         assert variant.data.patch_shape == (96, 96, 96)
         data = dataclasses.replace(variant.data, patch_shape=paper.data.patch_shape)
     else:
@@ -89,7 +91,7 @@ def test_variants_differ_from_the_paper_in_the_network_alone(name):
     assert variant.optimizer == paper.optimizer
 
 
-@pytest.mark.parametrize("name", ["unetr", "nnformer"])
+@pytest.mark.parametrize("name", ["unetr", "nnformer", "unest"])
 def test_a_patch_other_than_the_networks_only_shape_is_refused(name):
     values = load(name).get_config()
     values.data.patch_shape = (64, 64, 64)

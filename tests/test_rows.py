@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 
-SIDE = "(32, 32, 32)"
+PATCH = (32, 32, 32)
 SWIN = {"feature_size": 12, "window_size": (4, 4, 4), "remat": ()}
 SMT = {**SWIN, "num_experts": 2}
 NNUNET = {"features_per_stage": (4, 4, 8), "strides": (1, 2, 2), "remat": ()}
@@ -65,6 +65,19 @@ ROWS = {
         "depths": (2, 2, 1, 1),
         "remat": (),
     },
+    "unest": {
+        "img_size": (64, 64, 64),
+        "feature_size": 2,
+        "embed_dim": (8, 16, 64),
+        "depths": (1, 1, 1),
+        "num_heads": (1, 2, 4),
+        "remat": (),
+    },
+    "dints": {
+        "architecture": ROOT / "tests" / "models" / "dints_two_blocks.json",
+        "channel_mul": 0.125,
+        "remat": (),
+    },
 }
 
 
@@ -87,7 +100,7 @@ def test_a_row_trains_and_is_evaluated(name, phantoms, tmp_path, monkeypatch):
         f"--config={ROOT}/configs/{name}.py",
         f"--workdir={tmp_path}",
         f"--config.data.root={phantoms}",
-        f"--config.data.patch_shape={SIDE}",
+        f"--config.data.patch_shape={ROWS[name].get('img_size', PATCH)}",
         "--config.data.batch_size=1",
         "--config.data.spacing=0",
         "--config.mesh.data=1",

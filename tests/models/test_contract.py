@@ -21,6 +21,7 @@ recipes.load("A network")  # so that what the recipe makes keeps the promises to
 SIZES = {"in_channels": 1, "out_channels": 3}
 # Parameters that get no gradient, by a part of their path.
 UNUSED = {
+    "dints": ("stem_down/1/",),  # no path starts from this input
     "nnunet_resenc": ("decoder/seg_layers/0/",),  # for deep supervision alone
     "unetr": ("norm_cross_attn",),
 }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import input_pipeline, model, roofline, scaling, store_formats
+from benchmarks import input_pipeline, metrics, model, roofline, scaling, store_formats
 from benchmarks.model_worker import Job
 
 JOB = Job("", "swin_smt_e4", 96, "gradient")
@@ -153,3 +153,13 @@ def test_formats_of_stores_are_measured():
     assert [row["format"] for row in rows] == list(store_formats.FORMATS)
     assert all(row["crops_per_s"] > 0 and row["mb"] > 0 for row in rows)
     assert [row["files"] for row in rows if "shard" in row["format"]] == [2, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scoring_is_measured_beside_deepminds_package():
+    ways = ("ours", "surface-distance")
+    rows = [metrics.measure(way, (48, 48, 64), repeats=1) for way in ways]
+    found = metrics.headline(rows)
+    assert found["surface_dice_from_surface-distance_48x48x64"] < 1e-8
+    assert found["ratio_to_surface-distance_48x48x64"] > 0
+    assert 0 < rows[0]["surface_dice"] < 1 and rows[0]["structures"] > 100

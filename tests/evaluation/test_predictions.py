@@ -33,7 +33,8 @@ def truth(tmp_path):
 def evaluated(root, prediction, affine=AFFINE, **options):
     folder = root / "predictions"
     folder.mkdir(exist_ok=True)
-    nib.save(nib.Nifti1Image(prediction, affine), folder / "a.nii.gz")
+    if prediction is not None:
+        nib.save(nib.Nifti1Image(prediction, affine), folder / "a.nii.gz")
     table = evaluate_predictions(
         folder,
         root=root,
@@ -76,6 +77,16 @@ def test_a_prediction_on_another_grid_is_named_in_mm(
     assert "Resampled (nearest) from another grid: 1 cases." in table
     assert "its first voxel lies" in found["regridded"]["a"]
     assert found["dice"]["overall"] == pytest.approx(dice, abs=1e-6)
+
+
+def test_masks_on_another_grid_are_laid_on_the_scan_too(truth, tmp_path):
+    masks = tmp_path / "predictions" / "a"
+    masks.mkdir(parents=True)
+    for k, name in enumerate(CLASSES, 1):
+        mask = (truth[..., :-1] == k).astype(np.uint8)
+        nib.save(nib.Nifti1Image(mask, AFFINE), masks / f"{name}.nii.gz")
+    _, found = evaluated(tmp_path, None, regrid=True)
+    assert found["dice"]["overall"] == 1 and list(found["regridded"]) == ["a"]
 
 
 def test_a_prediction_whose_file_runs_the_other_way_lies_where_its_affine_says(

@@ -25,11 +25,11 @@ class UserError(ValueError):
         super().__init__(printable(str(message)))
 
 
-def printable(text: str) -> str:
-    """Return a text with what would steer a terminal written out, but line ends."""
+def printable(text: str, *, keep: str = "") -> str:
+    """Return a text with what would steer a terminal, but `keep`, written out."""
     if text.isprintable():
         return text
-    kept = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    kept = (c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
     return "".join(kept)
 
 

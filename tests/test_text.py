@@ -14,7 +14,7 @@ from swinsmt_jax.training import logs, workdir
 
 def test_no_terminal_obeys_what_a_message_quotes():
     error = checks.UserError("case 'a\x1b[2Jb\x07\u202e' is bad\nsee é, 肝")
-    assert str(error) == "case 'a\\x1b[2Jb\\x07\\u202e' is bad\nsee é, 肝"
+    assert str(error) == "case 'a\\x1b[2Jb\\x07\\u202e' is bad\\nsee é, 肝"
 
 
 @pytest.mark.parametrize("name", ["overall", "", " organs", "a\x1b", "a\nb", 3])

@@ -8,6 +8,7 @@ refuses everything else, so no code of a file is ever run.
 import collections
 import io
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-MAX_PICKLE = 2**27  # bytes; a network's names and shapes take less than one million
+MAX_PICKLE = 2**23  # bytes; a network's names and shapes take less than one million
 # How numpy's numbers are pickled, such as the best score; they are not needed.
 NUMBERS = ("numpy.core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
 # Where training scripts put the parameters, besides the epoch and the optimiser.
@@ -134,8 +135,16 @@ def _read_archive(path):
             archive.getinfo(name).file_size <= MAX_PICKLE,
             f"{path} describes its tensors in more than {MAX_PICKLE / 1e6:.0f} MB.",
         )
-        reader = _Reader(io.BytesIO(archive.read(name)), archive, folder + "data/")
-        return reader.load()
+        content = archive.read(name)
+        _require_small_places(content)
+        return _Reader(io.BytesIO(content), archive, folder + "data/").load()
+
+
+def _require_small_places(content):
+    """Raise `ValueError` for places of objects that would take absurd memory."""
+    for opcode, place, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and place > len(content):
+            raise ValueError(f"an object is remembered at place {place}")
 
 
 class _Ignored:

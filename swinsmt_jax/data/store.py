@@ -34,6 +34,7 @@ FORMAT = 1
 INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
 VOLUMES = ("image", "label")
 LOCK = ".lock"
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile)
 SAMPLES = 20_000  # voxels of a kind kept at most
 # HU above which the boxes of the foreground are found beforehand
 FOREGROUND_THRESHOLDS_HU = (-1024, -1000, -500, -300, -200)
@@ -403,7 +404,7 @@ def read_json(file: Path) -> Any:
 def _readable(path):
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except UNREADABLE as error:
         raise checks.UserError(
             f"{path} of the store cannot be read ({checks.one_line(error, 600)}); "
             "remove this case's folder and run preprocess.py again."

@@ -194,7 +194,7 @@ def _is_for_users(record: LogRecord) -> bool:
 
     What a file or its name holds may be in them: no terminal obeys it.
     """
-    record.msg, record.args = printable(record.getMessage()), ()
+    record.msg, record.args = printable(record.getMessage(), keep="\n"), ()
     if record.pathname.startswith(str(PACKAGE)):
         return True
     return record.levelno >= (ERROR if "/orbax/" in record.pathname else WARNING)

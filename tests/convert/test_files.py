@@ -230,3 +230,11 @@ def test_storages_are_uncompressed_and_as_long_as_they_say(
         archive.writestr("archive/data/0", bytes(size), compress_type=compression)
     with pytest.raises(UserError, match="storage 0 is compressed, or too short"):
         files.read(path)
+
+
+def test_a_pickle_gets_no_memory_for_a_place_that_it_names(tmp_path):
+    place = (10**6).to_bytes(4, "little")  # of 16 bytes each
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as file:
+        file.writestr("a/data.pkl", b"\x80\x02}r" + place + b".")
+    with pytest.raises(UserError, match="an object is remembered at place 1000000"):
+        files.read(tmp_path / "x.pt")

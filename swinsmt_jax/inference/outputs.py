@@ -15,7 +15,14 @@ from swinsmt_jax import checks
 from swinsmt_jax.data import itk_file, label_table, nifti
 from swinsmt_jax.data.label_files import SUFFIXES, masks_in
 from swinsmt_jax.inference import pictures
-from swinsmt_jax.results import anatomy, color_tables, dicom_seg, meshes, statistics
+from swinsmt_jax.results import (
+    anatomy,
+    color_tables,
+    dicom_seg,
+    meshes,
+    statistics,
+    viewer,
+)
 from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime import csv_text
 from swinsmt_jax.runtime.files import remove, replacing, writable
@@ -91,6 +98,12 @@ KINDS = {
         meshes.FORMATS,
         lambda scan: meshes.require(),
     ),
+    "view": Kind(
+        "_view.html",
+        lambda path, result, _: viewer.write(path, result),
+        "also write a page in which one looks at scan and labels, offline",
+        require=lambda scan: viewer.require(),
+    ),
 }
 
 
@@ -104,8 +117,8 @@ class OutputOptions:
         format: of `FORMATS`; None takes the scan's, and nii.gz for NIfTI and DICOM.
         clean: keep the largest piece of what is one piece by nature.
         overwrite: segment again and replace what is there.
-        statistics, statistics_json, quality, preview, colors, itk_snap, seg, mesh: of
-            `KINDS`; True, or one of the kind's choices.
+        statistics, statistics_json, quality, preview, colors, itk_snap, seg, mesh,
+            view: of `KINDS`; True, or one of the kind's choices.
     """
 
     roi: Sequence[str] = ()
@@ -121,6 +134,7 @@ class OutputOptions:
     itk_snap: bool = False
     seg: str | None = None
     mesh: str | None = None
+    view: bool = False
 
     def __post_init__(self) -> None:
         """Check the choices; a `UserError` for one that is not there."""

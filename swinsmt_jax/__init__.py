@@ -10,6 +10,8 @@ _WHERE = {
     "SwinUNETRConfig": "swinsmt_jax.models.swin",
     "create": "swinsmt_jax.models",
     "load": "swinsmt_jax.inference.segmenter",
+    "load_nnunet": "swinsmt_jax.inference.nnunet",
+    "load_totalsegmentator": "swinsmt_jax.inference.totalsegmentator",
     "save": "swinsmt_jax.inference.segmenter",
 }
 __all__ = ["__version__", *_WHERE]

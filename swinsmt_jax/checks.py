@@ -278,7 +278,8 @@ def _typed(name, value, hint):
 
 
 def _typed_entries(name, value, hint):
-    _, words = _TYPES[getattr(hint, "__origin__", hint)]
+    several = None, "a number or a tuple of numbers"
+    _, words = _TYPES.get(getattr(hint, "__origin__", hint), several)
     require(
         isinstance(value, Iterable) and not isinstance(value, (str, Mapping)),
         f"{name} is {value!r}, but must be a sequence, each entry of it {words}.",

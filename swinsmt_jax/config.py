@@ -172,6 +172,7 @@ class InferenceConfig:
     Attributes:
         overlap: share of the window that neighbours have in common.
         blend: "gaussian" or "constant" weights of a window's voxels.
+        convention: where windows lie, and whose Gaussian: "monai" or "nnunet".
         window_batch: windows per call of the network, over all devices.
         accumulate_on: where the windows' logits are averaged: in the memory of the
             "host" or the "device"; "auto" takes an accelerator that has room for them.
@@ -179,6 +180,7 @@ class InferenceConfig:
 
     overlap: Annotated[float, Rule("lie in [0, 1)", lambda share: 0 <= share < 1)] = 0.5
     blend: Annotated[str, Among(("gaussian", "constant"))] = "gaussian"
+    convention: Annotated[str, Among(("monai", "nnunet"))] = "monai"
     window_batch: Positive = 1
     accumulate_on: Annotated[str, Among(("auto", "host", "device"))] = "auto"
 

@@ -3,6 +3,8 @@
     python predict.py --workdir=runs/x --input=scan.nii.gz --output=out
     python predict.py --workdir=runs/x --input=scans/,more/s1.nii.gz --output=out \
         --statistics --preview --roi=liver,spleen
+    python predict.py --nnunet=Dataset001_X/nnUNetTrainer__nnUNetPlans__3d_fullres \
+        --input=scan.nii.gz --output=out
 
 An input is a NIfTI file, a folder, of which all .nii and .nii.gz are taken, or a folder
 with a DICOM series, which needs the extra "dicom"; commas separate several. For each
@@ -20,9 +22,11 @@ from absl import flags
 from swinsmt_jax import checks
 from swinsmt_jax.checks import DTYPES
 from swinsmt_jax.inference import segmenter as prediction
+from swinsmt_jax.inference.nnunet import load_nnunet
 from swinsmt_jax.inference.outputs import FORMATS, KINDS, OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
+from swinsmt_jax.inference.totalsegmentator import HOME, load_totalsegmentator
 from swinsmt_jax.inference.windows import BLENDS
 from swinsmt_jax.runtime import startup
 
@@ -37,6 +41,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         flags.DEFINE_bool(name, False, help, flag_values=values)
 
     text("workdir", "folder of the training run")
+    text("nnunet", "model folder of nnU-Net v2, instead of --workdir")
+    help = "folder of TotalSegmentator's weights instead of --workdir, such as"
+    text("totalsegmentator", f"{help} {HOME}; its task total, of 1.5 mm or, --fast, 3")
+    help = "of --nnunet, such as 0,1; or all; every fold that is there by default"
+    flags.DEFINE_list("folds", [], help, flag_values=values)
     flags.DEFINE_list("input", None, "files and folders", flag_values=values)
     text("output", "folder for the results")
     text("step", "checkpoint: best (if there was validation), latest or a number")
@@ -53,7 +62,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             switch(name, kind.help)
     switch("overwrite", "segment again what is there")
     switch("fast", "overlap of windows 0.25: about a third of the time, less smooth")
-    switch("mirror", "average over windows and their mirror images; twice the time")
+    help = "average over windows and their mirror images; twice the time. With --nnunet"
+    help = f"{help} it is done along the axes that the model allows unless --nomirror"
+    flags.DEFINE_bool("mirror", None, help, flag_values=values)
     switch("half", "keep logits in half precision: half the memory")
     flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
     help = "weights of a window's voxels"
@@ -64,8 +75,30 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("window_batch", None, help, flag_values=values)
     help = "where logits are summed up: in memory of the host or of the device"
     flags.DEFINE_enum("accumulate_on", None, ACCUMULATE, help, flag_values=values)
-    for name in ("workdir", "input", "output"):
+    for name in ("input", "output"):
         flags.mark_flag_as_required(name, flag_values=values)
+
+
+def _load(options, **given):
+    """Load the network that a flag names."""
+    names = ("workdir", "nnunet", "totalsegmentator")
+    networks = [name for name in names if options[name].value]
+    checks.require(
+        len(networks) == 1,
+        "a network is named by one of --workdir, --nnunet and --totalsegmentator, but "
+        f"{len(networks)} of them are given; see --help.",
+    )
+    if networks == ["totalsegmentator"]:
+        given.pop("overlap", None)
+        fast = options.fast or None
+        return load_totalsegmentator(options.totalsegmentator, fast=fast, **given)
+    if networks == ["workdir"]:
+        mirror = bool(options.mirror)
+        return prediction.load(
+            options.workdir, step=options.step, mirror=mirror, **given
+        )
+    mirror = options.mirror is not False
+    return load_nnunet(options.nnunet, folds=options.folds, mirror=mirror, **given)
 
 
 def main(arguments: list[str]) -> None:
@@ -80,11 +113,9 @@ def main(arguments: list[str]) -> None:
     names = ("blend", "window_batch", "accumulate_on")
     given = {"overlap": overlap, **{name: getattr(options, name) for name in names}}
     scans = find_scans(options.input)
-    segmenter = prediction.load(
-        options.workdir,
-        step=options.step,
+    segmenter = _load(
+        options,
         sums="float16" if options.half else "float32",
-        mirror=options.mirror,
         dtype=options.dtype,
         **{name: value for name, value in given.items() if value is not None},
     )

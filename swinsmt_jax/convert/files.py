@@ -9,6 +9,7 @@ import collections
 import io
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from swinsmt_jax import checks
-from swinsmt_jax.runtime.files import absolute, replacing
+from swinsmt_jax.runtime.files import absolute, replacing, writable
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 STORAGES = {
@@ -36,8 +37,9 @@ STORAGES = {
     "BoolStorage": np.bool_,
 }
 MAX_PICKLE = 2**23  # bytes; a network's names and shapes take less than one million
-# How numpy's numbers are pickled, such as the best score; they are not needed.
-NUMBERS = ("numpy.core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
+# What stands beside weights, such as the best score as a number of numpy's.
+BESIDE = ("numpy.core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
+BESIDE += ("torch.device",)
 # Where training scripts put the parameters, besides the epoch and the optimiser.
 NESTED = ("state_dict", "network_weights", "model_state_dict", "model", "net")
 
@@ -52,14 +54,22 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         UserError: for a missing or damaged file, one of another format, a pickle that
             holds more than tensors and plain values, and one without parameters.
     """
+    return _parameters(path, read_document(path))
+
+
+def read_document(path: str | Path) -> object:
+    """Read all that a file of weights holds, such as a training script's dictionary.
+
+    Raises:
+        UserError: as `read`.
+    """
     path = absolute(path)
     checks.one_of("the suffix of " + str(path), path.suffix, SUFFIXES)
     checks.require(path.is_file(), f"the file of weights {path} does not exist.")
     try:
         if path.suffix == ".safetensors":
-            found = safetensors.numpy.load_file(path)
-        else:
-            found = _read_archive(path)
+            return safetensors.numpy.load_file(path)
+        return _read_archive(path)
     except checks.UserError:
         raise
     except pickle.UnpicklingError as error:
@@ -69,7 +79,6 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         ) from error
     except Exception as error:  # a damaged archive or pickle can raise anything
         raise _unreadable(path, error) from error
-    return _parameters(path, found)
 
 
 def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
@@ -95,6 +104,63 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
         raise checks.UserError(
             f"{path} cannot be written: {error}; choose another file or make room."
         ) from error
+
+
+def write_document(path: str | Path, document: Mapping) -> None:
+    """Write a dictionary as `torch.load` reads it, complete or not at all.
+
+    Args:
+        path: of the file, .pt or .pth.
+        document: of strings, numbers, None, lists, tuples, dictionaries and arrays;
+            one array under several names is stored once.
+
+    Raises:
+        UserError: for a file that cannot be written.
+    """
+    path, storages = absolute(path), {}
+    pickled = b"\x80\x02" + b"".join(_pickled(document, storages)) + b"."
+    with writable(path), replacing(path) as partial:
+        with zipfile.ZipFile(partial, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+            archive.writestr("archive/byteorder", "little")
+            for number, array in storages.values():
+                data = np.ascontiguousarray(array).data
+                archive.writestr(f"archive/data/{number}", data)
+            archive.writestr("archive/version", "3\n")
+
+
+def _pickled(value, storages):
+    """Yield the pickle of a value; tensors are rebuilt by PyTorch from storages."""
+    if value is None or isinstance(value, bool):
+        yield {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    elif isinstance(value, int):
+        yield b"J" + struct.pack("<i", value)
+    elif isinstance(value, float):
+        yield b"G" + struct.pack(">d", value)
+    elif isinstance(value, str):
+        text = value.encode()
+        yield b"X" + struct.pack("<I", len(text)) + text
+    elif isinstance(value, Mapping):
+        items = (part for item in value.items() for part in item)
+        yield b"}(" + b"".join(b"".join(_pickled(i, storages)) for i in items) + b"u"
+    elif isinstance(value, list | tuple):
+        first, last = (b"(", b"t") if isinstance(value, tuple) else (b"](", b"e")
+        yield first + b"".join(b"".join(_pickled(i, storages)) for i in value) + last
+    else:
+        number, _ = storages.setdefault(id(value), (len(storages), value))
+        kind = next(k for k, dtype in STORAGES.items() if dtype == value.dtype)
+        strides = tuple(
+            s // value.itemsize for s in np.ascontiguousarray(value).strides
+        )
+        yield b"ctorch._utils\n_rebuild_tensor_v2\n(("
+        yield from _pickled("storage", storages)
+        yield f"ctorch\n{kind}\n".encode()
+        for part in (str(number), "cpu", value.size):
+            yield from _pickled(part, storages)
+        yield b"tQ"  # names the storage
+        for part in (0, value.shape, strides, False):
+            yield from _pickled(part, storages)
+        yield b"ccollections\nOrderedDict\n)RtR"  # hooks, of which there are none
 
 
 def _unreadable(path, error):
@@ -175,7 +241,7 @@ class _Reader(pickle.Unpickler):
             return _Kind(name)
         if (module, name) == ("torch", "Size"):
             return tuple
-        if f"{module.replace('._core', '.core')}.{name}" in NUMBERS:
+        if f"{module.replace('._core', '.core')}.{name}" in BESIDE:
             return _Ignored
         raise pickle.UnpicklingError(
             f"it holds an object of {module}.{name}, which may run code when it is read"

@@ -11,6 +11,8 @@ from swinsmt_jax import checks
 from swinsmt_jax.models.registry import entry_of
 from swinsmt_jax.models.torch_names import Layout, NameTable
 
+PREFIXES = ("module.", "_orig_mod.")  # of networks that were distributed or compiled
+
 
 def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     """Replace the parameters of `model` by those of a PyTorch state dictionary.
@@ -18,9 +20,9 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     Args:
         model: a network made by `models.create`.
         state_dict: arrays (or CPU tensors) under PyTorch's names, in PyTorch's layouts.
-            A prefix "module." of every name and what the network's `NameTable` calls
-            unneeded are passed over. Of tensors that PyTorch writes
-            under several names, the further ones may be missing.
+            A prefix "module." or "_orig_mod." of every name and what the network's
+            `NameTable` calls unneeded are passed over. Of tensors that PyTorch writes
+            under several names, one will do.
 
     Raises:
         UserError: if names are missing or unexpected, shapes differ, numbers are not
@@ -29,7 +31,9 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     """
     table, targets = _table(model), _targets(model)
     names = list(state_dict)
-    prefix = "module." if names and all(n.startswith("module.") for n in names) else ""
+    prefix = next(
+        (p for p in PREFIXES if names and all(n.startswith(p) for n in names)), ""
+    )
     given = {name.removeprefix(prefix): state_dict[name] for name in names}
     expected = {name for target in targets.values() for name in target.names}
     for name in given.keys() - expected:
@@ -145,14 +149,18 @@ def _table(model) -> NameTable:
 
 
 def _drop_aliases(table, expected, given):
-    """Remove the further names of one tensor, which must hold the same values."""
+    """Keep the first name of each tensor; all names must hold the same values."""
     unequal = []
-    for name in expected & set(given):
-        for alias in table.all_names(name)[1:]:
-            if alias in given:
-                further = np.asarray(given.pop(alias))
-                if not np.array_equal(np.asarray(given[name]), further):
-                    unequal.append(f"{name} and {alias}")
+    for name in expected:
+        there = [alias for alias in table.all_names(name) if alias in given]
+        arrays = [np.asarray(given.pop(alias)) for alias in there]
+        if arrays:
+            given[name] = arrays[0]
+        unequal += [
+            f"{there[0]} and {alias}"
+            for alias, array in zip(there[1:], arrays[1:], strict=True)
+            if not np.array_equal(arrays[0], array, equal_nan=True)
+        ]
     checks.require(
         not unequal,
         "the state dictionary holds different values under two names of one tensor; "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel import orientations
 
 from swinsmt_jax.data import resampling
 from swinsmt_jax.data.sample import foreground_box, voxel_step
@@ -16,16 +17,29 @@ class NetworkView:
     Attributes:
         image: float32 [D, H, W, 1], the smallest box around the foreground, resampled
             and scaled.
-        shape: of the scan.
+        shape: of the scan, its axes in the order of `image`.
         box: the slices of the scan that `image` covers.
         positions: where their planes, rows and columns lie on the grid of `image`, in
             voxels; None where both grids are one.
+        axes: orientation [3, 2] from the scan's axes to these, as nibabel's; None
+            where they are the same.
     """
 
     image: np.ndarray
     shape: tuple[int, ...]
     box: tuple[slice, ...]
     positions: tuple[np.ndarray, ...] | None
+    axes: np.ndarray | None = None
+
+    def on_scan(self, labels: np.ndarray) -> np.ndarray:
+        """Return the labels of the box on the whole scan, in its axes; 0 outside."""
+        whole = np.zeros(self.shape, labels.dtype)
+        whole[self.box] = labels
+        if self.axes is None:
+            return whole
+        scan = np.array([[0, 1], [1, 1], [2, 1]])
+        back = orientations.ornt_transform(scan, self.axes)
+        return np.ascontiguousarray(orientations.apply_orientation(whole, back))
 
 
 def network_view(

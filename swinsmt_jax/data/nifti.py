@@ -49,6 +49,15 @@ class Volume:
         """Voxel sides in mm."""
         return spacing_of(self.affine)
 
+    @property
+    def sides(self) -> tuple[float, float, float]:
+        """Voxel sides in mm as the header of the file says them, in float32."""
+        sides = np.float32(spacing_of(self.source_affine))
+        if self.header is not None:
+            sides = np.abs(self.header["pixdim"][1:4]) * geometry.to_mm(self.header)
+        to_ras = orientations.io_orientation(self.source_affine)
+        return tuple(float(sides[i]) for i in np.argsort(to_ras[:, 0]))
+
 
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     """Return the voxel sides in mm of an affine [4, 4]."""
@@ -75,8 +84,10 @@ def ras_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     return spacing_of(ras_grid(affine, (1, 1, 1))[0])
 
 
-def load_ct(path: str | Path, *, modality: str = "CT") -> Volume:
+def load_ct(path: str | Path, *, modality: str = "CT", whole: bool = True) -> Volume:
     """Read a CT as int16 Hounsfield units, rounded, in RAS orientation.
+
+    Unless `whole` is true, voxels stay as they are, in float32.
 
     What is doubtful about the file, such as values unlike HU unless the modality is
     another than CT, is noted and logged.
@@ -86,7 +97,7 @@ def load_ct(path: str | Path, *, modality: str = "CT") -> Volume:
             complex voxels, with NaN or infinite voxels, or without a usable affine.
     """
     volume = _load(path)
-    return _as_ct(volume, *volume.notes, *_doubts(volume, modality))
+    return _as_ct(volume, *volume.notes, *_doubts(volume, modality), whole=whole)
 
 
 def from_array(
@@ -95,6 +106,7 @@ def from_array(
     *,
     path: Path | None = None,
     modality: str = "CT",
+    whole: bool = True,
 ) -> Volume:
     """Return a CT in memory as `load_ct` does that of a file, with the same errors.
 
@@ -102,7 +114,8 @@ def from_array(
     """
     volume = _checked(path or Path("the array"), np.asarray(hu), affine)
     sheared = geometry.sheared_note(volume.path, volume.source_affine)
-    return _as_ct(volume, *sheared, *(() if path else _doubts(volume, modality)))
+    doubts = () if path else _doubts(volume, modality)
+    return _as_ct(volume, *sheared, *doubts, whole=whole)
 
 
 def grid_of(path: str | Path) -> Volume:
@@ -122,8 +135,12 @@ def _log(note: str) -> None:
     logging.warning("%s", note)
 
 
-def _as_ct(volume: Volume, *notes: str) -> Volume:
-    array = voxels.hounsfield(volume.path, volume.array)
+def _as_ct(volume: Volume, *notes: str, whole: bool) -> Volume:
+    if whole:
+        array = voxels.hounsfield(volume.path, volume.array)
+    else:
+        voxels.require_finite(volume.path, volume.array)
+        array = np.ascontiguousarray(volume.array, np.float32)
     return noted(replace(volume, array=array, notes=()), *notes)
 
 

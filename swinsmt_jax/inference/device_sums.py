@@ -29,8 +29,9 @@ def labels(
     predictions: Iterable[tuple[jax.Array, int]],
     num_classes: int,
     dtype: str,
+    decision: grid.Decision,
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Yield (box, class ids [*box]) of layers that no further window touches.
+    """Yield (box, label ids [*box]) of layers that no further window touches.
 
     Args:
         windows: in whole layers.
@@ -38,9 +39,11 @@ def labels(
             each window.
         num_classes: K.
         dtype: of the sums.
+        decision: how logits become labels.
     """
     for z, done, held in _layers(windows, predictions, num_classes, dtype):
-        yield from windows.inside((z, 0, 0), np.asarray(_labels(*held, done=done)))
+        found = _labels(*held, done=done, decision=decision)
+        yield from windows.inside((z, 0, 0), np.asarray(found))
 
 
 def planes(
@@ -48,12 +51,14 @@ def planes(
     predictions: Iterable[tuple[jax.Array, int]],
     num_classes: int,
     dtype: str,
+    decision: grid.Decision,
     sides: Sequence[grid.Neighbours],
 ) -> Iterator[tuple[int, jax.Array]]:
-    """Yield (z, probabilities) of each plane, on the rows and columns of another grid.
+    """Yield (z, what is interpolated) of each plane, on another's rows and columns.
 
     Arguments as in `labels`; `sides` as in `host_sums.planes`.
     """
+    finish = functools.partial(_interpolated, decision=decision)
     inner = tuple(
         (pad, pad + size)
         for pad, size in zip(windows.pad[1:], windows.shape[1:], strict=True)
@@ -62,7 +67,7 @@ def planes(
         for i in range(done):
             z = first + i - windows.pad[0]
             if 0 <= z < windows.shape[0]:
-                yield z, _probabilities(*held, i, *sides, inner=inner)
+                yield z, finish(*held, i, *sides, inner=inner)
 
 
 def _layers(windows, predictions, num_classes, dtype):
@@ -94,22 +99,23 @@ def _add(held, batch, index, weight, corner, *, order):
     return add(held[0], logits * weight), add(held[1], weight)
 
 
-@functools.partial(jax.jit, static_argnames="done")
-def _labels(sums, weights, *, done):
-    """Class ids [done, H, W] of the first planes."""
+@functools.partial(jax.jit, static_argnames=("done", "decision"))
+def _labels(sums, weights, *, done, decision):
+    """Label ids [done, H, W] of the first planes."""
 
     def of_plane(i):
         mean = sums[i].astype(jnp.float32) / weights[i]
-        return mean.argmax(-1).astype(jnp.uint8)
+        return decision.labels(jnp, mean)
 
     return lax.map(of_plane, jnp.arange(done))
 
 
-@functools.partial(jax.jit, static_argnames="inner")
-def _probabilities(sums, weights, i, rows, columns, *, inner):
+@functools.partial(jax.jit, static_argnames=("inner", "decision"))
+def _interpolated(sums, weights, i, rows, columns, *, inner, decision):
     mean = sums[i].astype(jnp.float32) / weights[i]
     (top, bottom), (left, right) = inner
-    return grid.probabilities(jnp, mean[top:bottom, left:right], rows, columns)
+    mean = mean[top:bottom, left:right]
+    return grid.interpolated(jnp, mean, rows, columns, decision=decision)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

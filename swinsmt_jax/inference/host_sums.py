@@ -104,11 +104,15 @@ def _compiled_add(sums, plane, weight):
 
 
 def labels(
-    windows: Windows, predictions: Predictions, num_classes: int, dtype: str
+    windows: Windows,
+    predictions: Predictions,
+    num_classes: int,
+    dtype: str,
+    decision: grid.Decision,
 ) -> Iterator[tuple[Box, np.ndarray]]:
-    """Yield (box, class ids [*box]) of planes that no further window touches."""
+    """Yield (box, label ids [*box]) of planes that no further window touches."""
     for box, block in blocks(windows, predictions, num_classes, dtype):
-        yield box, block.argmax(axis=-1)
+        yield box, decision.labels(np, block)
 
 
 def planes(
@@ -116,13 +120,15 @@ def planes(
     predictions: Predictions,
     num_classes: int,
     dtype: str,
+    decision: grid.Decision,
     sides: Sequence[grid.Neighbours],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (z, probabilities) of each plane, on the rows and columns of another grid.
+    """Yield (z, what is interpolated) of each plane, on another's rows and columns.
 
     Args:
         windows: in whole layers.
         predictions, num_classes, dtype: as in `blocks`.
+        decision: says what is interpolated.
         sides: neighbours of the other grid's rows and of its columns.
     """
     _, height, width = windows.shape
@@ -137,5 +143,5 @@ def planes(
         waiting[depth.start] = plane, missing - block[0, ..., 0].size
         while ready in waiting and waiting[ready][1] == 0:
             plane = waiting.pop(ready)[0].astype(np.float32, copy=False)
-            yield ready, grid.probabilities(np, plane, *sides)
+            yield ready, grid.interpolated(np, plane, *sides, decision=decision)
             ready += 1

@@ -17,7 +17,7 @@ from swinsmt_jax.data import dicom
 from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
 from swinsmt_jax.inference import outputs, provenance, shared
 from swinsmt_jax.inference.outputs import OutputOptions
-from swinsmt_jax.inference.segmenter import Segmenter, load_scan
+from swinsmt_jax.inference.segmenter import Scans
 from swinsmt_jax.results import anatomy
 from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime import files
@@ -78,7 +78,7 @@ def _require_one_place_each(targets, output):
 
 
 def segment_scans(
-    segmenter: Segmenter,
+    segmenter: Scans,
     scans: Mapping[str, Path],
     output: Path,
     options: OutputOptions,
@@ -135,7 +135,7 @@ def segment_scans(
 class _Work:
     """What is done with a scan that no other process works on."""
 
-    segmenter: Segmenter
+    segmenter: Scans
     output: Path
     options: OutputOptions
     names: Mapping[int, str]
@@ -206,7 +206,7 @@ def _segment(segmenter, file, source, missing, names, options, title):
 
     `source` is the file of its labels, or what to call before new ones are written.
     """
-    volume = load_scan(file, modality=segmenter.config.data.modality)
+    volume = segmenter.read(file)
     facts = {}
     if callable(source):
         start = time.perf_counter()

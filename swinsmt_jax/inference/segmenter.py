@@ -11,9 +11,9 @@ they take longer than jax, and nobody who only imports `load` should wait for th
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig, InferenceConfig, with_new_keys
+from swinsmt_jax.inference.grid import LARGEST, Decision
 from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
 from swinsmt_jax.labels import names_by_id
@@ -38,8 +39,72 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
+class Scans(Protocol):
+    """What segments scans, whether they come as files or as arrays."""
+
+    whole: ClassVar[bool] = True  # whether voxels are rounded to whole HU
+
+    @property
+    def modality(self) -> str:
+        """Of the scans, for what is said of their values."""
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of the label ids that are given, background left out."""
+
+    @property
+    def made_by(self) -> dict[str, object]:
+        """What decides the labels of a scan, for the record."""
+
+    def segment_volume(
+        self, volume: "Volume", *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
+
+    def read(self, path: str | Path) -> "Volume":
+        """Read a scan as the network is to see it; raises as `load_scan`."""
+        return load_scan(path, modality=self.modality, whole=self.whole)
+
+    def segment(
+        self, path: str | Path, *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a NIfTI file, uint8, in the axes of the file.
+
+        Of a folder with a DICOM series: columns, rows and slices.
+
+        Raises:
+            UserError: as `load_scan`.
+        """
+        from swinsmt_jax.data import nifti
+
+        volume = self.read(path)
+        with checks.named(path):
+            labels = self.segment_volume(volume, progress=progress)
+        return nifti.in_file_axes(labels, volume)
+
+    def segment_array(
+        self, hu: np.ndarray, affine: np.ndarray, *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a CT, uint8, on its grid.
+
+        Args:
+            hu: [X, Y, Z] Hounsfield units, its axes in any order and direction.
+            affine: [4, 4], voxel indices to millimetres to the right, front and head.
+            progress: as in `predict_labels`.
+
+        Raises:
+            UserError: for arrays that are not 3-D or not finite, and an affine that
+                cannot be inverted.
+        """
+        from swinsmt_jax.data import nifti
+
+        volume = nifti.from_array(hu, affine, modality=self.modality, whole=self.whole)
+        labels = self.segment_volume(volume, progress=progress)
+        return nifti.in_file_axes(labels, volume)
+
+
 @dataclasses.dataclass(frozen=True)
-class Segmenter:
+class Segmenter(Scans):
     """A trained network and how it sees scans; made by `load`.
 
     Attributes:
@@ -57,6 +122,16 @@ class Segmenter:
     sums: str = "float32"
     network: str = ""
     mirror: bool = False
+
+    @property
+    def decision(self) -> Decision:
+        """How logits become labels."""
+        return LARGEST
+
+    @property
+    def modality(self) -> str:
+        """Of the scans, for what is said of their values."""
+        return self.config.data.modality
 
     @property
     def made_by(self) -> dict[str, object]:
@@ -81,62 +156,27 @@ class Segmenter:
         names = self.config.data.class_names
         return names_by_id(names, num_classes=self.config.model.out_channels)
 
-    def segment(
-        self, path: str | Path, *, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return the labels of a NIfTI file, uint8, in the axes of the file.
+    def view(self, volume: "Volume") -> "NetworkView":
+        """Return what the network is shown of a scan in RAS orientation."""
+        from swinsmt_jax.data.network_view import network_view
 
-        Of a folder with a DICOM series: columns, rows and slices.
-
-        Raises:
-            UserError: as `load_scan`.
-        """
-        from swinsmt_jax.data import nifti
-
-        volume = load_scan(path, modality=self.config.data.modality)
-        with checks.named(path):
-            labels = self.segment_volume(volume, progress=progress)
-        return nifti.in_file_axes(labels, volume)
-
-    def segment_array(
-        self, hu: np.ndarray, affine: np.ndarray, *, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return the labels of a CT, uint8, on its grid.
-
-        Args:
-            hu: [X, Y, Z] Hounsfield units, its axes in any order and direction.
-            affine: [4, 4], voxel indices to millimetres to the right, front and head.
-            progress: as in `predict_labels`.
-
-        Raises:
-            UserError: for arrays that are not 3-D or not finite, and an affine that
-                cannot be inverted.
-        """
-        from swinsmt_jax.data import nifti
-
-        modality = self.config.data.modality
-        volume = nifti.from_array(hu, affine, modality=modality)
-        return nifti.in_file_axes(
-            self.segment_volume(volume, progress=progress), volume
+        data = self.config.data
+        return network_view(
+            volume.array, volume.affine, spacing=data.spacing, hu_range=data.hu_range
         )
 
     def segment_volume(
         self, volume: "Volume", *, progress: Progress | None = None
     ) -> np.ndarray:
         """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
-        from swinsmt_jax.data.network_view import network_view
-
-        data = self.config.data
-        view = network_view(
-            volume.array, volume.affine, spacing=data.spacing, hu_range=data.hu_range
-        )
         return segment(
             self.predict,
-            view,
-            window=data.patch_shape,
+            self.view(volume),
+            window=self.config.data.patch_shape,
             num_classes=self.config.model.out_channels,
             inference=self.config.inference,
             sharding=batch_sharding(),
+            decision=self.decision,
             sums=self.sums,
             progress=progress,
         )
@@ -170,11 +210,7 @@ def load(
 
     config, model, info = load_model(workdir, step=step)
     network, model = computing_in(dtype, config.model, model)
-    known = {field.name for field in dataclasses.fields(config.inference)}
-    inference = with_new_keys("inference", inference)
-    for name in inference:
-        checks.one_of("an option of the inference", name, known)
-    windows = dataclasses.replace(config.inference, **inference)
+    windows = with_options(config.inference, inference)
     config = dataclasses.replace(config, model=network, inference=windows)
     exchanged = None
     if mirror:
@@ -185,8 +221,21 @@ def load(
     return Segmenter(config, predict, info["step"], sums, digest, mirror)
 
 
-def load_scan(path: str | Path, *, modality: str = "CT") -> "Volume":
+def with_options(config: InferenceConfig, options: Mapping) -> InferenceConfig:
+    """Return the config with some fields changed; `UserError` for unknown ones."""
+    known = {field.name for field in dataclasses.fields(config)}
+    options = with_new_keys("inference", options)
+    for name in options:
+        checks.one_of("an option of the inference", name, known)
+    return dataclasses.replace(config, **options)
+
+
+def load_scan(
+    path: str | Path, *, modality: str = "CT", whole: bool = True
+) -> "Volume":
     """Read a CT: a NIfTI file, or a folder with a DICOM series.
+
+    Voxels are rounded to int16 unless `whole` is false; then they are float32.
 
     Raises:
         UserError: as `nifti.load_ct` and `dicom.load_series`.
@@ -196,7 +245,7 @@ def load_scan(path: str | Path, *, modality: str = "CT") -> "Volume":
     path = absolute(path)
     if path.is_dir():
         return dicom.load_series(path)
-    return nifti.load_ct(path, modality=modality)
+    return nifti.load_ct(path, modality=modality, whole=whole)
 
 
 def save(
@@ -236,6 +285,7 @@ def segment(
     num_classes: int,
     inference: InferenceConfig,
     sharding: jax.sharding.Sharding | None = None,
+    decision: Decision = LARGEST,
     sums: str = "float32",
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -246,29 +296,30 @@ def segment(
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
-        view: the scan, from `network_view`.
+        view: the scan, from `network_view` or `nnunet_view`.
         window: the training patch, since a Soft MoE's result depends on it.
         num_classes: K.
         inference: overlap, blending, batch and place of the sums.
         sharding: of the batches of windows, whose size is rounded up to fill it.
-        sums, progress: as in `predict_labels`.
+        decision, sums, progress: as in `predict_labels`.
     """
-    labels = np.zeros(view.shape, np.uint8)
-    labels[view.box] = predict_labels(
+    labels = predict_labels(
         predict,
         view.image,
         window=window,
         num_classes=num_classes,
         overlap=inference.overlap,
         blend=inference.blend,
+        convention=inference.convention,
         window_batch=_filling(inference.window_batch, sharding),
         sharding=sharding,
         positions=view.positions,
+        decision=decision,
         sums=sums,
         accumulate=inference.accumulate_on,
         progress=progress,
     )
-    return labels
+    return view.on_scan(labels)
 
 
 @jax.jit

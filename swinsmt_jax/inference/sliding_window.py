@@ -28,13 +28,15 @@ def sliding_window(
     num_classes: int,
     overlap: float = 0.5,
     blend: str = "gaussian",
+    convention: str = "monai",
     window_batch: int = 1,
     sharding: jax.sharding.Sharding | None = None,
 ) -> np.ndarray:
     """Average of the windows' logits over a whole volume, float32 `[D, H, W, K]`.
 
-    Equals MONAI's `sliding_window_inference`: a volume smaller than the window is
-    padded with 0 (air, after HU are scaled to [0, 1]) and the result cropped back.
+    Equals MONAI's `sliding_window_inference`, or nnU-Net's predictor: a volume smaller
+    than the window is padded with 0 (air, after HU are scaled to [0, 1]) and the result
+    cropped back.
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`. It is always
@@ -44,13 +46,14 @@ def sliding_window(
         num_classes: K.
         overlap: share of a window that neighbours have in common, in [0, 1).
         blend: "gaussian" or "constant" weights of a window's voxels.
+        convention: where windows lie, and whose Gaussian: "monai" or "nnunet".
         window_batch: windows per call.
         sharding: of the batches; its devices must divide `window_batch`.
 
     Raises:
         UserError: for a volume of another rank, or options out of range.
     """
-    windows = Windows(volume, window, overlap, blend)
+    windows = Windows(volume, window, overlap, blend, convention)
     windows.visit_last_in_turn()
     logits = np.empty((*volume.shape[:3], num_classes), np.float32)
     found = _predict_windows(predict, windows, num_classes, window_batch, sharding)
@@ -67,9 +70,11 @@ def predict_labels(
     num_classes: int,
     overlap: float = 0.5,
     blend: str = "gaussian",
+    convention: str = "monai",
     window_batch: int = 1,
     sharding: jax.sharding.Sharding | None = None,
     positions: Sequence[np.ndarray] | None = None,
+    decision: grid.Decision = grid.LARGEST,
     sums: str = "float32",
     accumulate: str = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -85,6 +90,7 @@ def predict_labels(
         positions: where the planes, rows and columns of another grid lie on the
             volume's, in voxels and rising. Given, probabilities are interpolated
             linearly to that grid, layer by layer, and the labels are its.
+        decision: how logits become labels, if not the class of the largest.
         sums: "float16" halves the memory of the logits kept, at their precision.
         accumulate: where they are kept: "host"; "device", of which only labels come
             back; "auto" takes an accelerator if it has room. Equal up to rounding.
@@ -93,7 +99,7 @@ def predict_labels(
     checks.in_range("num_classes", num_classes, 1, 256)
     checks.one_of("sums", sums, ("float32", "float16"))
     checks.one_of("accumulate", accumulate, ACCUMULATE)
-    windows = Windows(volume, window, overlap, blend)
+    windows = Windows(volume, window, overlap, blend, convention)
     if accumulate == "auto":
         fits = _fits_on_device(windows, num_classes, sums)
         accumulate = "device" if fits else "host"
@@ -105,7 +111,7 @@ def predict_labels(
         found = _counted(found, len(windows.starts), progress)
     if positions is None:
         labels = np.empty(volume.shape[:3], np.uint8)
-        for box, block in place.labels(windows, found, num_classes, sums):
+        for box, block in place.labels(windows, found, num_classes, sums, decision):
             windows.swept(labels)[box] = block
         return labels
     labels = np.empty(tuple(len(axis) for axis in positions), np.uint8)
@@ -113,9 +119,10 @@ def predict_labels(
         grid.neighbours(positions[axis], size)
         for axis, size in zip(windows.order, windows.shape, strict=True)
     )
-    planes = place.planes(windows, found, num_classes, sums, sides)
+    numpy = jnp if place is device_sums else np
+    planes = place.planes(windows, found, num_classes, sums, decision, sides)
     for z, plane in grid.between(planes, depth):
-        windows.swept(labels)[z] = np.asarray(plane.argmax(axis=-1))
+        windows.swept(labels)[z] = np.asarray(decision.labels(numpy, plane))
     return labels
 
 

@@ -1,7 +1,8 @@
 """Where the windows of a volume lie, what their voxels weigh, and in which order.
 
-The conventions are those of MONAI's `sliding_window_inference`, so that results can be
-compared voxel by voxel. numpy only: all of it is known before any device is used.
+The conventions are those of MONAI's `sliding_window_inference` or of nnU-Net's
+predictor, so that results can be compared voxel by voxel. numpy only: all of it is
+known before any device is used.
 """
 
 import itertools
@@ -13,6 +14,7 @@ import numpy as np
 
 from swinsmt_jax import checks
 
+CONVENTIONS = ("monai", "nnunet")
 BLENDS = ("gaussian", "constant")
 SIGMA = 0.125  # of the Gaussian, as a share of the window's side
 SMALLEST_WEIGHT = 1e-3
@@ -31,17 +33,23 @@ def padding(shape: Sequence[int], window: Sequence[int]) -> tuple[tuple[int, int
 
 
 def window_starts(
-    shape: Sequence[int], window: Sequence[int], *, overlap: float
+    shape: Sequence[int],
+    window: Sequence[int],
+    *,
+    overlap: float,
+    convention: str = "monai",
 ) -> list[Start]:
     """First voxels of the windows that cover a volume, the last axis fastest.
 
     Neighbours are side * (1 - overlap) voxels apart, rounded down, at least 1; the last
-    window of an axis is moved back to end with the volume.
+    window of an axis is moved back to end with the volume. As in nnU-Net, they are at
+    most side * (1 - overlap) voxels apart, evenly over the whole axis.
 
     Args:
         shape: sides of the volume, each at least the window's.
         window: sides of the window in voxels.
         overlap: share of a window that neighbours have in common, in [0, 1).
+        convention: one of CONVENTIONS.
 
     Raises:
         UserError: if the window is larger than the volume or the overlap out of range.
@@ -52,7 +60,9 @@ def window_starts(
         f"window {tuple(window)} does not fit into a volume of shape {tuple(shape)}; "
         "pad the volume first.",
     )
-    by_axis = [_axis_starts(n, w, overlap) for n, w in zip(shape, window, strict=True)]
+    checks.one_of("convention", convention, CONVENTIONS)
+    starts = _axis_starts if convention == "monai" else _even_starts
+    by_axis = [starts(n, w, overlap) for n, w in zip(shape, window, strict=True)]
     return list(itertools.product(*by_axis))
 
 
@@ -63,22 +73,46 @@ def _axis_starts(length: int, side: int, overlap: float) -> list[int]:
     return [min(i * interval, length - side) for i in range(count)]
 
 
-def importance(window: Sequence[int], *, blend: str) -> np.ndarray:
+def _even_starts(length: int, side: int, overlap: float) -> list[int]:
+    count = math.ceil((length - side) / (side * (1 - overlap))) + 1
+    step = (length - side) / max(count - 1, 1)
+    return [int(np.round(step * i)) for i in range(count)]
+
+
+def importance(
+    window: Sequence[int], *, blend: str, convention: str = "monai"
+) -> np.ndarray:
     """Weight of each voxel of a window in the average, float32 `[*window]`.
 
     "constant" is 1 everywhere. "gaussian" falls off from the centre with a standard
     deviation of 1/8 of the side on each axis, peaks at 1 (between voxels for an even
     side), and is nowhere below 0.001, so that corners covered once keep their value.
+    nnU-Net's peaks at 10 on the voxel side // 2, ends four deviations from there, and
+    is rounded to half precision, with its smallest number in place of 0.
     """
     checks.one_of("blend", blend, BLENDS)
     if blend == "constant":
         return np.ones(tuple(window), np.float32)
+    if convention == "nnunet":
+        return _importance_of_nnunet(window)
     weights = np.ones((), np.float32)
     for side in window:
         offset = np.arange(side, dtype=np.float32) - (side - 1) / 2
         line = np.exp(-(offset**2) / (2 * (SIGMA * side) ** 2))
         weights = weights[..., None] * line.astype(np.float32)
     return np.maximum(weights, np.float32(SMALLEST_WEIGHT))
+
+
+def _importance_of_nnunet(window):
+    from scipy import ndimage  # not for those who only import `load`
+
+    impulse = np.zeros(tuple(window))
+    impulse[tuple(side // 2 for side in window)] = 1
+    sigma = [SIGMA * side for side in window]
+    weights = ndimage.gaussian_filter(impulse, sigma, mode="constant")
+    weights = (weights / (weights.max() / 10)).astype(np.float16)
+    weights[weights == 0] = weights[weights > 0].min()
+    return weights.astype(np.float32)
 
 
 class Span(NamedTuple):
@@ -104,7 +138,12 @@ class Windows:
     """
 
     def __init__(
-        self, volume: np.ndarray, window: Sequence[int], overlap: float, blend: str
+        self,
+        volume: np.ndarray,
+        window: Sequence[int],
+        overlap: float,
+        blend: str,
+        convention: str = "monai",
     ):
         checks.require(
             volume.ndim == 4 and len(window) == 3,
@@ -119,10 +158,13 @@ class Windows:
         self.order = tuple(sorted(range(3), key=lambda axis: -size[axis]))
         self.size = tuple(size[axis] for axis in self.order)
         self.sides = tuple(window[axis] for axis in self.order)
-        self.starts = window_starts(self.size, self.sides, overlap=overlap)
+        self.starts = window_starts(
+            self.size, self.sides, overlap=overlap, convention=convention
+        )
         axes = zip(map(set, zip(*self.starts, strict=True)), self.sides, strict=True)
         self.spans = [_spans(sorted(axis), side) for axis, side in axes]
-        self.weight = self.swept(importance(window, blend=blend))[..., None]
+        weight = importance(window, blend=blend, convention=convention)
+        self.weight = self.swept(weight)[..., None]
         self.pad = tuple(pad[axis][0] for axis in self.order)
         self.shape = tuple(volume.shape[axis] for axis in self.order)
 

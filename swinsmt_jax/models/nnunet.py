@@ -6,6 +6,7 @@ the last one is used.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +29,17 @@ class PyramidConfig(NetworkConfig):
 
     Attributes:
         features_per_stage: channels of each encoder stage; their number is the depth.
-        strides: of each stage's first convolution, 1 or 2; the first one is 1.
+        strides: of each stage's first convolution, 1 or 2, one number or (D, H, W) for
+            each stage; the first one is 1.
+        kernel_sizes: of each stage, odd; one number, or for each stage a number or
+            (D, H, W). Decoder stages have the kernel of their encoder stage.
         n_conv_per_stage_decoder: convolutions of each decoder stage, of which there is
             one fewer; one number or one each.
     """
 
     features_per_stage: checks.Positives = (32, 64, 128, 256, 320, 320)
-    strides: checks.Positives = (1, 2, 2, 2, 2, 2)
+    strides: tuple[checks.OneOrEach, ...] = (1, 2, 2, 2, 2, 2)
+    kernel_sizes: tuple[checks.OneOrEach, ...] = (3,)
     n_conv_per_stage_decoder: checks.OneOrEach = 2
 
     def __post_init__(self):
@@ -46,9 +51,13 @@ class PyramidConfig(NetworkConfig):
             "least 2 entries: a U-Net has a stage to come up from.",
         )
         checks.entries(depth)("model.strides", self.strides)
+        broadcast_to_tuple(self, "kernel_sizes", depth)
+        for name, choices in (("strides", (1, 2)), ("kernel_sizes", (1, 3))):
+            sides = tuple(
+                _sides(f"model.{name}", value, choices) for value in getattr(self, name)
+            )
+            object.__setattr__(self, name, sides)
         broadcast_to_tuple(self, "n_conv_per_stage_decoder", depth - 1)
-        for stride in self.strides:
-            checks.one_of(f"an entry of model.strides {self.strides}", stride, (1, 2))
         checks.require(
             self.strides[0] == 1,
             f"model.strides is {self.strides}, but must begin with 1: the logits have "
@@ -56,9 +65,26 @@ class PyramidConfig(NetworkConfig):
         )
 
     @property
-    def total_stride(self) -> int:
-        """Number of which every side of the input must be a multiple."""
-        return math.prod(self.strides)
+    def total_stride(self) -> int | tuple[int, ...]:
+        """Number of which every side of the input must be a multiple, or one each."""
+        sides = [
+            math.prod(axis) for axis in zip(*map(triple, self.strides), strict=True)
+        ]
+        return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+
+def triple(value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return (D, H, W) of one number or three."""
+    return (value,) * 3 if isinstance(value, int) else tuple(value)
+
+
+def _sides(name, value, choices):
+    """Return a number or (D, H, W) of different ones, each of them of `choices`."""
+    sides = triple(value)
+    checks.entries(3)(f"an entry of {name}", sides)
+    for side in sides:
+        checks.one_of(f"a side of {name}", side, choices)
+    return sides[0] if len(set(sides)) == 1 else sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +129,10 @@ class ConvNorm(nnx.Module):
         channels: int,
         features: int,
         *,
-        kernel_size: int = 3,
-        strides: int = 1,
+        kernel_size: checks.OneOrEach,
+        strides: checks.OneOrEach = 1,
         activate: bool = True,
+        use_bias: bool = True,
         dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -115,7 +142,7 @@ class ConvNorm(nnx.Module):
             features,
             kernel_size=kernel_size,
             strides=strides,
-            use_bias=kernel_size > 1,  # projections of shortcuts have none
+            use_bias=use_bias,
             initializer=initializers.he_normal,
             dtype=dtype,
             rngs=rngs,
@@ -137,7 +164,7 @@ class ConvStack(nnx.Module):
         features: int,
         *,
         count: int,
-        strides: int = 1,
+        strides: checks.OneOrEach = 1,
         **common: Any,
     ):
         first = ConvNorm(channels, features, strides=strides, **common)
@@ -152,33 +179,38 @@ class ConvStack(nnx.Module):
 
 
 class AveragePool(nnx.Module):
-    """Mean of every cube of `size` voxels a side."""
+    """Mean of every block of `size` voxels, one number or (D, H, W)."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int | tuple[int, ...]):
+        self.size = triple(size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to [B, D/size, H/size, W/size, C]."""
         b, d, h, w, c = x.shape
-        n = self.size
-        cubes = x.reshape(b, d // n, n, h // n, n, w // n, n, c)
-        return jnp.mean(cubes, axis=(2, 4, 6), dtype=jnp.float32).astype(x.dtype)
+        p, q, r = self.size
+        blocks = x.reshape(b, d // p, p, h // q, q, w // r, r, c)
+        return jnp.mean(blocks, axis=(2, 4, 6), dtype=jnp.float32).astype(x.dtype)
 
 
 class ResidualConvs(nnx.Module):
     """Two convolutions and a shortcut, pooled and projected where the shape changes."""
 
     def __init__(
-        self, channels: int, features: int, *, strides: int, dtype: str, rngs: nnx.Rngs
+        self,
+        channels: int,
+        features: int,
+        *,
+        kernel_size: checks.OneOrEach,
+        strides: checks.OneOrEach,
+        **common: Any,
     ):
-        common: dict = {"dtype": dtype, "rngs": rngs}
+        common |= {"kernel_size": kernel_size}
         self.conv1 = ConvNorm(channels, features, strides=strides, **common)
         self.conv2 = ConvNorm(features, features, activate=False, **common)
-        skip: list[nnx.Module] = [AveragePool(strides)] if strides > 1 else []
+        skip: list[nnx.Module] = [AveragePool(strides)] if strides != 1 else []
         if channels != features:
-            skip.append(
-                ConvNorm(channels, features, kernel_size=1, activate=False, **common)
-            )
+            common |= {"kernel_size": 1, "use_bias": False, "activate": False}
+            skip.append(ConvNorm(channels, features, **common))
         self.skip = nnx.List(skip)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -225,15 +257,26 @@ class Encoder(nnx.Module):
         stem = None
         if isinstance(config, ResidualEncoderUNetConfig):
             stage, counts = ResidualStack, checks.each(config.n_blocks_per_stage)
-            stem = ConvStack(channels, features[0], count=1, **common)
+            stem = ConvStack(
+                channels,
+                features[0],
+                count=1,
+                kernel_size=config.kernel_sizes[0],
+                **common,
+            )
             channels = features[0]
         else:
             counts = checks.each(config.n_conv_per_stage)
         self.stem = stem
         self.stages = nnx.List(
-            stage(before, after, count=count, strides=stride, **common)
-            for before, after, count, stride in zip(
-                (channels, *features), features, counts, config.strides, strict=False
+            stage(before, after, count=n, strides=stride, kernel_size=kernel, **common)
+            for before, after, n, stride, kernel in zip(
+                (channels, *features[:-1]),
+                features,
+                counts,
+                config.strides,
+                config.kernel_sizes,
+                strict=True,
             )
         )
 
@@ -260,8 +303,10 @@ class Decoder(nnx.Module):
         counts = checks.each(config.n_conv_per_stage_decoder)
         pairs = list(zip(features, features[1:], strict=False))
         self.stages = nnx.List(
-            ConvStack(2 * finer, finer, count=count, **common)
-            for (_, finer), count in zip(pairs, counts, strict=True)
+            ConvStack(2 * finer, finer, count=count, kernel_size=kernel, **common)
+            for (_, finer), count, kernel in zip(
+                pairs, counts, config.kernel_sizes[-2::-1], strict=True
+            )
         )
         self.transpconvs = nnx.List(
             UpConv(coarser, finer, strides=stride, **with_bias)

@@ -50,8 +50,8 @@ class NetworkConfig:
     decayed: ClassVar[str] = r"kernel$"
 
     @property
-    def total_stride(self) -> int:
-        """Number of which every side of the input must be a multiple."""
+    def total_stride(self) -> int | tuple[int, ...]:
+        """Number of which every side of the input must be a multiple, or (D, H, W)."""
         raise NotImplementedError
 
     @property

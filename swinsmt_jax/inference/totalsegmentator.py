@@ -1,0 +1,199 @@
+"""Segment scans with the weights of TotalSegmentator v2, its task `total`.
+
+from swinsmt_jax import load_totalsegmentator
+segmenter = load_totalsegmentator("~/.totalsegmentator/nnunet/results")
+labels = segmenter.segment("scan.nii.gz")         # uint8, ids of labels.CLASS_NAMES
+
+Written from the rules of TotalSegmentator 2.18.0 around its nnU-Net models: the scan is
+resampled linearly on a grid whose first and last voxels are the scan's, the models run
+one after the other, without mirroring and by steps of 0.8 windows, and their classes
+are merged; labels return by the nearest voxel.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from scipy import ndimage
+
+from swinsmt_jax import checks
+from swinsmt_jax.convert import nnunet_folder
+from swinsmt_jax.data.nifti import Volume
+from swinsmt_jax.inference.nnunet import load_nnunet
+from swinsmt_jax.inference.segmenter import Progress, Scans
+from swinsmt_jax.labels import CLASS_IDS, CLASS_NAMES, GROUPS, names_by_id
+from swinsmt_jax.runtime.files import absolute
+
+HOME = "~/.totalsegmentator/nnunet/results"
+TASKS = {  # side of the voxels in mm: {number of the dataset: classes, in order}
+    1.5: {
+        291: GROUPS["organs"],
+        292: GROUPS["vertebrae"],
+        293: GROUPS["vessels"],  # and the heart
+        294: GROUPS["muscles"],
+        295: GROUPS["ribs"],
+    },
+    3.0: {297: tuple(range(1, len(CLASS_NAMES)))},
+}
+OVERLAP = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of the models.
+
+    Attributes:
+        folder: of nnU-Net.
+        ids: uint8, from its label ids to those of TotalSegmentator v2.
+        options: of `load_nnunet`.
+        made_by: what decides its labels.
+    """
+
+    folder: Path
+    ids: np.ndarray
+    options: dict
+    made_by: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class TotalSegmentator(Scans):
+    """The models of the task `total`; made by `load_totalsegmentator`.
+
+    Attributes:
+        parts: in the order in which they are merged.
+        spacing: side of the voxels in mm that they see.
+    """
+
+    parts: Sequence[Part]
+    spacing: float
+
+    whole = False
+
+    @property
+    def modality(self) -> str:
+        """Of the scans."""
+        return "CT"
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of the label ids, background left out."""
+        return names_by_id(CLASS_NAMES, num_classes=len(CLASS_NAMES))
+
+    @property
+    def made_by(self) -> dict[str, object]:
+        """What decides the labels of a scan, for the record."""
+        first = self.parts[0].made_by
+        return first | {"network": [part.made_by["network"] for part in self.parts]}
+
+    def segment_volume(
+        self, volume: Volume, *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z].
+
+        Only one of the networks is in memory at a time.
+        """
+        image = resampled(volume.array, volume.sides, spacing=self.spacing)
+        affine = np.diag([self.spacing] * 3 + [1.0])
+        scan = Volume(image, affine, affine, image.shape, volume.path)
+        merged = np.zeros(image.shape, np.uint8)
+        for number, part in enumerate(self.parts):
+            segmenter = load_nnunet(part.folder, **part.options)
+            told = progress and _shifted(progress, number, len(self.parts))
+            found = part.ids[segmenter.segment_volume(scan, progress=told)]
+            np.copyto(merged, found, where=found > 0)
+        for axis, side in enumerate(volume.array.shape):
+            merged = merged.take(_nearest(merged.shape[axis], side), axis)
+        return merged
+
+
+def load_totalsegmentator(
+    folder: str | Path = HOME, *, fast: bool | None = None, **options: Any
+) -> TotalSegmentator:
+    """Find and check the models of TotalSegmentator's task `total`.
+
+    Args:
+        folder: with Dataset291_... to Dataset295_..., or Dataset297_...
+        fast: take the model of 3 mm; None takes the five of 1.5 mm if they are there.
+        options: as in `load_nnunet`, such as dtype="bfloat16".
+
+    Raises:
+        UserError: for models that are missing, as `load_nnunet`, and for a model of
+            other classes.
+    """
+    root = absolute(folder)
+    if (root / "nnunet/results").is_dir():
+        root = root / "nnunet/results"
+    checks.require(root.is_dir(), f"TotalSegmentator's folder {root} does not exist.")
+    found = {spacing: _folders(root, TASKS[spacing]) for spacing in TASKS}
+    spacing = max(TASKS) if fast else min(TASKS)
+    if fast is None and None in found[spacing].values() and all(found[3.0].values()):
+        spacing = 3.0
+        logging.info("%s has the model of 3 mm, which is taken.", root)
+    missing = [f"Dataset{n}_*" for n, path in found[spacing].items() if path is None]
+    checks.require(
+        not missing,
+        f"{root} lacks {checks.listed(missing)}, whose models segment the "
+        f"{spacing:g} mm task `total`; download them with totalseg_download_weights.",
+    )
+    options = {"mirror": False, "overlap": OVERLAP, **options}
+    parts = []
+    for number, path in found[spacing].items():
+        segmenter = load_nnunet(path, **options)
+        names = segmenter.plan.names
+        ids = _ids(names, TASKS[spacing][number], where=path)
+        parts.append(Part(path, ids, options, segmenter.made_by))
+    return TotalSegmentator(tuple(parts), spacing)
+
+
+def _folders(root, datasets):
+    """Return {number: model folder, or None} of datasets."""
+    found = {}
+    for number in datasets:
+        there = [p for p in sorted(root.glob(f"Dataset{number}_*")) if p.is_dir()]
+        found[number] = nnunet_folder.find(there[0]) if there else None
+    return found
+
+
+def _ids(names, classes, *, where):
+    """Return the table from a model's label ids to those of TotalSegmentator v2."""
+    wanted = [CLASS_NAMES[i] for i in classes]
+    same = set(names[1:]) == set(wanted)
+    unnamed = len(names) - 1 == len(wanted) and not set(names[1:]) & set(CLASS_NAMES)
+    checks.require(
+        same or unnamed,
+        f"{where} has {len(names) - 1} classes ({checks.listed(names[1:4])}, ...), but "
+        f"must have {len(wanted)}, from {wanted[0]} to {wanted[-1]}.",
+    )
+    if not same:
+        logging.warning("%s does not name its classes; their order is taken.", where)
+    given = [CLASS_IDS[name] for name in names[1:]] if same else classes
+    return np.array([0, *given], np.uint8)
+
+
+def resampled(
+    image: np.ndarray, sides: Sequence[float], *, spacing: float
+) -> np.ndarray:
+    """Resample a scan [X, Y, Z] as TotalSegmentator does, to whole HU cut towards zero.
+
+    First and last voxels stay, so that the true step differs a little from `spacing`. A
+    scan of exactly this spacing stays as it is.
+    """
+    if tuple(sides) == (spacing,) * 3:
+        return image
+    zoom = np.asarray(sides) / spacing
+    found = ndimage.zoom(image, zoom, np.float64, order=1, mode="nearest")
+    return found.astype(np.int32).astype(np.float32)
+
+
+def _nearest(n, m):
+    """Return the nearest of n voxels for each of m, between the same ends."""
+    step = (n - 1) / max(m - 1, 1)
+    return np.floor(np.arange(m) * step + 0.5).astype(int)
+
+
+def _shifted(progress, part, parts):
+    """Count the windows of one of several parts."""
+    return lambda done, number: progress(part * number + done, parts * number)

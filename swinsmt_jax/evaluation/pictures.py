@@ -20,6 +20,7 @@ from swinsmt_jax.inference.pictures import (
     over,
     save,
 )
+from swinsmt_jax.labels import CLASS_NAMES
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ def choose(cases: Sequence[CaseViews]) -> dict[str, CaseViews]:
     return {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
 
 
-def write_overview(path: Path, cases: Sequence[CaseViews]) -> None:
+def write_overview(
+    path: Path, cases: Sequence[CaseViews], names: Sequence[str] = CLASS_NAMES
+) -> None:
     """Draw the best, the median and the worst case by Dice and write a PNG."""
     chosen = choose(cases)
-    figure, axes = _panels([case.views[:2] for case in chosen.values()], scale=1)
+    rows = [case.views[:2] for case in chosen.values()]
+    figure, axes = _panels(rows, scale=1, names=names)
     for axis, (rank, case) in zip(axes[:, 0], chosen.items(), strict=True):
         caption = case.name if len(cases) == 1 else f"{rank}: {case.name}"
         caption = f"{caption}\nmean Dice {case.dice:.3f}"
@@ -57,14 +61,14 @@ def write_overview(path: Path, cases: Sequence[CaseViews]) -> None:
     save(figure, path)
 
 
-def draw_case(case: CaseViews) -> Figure:
+def draw_case(case: CaseViews, names: Sequence[str] = CLASS_NAMES) -> Figure:
     """Draw all planes of a case, truth beside prediction."""
-    figure, _ = _panels([case.views], scale=0.7)
+    figure, _ = _panels([case.views], scale=0.7, names=names)
     figure.tight_layout(pad=0.5)
     return figure
 
 
-def panel(case: Segmented) -> np.ndarray:
+def panel(case: Segmented, names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
     """Return CT, truth and prediction of a coronal plane side by side, uint8 [H, W, 3].
 
     A voxel is a pixel, in the layout of the overview; the CT fills grey levels from its
@@ -74,7 +78,7 @@ def panel(case: Segmented) -> np.ndarray:
     ct = view.ct.astype(np.float32)
     grey = (ct - ct.min()) / max(np.ptp(ct), 1e-6)
     shown = (np.zeros_like(view.truth), view.truth, view.prediction)
-    parts = [over(grey, labels) for labels in shown]
+    parts = [over(grey, labels, names) for labels in shown]
     return np.round(255 * np.concatenate(parts, axis=1)).astype(np.uint8)
 
 
@@ -83,7 +87,7 @@ def _view(case: Segmented, plane: str) -> View:
     return cut(plane, scan.image, scan.label, case.prediction, spacing)
 
 
-def _panels(rows: Sequence[Sequence[View]], *, scale: float):
+def _panels(rows: Sequence[Sequence[View]], *, scale: float, names: Sequence[str]):
     """Draw each row's views, truth beside prediction; return figure and axes."""
     ratios = [max(v.ratio for v in views) for views in zip(*rows, strict=True)]
     ratios = [ratio for ratio in ratios for _ in "tp"]
@@ -95,5 +99,5 @@ def _panels(rows: Sequence[Sequence[View]], *, scale: float):
         for i, view in enumerate(views):
             for axis, name in zip(line[2 * i :], ("truth", "prediction"), strict=False):
                 title = f"{view.plane}, {name}"
-                draw(axis, view, getattr(view, name), title=title)
+                draw(axis, view, getattr(view, name), title=title, names=names)
     return figure, axes

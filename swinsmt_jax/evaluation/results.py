@@ -52,7 +52,7 @@ def write_results(
         write_per_class(output / "per_class.csv", evaluation)
         write_per_case(output / "per_case.csv", evaluation)
         write_json(output / "results.json", evaluation, about=about)
-        pictures.write_overview(output / "overview.png", views)
+        pictures.write_overview(output / "overview.png", views, evaluation.names)
         page = _page(evaluation, views, table=table, about=about)
         files.write_text(output / "report.html", page)
 
@@ -172,7 +172,9 @@ def _page(evaluation, views, *, table, about):
         zip(tables.case_rows(evaluation), views, strict=True),
         key=lambda pair: np.nan_to_num(pair[1].dice, nan=2.0),
     )
-    drawn = [(view, pictures.draw_case(view)) for _, view in ranked[:WORST]]
+    drawn = [
+        (view, pictures.draw_case(view, evaluation.names)) for _, view in ranked[:WORST]
+    ]
     rows = tables.class_rows(evaluation)
     ungrouped = {row["id"] for row in rows}.difference(*evaluation.groups.values())
     groups = {**evaluation.groups, "in no group": sorted(ungrouped)}

@@ -85,7 +85,7 @@ def validate(
     inference: InferenceConfig,
     num_classes: int,
     sharding: jax.sharding.Sharding | None = None,
-    draw: Callable[[Segmented], np.ndarray] | None = None,
+    draw: Callable[[Segmented, Sequence[str]], np.ndarray] | None = None,
 ) -> dict:
     """Score the cases: what the training loop logs and picks the best step by.
 
@@ -114,7 +114,9 @@ def validate(
                 sharding=sharding,
             )
             if draw is not None and len(pictures) < PICTURES:
-                pictures[f"validation/{case.name}"] = draw(segmented)
+                pictures[f"validation/{case.name}"] = draw(
+                    segmented, pipeline.class_names(data)
+                )
             found.append(dataclasses.asdict(segmented.result))
         return found
 

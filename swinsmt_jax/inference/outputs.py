@@ -70,7 +70,10 @@ KINDS = {
     "preview": Kind(
         "_preview.png",
         lambda path, result, _: pictures.write_preview(
-            path, result.volume, result.labels
+            path,
+            result.volume,
+            result.labels,
+            [result.names.get(i, "") for i in range(max(result.names, default=0) + 1)],
         ),
         "also write a picture",
     ),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from swinsmt_jax.data import label_table
 from swinsmt_jax.data.nifti import Volume
-from swinsmt_jax.labels import class_name
+from swinsmt_jax.labels import CLASS_NAMES, class_name
 from swinsmt_jax.runtime.files import replacing
 
 HU_WINDOW = (-160.0, 240.0)  # soft tissue
@@ -79,20 +79,25 @@ def _richest_plane(truth: np.ndarray, axis: int) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def over(grey: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Lay the colours of labels over grey levels in [0, 1]: RGB `[H, W, 3]`."""
+def over(grey: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Lay the colours of labels over grey levels in [0, 1]: RGB `[H, W, 3]`.
+
+    `names` are those of the label ids, the background first.
+    """
     alpha = OPACITY * (labels > 0)[..., None]
-    palette = colors_of(int(labels.max()) + 1)
+    palette = colors_of(int(labels.max()) + 1, names)
     return (1 - alpha) * grey[..., None] + alpha * palette[labels]
 
 
-def draw(axis: Axes, view: View, labels: np.ndarray, *, title: str) -> None:
+def draw(
+    axis: Axes, view: View, labels: np.ndarray, *, title: str, names: Sequence[str]
+) -> None:
     """Draw the CT of a view with labels over it on an axis."""
     low, high = HU_WINDOW
     grey = np.clip((view.ct.astype(np.float32) - low) / (high - low), 0, 1)
     axis.set_title(title, color=INK, fontsize=9)
     axis.imshow(
-        over(grey, labels),
+        over(grey, labels, names),
         extent=(0, view.extent[0], 0, view.extent[1]),
         interpolation="nearest",
     )
@@ -111,13 +116,16 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, format="png", facecolor="black")
 
 
-def write_preview(path: Path, volume: Volume, labels: np.ndarray) -> None:
+def write_preview(
+    path: Path, volume: Volume, labels: np.ndarray, names: Sequence[str] = CLASS_NAMES
+) -> None:
     """Draw CT and labels in a coronal and an axial plane and write a PNG.
 
     Args:
         path: of the picture.
         volume: the CT, int16 HU in RAS orientation.
         labels: uint8 [X, Y, Z] on its grid.
+        names: of the label ids, the background first.
     """
     views = [
         cut(plane, volume.array, labels, labels, volume.spacing)
@@ -129,21 +137,21 @@ def write_preview(path: Path, volume: Volume, labels: np.ndarray) -> None:
     axes = iter(figure.subplots(1, 4, width_ratios=ratios))
     for view in views:
         for shown in (np.zeros_like(view.truth), view.truth):
-            draw(next(axes), view, shown, title=view.plane)
+            draw(next(axes), view, shown, title=view.plane, names=names)
     figure.tight_layout(pad=0.6)
     save(figure, path)
 
 
-def colors_of(num_classes: int) -> np.ndarray:
+def colors_of(num_classes: int, names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
     """Return RGB in [0, 1] for each class, `[K, 3]`; the background is black.
 
     Colours are those of `label_table.colour`, but arteries and the heart are red and
-    veins blue, as in every atlas.
+    veins blue, as in every atlas: those that `names` of the label ids call so.
     """
     ids = range(num_classes)
     hsv = colors.rgb_to_hsv([label_table.colour(k) for k in ids])
     for words, hue in ((ARTERIES, 0.0), (VEINS, 0.61)):
-        chosen = [k for k in ids if any(w in class_name(k) for w in words)]
+        chosen = [k for k in ids if any(w in class_name(k, names) for w in words)]
         hsv[chosen, 0] = (hue + 0.03 * np.sin(3 * np.array(chosen))) % 1.0
         hsv[chosen, 1] = 0.9
     rgb = colors.hsv_to_rgb(hsv)

@@ -67,6 +67,14 @@ def assert_same(a, b):
             np.testing.assert_array_equal(x[key], y[key])
 
 
+def test_each_batch_has_memory_of_its_own(config, cases):
+    """On a CPU, JAX may share that of a batch until a step has run."""
+    a, b, c = take(3, config, cases, seed=0)
+    for key in a:
+        assert not np.shares_memory(a[key], b[key])
+        assert not np.shares_memory(a[key], c[key])
+
+
 def test_batches_have_the_shapes_and_types_promised(config, cases):
     (batch,) = take(1, config, cases, seed=0)
     assert batch["image"].shape == (4, *PATCH, 1)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from swinsmt_jax import class_map
 from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.metrics import DICE
@@ -98,3 +99,11 @@ def test_arteries_are_red_and_veins_blue():
     palette = colors_of(118)
     aorta, cava = palette[52], palette[63]
     assert aorta.argmax() == 0 and cava.argmax() == 2
+
+
+def test_colours_follow_the_names_of_the_dataset():
+    names = class_map.VERSIONS["v1"].names
+    palette = colors_of(len(names), names)
+    first = {name: palette[names.index(name)] for name in names}
+    assert first["aorta"].argmax() == 0 and first["inferior_vena_cava"].argmax() == 2
+    assert (colors_of(len(names)) != palette).any()  # ids of the releases differ

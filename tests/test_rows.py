@@ -1,9 +1,12 @@
 """Every row of the table trains and is evaluated by the same two commands."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 
@@ -94,7 +97,7 @@ def test_every_row_is_here():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_trains_and_is_evaluated(name, phantoms, tmp_path, monkeypatch):
+def test_a_row_trains_continues_and_is_evaluated(name, phantoms, tmp_path, monkeypatch):
     command = [
         "train.py",
         f"--config={ROOT}/configs/{name}.py",
@@ -105,6 +108,7 @@ def test_a_row_trains_and_is_evaluated(name, phantoms, tmp_path, monkeypatch):
         "--config.data.spacing=0",
         "--config.mesh.data=1",
         "--config.training.num_steps=2",
+        "--config.training.checkpoint_every=1",
         "--config.optimizer.warmup_steps=1",
         "--config.model.dtype=float32",
         *(f"--config.model.{key}={value}" for key, value in ROWS[name].items()),
@@ -113,8 +117,12 @@ def test_a_row_trains_and_is_evaluated(name, phantoms, tmp_path, monkeypatch):
     values = flags.FlagValues()
     train.define_flags(values)
     startup.parse(command, values)
-    state = loop.train(from_config_dict(values.config), workdir=tmp_path)
+    config = from_config_dict(values.config)
+    state = loop.train(config, workdir=tmp_path)
     assert int(state.step) == 2
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    continued = loop.train(config, workdir=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, continued, state)
 
     options = flags.FlagValues()
     evaluate.define_flags(options)

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import importlib
 import re
 
 import jax
@@ -11,6 +12,9 @@ from flax import nnx
 from swinsmt_jax import SwinSMTConfig, sharding
 from swinsmt_jax.config import MeshConfig, OptimizerConfig, from_config_dict
 from swinsmt_jax.layers.conv import Conv
+from swinsmt_jax.models import registry
+from swinsmt_jax.models.dints import DiNTSConfig
+from swinsmt_jax.models.unest import UNesTConfig
 from swinsmt_jax.training import losses, packing
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import abstract_state, initialize, shardings_of
@@ -252,15 +256,30 @@ def test_prediction_has_no_dropout(start, rng):
     np.testing.assert_array_equal(logits, predict(state.params, x))
 
 
+SMALL_SMT = SwinSMTConfig(
+    *(1, 5, 12),
+    num_experts=4,
+    num_moe_stages=3,
+    window_size=4,
+    depths=(1, 1, 1, 1),
+)
+
+
 @pytest.mark.slow
-def test_eight_devices_learn_as_one(rng):
-    small = {"window_size": 4, "depths": (1, 1, 1, 1)}
-    model = SwinSMTConfig(1, 5, 12, num_experts=4, num_moe_stages=3, **small)
+@pytest.mark.parametrize(
+    ("model", "side", "mesh"),
+    [
+        (SMALL_SMT, 32, (4, 2)),
+        (UNesTConfig(1, 5, **registry.entry("unest").tiny), 64, (8, 1)),
+        (DiNTSConfig(1, 5, **registry.entry("dints").tiny), 16, (8, 1)),
+    ],
+)
+def test_eight_devices_learn_as_one(rng, model, side, mesh):
     config = OptimizerConfig(1e-2, warmup_steps=2)
-    batches = [random_batch(rng, batch=8, side=32, classes=5) for _ in range(5)]
+    batches = [random_batch(rng, batch=8, side=side, classes=5) for _ in range(5)]
     seed = rng.integers(1 << 30)
     curves = []
-    for data, expert in ((4, 2), (1, 1)):
+    for data, expert in (mesh, (1, 1)):
         mesh = sharding.make_mesh(MeshConfig(data, expert))
         step, abstract, *_ = prepare(model, config, mesh=mesh)
         state = random_state(abstract, np.random.default_rng(seed))
@@ -299,12 +318,18 @@ def test_every_part_of_the_step_has_its_name(routing):
 
 
 @pytest.mark.parametrize(
-    "data, expert", [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)]
+    "name, data, expert",
+    [
+        ("swin_smt_paper", 2, 4),
+        *(
+            pytest.param(name, 8, 1, marks=pytest.mark.slow)
+            for name in ("swin_smt_paper", "unest", "dints")
+        ),
+    ],
 )
-def test_the_papers_step_lowers_for_gpu_and_tpu(data, expert):
-    from swinsmt_jax.configs import swin_smt_paper
-
-    config = from_config_dict(swin_smt_paper.get_config())
+def test_the_step_of_a_config_lowers_for_gpu_and_tpu(name, data, expert):
+    module = importlib.import_module(f"swinsmt_jax.configs.{name}")
+    config = from_config_dict(module.get_config())
     mesh = sharding.make_mesh(MeshConfig(data, expert))
     sharding.require_divisible(mesh, batch_size=config.data.batch_size)
     step, abstract, *_ = prepare(config.model, config.optimizer, mesh=mesh)

@@ -5,27 +5,25 @@ the next, and the operation of each. The search itself is not here.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.layers.conv import Conv, InstanceNorm
 from swinsmt_jax.layers.recompute import maybe_remat
+from swinsmt_jax.models import dints_architecture
+from swinsmt_jax.models.dints_architecture import Cell, cells
 from swinsmt_jax.models.network import Network
 from swinsmt_jax.models.registry import NetworkConfig, register
 from swinsmt_jax.models.torch_names import NameTable
 from swinsmt_jax.ops.interpolation import resize
-from swinsmt_jax.runtime.files import absolute, read_json
+from swinsmt_jax.runtime.files import absolute
 
-PUBLISHED = Path(__file__).with_name("dints_published.json")
 CHANNELS = 32  # at full resolution, times `channel_mul`
-NO_PATH = "."
 # Kernels of the convolutions of each operation; operation 0 does nothing.
 KERNELS = {
     "0": (),
@@ -36,145 +34,14 @@ KERNELS = {
 }
 
 
-class Cell(NamedTuple):
-    """A path from one block's feature map to one of the next block's.
-
-    Attributes:
-        path: its number, by target and then by source.
-        source, target: depths, 0 the finest.
-        operation: a key of `KERNELS`.
-    """
-
-    path: int
-    source: int
-    target: int
-    operation: str
-
-
-def cells(row: str) -> Iterator[Cell]:
-    """Yield the cells of a block from its row of an architecture."""
-    for path, operation in enumerate(row):
-        target, step = divmod(path + 1, 3)
-        if operation != NO_PATH:
-            yield Cell(path, target - 1 + step, target, operation)
-
-
-def read_architecture(path: Path) -> tuple[str, ...]:
-    """Return the rows of an architecture file, see `DiNTSConfig.architecture`.
-
-    It is JSON with MONAI's arrays, [blocks, 3 depths - 2]: `arch_code_a`, 1 for each
-    path that exists, and `arch_code_c`, its operation, 0 to 4; or, as in Auto3DSeg,
-    `code_a` and `code_c`. `node_a`, `num_blocks` and `num_depths` may be there, and
-    must then agree.
-
-    Raises:
-        UserError: if it is not such a file.
-    """
-    where = f"the architecture file {path}"
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise checks.UserError(
-            f"model.architecture is {str(path)!r}, which cannot be read as JSON "
-            f"({checks.one_line(error)}); name a file with the arrays arch_code_a and "
-            "arch_code_c, or leave it at 'published'."
-        ) from error
-    checks.require(isinstance(content, Mapping), f"{where} must hold a JSON object.")
-    exists, operations = (_array(content, f"code_{x}", where) for x in "ac")
-    checks.require(
-        exists.shape == operations.shape,
-        f"{where} has arch_code_a of shape {exists.shape} and arch_code_c of shape "
-        f"{operations.shape}, but they must have one: [blocks, 3 depths - 2].",
-    )
-    checks.require(
-        set(exists.flat) <= {0, 1}, f"{where}: arch_code_a must hold 0 and 1 alone."
-    )
-    checks.require(
-        set(operations[exists == 1]) <= set(map(int, KERNELS)),
-        f"{where}: arch_code_c must hold operations from 0 to 4 where a path exists.",
-    )
-    rows = tuple(
-        "".join(str(int(o)) if e else NO_PATH for e, o in zip(*block, strict=True))
-        for block in zip(exists, operations, strict=True)
-    )
-    _check(rows, where)
-    agree = {
-        "num_blocks": len(rows),
-        "num_depths": _depths(rows),
-        "node_a": _nodes(rows).tolist(),
-    }
-    for name, value in agree.items():
-        checks.require(
-            content.get(name, value) == value,
-            f"{where}: {name} is {content.get(name)}, but the paths of arch_code_a "
-            f"make it {value}.",
-        )
-    return rows
-
-
-def _array(content, name, where):
-    """Return the numbers [rows, columns] of an array of an architecture file."""
-    value = content.get(f"arch_{name}", content.get(name))
-    try:
-        array = np.array(value, float)
-    except (TypeError, ValueError):  # not numbers, or rows of unequal length
-        array = np.empty(0)
-    checks.require(
-        array.ndim == 2,
-        f"{where} must have an array arch_{name} of numbers, [blocks, 3 depths - 2].",
-    )
-    return array
-
-
-def _depths(rows):
-    return (len(rows[0]) + 2) // 3
-
-
-def _nodes(rows):
-    """Return which nodes are used, of each column and depth: 0 or 1."""
-    nodes = np.zeros((len(rows) + 1, _depths(rows)), int)
-    nodes[0, [cell.source for cell in cells(rows[0])]] = 1
-    for block, row in enumerate(rows, start=1):
-        nodes[block, [cell.target for cell in cells(row)]] = 1
-    return nodes
-
-
-def _check(rows, where):
-    """Raise `UserError` unless rows are an architecture that is connected."""
-    lengths = {len(row) for row in rows}
-    checks.require(
-        len(lengths) == 1 and min(lengths) % 3 == 1,
-        f"{where} has {len(rows)} blocks of {checks.listed(sorted(lengths)) or 'no'} "
-        "paths, but must have at least one block, and 3 depths - 2 paths in each: 4, 7,"
-        " 10.",
-    )
-    reached = set(range(_depths(rows)))  # inputs exist at every depth
-    for block, row in enumerate(rows):
-        unknown = set(row) - {NO_PATH, *KERNELS}
-        checks.require(
-            not unknown and set(row) != {NO_PATH},
-            f"{where}: block {block} is {row!r}, but must have an operation from 0 to "
-            f"4 for each path, or {NO_PATH!r} for none, and at least one path.",
-        )
-        for cell in cells(row):
-            checks.require(
-                cell.source in reached,
-                f"{where}: path {cell.path} of block {block} is not connected: it "
-                f"starts at depth {cell.source}, where no path of block {block - 1} "
-                "ends. Take the path out, or add one before it.",
-            )
-        reached = {cell.target for cell in cells(row)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class DiNTSConfig(NetworkConfig):
     """DiNTS (He et al. 2021): a topology of cells that was found by a search.
 
     Attributes:
         architecture: "published"; a file with what another search found, see
-            `read_architecture`; or its rows, which the others become, so that a
-            checkpoint needs no file: a character for each path of a block, the
-            operation 0 to 4, or "." where there is none.
+            `dints_architecture.read`; or its rows, which the others become, so that a
+            checkpoint needs no file.
         channel_mul: factor of the channels, 32 at full resolution.
         use_downsample: whether the finest cells work at half resolution.
     """
@@ -188,15 +55,17 @@ class DiNTSConfig(NetworkConfig):
     def __post_init__(self):
         rows = self.architecture
         if isinstance(rows, (str, os.PathLike)):
-            path = PUBLISHED if rows == "published" else absolute(rows)
-            object.__setattr__(self, "architecture", read_architecture(path))
+            file = dints_architecture.PUBLISHED
+            file = file if rows == "published" else absolute(rows)
+            rows = dints_architecture.read(file)
+            object.__setattr__(self, "architecture", rows)
         super().__post_init__()
-        _check(self.architecture, "model.architecture")
+        dints_architecture.check(self.architecture, "model.architecture")
 
     @property
     def num_depths(self) -> int:
         """Number of resolutions of the cells."""
-        return _depths(self.architecture)
+        return dints_architecture.depths(self.architecture)
 
     @property
     def total_stride(self) -> int:

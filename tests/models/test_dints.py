@@ -12,7 +12,8 @@ from flax import nnx
 from swinsmt_jax import convert, models
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import model_from_dict, to_dict
-from swinsmt_jax.models.dints import PUBLISHED, DiNTSConfig
+from swinsmt_jax.models.dints import DiNTSConfig
+from swinsmt_jax.models.dints_architecture import PUBLISHED
 from swinsmt_jax.ops.interpolation import resize
 
 TWO_BLOCKS = Path(__file__).with_name("dints_two_blocks.json")

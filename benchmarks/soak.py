@@ -265,7 +265,10 @@ def live(name: str, folder: Path, moment: random.Random) -> dict:
         lost.append(f"checkpoint {last(before)}")
     wrong += [f"{k} is lost" for k in lost]
     if status == 0:
-        wrong += [f"{k} is missing" for k in whole["found"] if k not in found]
+        needed = {k for k in whole["found"] if not k.startswith("checkpoint")}
+        if command.replaced:  # a signal saves other steps, and old ones are dropped
+            needed.add(f"checkpoint {last(whole['found'])}")
+        wrong += [f"{k} is missing" for k in sorted(needed - found.keys())]
         left = list(output.rglob(f"{files.PARTIAL}*")) + list(output.rglob("*-tmp*"))
         wrong += [f"{path} is left" for path in left]
         files.remove(output)

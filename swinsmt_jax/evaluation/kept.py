@@ -66,6 +66,7 @@ class Kept:
 
     def begin(self) -> None:
         """Make the folders, and remove what a killed run left half-written."""
+        files.require_no_link(self.output / FOLDER)
         for folder in (self.output, self.output / FOLDER):
             files.make_folder(folder)
             files.remove_partial(folder)

@@ -93,6 +93,15 @@ def make_folder(path: Path) -> None:
         file.flush()  # a full disk may let files begin
 
 
+def require_no_link(path: Path) -> None:
+    """Raise `UserError` for a link that others may have laid to somewhere else."""
+    checks.require(
+        not path.is_symlink(),
+        f"{path} is a link, and is not written through; remove it, or link the folder "
+        "that it lies in.",
+    )
+
+
 def remove(folder: Path) -> None:
     """Remove a folder as a whole; a `UserError` if it cannot be."""
     with (

@@ -22,6 +22,7 @@ from swinsmt_jax.training.checkpoint_folder import steps_of
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"
+FOLDERS = (CHECKPOINTS, "tensorboard", "profile", "damaged")
 
 # Keys that a run may change when it is continued. A new num_steps stretches the
 # remaining decay of the learning rate; data.root may move, since the checkpoint knows
@@ -61,7 +62,7 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
         UserError: for a path that cannot be a folder, an unreadable config.json, and a
             config that differs from the recorded one in keys outside `MAY_CHANGE`, or
             from that of another process in keys outside `MAY_DIFFER`; and a folder
-            that the processes do not share.
+            that the processes do not share; and a link in the place of a folder.
     """
     workdir = files.absolute(path)
     keys = _flat(to_dict(config)).items()
@@ -103,6 +104,9 @@ def locked(path: str | Path) -> Iterator[None]:
 def _claim(workdir, config):
     with files.writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        files.remove_partial(workdir)
+    for name in FOLDERS:
+        files.require_no_link(workdir / name)
     file = workdir / CONFIG
     if file.exists():
         recorded = recorded_config(file)

@@ -1,8 +1,12 @@
+import contextlib
 import json
 
 import pytest
 
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.runtime import record
+from swinsmt_jax.training import logs
+from swinsmt_jax.training import workdir as folders
 from swinsmt_jax.training.workdir import open_workdir, recorded_config
 
 
@@ -70,3 +74,32 @@ def test_the_record_is_plain_json(tmp_path, make_config):
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["model"]["name"] == "swin_smt"
     assert values["data"]["patch_shape"] == [32, 32, 32]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "profile", "damaged"])
+def test_no_link_in_a_workdir_is_written_through(tmp_path, make_config, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a link, and is not written"):
+        open_workdir(tmp_path / "run", make_config())
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl"])
+def test_a_link_to_a_file_is_replaced(tmp_path, make_config, name):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(target)
+    with contextlib.suppress(UserError), folders.locked(tmp_path / "run"):
+        open_workdir(tmp_path / "run", make_config())
+        record.add_start(tmp_path / "run", {})
+        with logs.open_log(tmp_path / "run", start=0, stop=1):
+            pass
+    assert target.read_text() == "precious"
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path, make_config):
+    (tmp_path / ".partial-config.json-abcdefgh").mkdir()
+    open_workdir(tmp_path, make_config())
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -13,7 +13,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -38,8 +38,10 @@ STORAGES = {
 }
 MAX_PICKLE = 2**23  # bytes; a network's names and shapes take less than one million
 # What stands beside weights, such as the best score as a number of numpy's.
-BESIDE = ("numpy.core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
-BESIDE += ("torch.device",)
+BESIDE = (
+    *("numpy.core.multiarray.scalar", "numpy.dtype", "_codecs.encode"),
+    "torch.device",
+)
 # Where training scripts put the parameters, besides the epoch and the optimiser.
 NESTED = ("state_dict", "network_weights", "model_state_dict", "model", "net")
 
@@ -117,7 +119,7 @@ def write_document(path: str | Path, document: Mapping) -> None:
     Raises:
         UserError: for a file that cannot be written.
     """
-    path, storages = absolute(path), {}
+    path, storages = absolute(path), dict[str, Any]()
     pickled = b"\x80\x02" + b"".join(_pickled(document, storages)) + b"."
     with writable(path), replacing(path) as partial:
         with zipfile.ZipFile(partial, "w") as archive:

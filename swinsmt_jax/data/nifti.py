@@ -52,11 +52,12 @@ class Volume:
     @property
     def sides(self) -> tuple[float, float, float]:
         """Voxel sides in mm as the header of the file says them, in float32."""
-        sides = np.float32(spacing_of(self.source_affine))
+        sides = np.array(spacing_of(self.source_affine), np.float32)
         if self.header is not None:
             sides = np.abs(self.header["pixdim"][1:4]) * geometry.to_mm(self.header)
         to_ras = orientations.io_orientation(self.source_affine)
-        return tuple(float(sides[i]) for i in np.argsort(to_ras[:, 0]))
+        x, y, z = (float(sides[i]) for i in np.argsort(to_ras[:, 0]))
+        return x, y, z
 
 
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:

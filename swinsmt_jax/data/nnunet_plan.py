@@ -219,8 +219,8 @@ def labels_of(
         "it must have a label id for each of them.",
     )
     written = dict(zip(order, channels, strict=True))
-    names = [written.get(i, f"label_{i}") for i in range(1, max(order) + 1)]
-    return ("background", *names), tuple(order), len(channels)
+    all_names = [written.get(i, f"label_{i}") for i in range(1, max(order) + 1)]
+    return ("background", *all_names), tuple(order), len(channels)
 
 
 def _ids(value, where):

@@ -122,7 +122,7 @@ def resized(
         nearest = _nearest(volume.shape[apart], shape[apart])
         volume, low, high = (a.take(nearest, apart) for a in (volume, low, high))
     growth = {a: shape[a] / volume.shape[a] for a in within}
-    for axis in sorted(within, key=growth.get):  # what shrinks most comes first
+    for axis in sorted(within, key=growth.__getitem__):  # what shrinks most comes first
         if growth[axis] != 1:
             matrix = _spline(volume.shape[axis], shape[axis], order)
             volume = np.moveaxis(np.tensordot(matrix, volume, (1, axis)), 0, axis)

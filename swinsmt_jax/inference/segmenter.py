@@ -224,7 +224,7 @@ def load(
 def with_options(config: InferenceConfig, options: Mapping) -> InferenceConfig:
     """Return the config with some fields changed; `UserError` for unknown ones."""
     known = {field.name for field in dataclasses.fields(config)}
-    options = with_new_keys("inference", options)
+    options = with_new_keys("inference", dict(options))
     for name in options:
         checks.one_of("an option of the inference", name, known)
     return dataclasses.replace(config, **options)

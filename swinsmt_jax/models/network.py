@@ -31,7 +31,7 @@ class Network(nnx.Module):
         self.config = config
 
     @property
-    def total_stride(self) -> int:
+    def total_stride(self) -> int | tuple[int, ...]:
         """Number of which every side of the input must be a multiple."""
         return self.config.total_stride
 

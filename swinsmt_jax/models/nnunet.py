@@ -225,7 +225,13 @@ class ResidualStack(nnx.Module):
     """`count` residual blocks in a row, of which the first has the stride."""
 
     def __init__(
-        self, channels: int, features: int, *, count: int, strides: int, **common: Any
+        self,
+        channels: int,
+        features: int,
+        *,
+        count: int,
+        strides: checks.OneOrEach,
+        **common: Any,
     ):
         first = ResidualConvs(channels, features, strides=strides, **common)
         rest = (

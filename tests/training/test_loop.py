@@ -174,7 +174,7 @@ def test_a_single_bad_step_is_counted_and_passed(tmp_path, make_config, monkeypa
     assert int(state.skipped[0]) == len(bad) and int(state.step) == 12
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_the_run_continues(
     tmp_path, make_config, monkeypatch, number
 ):
@@ -192,7 +192,7 @@ def test_a_signal_saves_and_the_run_continues(
         words = f"{number.name} received: stopped after step 4 of 7, which is saved"
         with pytest.raises(signals.Interrupted, match=words) as error:
             loop.train(config, workdir=tmp_path / "cut")
-    assert error.value.status == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    assert error.value.status == (130 if number == signal.SIGINT else 75)
     assert list(by_step(tmp_path / "cut")) == [1, 2, 3, 4]
     assert_equal_states(whole, loop.train(config, workdir=tmp_path / "cut"))
     assert by_step(tmp_path / "cut") == by_step(tmp_path / "whole")

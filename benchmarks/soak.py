@@ -54,6 +54,7 @@ def get_config():
 SIGNALS = (*(signal.SIGKILL,) * 6, signal.SIGTERM, signal.SIGINT)
 ENDED = {signal.SIGTERM: (75,), signal.SIGINT: (130,)}  # or by the signal itself
 LONGEST = 300  # seconds of a life
+PATIENCE = 20  # seconds for its processes to end
 Found = Mapping[str, str]  # what counts in an output, by name: its digest
 
 
@@ -246,7 +247,7 @@ def live(name: str, folder: Path, moment: random.Random) -> dict:
     except subprocess.TimeoutExpired:
         process.send_signal(number)
         status = process.wait(LONGEST)
-    wrong = [] if gone(process.pid) else ["processes are left"]
+    wrong = [] if gone(process.pid, PATIENCE) else ["processes are left"]
     said = (folder / "said.txt").read_text()
     passed_over = status == 1 and "passed over this time" in said
     if number is None and status != 0 and not passed_over:
@@ -291,7 +292,7 @@ def last(found: Found) -> int:
     return max(steps, default=0)
 
 
-def gone(session: int, patience: float = 20) -> bool:
+def gone(session: int, patience: float) -> bool:
     """Whether all processes of a session end within so many seconds."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
@@ -334,7 +335,7 @@ def main(options: flags.FlagValues) -> None:
 
 def summary(rounds: list[dict]) -> dict:
     """Count lives, kills and what was wrong."""
-    killed = [r for r in rounds if r["signal"]]
+    killed = [r for r in rounds if r["signal"] and r["status"] != 0]
     by_command = Counter(r["command"] for r in killed)
     return {
         "minutes": round(sum(r["seconds"] for r in rounds) / 60, 1),

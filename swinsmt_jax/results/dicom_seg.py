@@ -9,6 +9,7 @@ Facts of the standard: PS3.3 A.51 and C.8.20 (segmentation), PS3.5 A.5 (deflated
 import csv
 import functools
 import importlib.util
+import logging
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def write(path: Path, result: Result, kind: str) -> None:
     import highdicom as hd
     import pydicom
 
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells each step
     slices = dicom.slices(folder)
     frames = nifti.in_file_axes(result.labels, result.volume).transpose(2, 1, 0)
     ids = [number for number in result.names if number in result.boxes]
@@ -100,7 +102,7 @@ def write(path: Path, result: Result, kind: str) -> None:
         device_serial_number="1",
         series_description="Segmentation",
         content_label="SEGMENTATION",
-        omit_empty_frames=False,
+        omit_empty_frames=kind == "binary",  # else one for each slice and structure
         transfer_syntax_uid=pydicom.uid.RLELossless
         if kind == "labelmap"
         else pydicom.uid.ExplicitVRLittleEndian,

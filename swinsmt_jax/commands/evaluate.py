@@ -17,6 +17,10 @@ on the same footing.
 
 compares two evaluations case by case: differences by group with 95 % intervals,
 Wilcoxon's signed-rank test with Holm's correction, and effect sizes.
+
+Scores are kept by case until all are there. Where some cases fail, the others are
+scored and the exit status is 1; SIGTERM and SIGUSR1 end it with status 75, Ctrl-C with
+130. The same command continues.
 """
 
 import dataclasses

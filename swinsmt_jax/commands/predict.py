@@ -12,7 +12,8 @@ scan out/<name>.nii.gz holds the label ids on the scan's own grid, with names an
 colours in its header; --masks writes out/<name>/<class>.nii.gz instead. Files appear
 when complete. What is there stays, unless --overwrite is given, and a scan of which all
 is there is skipped. A scan that fails does not stop the others; the exit status is then
-1, and out/summary.json says why.
+1, and out/summary.json says why. SIGTERM and SIGUSR1 end it with status 75, Ctrl-C with
+130. Several processes with one output share the scans.
 """
 
 import sys

@@ -10,6 +10,7 @@ voxels if a spacing is given, chunked and compressed. Give the store to train.py
 --config.data.root. The same command again continues, and tries failed cases again.
 A case that cannot be used is named with its reason, the others go on, and the exit
 status is 1. At the end report.html and report.json in the store show what is in it.
+SIGTERM and SIGUSR1 end it with status 75, Ctrl-C with 130.
 """
 
 import sys

@@ -13,6 +13,11 @@ per_class.csv, per_case.csv, results.json, overview.png and report.html to
 evaluates files of labels, or folders of masks, that predict.py or any other tool wrote,
 on the same footing.
 
+    python evaluate.py --nnunet=Dataset001_X/nnUNetTrainer__nnUNetPlans__3d_fullres \
+        --data_root=data/x --output=results
+
+evaluates a model folder of nnU-Net v2.
+
     python evaluate.py --compare runs/a runs/b
 
 compares two evaluations case by case: differences by group with 95 % intervals,
@@ -38,6 +43,7 @@ from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import TOLERANCE
+from swinsmt_jax.inference.nnunet import load_nnunet
 from swinsmt_jax.inference.segmenter import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.windows import BLENDS
@@ -56,6 +62,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         flags.DEFINE_enum(name, default, choices, help, flag_values=values)
 
     text("workdir", None, "folder of the training run")
+    text("nnunet", None, "model folder of nnU-Net v2, instead of --workdir")
+    help = "of --nnunet, such as 0,1; or all; every fold that is there by default"
+    flags.DEFINE_list("folds", [], help, flag_values=values)
     choice("split", "test", SPLITS, "cases to evaluate")
     text("step", None, "checkpoint: best (if there was validation), latest or a number")
     text("data_root", None, "data folder, if not the training's")
@@ -145,12 +154,14 @@ def scoring(options: flags.FlagValues) -> dict:
 def evaluate(options: flags.FlagValues) -> str:
     """Evaluate as the flags say; write the files and return the table."""
     rules = scoring(options)  # what is wrong with them is said before work begins
-    workdir = absolute(options.workdir)
-    config, model, info = load_model(workdir, step=options.step)
-    network, model = computing_in(options.dtype, config.model, model)
     inference = ("overlap", "blend", "window_batch", "accumulate_on")
     given = {name: getattr(options, name) for name in inference}
     given = {name: value for name, value in given.items() if value is not None}
+    if options.nnunet:
+        return _evaluate_nnunet(options, given, rules)
+    workdir = absolute(options.workdir)
+    config, model, info = load_model(workdir, step=options.step)
+    network, model = computing_in(options.dtype, config.model, model)
     config = dataclasses.replace(
         config,
         model=network,
@@ -173,6 +184,38 @@ def evaluate(options: flags.FlagValues) -> str:
         limit=options.limit,
         step=info["step"],
         mirror=options.mirror,
+    )
+
+
+def _evaluate_nnunet(options, inference, rules):
+    """Evaluate a model folder of nnU-Net on a dataset or a store of its classes."""
+    checks.require(
+        bool(options.data_root and options.output) and not options.workdir,
+        "--nnunet needs --data_root, for scans and truth, and --output, and no "
+        "--workdir.",
+    )
+    segmenter = load_nnunet(
+        options.nnunet,
+        folds=options.folds,
+        mirror=options["mirror"].using_default_value or options.mirror,
+        dtype=options.dtype,
+        **inference,
+    )
+    root = str(absolute(options.data_root))
+    data = dataclasses.replace(segmenter.config.data, root=root)
+    config = dataclasses.replace(segmenter.config, data=data)
+    groups = pipeline.class_map(config.data).groups
+    if options.groups:
+        groups = labels.load_groups(options.groups, names=config.data.class_names)
+    return evaluate_split(
+        segmenter.predict,
+        config,
+        split=options.split,
+        groups=groups,
+        **rules,
+        output=absolute(options.output),
+        limit=options.limit,
+        segmenter=segmenter,
     )
 
 
@@ -209,7 +252,10 @@ def main(arguments: list[str]) -> None:
         found = compare.compare(first, second, split=options.split)
         print(compare.table(found, first=first, second=second))
         return
-    checks.require(bool(options.workdir), "--workdir is missing; see --help.")
+    checks.require(
+        bool(options.workdir or options.nnunet),
+        "--workdir or --nnunet is missing; see --help.",
+    )
     distributed.start()
     table = evaluate(flags.FLAGS)
     if processes.is_first():

@@ -18,7 +18,8 @@ from swinsmt_jax.evaluation.results import about_metrics, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.evaluation.validation import segment_case
-from swinsmt_jax.inference.provenance import digest_of_network
+from swinsmt_jax.inference.nnunet import NNUNetSegmenter
+from swinsmt_jax.inference.provenance import digest_of_network as digest
 from swinsmt_jax.inference.segmenter import batch_sharding, left_right_swap, predict_fn
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.operations import forward_operations
@@ -38,6 +39,7 @@ def evaluate_split(
     surface_rule: SurfaceRule | None = None,
     protocol: str | None = None,
     mirror: bool = False,
+    segmenter: NNUNetSegmenter | None = None,
 ) -> str:
     """Segment the cases of a split, write all results, and return the Dice table.
 
@@ -47,7 +49,7 @@ def evaluate_split(
     are kept by case until then, so that the same call after a failure continues.
 
     Args:
-        model: the trained network.
+        model: the trained network, or the function of the segmenter.
         config: of its experiment; `data.root` holds the cases.
         split: "train", "val" or "test".
         groups: class ids by group, the columns of the table.
@@ -57,6 +59,7 @@ def evaluate_split(
         step: of the checkpoint, for the record.
         metrics, surface_rule, protocol: as in `metrics.chosen_metrics`.
         mirror: average over windows and their mirror images.
+        segmenter: of a model folder of nnU-Net; it says how scans are seen.
 
     Raises:
         SomeFailedError: after all cases, for bad files, and labels unknown to the
@@ -66,13 +69,23 @@ def evaluate_split(
     checks.in_range("limit", limit, 0, 10**9)
     chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)
     data, names = config.data, config.data.class_names
-    num_classes = config.model.out_channels
-    exchanged = left_right_swap(names, num_classes=num_classes) if mirror else None
-    predict = predict_fn(model, exchanged=exchanged)
+    num_classes = config.model.out_channels if segmenter is None else len(names)
+    if segmenter is None:
+        exchanged = left_right_swap(names, num_classes=num_classes) if mirror else None
+        predict, network = predict_fn(model, exchanged=exchanged), digest(model)
+        made, seen = f"checkpoint of step {step}", {}
+    else:
+        predict, network, mirror = model, segmenter.network, segmenter.mirror
+        made = f"nnU-Net, {', '.join(segmenter.folds)}"
+        seen = {
+            "view": segmenter.view_of,
+            "decision": segmenter.decision,
+            "channels": segmenter.plan.channels,
+        }
 
     how = about_metrics(chosen, surface_rule=surface_rule, protocol=protocol)
     decides = {**to_dict(config), "mirror": mirror, "metrics": how}
-    decides |= {"network": digest_of_network(model), "surfaces": repr(surface_rule)}
+    decides |= {"network": network, "surfaces": repr(surface_rule)}
     so_far = kept.Kept(output, kept.key_of(decides))
 
     def find():
@@ -91,6 +104,7 @@ def evaluate_split(
             sharding=batch_sharding(),
             metrics=chosen,
             surface_rule=surface_rule,
+            **seen,
         )
         return segmented.result, views_of(segmented)
 
@@ -134,7 +148,7 @@ def evaluate_split(
         Evaluation(results, groups, rule, names),
         views,
         about=about,
-        title=f"{len(results)} cases of the split {split!r}, checkpoint of step {step}",
+        title=f"{len(results)} cases of the split {split!r}, {made}",
         note=note,
     )
     processes.on_first(so_far.end)

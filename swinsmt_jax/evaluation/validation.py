@@ -10,12 +10,14 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig, InferenceConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.data.network_view import network_view
+from swinsmt_jax.data.network_view import NetworkView, network_view
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.metrics import DICE, Metric
 from swinsmt_jax.evaluation.scoring import Evaluation, Segmented, score
 from swinsmt_jax.evaluation.surface import SurfaceRule
+from swinsmt_jax.inference.grid import LARGEST, Decision
 from swinsmt_jax.inference.segmenter import segment
 from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.runtime import processes
@@ -33,6 +35,9 @@ def segment_case(
     sharding: jax.sharding.Sharding | None = None,
     metrics: Sequence[Metric] = (DICE,),
     surface_rule: SurfaceRule | None = None,
+    view: Callable[[Sample], NetworkView] | None = None,
+    decision: Decision = LARGEST,
+    channels: int | None = None,
 ) -> Segmented:
     """Return a case with its prediction, compared on the scan's own grid.
 
@@ -42,6 +47,9 @@ def segment_case(
         data: of the experiment whose network `predict` is.
         inference, num_classes, sharding: as in `inference.segmenter.segment`.
         metrics, surface_rule: what is measured, as in `scoring.score`.
+        view: what the network is shown of a case, if not what `data` says.
+        decision: how its logits become labels.
+        channels: of the logits, if not one for each class.
 
     Raises:
         UserError: for bad files, or labels that the network has no output for.
@@ -54,18 +62,22 @@ def segment_case(
         f"out_channels is {num_classes}, so its labels end at {num_classes - 1}; "
         "evaluate on data with the classes of the training.",
     )
-    view = network_view(
-        scan.image, scan.affine, spacing=data.spacing, hu_range=data.hu_range
-    )
+    if view is None:
+        shown = network_view(
+            scan.image, scan.affine, spacing=data.spacing, hu_range=data.hu_range
+        )
+    else:
+        shown = view(scan)
     start = time.perf_counter()
     with checks.named(f"case {case.name!r}"):
         prediction = segment(
             predict,
-            view,
+            shown,
             window=data.patch_shape,
-            num_classes=num_classes,
+            num_classes=channels or num_classes,
             inference=inference,
             sharding=sharding,
+            decision=decision,
         )
     return score(
         scan,

@@ -27,9 +27,10 @@ from swinsmt_jax.config import (
 from swinsmt_jax.convert import nnunet_folder
 from swinsmt_jax.convert.nnunet_folder import ModelFolder
 from swinsmt_jax.data.network_view import NetworkView
-from swinsmt_jax.data.nifti import Volume
+from swinsmt_jax.data.nifti import Volume, spacing_of
 from swinsmt_jax.data.nnunet_plan import Plan
 from swinsmt_jax.data.nnunet_view import nnunet_view
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.inference.grid import Decision
 from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.segmenter import Segmenter, computing_in, with_options
@@ -68,6 +69,16 @@ class NNUNetSegmenter(Segmenter):
         """What decides the labels of a scan, for the record."""
         spacing = list(self.plan.spacing)
         return super().made_by | {"folds": list(self.folds), "spacing": spacing}
+
+    def view_of(self, sample: Sample) -> NetworkView:
+        """Return what the network is shown of a case of a dataset or a store."""
+        source = sample.source_affine  # a store has RAS orientation
+        return nnunet_view(
+            sample.image,
+            spacing=np.array(spacing_of(sample.affine), np.float32).tolist(),
+            source_affine=sample.affine if source is None else source,
+            plan=self.plan,
+        )
 
     def view(self, volume: Volume) -> NetworkView:
         """Return what the network is shown of a scan in RAS orientation."""

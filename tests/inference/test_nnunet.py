@@ -3,7 +3,10 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +18,7 @@ from swinsmt_jax.convert import nnunet_folder
 from swinsmt_jax.inference.grid import Decision
 from swinsmt_jax.inference.sliding_window import sliding_window
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"A": "Dataset901_PhantomOrgans", "B": "Dataset902_PhantomBones"}
 CASES = "t1_ras t2_lps_11mm t3_permuted t4_thick_zeros t5_short_oblique t6_real".split()
 MODES = {"fold0_nomirror": (("0",), False), "folds01_mirror": (("0", "1"), True)}
@@ -265,3 +269,23 @@ def test_any_name_of_a_tensor_will_do_but_all_must_agree(root):
     unequal[last[0]] = weights[last[0]] + 1
     with pytest.raises(UserError, match="different values under two names"):
         nnunet_folder.load_torch(model, unequal)
+
+
+@pytest.mark.slow
+def test_it_is_evaluated_like_any_run(root, tmp_path):
+    """On a store of nnU-Net's own raw folder; the Dice is that of its labels."""
+    raw = root / "raw" / FOLDERS["A"]
+    store = ["preprocess.py", f"--source={raw}", f"--store={tmp_path / 'store'}"]
+    command = [
+        *("evaluate.py", f"--nnunet={root / FOLDERS['A']}", "--folds=0", "--nomirror"),
+        *(f"--data_root={tmp_path / 'store'}", f"--output={tmp_path / 'out'}"),
+        *("--split=test", "--surface_tolerance=0", "--limit=1"),
+    ]
+    for line in (store, command):
+        done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+    cases = json.loads((tmp_path / "out/results.json").read_text())["cases"]
+    (case,) = cases.values()
+    found = [case["dice"][name] for name in case["dice"]]
+    theirs = [0.91, 0.57, 0.67, 0.70, 0.71, 0.83, 0.58]  # of t1_ras, by nnU-Net
+    np.testing.assert_allclose(found, theirs, atol=0.006)

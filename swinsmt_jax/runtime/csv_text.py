@@ -2,9 +2,11 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets calculate
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 def as_csv(rows: Iterable[Iterable[object]]) -> str:
@@ -21,5 +23,6 @@ def read_cell(text: str) -> str:
 
 
 def _cell(value):
-    formula = isinstance(value, str) and value.startswith(FORMULA)
-    return f"'{value}" if formula else value
+    if not isinstance(value, str) or NUMBER.fullmatch(value):
+        return value
+    return f"'{value}" if value.startswith(FORMULA) else value

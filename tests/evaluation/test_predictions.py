@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from swinsmt_jax.evaluation.metrics import METRICS
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.runtime.processes import SomeFailedError
@@ -114,7 +115,7 @@ def test_results_say_what_each_number_is(truth, tmp_path):
     head = " ".join(table[: table.index("Dice (%)")].split())
     page = (tmp_path / "results" / "report.html").read_text()
     assert head in " ".join(html.unescape(page).split())
-    assert len(found["definitions"]) == 8
+    assert len(found["definitions"]) == len(METRICS)
     for name, definition in found["definitions"].items():
         assert definition in head, name
     assert "Tolerance of surface Dice: 3.0 mm" in head

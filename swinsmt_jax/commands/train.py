@@ -29,6 +29,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     help = "weights to begin a new run with: a workdir, .pt, .pth or .safetensors"
     flags.DEFINE_string("start_from", None, help, flag_values=values)
+    help = "begin also where little of --start_from fits: another width, no encoder"
+    flags.DEFINE_bool("partial", False, help, flag_values=values)
     help = "steps to trace into <workdir>/profile"
     flags.DEFINE_integer("profile", 0, help, lower_bound=0, flag_values=values)
     distributed.define_flags(values)
@@ -43,7 +45,9 @@ def main(arguments: list[str]) -> None:
     start_from = None
     if flags.FLAGS.start_from:
         start_from = functools.partial(
-            starting_point.start_from, flags.FLAGS.start_from
+            starting_point.start_from,
+            flags.FLAGS.start_from,
+            partial=flags.FLAGS.partial,
         )
     loop.train(
         config,

@@ -12,15 +12,17 @@ train.py as --start_from. --to=nnunet writes a model folder with which nnU-Net v
 predicts, of a run of one of its networks at a spacing of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import optax
 from absl import flags, logging
 
-from swinsmt_jax import checks, convert, labels, sharding
+from swinsmt_jax import checks, class_map, convert, labels, sharding
 from swinsmt_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from swinsmt_jax.convert import files, nnunet_writer, starting_point
+from swinsmt_jax.convert.prefixes import renamed
 from swinsmt_jax.runtime import record, startup
 from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training import checkpoint, state
@@ -35,10 +37,27 @@ NEEDED = {  # flags of each direction
 
 
 def from_torch(
-    config: ExperimentConfig, *, weights: str, workdir: str, partial: bool
+    config: ExperimentConfig,
+    *,
+    weights: str,
+    workdir: str,
+    partial: bool,
+    classes: Sequence[str] = (),
 ) -> None:
-    """Write a workdir whose only checkpoint, of step 0, holds the weights."""
-    config = _with_names(config)
+    """Write a workdir whose only checkpoint, of step 0, holds the weights.
+
+    Args:
+        config: of the experiment.
+        weights, workdir: to read and to make.
+        partial: take what fits.
+        classes: names of the label ids from 1 on, or one of `class_map.VERSIONS`; empty
+            takes those of `data.classes`, or else neutral ones.
+
+    Raises:
+        UserError: for weights that cannot be read or do not fit, and a workdir that
+            holds checkpoints; nothing is written then.
+    """
+    config = _with_names(config, classes)
     found, optimizer = files.read(weights), optax.identity()
     graphdef, abstract = state.abstract_state(
         config.model,
@@ -63,41 +82,46 @@ def from_torch(
     print(f"written to {folder}")
 
 
-def _with_names(config):
+def _with_names(config, classes):
     """Return a config that names every class of the network as told, or neutrally."""
-    given, count = config.data.classes, config.model.out_channels - 1
+    given, count = tuple(classes) or config.data.classes, config.model.out_channels - 1
+    if len(given) == 1 and given[0] in class_map.VERSIONS:
+        given = class_map.VERSIONS[given[0]].names[1:]
+    elif given:
+        given = class_map.make(given, {}, where="data.classes").names[1:]
     checks.require(
         not given or len(given) == count,
         f"data.classes has {len(given)} names, but the network gives {count} classes "
         "besides the background; name them all, in the order of their ids.",
     )
-    if given or count == labels.NUM_CLASSES - 1:
-        return config
-    logging.warning(
-        "The %d classes are called class_1, class_2 and so on, as weights do not tell "
-        "names; give them as --config.data.classes=\"('spleen', ...)\".",
-        count,
-    )
-    names = tuple(labels.names_by_id((), num_classes=count + 1).values())
-    return replace(config, data=replace(config.data, classes=names))
+    if not given:
+        logging.warning(
+            "The %d classes are called class_1, class_2 and so on, as weights do not "
+            "tell names; give them as --classes=spleen,liver,..., or --classes=v2 for "
+            "TotalSegmentator's.",
+            count,
+        )
+        given = tuple(labels.names_by_id((), num_classes=count + 1).values())
+    return replace(config, data=replace(config.data, classes=given))
 
 
 def _load(model, found, partial):
     """Load the weights, and say what became of them."""
     if partial:
-        print(starting_point.load_what_fits(model, found))
+        print(starting_point.load_what_fits(model, found, partial=True))
         return ""
     try:
         convert.load_torch(model, found)
     except checks.UserError as error:
         raise checks.UserError(
-            f"{error}\n--partial takes what fits and lists the rest."
+            f"{error} --partial takes what fits and lists the rest."
         ) from error
     known = convert.to_torch(model)
-    more = len([name for name in found if name.removeprefix("module.") not in known])
+    named, words = renamed(found, known)
+    more = len(named.keys() - known.keys())
     print(
         f"{len(found) - more} parameters loaded, and all that the network has; {more} "
-        "buffers of the weights not needed"
+        f"buffers of the weights not needed{'; ' if words else ''}{words}"
     )
     return ""
 
@@ -156,6 +180,7 @@ def main(arguments: list[str]) -> None:
         weights=options.weights,
         workdir=options.workdir,
         partial=options.partial,
+        classes=options.classes,
     )
 
 
@@ -172,5 +197,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     choices, help = ["torch", "nnunet"], "format to write"
     flags.DEFINE_enum("to", None, choices, help, flag_values=values)
     text("step", "checkpoint: a number, 'best' or 'latest'")
+    help = "names of the label ids from 1 on; or v1, v2, total_v3 (TotalSegmentator)"
+    flags.DEFINE_list("classes", [], help, flag_values=values)
     help = "take what fits and list the rest"
     flags.DEFINE_bool("partial", False, help, flag_values=values)

@@ -12,11 +12,12 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.convert import files
-from swinsmt_jax.convert.torch_state import load_torch, to_torch
+from swinsmt_jax.convert.prefixes import renamed
+from swinsmt_jax.convert.torch_state import load_torch, names_by_path, some, to_torch
 from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training.checkpoint import load_model
 
-SHOWN = 8
+LEAST = 0.5  # share of what must fit, unless less is asked for
 
 
 @dataclass(frozen=True)
@@ -28,43 +29,52 @@ class Report:
         other_shape: names that both have, with the shapes (given, the network's).
         missing: names that the weights lack.
         unused: names that the network lacks.
+        share: of the network's values that were loaded.
+        renamed: which prefix was exchanged, in words.
     """
 
     loaded: tuple[str, ...]
     other_shape: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    share: float
+    renamed: str = ""
 
     def __str__(self) -> str:
         """Say it in lines, one for each kind."""
         shapes = [f"{n} {a} for {b}" for n, (a, b) in self.other_shape.items()]
-        lines = [f"{len(self.loaded)} parameters loaded"]
+        lines = [
+            f"{len(self.loaded)} parameters loaded, {self.share:.0%} of the network's "
+            f"values{'; ' if self.renamed else ''}{self.renamed}"
+        ]
         for names, words in (
             (shapes, "of another shape, so newly initialised"),
             (self.missing, "not in the weights, so newly initialised"),
             (self.unused, "of the weights not used"),
         ):
             if names:
-                more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                listed = ", ".join(names[:SHOWN])
-                lines.append(f"{len(names)} {words}: {listed}{more}")
+                lines.append(f"{len(names)} {words}: {some(names)}")
         return "\n".join(lines)
 
 
-def load_what_fits(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> Report:
+def load_what_fits(
+    model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, partial: bool = False
+) -> Report:
     """Replace the parameters of `model` that a state dictionary has in the same shape.
 
     Args:
         model: made by `models.create`.
-        state_dict: arrays under PyTorch's names. Those of MONAI's self-supervised Swin
-            encoder are understood too: the prefix `module.`, no `swinViT.`, and `fc1`
-            and `fc2` for `linear1` and `linear2`.
+        state_dict: arrays under PyTorch's names, but for one prefix (`renamed`). Those
+            of MONAI's self-supervised Swin encoder are understood too: no `swinViT.`,
+            and `fc1` and `fc2` for `linear1` and `linear2`.
+        partial: take also weights of another width, and those without an encoder.
 
     Raises:
-        UserError: if nothing fits; the model is unchanged.
+        UserError: if nothing fits, or so little, unless `partial`; the model is
+            unchanged.
     """
     own = to_torch(model)
-    given = _as_published(state_dict, own)
+    given, words = _as_published(state_dict, own)
     fitting = {n: np.asarray(a) for n, a in given.items() if n in own}
     wrong = {
         name: (array.shape, own[name].shape)
@@ -78,10 +88,38 @@ def load_what_fits(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> R
         f"{', '.join(list(given)[:3])}, the network's like {', '.join(list(own)[:3])}, "
         f"and {len(wrong)} have its names but other shapes.",
     )
+    sizes = {name: array.size for name, array in own.items()}
+    share = sum(sizes[name] for name in loaded) / sum(sizes.values())
+    if not partial:
+        misfit = sum(sizes[name] for name in wrong)
+        name, shapes = next(iter(wrong.items()), ("", ((), ())))
+        checks.require(
+            misfit <= LEAST * sum(sizes[name] for name in fitting),
+            f"the weights are of another width: {len(wrong)} of {len(fitting)} "
+            f"parameters have other shapes, such as {name} {shapes[0]} for {shapes[1]},"
+            f" and {share:.0%} of the network's values would be loaded. Take the "
+            "config of the weights, or ask for what fits with --partial.",
+        )
+        _require_encoder(model, loaded)
     load_torch(model, own | {name: fitting[name] for name in loaded})
     missing = tuple(name for name in own if name not in given)
     unused = tuple(name for name in given if name not in own)
-    return Report(loaded, wrong, missing, unused)
+    return Report(loaded, wrong, missing, unused, share, words)
+
+
+def _require_encoder(model, loaded):
+    """Raise `UserError` if most parts of the encoder would stay random."""
+    parts = [
+        names <= set(loaded)
+        for path, names in names_by_path(model).items()
+        if model.config.layer_decay_stage(path)
+    ]
+    checks.require(
+        sum(parts) >= LEAST * len(parts),
+        f"the weights have {sum(parts)} of the {len(parts)} parameters of the encoder, "
+        "which would begin at random. Take weights of this network, or ask for what "
+        "fits with --partial.",
+    )
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
@@ -98,30 +136,23 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     return files.read(path)
 
 
-def start_from(path: str | Path) -> Callable[[nnx.Module], Report]:
+def start_from(
+    path: str | Path, *, partial: bool = False
+) -> Callable[[nnx.Module], Report]:
     """Read weights; return the function that puts what fits into a network.
 
     Raises:
         UserError: as `read_weights`, and the function as `load_what_fits`.
     """
-    return functools.partial(load_what_fits, state_dict=read_weights(path))
+    weights = read_weights(path)
+    return functools.partial(load_what_fits, state_dict=weights, partial=partial)
 
 
 def _as_published(state_dict, own):
-    """Return the weights under the names of the published networks."""
-    names = [name.removeprefix("module.") for name in state_dict]
-    encoder_alone = not any(n.startswith("swinViT.") for n in names) and any(
-        n.startswith("swinViT.") for n in own
-    )
-    if encoder_alone and any(n.startswith("patch_embed.") for n in names):
-        names = [f"swinViT.{name}" for name in names]
-    names = [
-        name if name in own else re.sub(r"\.fc([12])\.", r".linear\1.", name)
-        for name in names
-    ]
-    arrays = dict(zip(names, state_dict.values(), strict=True))
+    """Return weights under the names of the published networks, and what was done."""
+    arrays, words = renamed(state_dict, own)
     return {
-        name: array
+        name if name in own else re.sub(r"\.fc([12])\.", r".linear\1.", name): array
         for name, array in arrays.items()
         if not name.endswith("relative_position_index")
-    }
+    }, words

@@ -1,17 +1,19 @@
 """Load a PyTorch state dictionary into a model, and write one from it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from swinsmt_jax import checks
+from swinsmt_jax.convert.prefixes import renamed
 from swinsmt_jax.models.registry import entry_of
 from swinsmt_jax.models.torch_names import Layout, NameTable
 
-PREFIXES = ("module.", "_orig_mod.")  # of networks that were distributed or compiled
+SHOWN = 8  # names of a kind in a message
 
 
 def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
@@ -20,22 +22,20 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     Args:
         model: a network made by `models.create`.
         state_dict: arrays (or CPU tensors) under PyTorch's names, in PyTorch's layouts.
-            A prefix "module." or "_orig_mod." of every name and what the network's
+            One prefix of the names, such as `module.` or `net.`, and what the network's
             `NameTable` calls unneeded are passed over. Of tensors that PyTorch writes
             under several names, one will do.
 
     Raises:
         UserError: if names are missing or unexpected, shapes differ, numbers are not
-            finite, or two names of one tensor hold different values; the message lists
-            them all and the model is unchanged.
+            finite, or two names of one tensor hold different values; the message names
+            the first of them, and the model is unchanged.
     """
     table, targets = _table(model), _targets(model)
-    names = list(state_dict)
-    prefix = next(
-        (p for p in PREFIXES if names and all(n.startswith(p) for n in names)), ""
-    )
-    given = {name.removeprefix(prefix): state_dict[name] for name in names}
     expected = {name for target in targets.values() for name in target.names}
+    given, words = renamed(state_dict, expected)
+    if words:
+        logging.info("%s", words)
     for name in given.keys() - expected:
         if re.fullmatch(table.unneeded, name):
             del given[name]
@@ -52,13 +52,13 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
         not wrong,
         "the state dictionary is of another configuration, for these shapes differ. "
         "Check the config's channels, and what else decides sizes, such as num_experts "
-        f"and window_size.{_lines(wrong)}",
+        f"and window_size: {some(wrong)}.",
     )
     broken = sorted(name for name in expected if not np.isfinite(given[name]).all())
     checks.require(
         not broken,
         f"{len(broken)} arrays of the state dictionary hold NaN or infinite numbers; "
-        f"take weights from before the training diverged.{_lines(broken)}",
+        f"take weights from before the training diverged: {some(broken)}.",
     )
     for target in targets.values():
         target.read(given)
@@ -131,6 +131,11 @@ def _targets(model) -> dict[str, _Target]:
     return targets
 
 
+def names_by_path(model: nnx.Module) -> dict[str, set[str]]:
+    """Return PyTorch's names of the tensors that make up each parameter."""
+    return {path: set(target.names) for path, target in _targets(model).items()}
+
+
 def _parent(model, path):
     """Return the module that holds the parameter of a path."""
     for part in path.split("/")[:-1]:
@@ -164,7 +169,7 @@ def _drop_aliases(table, expected, given):
     checks.require(
         not unequal,
         "the state dictionary holds different values under two names of one tensor; "
-        f"write it again from the PyTorch network.{_lines(sorted(unequal))}",
+        f"write it again from the PyTorch network: {some(sorted(unequal))}.",
     )
 
 
@@ -175,10 +180,12 @@ def _compare_names(expected, given):
         f"the state dictionary does not fit the model: {len(missing)} names are missing"
         f" and {len(unexpected)} are unexpected. Check the fields of the config that "
         "decide which parts there are, such as num_moe_stages, residual_conv and "
-        f"depths.{_lines(missing, 'missing: ')}{_lines(unexpected, 'unexpected: ')}",
+        f"depths. Missing: {some(missing) or 'none'}; unexpected: "
+        f"{some(unexpected) or 'none'}.",
     )
 
 
-def _lines(items, before=""):
-    """All items, each on a line of its own."""
-    return "".join(f"\n  {before}{item}" for item in items)
+def some(items: Sequence[object]) -> str:
+    """Return the first items in words, and how many more there are."""
+    more = f", and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(map(str, items[:SHOWN])) + more

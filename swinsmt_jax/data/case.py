@@ -101,7 +101,8 @@ def load_case(
             case.segmentation, ct, classes, kept
         )
     else:
-        label = nifti.load_labels(case.segmentation, classes=classes, on=ct).array
+        found = nifti.load_labels(case.segmentation, classes=classes, on=ct)
+        label, notes = found.array, found.notes
         if kept != classes:
             ids = {name: i for i, name in enumerate(kept.names)}
             table = [ids.get(name, 0) for name in classes.names]

@@ -42,8 +42,8 @@ def import_scan(
     for split in splits:
         checks.one_of("split", split, meta.SPLITS)
     meta.require_id("case", case)
-    image, label = nifti.load_ct(ct), nifti.load_labels(labels)
-    nifti.require_same_grid(label, image)
+    image = nifti.load_ct(ct)
+    label = nifti.noted(nifti.load_labels(labels, on=image))
     names = [case] if len(splits) == 1 else [f"{case}_{split}" for split in splits]
     root.mkdir(parents=True, exist_ok=True)
     with files.claimed(root / LOCK, wait=True):

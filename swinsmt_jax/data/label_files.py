@@ -7,9 +7,7 @@ from absl import logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import geometry, itk_file, nifti, resampling
-
-SUFFIXES = (".nii.gz", ".nii", *itk_file.SUFFIXES)
+from swinsmt_jax.data import geometry, nifti, nifti_file, resampling
 
 
 def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.ndarray:
@@ -27,7 +25,7 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
             or classes.
     """
     if not path.is_dir():
-        return nifti.load_labels(path, classes=classes, on=like).array
+        return _told(nifti.load_labels(path, classes=classes, on=like)).array
     masks, wanted = masks_in(path), classes.names[1:]
     for name, file in masks.items():
         checks.require(
@@ -47,10 +45,7 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
         )
     ids = {name: i for i, name in enumerate(classes.names)}
     files = {masks[name]: ids[name] for name in wanted if name in masks}
-    merged = nifti.load_masks(files, on=like)
-    for note in merged.notes:
-        logging.warning("%s", note)
-    return merged.label
+    return _told(nifti.load_masks(files, on=like)).label
 
 
 def load_regridded(
@@ -77,8 +72,10 @@ def load_regridded(
 
 def masks_in(folder: Path) -> dict[str, Path]:
     """Return {class: file} of a folder of masks; hidden files are none."""
-    return {
-        file.name.removesuffix(suffix): file
-        for suffix in SUFFIXES
-        for file in sorted(folder.glob(f"[!.]*{suffix}"))
-    }
+    return {nifti_file.stem(file): file for file in nifti_file.files_in(folder)}
+
+
+def _told(found):
+    for note in found.notes:
+        logging.warning("%s", note)
+    return found

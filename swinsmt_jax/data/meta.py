@@ -81,7 +81,7 @@ def read(root: Path, *, refused: dict[str, str] | None = None) -> dict[str, str]
         )
     entries: Iterable[Any] = (
         (f"line {n} of {path}", *((row[c] or "").strip() for c in needed))
-        for n, row in enumerate(rows, start=2)
+        for n, row in rows.items()
     )
     return collect(entries, refused=refused)
 
@@ -95,22 +95,33 @@ def add(root: Path, splits: dict[str, str]) -> None:
     columns, rows = ["image_id", "split"], []
     if path.is_file():
         columns, found = _table(path)
-        rows = [row for row in found if row["image_id"] not in splits]
+        rows = [r for r in found.values() if r["image_id"] not in splits]
     rows += [{"image_id": name, "split": split} for name, split in splits.items()]
     with files.replacing(path) as partial:
         with partial.open("w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.DictWriter(file, columns, delimiter=";")
-            writer.writeheader()
-            writer.writerows(rows)
+            writer = csv.writer(file, delimiter=";")
+            writer.writerow(columns)
+            for row in rows:
+                fields = [row.get(column) for column in columns]
+                writer.writerow([*fields, *row.get(None, ())])
 
 
 def _table(path):
-    """Return columns and rows of meta.csv."""
+    """Return columns of meta.csv, and {line: row} of those that are not empty."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=";")
-            return list(reader.fieldnames or ()), list(reader)
+            columns = list(reader.fieldnames or ())
+            lines = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise checks.UserError(
             f"{path} cannot be read: {error}; save it as CSV in UTF-8."
         ) from error
+    for _, row in lines:
+        if not any(map(str.strip, row.get(None, ()))):  # behind the last column
+            row.pop(None, None)
+    return columns, {
+        number: row
+        for number, row in lines
+        if any(str(field or "").strip() for field in row.values())
+    }

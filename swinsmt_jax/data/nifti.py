@@ -113,7 +113,15 @@ def from_array(
 
     Messages call it `path`; of a DICOM series, whose tags say that it is a CT in HU.
     """
-    volume = _checked(path or Path("the array"), np.asarray(hu), affine)
+    name = path or Path("the array")
+    try:
+        hu, affine = np.asarray(hu), np.asarray(affine, np.float64)
+    except (TypeError, ValueError) as error:
+        raise checks.UserError(
+            f"{name} or its affine cannot be read as numbers: {checks.one_line(error)}."
+        ) from error
+    hu = hu.reshape(nifti_file.without_last_ones(hu.shape))
+    volume = _checked(name, hu, affine)
     sheared = geometry.sheared_note(volume.path, volume.source_affine)
     doubts = () if path else _doubts(volume, modality)
     return _as_ct(volume, *sheared, *doubts, whole=whole)
@@ -156,13 +164,14 @@ def load_labels(
     """Read a multi-label segmentation as uint8 label ids in RAS orientation.
 
     Where the header names the ids, they become those of the classes with these names.
+    A map that was cut to a box of `on` is put in its place, and noted; no other notes.
 
     Raises:
         UserError: as `load_ct`, and for values that are not label ids of the classes,
             or have names in the header that no class has. Where `on` is given, as
             `require_same_grid`, before voxels are read.
     """
-    volume = _load(path, on)
+    volume = _load_on(path, on)
     voxels.require_finite(volume.path, volume.array)
     array, last = volume.array, classes.num_classes - 1
     if array.dtype.kind == "f":
@@ -191,15 +200,15 @@ def load_labels(
 def load_mask(path: str | Path, *, on: Volume | None = None) -> Volume:
     """Read one structure's mask as bool in RAS orientation; see `voxels.mask`.
 
-    Its notes are of its values alone.
+    It is put on the grid of `on`, and noted, as in `load_labels`.
 
     Raises:
         UserError: as `load_ct` and `voxels.mask`. Where `on` is given, as
             `require_same_grid`, before voxels are read.
     """
-    volume = _load(path, on)
+    volume = _load_on(path, on)
     array, notes = voxels.mask(volume.path, volume.array)
-    return replace(volume, array=array, notes=notes)
+    return replace(volume, array=array, notes=volume.notes + notes)
 
 
 class Merged(NamedTuple):
@@ -243,44 +252,45 @@ def load_masks(values: Mapping[Path, int] | Mapping[str, int], *, on: Volume) ->
     return Merged(np.ascontiguousarray(label), claimed, notes, found)
 
 
-def require_same_grid(volume: Volume, reference: Volume) -> None:
-    """Raise `UserError` unless both volumes have the same voxels in the same place.
+def require_same_grid(volume: Volume, reference: Volume) -> tuple[slice, ...]:
+    """Raise `UserError` unless voxels lie on a reference's, and return on which.
 
-    The grids, both in RAS, must have one shape, and no corner of one may lie further
-    than `GRID_TOLERANCE` voxels from the other's.
+    The volume, both in RAS, must have the grid of the reference, or one of fewer voxels
+    that was cut out of it. No corner may lie further than `GRID_TOLERANCE` voxels away.
     """
     grid, wanted = volume.array.shape, reference.array.shape
+    to_voxels = np.linalg.inv(reference.affine) @ volume.affine
+    shift = np.eye(4)
+    if grid != wanted:
+        shift[:3, 3] = np.rint(to_voxels[:3, 3])
+    miss = geometry.corner_distance(grid, to_voxels, shift)
+    start = shift[:3, 3].astype(int).tolist()
+    box = tuple(slice(a, a + n) for a, n in zip(start, grid, strict=True))
     remedy = (
         f"{geometry.difference(grid, volume.affine, wanted, reference.affine)}. A "
         "segmentation must lie on the voxel grid of its CT: resample it; evaluate.py "
         "--regrid does that with predictions."
     )
+    inside = all(0 <= b.start and b.stop <= n for b, n in zip(box, wanted, strict=True))
     checks.require(
-        grid == wanted,
+        grid == wanted or (inside and miss <= GRID_TOLERANCE),
         f"{volume.path} has shape {grid} in RAS orientation, but {reference.path} has "
         f"shape {wanted}: {remedy}",
     )
-    miss = _corners_apart(volume, reference)
     checks.require(
         miss <= GRID_TOLERANCE,
         f"the affine of {volume.path} places its voxels up to {miss:.2f} voxels away "
         f"from those of {reference.path}, more than the {GRID_TOLERANCE} allowed: "
         f"{remedy}",
     )
+    return box
 
 
 def same_grid(volume: Volume, reference: Volume) -> bool:
-    """Tell whether `require_same_grid` would pass."""
-    return (
-        volume.array.shape == reference.array.shape
-        and _corners_apart(volume, reference) <= GRID_TOLERANCE
-    )
-
-
-def _corners_apart(volume, reference):
-    """Return the most voxels by which a corner of one grid misses the other's."""
-    to_voxels = np.linalg.inv(reference.affine) @ volume.affine
-    return geometry.corner_distance(reference.array.shape, to_voxels, np.eye(4))
+    """Tell whether two volumes in RAS have the same voxels in the same place."""
+    shape, to_voxels = volume.array.shape, np.linalg.inv(reference.affine)
+    miss = geometry.corner_distance(shape, to_voxels @ volume.affine, np.eye(4))
+    return shape == reference.array.shape and miss <= GRID_TOLERANCE
 
 
 def save_labels(
@@ -341,7 +351,7 @@ def write(
     """
     path = absolute(path)
     checks.require(
-        path.name.endswith(WRITTEN),
+        path.name.lower().endswith(WRITTEN),
         f"{path} cannot be written: the name ends with .nii, .nii.gz, .nrrd or .mha.",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -359,10 +369,27 @@ def write(
         nib.save(image, partial)
 
 
-def _load(path: str | Path, on: Volume | None = None) -> Volume:
+def _load(path: str | Path) -> Volume:
+    return _read(*_open(path))
+
+
+def _load_on(path: str | Path, on: Volume | None) -> Volume:
+    """Read what belongs to a scan; its array is on the grid of `on`, if given."""
     grid, image = _open(path)
-    if on is not None:
-        require_same_grid(grid, on)
+    box = require_same_grid(grid, on) if on else ()
+    volume = replace(_read(grid, image), notes=())
+    if on is None or volume.array.shape == on.array.shape:
+        return volume
+    array = np.zeros(on.array.shape, volume.array.dtype)
+    array[box] = volume.array
+    note = (
+        f"{grid.path} has {volume.array.shape} of the {on.array.shape} voxels of "
+        f"{on.path}: it was cut, and what lies outside is taken for background."
+    )
+    return replace(volume, array=array, affine=on.affine, notes=(note,))
+
+
+def _read(grid: Volume, image: nib.Nifti1Pair) -> Volume:
     with nifti_file.named(grid.path):
         nifti_file.require_room(grid.path, image)
         array = nifti_file.voxels(image).reshape(grid.source_shape)
@@ -394,7 +421,6 @@ def _checked(path, array, affine) -> Volume:
         f"{path} has shape {array.shape}, but must be 3-D with no empty axis; take one "
         "volume out of a series, for example with nibabel's img.slicer[..., 0].",
     )
-    affine = np.array(affine, dtype=np.float64)
     checks.require(
         affine.shape == (4, 4),
         f"the affine of {path} has shape {affine.shape}, but must be [4, 4].",

@@ -12,14 +12,34 @@ import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
 from swinsmt_jax import checks
+from swinsmt_jax.data import itk_file
 from swinsmt_jax.runtime import host_memory
 
+ENDINGS = (".nii.gz", ".nii", *itk_file.SUFFIXES)  # in letters of any case
 MAX_VOXELS = 2**32  # a whole body of 512 x 512 x 2,500 has 2^29.3
 MAX_SIDE = 2**15 - 1  # voxels; a store keeps places as int16
 DEFLATE = 1032  # bytes that a byte of gzip stands for at most
 CHECKED = 3  # bytes a voxel: int16 HU, and a map of those that are dense
 MAX_HEADER = 2**24  # bytes, with extensions
 MAX_TAIL = 2**24  # bytes read after the voxels, to the end of a gzip stream
+
+
+def stem(path: Path) -> str:
+    """Return the name of a scan's file without its ending."""
+    name = path.name
+    lengths = (len(end) for end in ENDINGS if name.lower().endswith(end))
+    return name[: len(name) - next(lengths, 0)]
+
+
+def is_named(path: Path) -> bool:
+    """Whether the name of a file is a scan's."""
+    return stem(path) != path.name
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the scans' files of a folder, sorted; hidden files are none."""
+    found = filter(is_named, folder.iterdir())
+    return sorted(file for file in found if file.name[0] != "." and file.is_file())
 
 
 @contextlib.contextmanager
@@ -31,8 +51,12 @@ def named(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = checks.one_line(error)
-        kinds = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
-        if isinstance(error, kinds):
+        if isinstance(error, nib.spatialimages.HeaderDataError):
+            raise checks.UserError(
+                f"{path} is a NIfTI file with a bad header ({reason}); mend it, or "
+                "export the scan again."
+            ) from error
+        if isinstance(error, nib.filebasedimages.ImageFileError):
             raise checks.UserError(
                 f"{path} is not a NIfTI file ({reason}); copy or download it again, or "
                 "convert it to NIfTI."

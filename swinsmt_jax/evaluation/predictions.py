@@ -10,15 +10,10 @@ import loky
 from tqdm import tqdm
 
 from swinsmt_jax import checks, class_map, labels
-from swinsmt_jax.data import nifti
+from swinsmt_jax.data import nifti, nifti_file
 from swinsmt_jax.data.case import Case, load_case
 from swinsmt_jax.data.dataset import open_dataset
-from swinsmt_jax.data.label_files import (
-    SUFFIXES,
-    load_prediction,
-    load_regridded,
-    masks_in,
-)
+from swinsmt_jax.data.label_files import load_prediction, load_regridded, masks_in
 from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
@@ -155,14 +150,12 @@ def _score(case, *, path, classes, metrics, surface_rule, regrid, threads):
 
 def _file(folder: Path, case: Case) -> Path:
     """Find a prediction, named after the case, or its image as `predict.py` does."""
-    image = case.ct.name
-    for suffix in SUFFIXES:
-        image = image.removesuffix(suffix)
+    image = nifti_file.stem(case.ct)
     names = [case.name, *([image] if image.startswith(case.name) else [])]
+    found = {nifti_file.stem(file): file for file in nifti_file.files_in(folder)}
     for name in names:
-        for suffix in SUFFIXES:
-            if (folder / f"{name}{suffix}").is_file():
-                return folder / f"{name}{suffix}"
+        if name in found:
+            return found[name]
         if (folder / name).is_dir():
             return folder / name
     raise checks.UserError(

@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import itk_file, label_table, nifti
-from swinsmt_jax.data.label_files import SUFFIXES, masks_in
+from swinsmt_jax.data import itk_file, label_table, nifti, nifti_file
+from swinsmt_jax.data.label_files import masks_in
 from swinsmt_jax.inference import pictures
 from swinsmt_jax.results import (
     anatomy,
@@ -25,7 +25,7 @@ from swinsmt_jax.results import (
 )
 from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime import csv_text
-from swinsmt_jax.runtime.files import remove, replacing, writable
+from swinsmt_jax.runtime.files import is_litter, remove, replacing, writable
 
 FORMATS = ("nii.gz", "nii", "nrrd", "mha")  # of labels
 Targets = Mapping[str, Mapping[str, Path]]  # by scan and kind
@@ -198,7 +198,7 @@ def write(files: Mapping[str, Path], result: Result, options: OutputOptions) -> 
             if kind != "labels":
                 with replacing(path) as partial:
                     KINDS[kind].write(partial, result, getattr(options, kind))
-            elif path.name.endswith(SUFFIXES):
+            elif nifti_file.is_named(path):
                 table = label_table.xml(result.names)
                 nifti.save_labels(
                     path, result.labels, like=result.volume, description=table
@@ -237,7 +237,9 @@ def require_free(
             f"{path} would be written, but is, or holds, the input "
             f"{inputs.get(path.resolve())}; choose another --output.",
         )
-        others = set(path.iterdir()) if path.is_dir() else set()
+        others = set()
+        if path.is_dir():
+            others = {file for file in path.iterdir() if not is_litter(file)}
         of_classes = {*masks_in(path).items()} if others else set()
         of_classes |= {(f.stem, f) for f in others if f.suffix[1:] in meshes.FORMATS}
         others -= {file for name, file in of_classes if name in classes}
@@ -271,11 +273,11 @@ def is_whole(path: Path) -> bool:
     `files.replacing` does, and copies that broke off do too.
     """
     if path.is_dir():
-        inside = list(path.iterdir())
+        inside = [file for file in path.iterdir() if not is_litter(file)]
         return bool(inside) and all(map(is_whole, inside))
     if not path.is_file() or path.stat().st_size < 4:
         return False
-    if not path.name.endswith(SUFFIXES):
+    if not nifti_file.is_named(path):
         return True
     if itk_file.is_itk(path):
         try:
@@ -305,7 +307,7 @@ def _classes_in(path):
         with path.open(newline="") as file:
             rows = csv.DictReader(file)
             return {csv_text.read_cell(row.get("class") or "") for row in rows}
-    if not path.name.endswith(SUFFIXES):
+    if not nifti_file.is_named(path):
         return None
     try:
         header = (itk_file.opened if itk_file.is_itk(path) else nib.load)(path).header

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from swinsmt_jax import checks
+from swinsmt_jax.data.dicom_files import dicom_files
 
 if TYPE_CHECKING:
     from swinsmt_jax.inference.outputs import Targets
@@ -20,7 +21,7 @@ def digest_of_scan(path: Path) -> str:
     """Return a hash of a file, or of the files of a DICOM series; "" if unreadable."""
     files = [path]
     if path.is_dir():
-        files = [f for f in path.iterdir() if f.is_file() and f.name[0] != "."]
+        files = dicom_files(path)
     try:
         parts = []
         for file in files:

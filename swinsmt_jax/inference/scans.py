@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import dicom
-from swinsmt_jax.data.label_files import SUFFIXES, load_prediction
+from swinsmt_jax.data import dicom, nifti_file
+from swinsmt_jax.data.label_files import load_prediction
 from swinsmt_jax.inference import outputs, provenance, shared
 from swinsmt_jax.inference.outputs import OutputOptions
 from swinsmt_jax.inference.segmenter import Scans
@@ -44,7 +44,7 @@ def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
             without any, and for scans that would have one name.
     """
     found = [file for given in inputs for file in _files(files.absolute(given))]
-    stems = [_stem(file) for file in found]
+    stems = [nifti_file.stem(file) for file in found]
     names = [
         stem if stems.count(stem) == 1 and stem != "ct" else file.parent.name
         for file, stem in zip(found, stems, strict=True)
@@ -251,27 +251,17 @@ def _files(path: Path) -> list[Path]:
     checks.require(path.exists(), f"the input {path} does not exist.")
     if path.is_file():
         checks.require(
-            path.name.endswith(SUFFIXES),
+            nifti_file.is_named(path),
             f"the input {path} is not a scan: its name must end with "
-            f"{', '.join(SUFFIXES)}.",
+            f"{', '.join(nifti_file.ENDINGS)}.",
         )
         return [path]
-    found = sorted(
-        file
-        for suffix in SUFFIXES
-        for file in path.glob(f"[!.]*{suffix}")
-        if file.is_file() and _stem(file) != TRUTH
-    )
+    found = [f for f in nifti_file.files_in(path) if nifti_file.stem(f) != TRUTH]
     if not found and dicom.is_series(path):
         return [path]
     checks.require(
         bool(found),
-        f"the folder {path} holds no {', '.join(SUFFIXES)} or DICOM files; folders "
+        f"the folder {path} holds no {', '.join(nifti_file.ENDINGS)} or DICOM files; folders "
         "in it are not searched.",
     )
     return found
-
-
-def _stem(file: Path) -> str:
-    suffix = next((s for s in SUFFIXES if file.name.endswith(s)), "")
-    return file.name.removesuffix(suffix)

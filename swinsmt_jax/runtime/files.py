@@ -21,6 +21,7 @@ from swinsmt_jax import checks
 PARTIAL = ".partial-"  # begins the names of what a killed process left half-written
 BEFORE = ".before"  # a folder that is being replaced
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+LITTER = ("thumbs.db", "desktop.ini", ".ds_store")  # that systems leave in folders
 NO_FLUSH = (errno.EINVAL, errno.EOPNOTSUPP)  # of folders, on some network drives
 
 
@@ -73,6 +74,11 @@ def absolute(path: str | Path) -> Path:
         return path.resolve()
     parent = path.parent.resolve() if ".." in path.parts else path.parent.absolute()
     return parent / path.name
+
+
+def is_litter(path: Path) -> bool:
+    """Whether a file is one that Windows or macOS leaves in any folder."""
+    return path.name.lower() in LITTER or path.name.startswith("._")
 
 
 def make_folder(path: Path) -> None:

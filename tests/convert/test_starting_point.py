@@ -65,6 +65,54 @@ def test_a_self_supervised_encoder_is_understood(make, other):
         np.testing.assert_array_equal(after[name], other[name])
 
 
+@pytest.mark.parametrize(
+    "prefix", ["net.", "model.", "module.", "_orig_mod.", "module._orig_mod.net."]
+)
+def test_one_prefix_of_all_names_is_left_out_and_named(make, other, prefix, caplog):
+    weights = {prefix + name: array for name, array in other.items()}
+    model = make(classes=5)
+    with caplog.at_level("INFO", logger="absl"):
+        convert.load_torch(model, weights)
+    assert f"the prefix {prefix!r} of the weights was left out" in caplog.text
+    for name, array in convert.to_torch(model).items():
+        np.testing.assert_array_equal(array, other[name])
+    report = convert.load_what_fits(make(classes=5, seed=2), weights)
+    assert f"100% of the network's values; the prefix {prefix!r}" in str(report)
+
+
+@pytest.mark.parametrize("prefix", ["swin_vit.", "encoder.", "module.encoder.", ""])
+def test_an_encoder_is_found_below_another_prefix(make, other, prefix):
+    encoder = {
+        prefix + name.removeprefix("swinViT."): array
+        for name, array in other.items()
+        if name.startswith("swinViT.")
+    }
+    report = convert.load_what_fits(make(), {"head.weight": np.zeros(3), **encoder})
+    assert len(report.loaded) == len(encoder)
+    (unused,) = report.unused
+    assert unused.endswith("head.weight")
+    assert f"{prefix!r} of the weights was read as 'swinViT.'" in str(report)
+
+
+def test_weights_of_which_little_fits_must_be_asked_for(make, other):
+    config = SwinUNETRConfig(1, 3, 24, depths=(1, 1, 1, 1), window_size=4)
+    wide = convert.to_torch(models.create(config, rngs=nnx.Rngs(0)))
+    decoder = {n: a for n, a in other.items() if not n.startswith("swinViT.")}
+    for weights, words in (
+        (wide, r"of another width: \d+ of \d+ parameters .* of the network's values"),
+        (decoder, "have 0 of the 66 parameters of the encoder"),
+    ):
+        model = make()
+        before = convert.to_torch(model)
+        with pytest.raises(UserError, match=words) as told:
+            convert.load_what_fits(model, weights)
+        assert "--partial" in str(told.value) and "\n" not in str(told.value)
+        after = convert.to_torch(model)
+        assert all(np.array_equal(before[n], after[n]) for n in before)
+        report = convert.load_what_fits(model, weights, partial=True)
+        assert report.loaded and report.share < 1
+
+
 def test_weights_of_which_nothing_fits_are_refused(make):
     with pytest.raises(UserError, match="none of the 1 weights fits.*like w,"):
         convert.load_what_fits(make(), {"w": np.zeros(3)})
@@ -106,17 +154,35 @@ def test_a_converted_workdir_says_what_it_holds(
 
 
 @pytest.mark.parametrize(
-    ("classes", "names"),
-    [((), {1: "class_1", 2: "class_2"}), (("ear", "nose"), {1: "ear", 2: "nose"})],
+    ("count", "classes", "given", "names"),
+    [
+        (2, (), (), {1: "class_1", 2: "class_2"}),
+        (2, ("ear", "nose"), (), {1: "ear", 2: "nose"}),
+        (2, (), ("ear", "left/nose"), {1: "ear", 2: "left_nose"}),
+        (117, (), (), {5: "class_5"}),
+        (117, (), ("v2",), {5: "liver"}),
+        (117, (), ("total_v3",), {26: "vertebrae_L6"}),
+    ],
 )
-def test_conversion_names_no_class_by_guess(make, tmp_path, experiment, classes, names):
-    files.write(tmp_path / "w.safetensors", convert.to_torch(make()))
-    data = dataclasses.replace(experiment.data, classes=classes)
-    experiment = dataclasses.replace(experiment, data=data)
-    arguments = {"weights": str(tmp_path / "w.safetensors"), "partial": False}
-    command.from_torch(experiment, **arguments, workdir=str(tmp_path / "run"))
-    assert segmenter.load(tmp_path / "run").class_names == names
-    if not classes:
+def test_conversion_names_no_class_by_guess(
+    make, tmp_path, experiment, count, classes, given, names
+):
+    files.write(tmp_path / "w.safetensors", convert.to_torch(make(classes=count + 1)))
+    experiment = dataclasses.replace(
+        experiment,
+        data=dataclasses.replace(experiment.data, classes=classes),
+        model=dataclasses.replace(experiment.model, out_channels=count + 1),
+    )
+    command.from_torch(
+        experiment,
+        weights=str(tmp_path / "w.safetensors"),
+        workdir=str(tmp_path / "run"),
+        partial=False,
+        classes=given,
+    )
+    found = segmenter.load(tmp_path / "run").class_names
+    assert len(found) == count and names.items() <= found.items()
+    if "class_1" in found.values():
         with pytest.raises(UserError, match="classes without known names"):
             segmenter.load(tmp_path / "run", mirror=True)
 
@@ -132,7 +198,7 @@ def test_weights_that_lack_something_point_to_partial(make, tmp_path, experiment
     given = convert.to_torch(make())
     given.pop("out.conv.conv.bias")
     files.write(tmp_path / "w.safetensors", given)
-    words = "(?s)1 names are missing.*--partial takes what fits"
+    words = "1 names are missing.*--partial takes what fits"
     with pytest.raises(UserError, match=words):
         command.from_torch(
             experiment,

@@ -88,25 +88,26 @@ def test_missing_and_unexpected_names_are_listed_and_nothing_changes(model, stat
     with pytest.raises(UserError) as error:
         convert.load_torch(model, state_dict)
     assert "1 names are missing and 1 are unexpected. Check" in str(error.value)
-    assert str(error.value).splitlines()[1:] == [
-        "  missing: out.conv.conv.bias",
-        "  unexpected: out.conv.conv.bia",
-    ]
+    assert str(error.value).endswith(
+        "Missing: out.conv.conv.bias; unexpected: out.conv.conv.bia."
+    )
     after = convert.to_torch(model)
     assert all(np.array_equal(before[k], after[k]) for k in before)
 
 
-def test_all_missing_names_are_listed(model, state_dict):
+def test_of_many_missing_names_the_first_are_listed_in_one_line(model, state_dict):
     with pytest.raises(UserError) as error:
         convert.load_torch(model, {})
-    assert all(f"  missing: {name}" in str(error.value) for name in state_dict)
+    names = sorted(state_dict)
+    words = f"Missing: {', '.join(names[:8])}, and {len(names) - 8} more;"
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_another_shape_is_named(model, state_dict):
     state_dict["out.conv.conv.weight"] = np.zeros((5, 3, 1, 1, 1), "f4")
     with pytest.raises(UserError) as error:
         convert.load_torch(model, state_dict)
-    expected = "\n  out.conv.conv.weight: (5, 3, 1, 1, 1), expected (2, 3, 1, 1, 1)"
+    expected = ": out.conv.conv.weight: (5, 3, 1, 1, 1), expected (2, 3, 1, 1, 1)."
     assert str(error.value).endswith(expected)
 
 
@@ -116,7 +117,7 @@ def test_arrays_that_are_not_finite_are_named_and_nothing_changes(
 ):
     before = convert.to_torch(model)
     state_dict["out.conv.conv.bias"][1] = value
-    with pytest.raises(UserError, match="1 arrays .*NaN(.|\n)*  out.conv.conv.bias$"):
+    with pytest.raises(UserError, match="1 arrays .*NaN.*: out.conv.conv.bias.$"):
         convert.load_torch(model, state_dict)
     after = convert.to_torch(model)
     assert all(np.array_equal(before[k], after[k]) for k in before)
@@ -138,7 +139,7 @@ def test_two_names_of_one_tensor_must_agree(rng):
     first_names = {k: v for k, v in state_dict.items() if "all_modules" not in k}
     convert.load_torch(model, first_names)
     state_dict[name] = state_dict[name] + 1
-    with pytest.raises(UserError, match=f"two names of one tensor;(.|\n)*{name}"):
+    with pytest.raises(UserError, match=f"two names of one tensor;.*{name}"):
         convert.load_torch(model, state_dict)
 
 

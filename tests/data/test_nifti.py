@@ -205,7 +205,7 @@ def test_damage_that_only_the_checksum_shows_is_refused(tmp_path, rng, write):
         (42, np.array([-5, 6, 7], "<i2"), "bad.nii"),
         (108, np.array([np.inf], "<f4"), "truncated or corrupt .*infinity"),
         (108, np.array([-400], "<f4"), "bad.nii"),
-        (70, np.array([9999], "<i2"), "not a NIfTI file .*; copy or download it again"),
+        (70, np.array([9999], "<i2"), "is a NIfTI file with a bad header .*9999"),
     ],
 )
 def test_absurd_headers_are_refused_by_name(tmp_path, write, suffix, at, value, words):
@@ -361,3 +361,60 @@ def test_hounsfield_units_of_any_field_of_view_are_left_in_peace(tmp_path, rng, 
     metal[5:9, 5:9, 5:9] = 3071
     for array in (hu, padded, cropped, metal, np.clip(hu, -160, 240), 0 * hu):
         assert not nifti.load_ct(write(tmp_path / "ct.nii", array)).notes
+
+
+def test_labels_that_were_cut_to_a_box_are_put_in_place(tmp_path, rng, write):
+    array = np.zeros(SHAPE, np.uint8)
+    array[1:4, 2:5, 3:6] = rng.integers(1, 3, (3, 3, 3))
+    ct = nifti.load_ct(write(tmp_path / "ct.nii", np.zeros(SHAPE, np.int16), OBLIQUE))
+    place = OBLIQUE.copy()
+    place[:3, 3] = (OBLIQUE @ (1, 2, 3, 1))[:3]
+    for ornt in all_orientations():
+        path = write(tmp_path / "x.nii", *reoriented(array[1:4, 2:5, 3:6], place, ornt))
+        volume = nifti.load_labels(path, on=ct)
+        np.testing.assert_array_equal(volume.array, array)
+        (note,) = volume.notes
+        assert "has (3, 3, 3) of the (5, 6, 7) voxels of" in note
+    write(path, (array == 1).astype(np.uint8)[1:4, 2:5, 3:6], place)
+    np.testing.assert_array_equal(nifti.load_mask(path, on=ct).array, array == 1)
+    for step in ((0.5, 0, 0), (3, 0, 0), (-2, 0, 0)):  # off the grid, and outside
+        moved = place.copy()
+        moved[:3, 3] = (place @ (*step, 1))[:3]
+        write(path, array[1:4, 2:5, 3:6], moved)
+        with pytest.raises(checks.UserError, match="must lie on the voxel grid"):
+            nifti.load_labels(path, on=ct)
+
+
+def test_one_volume_of_four_axes_and_names_in_capitals_are_read(tmp_path, rng, write):
+    array = rng.integers(-9, 9, SHAPE).astype(np.int16)
+    for name, stored in (("a.nii", array[..., None]), ("B.NII.GZ", array)):
+        volume = nifti.load_ct(write(tmp_path / name, stored, AFFINE))
+        np.testing.assert_array_equal(volume.array, array)
+    volume = nifti.from_array(array[..., None, None], AFFINE.tolist())
+    np.testing.assert_array_equal(volume.array, array)
+
+
+@pytest.mark.parametrize(
+    ("hu", "affine", "words"),
+    [
+        (np.zeros(SHAPE), np.eye(4)[:3], r"affine .* has shape \(3, 4\), but must be"),
+        (np.zeros(SHAPE), None, r"affine .* has shape \(\), but must be \[4, 4\]"),
+        (np.zeros(SHAPE), "RAS", "cannot be read as numbers"),
+        ([[1], [1, 2]], np.eye(4), "cannot be read as numbers"),
+        (np.zeros((*SHAPE, 2)), np.eye(4), "must be 3-D"),
+        (np.full(SHAPE, np.nan), np.eye(4), "210 voxels that are NaN"),
+        (np.full(SHAPE, "x"), np.eye(4), "one real number a voxel"),
+    ],
+)
+def test_arrays_that_are_no_scan_are_refused(hu, affine, words):
+    with pytest.raises(checks.UserError, match=words):
+        nifti.from_array(hu, affine)
+
+
+def test_an_intercept_of_nan_is_a_bad_header(tmp_path, write):
+    path = write(tmp_path / "x.nii", np.zeros(SHAPE, np.int16))
+    content = bytearray(path.read_bytes())
+    content[112:120] = np.array([1, np.nan], "<f4").tobytes()  # scl_slope, scl_inter
+    path.write_bytes(content)
+    with pytest.raises(checks.UserError, match="bad header .*invalid intercept nan"):
+        nifti.load_ct(path)

@@ -44,7 +44,7 @@ def test_overlapping_masks_are_counted(tmp_path):
     ("spoil", "words"),
     [
         ("missing mask", ["lacks 1 of 117 masks: liver"]),
-        ("mask on another grid", ["liver.nii.gz", "has shape (5, 6, 6)"]),
+        ("mask on another grid", ["liver.nii.gz", "has shape (7, 6, 6)"]),
         ("mask beside the ct", ["liver.nii.gz", "0.50 voxels away"]),
         ("unknown mask", ["livver.nii.gz", "Did you mean 'liver'"]),
         ("truncated ct", ["ct.nii.gz", "truncated or corrupt"]),
@@ -60,7 +60,7 @@ def test_a_case_is_refused_alone(tmp_path, spoil, words):
     if spoil == "missing mask":
         liver.unlink()
     elif spoil == "mask on another grid":
-        save(liver, np.zeros((5, 6, 6), np.uint8))
+        save(liver, np.zeros((7, 6, 6), np.uint8))
     elif spoil == "mask beside the ct":
         moved = np.eye(4)
         moved[0, 3] = 0.5

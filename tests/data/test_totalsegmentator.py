@@ -62,8 +62,8 @@ def test_segmentation_off_the_grid_of_the_ct_is_refused(root, split, file, write
     image = nib.load(path)
     array, affine = np.asarray(image.dataobj), image.affine
     case = only_case(root, split)
-    write(path, array[:, :-1], affine)
-    with pytest.raises(checks.UserError, match=r"shape \(12, 9, 8\).*\(12, 10, 8\)"):
+    write(path, np.pad(array, 1)[:, 1:-2, 1:-1], affine)
+    with pytest.raises(checks.UserError, match=r"shape \(14, 9, 8\).*\(12, 10, 8\)"):
         load_case(case)
     moved = affine.copy()
     moved[0, 3] += 1.0  # half a voxel
@@ -94,7 +94,7 @@ def test_labels_of_other_class_maps_are_refused(root, volumes, write):
         ("image_id;split\n", "lists no case of the split 'train'"),
         ("image_id,split\ns0001,train\n", r"columns \['image_id,split'\]"),
         ("image_id;age\ns0001;5\n", "needs 'split'"),
-        ("image_id;split\n../x;train\n", "line 2 .*'../x'.*plain name"),
+        ("image_id;split\n;\n../x;train\n", "line 3 .*'../x'.*plain name"),
         ("image_id;split\n..;train\n", "plain name"),
         ("image_id;split\n;train\n", "plain name"),
         (
@@ -125,6 +125,15 @@ def test_missing_parts_of_the_layout_are_named(root):
         totalsegmentator.find_cases(root, split="test")
     with pytest.raises(checks.UserError, match="zenodo.org/records/10047292"):
         totalsegmentator.find_cases(root / "none", split="test")
+
+
+def test_rows_of_separators_are_passed_over_and_further_fields_kept(root):
+    file = root / "meta.csv"
+    file.write_text("image_id;split\n;;\ns0001;train;;\n ; \ns0002;test;a note\n")
+    assert meta.read(root) == {"s0001": "train", "s0002": "test"}
+    meta.add(root, {"s0003": "val"})
+    rows = ["image_id;split", "s0001;train", "s0002;test;a note", "s0003;val"]
+    assert file.read_text(encoding="utf-8-sig").splitlines() == rows
 
 
 def test_adding_to_meta_keeps_the_other_columns_and_rows(root):

@@ -33,7 +33,8 @@ def main() -> None:
     try:
         checks.one_of("the command", name, COMMANDS)
     except checks.UserError as error:
-        sys.exit(f"swinsmt: {error}")
+        print(f"swinsmt: {error}", file=sys.stderr)
+        sys.exit(2)
     sys.argv[:2] = [f"swinsmt {name}"]
     run(name, program=sys.argv[0])
 

@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             a.ct, a.labels, root=a.root, case=a.case, splits=a.split.split(",")
         )
     except checks.UserError as error:
-        parser.exit(1, f"error: {error}\n")
+        parser.exit(2, f"error: {error}\n")
     except OSError as error:
-        parser.exit(1, f"error: {a.root} cannot be written: {error}\n")
+        parser.exit(2, f"error: {a.root} cannot be written: {error}\n")
     parser.exit(0, f"wrote {', '.join(names)} to {a.root}\n")
 
 

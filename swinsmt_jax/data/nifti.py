@@ -15,7 +15,7 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap
 from swinsmt_jax.data import geometry, itk_file, label_table, nifti_file, voxels
 from swinsmt_jax.data.resampling import fill_most
-from swinsmt_jax.runtime.files import absolute, replacing
+from swinsmt_jax.runtime.files import absolute, replacing, writable
 
 WRITTEN = (".nii", ".nii.gz", ".nrrd", ".mha")
 ROUNDING = 1e-3  # of label ids that a file stores with a slope
@@ -347,17 +347,23 @@ def write(
     It lies where `affine` says, in mm, or where a file with this `header` does.
 
     Raises:
-        UserError: for another suffix than .nii, .nii.gz, .nrrd and .mha.
+        UserError: for another suffix than .nii, .nii.gz, .nrrd and .mha, and where it
+            cannot be written.
     """
     path = absolute(path)
     checks.require(
         path.name.lower().endswith(WRITTEN),
         f"{path} cannot be written: the name ends with .nii, .nii.gz, .nrrd or .mha.",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if itk_file.is_itk(path):
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            itk_file.write(partial, array, affine, table=description)
+            _write(partial, array, affine, header, description)
+
+
+def _write(path, array, affine, header, description):
+    if itk_file.is_itk(path):
+        itk_file.write(path, array, affine, table=description)
         return
     header = geometry.header_like(header, affine, array.shape)
     header.set_data_dtype(array.dtype)
@@ -365,8 +371,7 @@ def write(
     if description:
         extension = nib.nifti1.Nifti1Extension(0, description.encode())
         image.header.extensions.append(extension)
-    with replacing(path) as partial:
-        nib.save(image, partial)
+    nib.save(image, path)
 
 
 def _load(path: str | Path) -> Volume:

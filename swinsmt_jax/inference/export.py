@@ -65,11 +65,15 @@ def export(
         portable.save(partial, exported, leaves, about)
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the command line."""
-    flags.DEFINE_string("workdir", None, "folder of the training run", required=True)
-    flags.DEFINE_string("output", None, "file to write, .npz", required=True)
-    flags.DEFINE_string("step", None, "checkpoint: best, latest or a number")
+    for name, help in (
+        ("workdir", "folder of the training run"),
+        ("output", "file to write, .npz"),
+        ("step", "checkpoint: best, latest or a number"),
+    ):
+        flags.DEFINE_string(name, None, help, flag_values=values)
+    flags.mark_flags_as_required(["workdir", "output"], flag_values=values)
 
 
 def main(arguments: list[str]) -> None:

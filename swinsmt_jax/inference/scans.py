@@ -93,7 +93,8 @@ def segment_scans(
 
     Returns:
         {name: {"file", "labels", "made_by", "seconds", "structures"}}, with {"error"}
-        for those that failed and without "seconds" for those not segmented.
+        for those that failed, {"notes"} on what is doubtful about a scan, and without
+        "seconds" for those not segmented.
         `summary.json` holds them and those of earlier calls.
 
     Raises:
@@ -207,7 +208,7 @@ def _segment(segmenter, file, source, missing, names, options, title):
     `source` is the file of its labels, or what to call before new ones are written.
     """
     volume = segmenter.read(file)
-    facts = {}
+    facts: dict[str, object] = {"notes": volume.notes} if volume.notes else {}
     if callable(source):
         start = time.perf_counter()
         with _bar(title) as progress:
@@ -261,7 +262,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     checks.require(
         bool(found),
-        f"the folder {path} holds no {', '.join(nifti_file.ENDINGS)} or DICOM files; folders "
-        "in it are not searched.",
+        f"the folder {path} holds no {', '.join(nifti_file.ENDINGS)} or DICOM files; "
+        "folders in it are not searched.",
     )
     return found

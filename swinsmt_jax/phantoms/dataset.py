@@ -170,10 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         checks.in_range("val + test", held_out, 0, cases)
         write_dataset(**options, train=cases - held_out, progress=True)
     except checks.UserError as error:
-        parser.exit(1, f"error: {error}\n")
+        parser.exit(2, f"error: {error}\n")
     except OSError as error:
         parser.exit(
-            1,
+            2,
             f"error: {options['root']} cannot be written: {error}; mend its "
             "permissions, make room, or choose another --root.\n",
         )

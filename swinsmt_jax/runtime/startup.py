@@ -103,6 +103,8 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
         if "config" in values and values["config"].value is not None:
             values.config.lock()  # raises if there was no such file
         return rest
+    except SystemExit:  # of --help, which absl ends with status 1
+        sys.exit(0)
     except (flags.Error, OSError) as error:
         raise UserError(f"{' '.join(str(error).split())} See --help.") from error
     except KeyError as error:  # of a group that the ConfigDict does not have

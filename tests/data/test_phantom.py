@@ -189,7 +189,7 @@ def test_command_writes_a_dataset_in_worker_processes(tmp_path, capfd):
     phantom.main([*command, "--seed=0", "--workers=2"])
     assert len(totalsegmentator.find_cases(root, split="train")) == 2
     assert json.loads((root / phantom.MARKER).read_text())["val"] == 1
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         phantom.main([*command, "--seed=1"])
     assert "error: " in capfd.readouterr().err
     with pytest.raises(SystemExit):
@@ -209,7 +209,7 @@ def test_bad_arguments_of_the_command_are_one_line(tmp_path, capfd, argument, wo
     file = tmp_path / "file"
     file.write_text("")
     command = [f"--root={tmp_path / 'new'}", "--cases=1", "--spacing=12", "--workers=1"]
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         phantom.main([*command, argument.format(file=file)])
     told = capfd.readouterr().err
     assert told.count("\n") == 1 and told.startswith("error: ") and words in told

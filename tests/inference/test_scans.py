@@ -483,7 +483,10 @@ def test_two_places_in_one_header_are_told(tmp_path, hu, caplog):
     segment_scans(
         make(), {"two": tmp_path / "two.nii"}, tmp_path / "out", OutputOptions()
     )
-    assert "sform and qform disagree by up to 38.0 mm" in caplog.text
+    words = "sform and qform disagree by up to 38.0 mm"
+    assert caplog.text.count(words) == 1
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert words in summary["two"]["notes"][0]
 
 
 def test_half_precision_changes_few_labels(hu):

@@ -208,7 +208,7 @@ def _segment(segmenter, file, source, missing, names, options, title):
     `source` is the file of its labels, or what to call before new ones are written.
     """
     volume = segmenter.read(file)
-    facts: dict[str, object] = {"notes": volume.notes} if volume.notes else {}
+    facts: dict[str, object] = {"notes": [*volume.notes]} if volume.notes else {}
     if callable(source):
         start = time.perf_counter()
         with _bar(title) as progress:

@@ -61,9 +61,11 @@ def barrier() -> None:
 def compiled(function: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
     """Compile for these arguments in all processes before one of them goes on.
 
-    Some find the program in the cache and some do not.
+    Some find the program in the cache and some do not. JAX_DISABLE_JIT does not hold
+    here: what is compiled ahead says how much memory it takes.
     """
-    program = function.lower(*arguments).compile()
+    with jax.disable_jit(False):
+        program = function.lower(*arguments).compile()
     barrier()
     return program
 

@@ -1,3 +1,6 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from swinsmt_jax.checks import UserError
@@ -52,3 +55,10 @@ def test_processes_with_other_values_are_refused(as_process):
     as_process(1, [{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 5}])
     with pytest.raises(processes.SharedError, match="b is 2 in .* 0, but 5 in .* 2"):
         processes.require_same({"a": 1, "b": 2})
+
+
+def test_what_is_compiled_ahead_is_so_without_jit_too():
+    one = jnp.ones(3)
+    with jax.disable_jit():
+        program = processes.compiled(jax.jit(lambda x: x + 1), one)
+    np.testing.assert_array_equal(program(one), 2)

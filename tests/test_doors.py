@@ -326,6 +326,22 @@ def test_what_is_bad_is_refused_in_a_line_and_nothing_is_written(
     assert (door, kind) in ALONE or left.keys() == before.keys()
 
 
+@pytest.mark.slow
+def test_what_is_good_passes_by_any_path(house, monkeypatch):
+    monkeypatch.setenv("HOME", str(house.parent))
+    (house / "[a] b").mkdir()
+    shutil.copy("good.nii.gz", "[a] b/GOOD.NII.GZ")
+    (house / "[a] b/._GOOD.NII.GZ").write_bytes(b"of macOS")
+    assert imported(ct="[a] b/../[a] b/GOOD.NII.GZ", root="~/house/[new]/x") == 0
+    assert preprocessed(source="~/house/[new]/x", store="../house/[store]") == 0
+    assert evaluated(predictions="~/house/p_good", output="[out]") == 0
+    assert predicted(input="[a] b", output="~/house/[new]/p") == 0
+    assert (house / "[new]/p/GOOD.nii.gz").is_file()
+    assert written(workdir="~/house/run", output="[new]/w.safetensors") == 0
+    assert exported(workdir="../house/run", output="~/house/[new]/a/net.npz") == 0
+    assert converted(weights="~/house/[new]/w.safetensors") == 0
+
+
 def test_the_page_names_each_door_and_what_it_refuses():
     rows = [line[2:-2].split(" | ") for line in PAGE.read_text().splitlines()]
     rows = {row[0].strip("`"): row[-1] for row in rows if row[0].strip("`") in DOORS}

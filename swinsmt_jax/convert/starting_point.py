@@ -14,6 +14,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.convert import files
 from swinsmt_jax.convert.prefixes import renamed
 from swinsmt_jax.convert.torch_state import load_torch, names_by_path, some, to_torch
+from swinsmt_jax.models.registry import entry_of
 from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training.checkpoint import load_model
 
@@ -74,7 +75,7 @@ def load_what_fits(
             unchanged.
     """
     own = to_torch(model)
-    given, words = _as_published(state_dict, own)
+    given, words = _as_published(state_dict, own, model)
     fitting = {n: np.asarray(a) for n, a in given.items() if n in own}
     wrong = {
         name: (array.shape, own[name].shape)
@@ -148,11 +149,12 @@ def start_from(
     return functools.partial(load_what_fits, state_dict=weights, partial=partial)
 
 
-def _as_published(state_dict, own):
+def _as_published(state_dict, own, model):
     """Return weights under the names of the published networks, and what was done."""
     arrays, words = renamed(state_dict, own)
+    unneeded = entry_of(model.config).torch_names.unneeded
     return {
         name if name in own else re.sub(r"\.fc([12])\.", r".linear\1.", name): array
         for name, array in arrays.items()
-        if not name.endswith("relative_position_index")
+        if name in own or not re.fullmatch(unneeded, name)
     }, words

@@ -39,6 +39,7 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
     for name in given.keys() - expected:
         if re.fullmatch(table.unneeded, name):
             del given[name]
+    _require_buffers(targets, given)
     _drop_aliases(table, expected, given)
     _compare_names(expected, set(given))
     given = {name: np.asarray(given[name]) for name in expected}
@@ -69,8 +70,8 @@ def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarra
 
     Args:
         model: a network made by `models.create`.
-        buffers: add the `relative_position_index` buffers that PyTorch's
-            `load_state_dict(strict=True)` asks for.
+        buffers: add the integer buffers that PyTorch's `load_state_dict(strict=True)`
+            asks for: `relative_position_index`, and `num_batches_tracked`, which is 0.
     """
     table = _table(model)
     state_dict: dict[str, np.ndarray] = {}
@@ -81,11 +82,16 @@ def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarra
             name = table.name(path).replace("bias_table", "index")
             index = _parent(model, path).relative_position_index()
             state_dict[name] = index.astype(np.int64)
+        if buffers and path.endswith("/running_mean"):
+            name = table.name(path).replace("running_mean", "num_batches_tracked")
+            state_dict[name] = np.zeros((), np.int64)
     return state_dict
 
 
 class _Target(NamedTuple):
-    """A parameter, and the tensors of PyTorch that hold it: one, or one per expert.
+    """A parameter or buffer, and the tensors of PyTorch that hold it.
+
+    They are one, or one per expert.
 
     Attributes:
         parameter: ours.
@@ -94,7 +100,7 @@ class _Target(NamedTuple):
         shape: of the part of our array that each tensor holds.
     """
 
-    parameter: nnx.Param
+    parameter: nnx.Variable
     names: list[str]
     layout: Layout
     shape: tuple[int, ...]
@@ -119,7 +125,7 @@ class _Target(NamedTuple):
 def _targets(model) -> dict[str, _Target]:
     """Return what becomes of each parameter, by its path."""
     table, targets = _table(model), {}
-    for parts, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for parts, parameter in nnx.to_flat_state(nnx.state(model)):
         path, shape = "/".join(map(str, parts)), parameter[...].shape
         name = table.name(path)
         names = [name]
@@ -171,6 +177,17 @@ def _drop_aliases(table, expected, given):
         "the state dictionary holds different values under two names of one tensor; "
         f"write it again from the PyTorch network: {some(sorted(unequal))}.",
     )
+
+
+def _require_buffers(targets, given):
+    """Refuse weights that lack nothing but buffers, as a list of parameters does."""
+    lost = [t for t in targets.values() if not given.keys() >= set(t.names)]
+    if lost and not any(isinstance(t.parameter, nnx.Param) for t in lost):
+        raise checks.UserError(
+            f"the state dictionary has all parameters, but lacks {len(lost)} buffers, "
+            f"such as {lost[0].names[0]}, without which the network cannot predict; "
+            "save model.state_dict() whole."
+        )
 
 
 def _compare_names(expected, given):

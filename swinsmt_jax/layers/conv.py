@@ -162,6 +162,42 @@ class InstanceNorm(nnx.Module):
         return y.astype(self.dtype)
 
 
+class BatchNorm(nnx.Module):
+    """Batch norm with scale and bias (Ioffe and Szegedy 2015), as in PyTorch.
+
+    Training standardises by the mean and the biased variance of all samples and voxels,
+    of all devices too, and moves the running mean and unbiased variance, by which
+    everything else standardises. Statistics are float32, the result is in `dtype`.
+    """
+
+    def __init__(self, channels: int, *, dtype: str = "float32"):
+        self.dtype = dtype
+        self.scale = initializers.constant(1.0, (channels,))
+        self.bias = initializers.constant(0.0, (channels,))
+        self.running_mean = nnx.BatchStat(initializers.filled(0.0)(None, (channels,)))
+        self.running_var = nnx.BatchStat(initializers.filled(1.0)(None, (channels,)))
+
+    def __call__(self, x: jax.Array, *, training: bool) -> jax.Array:
+        """Return the standardised, scaled and moved [B, D, H, W, C]."""
+        if training:
+            self._follow(jax.lax.stop_gradient(x.astype(jnp.float32)))
+            y = standardize(x, (0, 1, 2, 3))
+        else:
+            scale = jax.lax.rsqrt(self.running_var[...] + 1e-5)
+            y = (x.astype(jnp.float32) - self.running_mean[...]) * scale
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+    def _follow(self, x):
+        """Move the running statistics by a tenth of the way to those of a batch."""
+        count = x.size // x.shape[-1]
+        variance = x.var((0, 1, 2, 3)) * count / max(1, count - 1)
+        for running, found in (
+            (self.running_mean, x.mean((0, 1, 2, 3))),
+            (self.running_var, variance),
+        ):
+            running[...] = 0.9 * running[...] + 0.1 * found
+
+
 def leaky_relu(x: jax.Array) -> jax.Array:
     """Leaky ReLU with slope 0.01."""
     return jnp.where(x >= 0, x, 0.01 * x)

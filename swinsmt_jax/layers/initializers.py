@@ -97,6 +97,11 @@ def constant(value: float, shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(filled(value)(None, shape))
 
 
+def made(make: Callable[[], object], shape: tuple[int, ...]) -> jax.Array:
+    """Return `make()` as float32; within `undrawn`, its shape without calling it."""
+    return _shape(shape) if _undrawn.get() else jnp.asarray(make(), jnp.float32)
+
+
 def _normal(rngs, shape, **distribution):
     return nnx.Param(gaussian(**distribution)(_key(rngs), shape))
 

@@ -3,7 +3,10 @@
 import importlib
 
 _WHERE = dict.fromkeys(
-    ("Network", "abstract_model", "count_parameters", "create", "split"),
+    (
+        *("Network", "abstract_model", "apart", "count_parameters", "create", "split"),
+        "together",
+    ),
     "swinsmt_jax.models.network",
 )
 __all__ = [*_WHERE]

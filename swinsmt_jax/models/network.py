@@ -13,12 +13,17 @@ from swinsmt_jax.models.registry import NetworkConfig, entry_of
 
 
 class Network(nnx.Module):
-    """A map from volumes to logits that holds a config and nothing but `nnx.Param`.
+    """A map from volumes to logits: a config, `nnx.Param`, and perhaps buffers.
+
+    Buffers are other `nnx.Variable`: arrays that no gradient moves, such as the running
+    statistics of batch norm, or embeddings from a file. What a training step writes to
+    them is carried on, saved and evaluated with the parameters.
 
     A network whose last layer is a 1 x 1 x 1 convolution with bias calls that `out` and
     has a method `features(x, rngs=None)`, from the input to what `out` is applied to,
-    [B, D, H, W, F]: it is then trained without making logits. Others override
-    `__call__`.
+    [B, D, H, W, F]: it is then trained without making logits. So is one whose head
+    depends on the image, with a method `features_and_head(x, rngs=None)`: what that
+    must be, `training.losses.Loss.of_head` says. Others override `__call__`.
 
     Args:
         config: a `NetworkConfig`.
@@ -45,8 +50,8 @@ class Network(nnx.Module):
 
         Args:
             x: [B, D, H, W, C_in].
-            rngs: switches dropout and drop path on; without it the result is
-                deterministic.
+            rngs: given in training, it switches dropout, drop path and the statistics
+                of the batch on; without it the result is deterministic.
 
         Returns:
             float32 logits [B, D, H, W, K].
@@ -76,32 +81,53 @@ def dropout_key(rngs: nnx.Rngs | None) -> jax.Array | None:
 
 def count_parameters(config: NetworkConfig) -> int:
     """Count the parameters of a config's network without making them."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)[1]))
+    params, _ = apart(*abstract_model(config))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
-    """Split a network into its structure and plain dictionaries of its parameters.
+    """Split a network into its structure and plain dictionaries of its arrays.
 
-    `nnx.merge(graphdef, params)` is the inverse. Plain dictionaries keep flax's types
+    `nnx.merge(graphdef, arrays)` is the inverse. Plain dictionaries keep flax's types
     out of checkpoints.
     """
-    graphdef, params = nnx.split(model)
-    return graphdef, nnx.to_pure_dict(params)
+    graphdef, arrays = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(arrays)
+
+
+def apart(graphdef: nnx.GraphDef, arrays: dict) -> tuple[dict, dict]:
+    """Return the parameters among a network's arrays, and its buffers."""
+    if not arrays:
+        return {}, {}
+    model = nnx.merge(graphdef, arrays)
+    _, params, *rest = nnx.split(model, nnx.Param, ...)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest[0])
+
+
+def together(params: dict, buffers: dict) -> dict:
+    """Return the arrays of a network, the inverse of `apart`."""
+    if not buffers:
+        return params
+    flat = [nnx.traversals.flatten_mapping(part) for part in (params, buffers)]
+    return nnx.traversals.unflatten_mapping(flat[0] | flat[1])
 
 
 def abstract_model(config: NetworkConfig) -> tuple[nnx.GraphDef, dict]:
-    """Return structure and parameters' shapes and dtypes of a config's network."""
+    """Return structure and arrays' shapes and dtypes of a config's network.
+
+    No file that the config names is read.
+    """
     from swinsmt_jax import models  # whose `create` may have been replaced
 
-    graphdef, params = _abstract_model(models.create, config)
-    return graphdef, jax.tree.map(lambda leaf: leaf, params)  # the caller's own
+    graphdef, arrays = _abstract_model(models.create, config)
+    return graphdef, jax.tree.map(lambda leaf: leaf, arrays)  # the caller's own
 
 
 @functools.cache
 def _abstract_model(create, config):
     with initializers.undrawn():
-        graphdef, params = split(create(config, rngs=_OneKey(0)))
-    return graphdef, jax.tree.map(_shape_of, params)
+        graphdef, arrays = split(create(config, rngs=_OneKey(0)))
+    return graphdef, jax.tree.map(_shape_of, arrays)
 
 
 class _OneKey(nnx.Rngs):

@@ -6,6 +6,7 @@ onto stated shardings, so a run may continue on another mesh.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import shutil
@@ -20,7 +21,7 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
-from swinsmt_jax.models import abstract_model
+from swinsmt_jax.models import abstract_model, apart, together
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.files import (
     PARTIAL,
@@ -113,7 +114,7 @@ class Checkpoints:
         step = int(state.step)
         meta = origin | {CHECKSUMS: checksums.of_state(state)}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.StandardSave(_fields(state)), meta=ocp.args.JsonSave(meta)
         )
         with self._written():
             self._writer.save(self._root / str(step), args=args)
@@ -244,15 +245,16 @@ def _restore(folder, like, *, origin):
             meta = meta_of(folder)
             _require_same_origin(folder, meta, origin)
             dice_of(folder)
-            require_same_parameters(folder, like.params, part="params")
+            for part, arrays in _parts(like.params, like.buffers).items():
+                require_same_parameters(folder, arrays, part=part)
             # by the handler itself, which waits for no process
             handler = ocp.StandardCheckpointHandler()
-            args = ocp.args.StandardRestore(like)
+            args = ocp.args.StandardRestore(_fields(like))
 
             def restore():
-                state = handler.restore(folder / STATE, args=args)
-                checksums.require_same(state, meta.get(CHECKSUMS, {}))
-                return state
+                found = handler.restore(folder / STATE, args=args)
+                checksums.require_same(found, meta.get(CHECKSUMS, {}))
+                return TrainState(**{"buffers": {}, **found})
 
             return read(folder, restore), None
         except DamagedError as error:
@@ -260,6 +262,22 @@ def _restore(folder, like, *, origin):
 
     state, damage = processes.run_on_all(attempt)
     return state, next(filter(None, processes.gather(damage)), None)
+
+
+def _fields(state):
+    """Return the fields of a state by name, as checkpoints have them.
+
+    Networks without buffers have no such field there, nor had any at first.
+    """
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    if not state.buffers:
+        del fields["buffers"]
+    return fields
+
+
+def _parts(params, buffers):
+    """Return the parts of a checkpoint that hold the arrays of its network."""
+    return {"params": params} | ({"buffers": buffers} if buffers else {})
 
 
 def _require_same_origin(folder, found, wanted):
@@ -323,9 +341,10 @@ def _load(folder):
     meta, dice = meta_of(folder), dice_of(folder)
     config = from_config_dict(meta["config"])
     graphdef, like = abstract_model(config.model)
-    part = "average" if config.training.ema_decay else "params"
-    require_same_parameters(folder, like, part=part)
-    wanted = {part: like}
+    averaged = config.training.ema_decay > 0
+    wanted = {"average": like} if averaged else _parts(*apart(graphdef, like))
+    for part, arrays in wanted.items():
+        require_same_parameters(folder, arrays, part=part)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
     with ocp.PyTreeCheckpointer() as reader:
@@ -336,13 +355,14 @@ def _load(folder):
             return found
 
         found = read(folder, restore)
-    leaves = jax.tree_util.tree_flatten_with_path(found[part])[0]
-    named = {path_name(path): leaf for path, leaf in leaves}
+    leaves = map(jax.tree_util.tree_leaves_with_path, found.values())
+    named = {path_name(path): leaf for part in leaves for path, leaf in part}
     checks.finite(f"the checkpoint {folder}", named)
-    params = jax.device_put(found[part])  # not tied to a device
+    found = jax.device_put(found)  # not tied to a device
+    arrays = found["average"] if averaged else together(**{"buffers": {}, **found})
     metrics = {} if dice is None else {METRIC: dice}
     about = {"step": int(folder.name), "metrics": metrics}
-    return config, nnx.merge(graphdef, params), about
+    return config, nnx.merge(graphdef, arrays), about
 
 
 def _candidates(root, step):

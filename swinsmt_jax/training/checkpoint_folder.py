@@ -74,7 +74,8 @@ def require_same_parameters(folder: Path, params: Mapping, *, part: str) -> None
     """Raise `UserError` unless part of the state has these shapes and dtypes."""
     with ocp.PyTreeCheckpointer() as reader:
         tree = read(
-            folder, lambda: reader.metadata(folder / STATE).item_metadata.tree[part]
+            folder,
+            lambda: reader.metadata(folder / STATE).item_metadata.tree.get(part, {}),
         )
     saved, wanted = _shapes(tree), _shapes(params)
     differing = [

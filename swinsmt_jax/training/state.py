@@ -25,22 +25,30 @@ class TrainState:
     Attributes:
         step: int32; with the seed it decides the keys and the data of the next update.
         params: nested dictionaries of float32 arrays, named as the network's parts.
+        buffers: the network's arrays that no gradient moves, such as the running
+            statistics of batch norm, nested alike; empty if there are none.
         opt_state: optax's state; its moments are nested as `params`.
-        average: running average of `params`; empty if none is kept.
+        average: running average of `params` and `buffers`; empty if none is kept.
         skipped: int32 [2], steps left out because they were not finite: in all, and
             the last ones in a row.
     """
 
     step: jax.Array
     params: dict
+    buffers: dict
     opt_state: optax.OptState
     average: dict
     skipped: jax.Array
 
     @property
+    def arrays(self) -> dict:
+        """The arrays of the network: parameters and buffers."""
+        return models.together(self.params, self.buffers)
+
+    @property
     def evaluated_params(self) -> dict:
-        """What is validated and evaluated: the average, if one is kept."""
-        return self.average or self.params
+        """The arrays that are validated and evaluated: the average, if one is kept."""
+        return self.average or self.arrays
 
 
 def abstract_state(
@@ -56,8 +64,8 @@ def abstract_state(
     what a state is made by, restored onto and compiled for. `averaged` adds the
     running average of the parameters.
     """
-    graphdef, params = models.abstract_model(config)
-    state = jax.eval_shape(lambda p: _start(p, optimizer, averaged), params)
+    graphdef, arrays = models.abstract_model(config)
+    state = jax.eval_shape(lambda a: _start(graphdef, a, optimizer, averaged), arrays)
     rules = sharding.parameter_rules(config)
     shardings = sharding.tree_shardings(state, mesh=mesh, rules=rules)
     return graphdef, jax.tree.map(
@@ -75,8 +83,8 @@ def initialize(
     """Make the state before the first update, born where `abstract` has its leaves."""
 
     def make(key):
-        _, params = models.split(models.create(config, rngs=nnx.Rngs(key)))
-        return _start(params, optimizer, bool(abstract.average))
+        parts = models.split(models.create(config, rngs=nnx.Rngs(key)))
+        return _start(*parts, optimizer, bool(abstract.average))
 
     make = jax.jit(make, out_shardings=shardings_of(abstract))
     return make(jax.random.key(seed))
@@ -85,16 +93,17 @@ def initialize(
 def changed(
     state: TrainState, graphdef: nnx.GraphDef, change: Callable[[nnx.Module], object]
 ) -> TrainState:
-    """Return the state with parameters that `change` has set in its network.
+    """Return the state with parameters and buffers that `change` set in its network.
 
     What `change` returns is logged; of several processes all call it.
     """
-    model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.params))
+    model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.arrays))
     for line in str(processes.run_on_all(lambda: change(model))).splitlines():
         logging.info("%s", line)
-    params = jax.device_put(models.split(model)[1], shardings_of(state.params))
-    average = jax.tree.map(jnp.copy, params) if state.average else {}
-    return dataclasses.replace(state, params=params, average=average)
+    arrays = jax.device_put(models.split(model)[1], shardings_of(state.arrays))
+    average = jax.tree.map(jnp.copy, arrays) if state.average else {}
+    params, buffers = models.apart(graphdef, arrays)
+    return dataclasses.replace(state, params=params, buffers=buffers, average=average)
 
 
 def shardings_of(tree: Any) -> Any:
@@ -102,11 +111,13 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _start(params, optimizer, averaged):
+def _start(graphdef, arrays, optimizer, averaged):
+    params, buffers = models.apart(graphdef, arrays)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
+        buffers=buffers,
         opt_state=optimizer.init(params),
-        average=jax.tree.map(jnp.copy, params) if averaged else {},
+        average=jax.tree.map(jnp.copy, arrays) if averaged else {},
         skipped=jnp.zeros(2, jnp.int32),
     )

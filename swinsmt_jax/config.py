@@ -124,8 +124,8 @@ class TrainingConfig:
         eval_every: steps between validations; 0 validates at the end alone.
         eval_cases: validation cases used; 0 takes the whole split.
         checkpoint_every: steps between checkpoints; the last step is always kept.
-        loss: what is minimised, one of `training.losses.LOSSES`: "dice_ce" or
-            "tversky_ce".
+        loss: what is minimised, one of `training.losses.LOSSES`: "dice_ce",
+            "tversky_ce" or "one_vs_all".
         accumulate: parts of a batch whose gradients are averaged one after the other.
         ema_decay: of the running average of the parameters that is then validated and
             evaluated; 0 has none.

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -153,6 +154,33 @@ def test_tversky_punishes_missed_voxels_more_than_wrong_ones(rng):
         float(losses.tversky(*(s[:, i] for i in range(3)))) for (s,) in sums
     )
     assert 0 < wrong < missing < 1
+
+
+def plain_one_vs_all(features, kernel, bias, labels):
+    logits = features @ kernel + bias
+    z, axes = logits[..., 1:] - logits[..., :1], (1, 2, 3)
+    truth = jax.nn.one_hot(labels, logits.shape[-1])[..., 1:]
+    p = jax.nn.sigmoid(z)
+    dice = 2 * (p * truth).sum(axes) / (p.sum(axes) + truth.sum(axes) + 1)
+    return (1 - dice).mean() + optax.sigmoid_binary_cross_entropy(z, truth).mean()
+
+
+@pytest.mark.parametrize("planes", [1, 6])
+def test_one_vs_all_equals_what_jax_derives(rng, monkeypatch, planes):
+    monkeypatch.setattr(losses, "BLOCK", planes * 5 * 4 * 7)
+    loss, arguments = losses.make("one_vs_all"), sample_of_features(rng)
+    value, found = gradients_of(loss.of_features)(*arguments)
+    expected, gradients = gradients_of(plain_one_vs_all)(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for ours, theirs in zip(found, gradients, strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * scale)
+    features, kernel, bias, labels = arguments
+    logits = features @ kernel + bias
+    np.testing.assert_allclose(loss(logits, labels), expected, rtol=1e-6)
+    assert np.isfinite(jax.grad(loss)(logits * 1e4, labels)).all()
+    labels[0, 0, 0, 0] = 7
+    assert np.isnan(loss(logits, labels))
 
 
 def test_an_unknown_loss_is_refused():

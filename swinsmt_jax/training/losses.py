@@ -6,6 +6,7 @@ A new loss is a function of three sums by class and a line in `LOSSES`.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,43 @@ def tversky(
     return (1 - found / (found + 0.7 * missed + 0.3 * wrong)).mean()
 
 
+def volume_dice(
+    predicted: jax.Array, intersection: jax.Array, truth: jax.Array
+) -> jax.Array:
+    """Return one minus soft Dice with 1 in its denominator; arguments as above.
+
+    An absent class costs 1 and has no slope (Liu et al. 2023, over whole volumes).
+    """
+    return (1 - 2 * intersection / (predicted + truth + 1)).mean()
+
+
+class Head(Protocol):
+    """What makes logits of features: a pytree.
+
+    Attributes:
+        num_classes: K.
+        width: numbers of a voxel that it makes at once.
+    """
+
+    @property
+    def num_classes(self) -> int: ...  # noqa: D102
+
+    @property
+    def width(self) -> int: ...  # noqa: D102
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Map some planes of features, [B, d, H, W, F], to float32 [B, d, H, W, K]."""
+        ...
+
+    def pull_back(self, features: jax.Array, g: jax.Array) -> tuple:
+        """Return the gradients of features and head, the latter by sample."""
+        ...
+
+    def sum_samples(self, gradient):
+        """Return the head's gradient, of one by sample that is summed over planes."""
+        ...
+
+
 @dataclass(frozen=True)
 class Loss:
     """Cross-entropy averaged over voxels plus `overlap`, in float32.
@@ -59,9 +97,15 @@ class Loss:
 
     Attributes:
         overlap: of (predicted, intersection, truth), see `soft_dice`.
+        one_vs_all: probabilities are not a softmax, but for each class but the
+            background the sigmoid of its logit minus the background's, of which the
+            cross-entropy is the mean binary one; the sums are `[B, K - 1]`. The class
+            of the largest logit is then the most probable one above 1/2, or else the
+            background.
     """
 
     overlap: Overlap
+    one_vs_all: bool = False
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Return the loss, a float32 scalar.
@@ -71,7 +115,7 @@ class Loss:
             labels: `[B, D, H, W]`, integers in [0, K).
         """
         labels = _class_ids(labels, "logits", logits, logits.shape[-1])
-        return _loss(self.overlap, logits.astype(jnp.float32), None, labels)
+        return _loss(self, logits.astype(jnp.float32), None, labels)
 
     def of_features(
         self,
@@ -92,12 +136,26 @@ class Loss:
             bias: `[K]`.
             labels: `[B, D, H, W]`, integers in [0, K).
         """
-        labels = _class_ids(labels, "features", features, bias.size)
         head = kernel.astype(features.dtype), bias.astype(features.dtype)
-        return _loss(self.overlap, features, head, labels)
+        return self.of_head(features, _Dense(*head), labels)
+
+    def of_head(self, features: jax.Array, head: Head, labels: jax.Array) -> jax.Array:
+        """Return the loss of the logits `head(features)` likewise.
+
+        Args:
+            features: `[B, D, H, W, F]`.
+            head: what makes logits of some planes of the features.
+            labels: `[B, D, H, W]`, integers in [0, K).
+        """
+        labels = _class_ids(labels, "features", features, head.num_classes)
+        return _loss(self, features, head, labels)
 
 
-LOSSES = {"dice_ce": Loss(soft_dice), "tversky_ce": Loss(tversky)}
+LOSSES = {
+    "dice_ce": Loss(soft_dice),
+    "tversky_ce": Loss(tversky),
+    "one_vs_all": Loss(volume_dice, one_vs_all=True),
+}
 
 
 def make(name: str) -> Loss:
@@ -132,57 +190,90 @@ def _class_ids(labels, name, array, num_classes):
     return jnp.where((labels >= 0) & (labels < num_classes), labels, num_classes)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("kernel", "bias"),
+    meta_fields=(),
+)
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """The head `features @ kernel + bias`."""
+
+    kernel: jax.Array
+    bias: jax.Array
+
+    num_classes = width = property(lambda self: self.bias.size)
+
+    def __call__(self, features):
+        return (features @ self.kernel + self.bias).astype(jnp.float32)
+
+    def pull_back(self, features, g):
+        """Return the gradients of the features and, by sample, of the head."""
+        g = g.astype(features.dtype)
+        dkernel = jnp.einsum(
+            "bxyzc,bxyzo->bco", features, g, preferred_element_type=jnp.float32
+        )
+        dbias = g.sum(SPATIAL_AXES, dtype=jnp.float32)
+        return g @ self.kernel.T, _Dense(dkernel, dbias)
+
+    def sum_samples(self, by_sample):
+        def total(parts, own):
+            return parts.sum(0).astype(own.dtype)
+
+        return jax.tree.map(total, by_sample, self)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(overlap, features, head, labels):
-    """The loss of features and a head (kernel, bias), or of logits and None."""
-    return _forward(overlap, features, head, labels)[0]
+def _loss(loss, features, head, labels):
+    """The loss of features and a head, or of logits and None."""
+    return _forward(loss, features, head, labels)[0]
 
 
-def _forward(overlap, features, head, labels):
+def _forward(loss, features, head, labels):
+    terms = _one_vs_all if loss.one_vs_all else _softmax
+
     def block(features, labels):
-        logits = _logits(features, head)
-        log_total = jax.nn.logsumexp(logits, axis=-1)  # [B, planes, H, W]
-        log_true = _at_label(logits, labels) - log_total
-        predicted = jnp.exp(logits - log_total[..., None]).sum(SPATIAL_AXES)  # [B, K]
-        sums = _sums_by_class(jnp.exp(log_true), labels, logits.shape[-1])
-        return (log_total, log_true), (predicted, *sums)
+        return terms(_logits(features, head), labels)
 
-    (log_total, log_true), sums = _over_blocks(block, (features, labels), head)
-    value, slopes = jax.value_and_grad(overlap, argnums=(0, 1))(*sums)
+    (kept, cost), sums = _over_blocks(block, (features, labels), head)
+    value, slopes = jax.value_and_grad(loss.overlap, argnums=(0, 1))(*sums)
     # Row by row, since a long float32 sum on CPU is sequential and loses digits.
-    loss = value - log_true.mean(3).mean(2).mean()
-    return loss, (features, head, labels, log_total, slopes)
+    value = value + cost.mean(3).mean(2).mean()
+    return value, (features, head, labels, kept, slopes)
 
 
-def _backward(overlap, saved, cotangent):
-    features, head, labels, log_total, slopes = saved
+def _backward(loss, saved, cotangent):
+    features, head, labels, kept, slopes = saved
+    gradient = _one_vs_all_gradient if loss.one_vs_all else _softmax_gradient
     of_voxel = 1 / labels.size  # in the average of the cross-entropy
 
-    def block(features, labels, log_total):
-        g = _gradient(_logits(features, head), labels, log_total, slopes, of_voxel)
-        g = cotangent * g
+    def block(features, labels, kept):
+        logits = _logits(features, head)
+        g = cotangent * gradient(logits, labels, kept, slopes, of_voxel)
         if head is None:
             return g, None
         with jax.named_scope("head"):
-            g = g.astype(features.dtype)
-            dkernel = jnp.einsum(
-                "bxyzc,bxyzo->bco", features, g, preferred_element_type=jnp.float32
-            )
-            return g @ head[0].T, (dkernel, g.sum(SPATIAL_AXES, dtype=jnp.float32))
+            return head.pull_back(features, g)
 
-    arrays = features, labels, log_total
-    dfeatures, dhead = _over_blocks(block, arrays, head)
+    dfeatures, dhead = _over_blocks(block, (features, labels, kept), head)
     if head is not None:  # sums stay apart by sample, so by device, until here
-        dhead = tuple(
-            d.sum(0).astype(part.dtype) for d, part in zip(dhead, head, strict=True)
-        )
+        dhead = head.sum_samples(dhead)
     return dfeatures, dhead, None
 
 
 _loss.defvjp(_forward, _backward)
 
 
-def _gradient(logits, labels, log_total, slopes, of_voxel):
+def _softmax(logits, labels):
+    """Return (kept for the gradient, cross-entropy) of voxels, and the sums."""
+    log_total = jax.nn.logsumexp(logits, axis=-1)  # [B, planes, H, W]
+    log_true = _at_label(logits, labels) - log_total
+    predicted = jnp.exp(logits - log_total[..., None]).sum(SPATIAL_AXES)  # [B, K]
+    sums = _sums_by_class(jnp.exp(log_true), labels, logits.shape[-1])
+    return (log_total, -log_true), (predicted, *sums)
+
+
+def _softmax_gradient(logits, labels, log_total, slopes, of_voxel):
     """Return the gradient in the logits.
 
     With p the probabilities and y the label, g_k = d overlap / d p_k is slope_k +
@@ -198,12 +289,30 @@ def _gradient(logits, labels, log_total, slopes, of_voxel):
     return p * (slope - mean_g + of_voxel) + is_true * (pull - of_voxel)
 
 
+def _one_vs_all(logits, labels):
+    """As `_softmax`, with binary cross-entropies; nothing is kept."""
+    background, classes = logits[..., 0], logits.shape[-1] - 1
+    z = logits[..., 1:] - background[..., None]
+    z_true = _at_label(logits, labels) - background  # 0 in the background
+    cost = (jax.nn.softplus(z).sum(-1) - z_true) / classes
+    sums = _sums_by_class(jax.nn.sigmoid(z_true), labels, classes + 1)
+    predicted = jax.nn.sigmoid(z).sum(SPATIAL_AXES)  # [B, K - 1]
+    return (None, cost), (predicted, *(part[:, 1:] for part in sums))
+
+
+def _one_vs_all_gradient(logits, labels, _, slopes, of_voxel):
+    """As `_softmax_gradient`; with p the sigmoids, g_k is turned into p (1 - p) g."""
+    slope, gain = (part[:, None, None, None, :] for part in slopes)
+    p = jax.nn.sigmoid(logits[..., 1:] - logits[..., :1])
+    is_true = labels[..., None] == jnp.arange(1, logits.shape[-1])
+    g = p * (1 - p) * (slope + is_true * gain)
+    g = g + (p - is_true) * of_voxel / p.shape[-1]
+    return jnp.concatenate([-g.sum(-1, keepdims=True), g], axis=-1)
+
+
 @jax.named_scope("head")
 def _logits(features, head):
-    if head is None:
-        return features
-    kernel, bias = head
-    return (features @ kernel + bias).astype(jnp.float32)
+    return features if head is None else head(features)
 
 
 def _over_blocks(block, arrays, head):
@@ -216,13 +325,16 @@ def _over_blocks(block, arrays, head):
     _, depth, height, width, _ = features.shape
     count = depth
     if head is not None:
-        most = max(1, BLOCK // (height * width * head[1].size))
+        most = max(1, BLOCK // (height * width * head.width))
         count = max(n for n in checks.divisors(depth) if n <= most)
     if count == depth:
         return block(*arrays)
 
     def block_at(start):
-        return block(*(lax.dynamic_slice_in_dim(a, start, count, 1) for a in arrays))
+        def cut(array):
+            return lax.dynamic_slice_in_dim(array, start, count, 1)
+
+        return block(*jax.tree.map(cut, arrays))
 
     def body(index, found):
         def put(whole, part):

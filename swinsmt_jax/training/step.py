@@ -1,6 +1,7 @@
 """One compiled update of the parameters."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from swinsmt_jax import sharding
+from swinsmt_jax import models, sharding
 from swinsmt_jax.layers import recompute
 from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.models.network import Network
@@ -40,8 +41,8 @@ def make_train_step(
 
     The state handed in is donated: use the returned one. Its dropout key is
     `fold_in(key(seed), step)`, so that an update depends on state and batch alone.
-    Where the loss or the gradient is not finite, the step is counted and nothing else
-    of the state changes.
+    Where the loss, the gradient or a buffer is not finite, the step is counted and
+    nothing else of the state changes.
 
     Args:
         graphdef, abstract: network and state, from `state.abstract_state`.
@@ -63,11 +64,13 @@ def make_train_step(
         and `skipped_in_row`.
     """
 
-    def loss_of(params, batch, key):
-        model, rngs = nnx.merge(graphdef, params), nnx.Rngs(dropout=key)
-        return loss_and_accuracy_counts(
-            model, batch["image"], batch["label"], loss=loss, rngs=rngs
+    def loss_of(params, buffers, batch, key):
+        model = nnx.merge(graphdef, models.together(params, buffers))
+        image, label, rngs = batch["image"], batch["label"], nnx.Rngs(dropout=key)
+        value, counts = loss_and_accuracy_counts(
+            model, image, label, loss=loss, rngs=rngs
         )
+        return value, (counts, models.apart(*models.split(model))[1])
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     packing = Packing(abstract.params, kind=optimizer.kind)
@@ -76,14 +79,21 @@ def make_train_step(
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         with sharding.within(mesh):
-            found = _averaged_over_parts(gradient, accumulate, state.params, batch, key)
-        (value, counts), grads = found
+            found, buffers = _averaged_over_parts(
+                gradient, accumulate, state, batch, key
+            )
+        value, counts, grads = found
         with jax.named_scope("optimizer"):
-            packed, grads = packing.pack((state, grads))
+            average, averaged = models.apart(graphdef, state.average)
+            packed, grads = packing.pack((replace(state, average=average), grads))
             grad_norm = optax.tree.norm(grads)
-            finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+            numbers = jnp.stack([value, grad_norm, optax.tree.norm(buffers)])
+            finite = jnp.isfinite(numbers).all()
             updates = _update(optimizer, packed, grads, finite, ema_decay=ema_decay)
             params, opt_state, average = packing.unpack(updates)
+            buffers = _choose(finite, buffers, state.buffers)
+            moved = _averaged(state, buffers, averaged, ema_decay=ema_decay)
+            average = models.together(average, _choose(finite, moved, averaged))
         total = state.skipped[0] + ~finite
         in_row = jnp.where(finite, 0, state.skipped[1] + 1)
         rate = schedule(state.step - state.skipped[0])
@@ -96,7 +106,8 @@ def make_train_step(
             "skipped_in_row": in_row,
         }
         skipped = jnp.stack([total, in_row])
-        return TrainState(state.step + 1, params, opt_state, average, skipped), metrics
+        step = state.step + 1
+        return TrainState(step, params, buffers, opt_state, average, skipped), metrics
 
     places = shardings_of(abstract)
     return jax.jit(
@@ -108,10 +119,18 @@ def make_train_step(
     )
 
 
-def _averaged_over_parts(gradient, accumulate, params, batch, key):
-    """Return `gradient(params, batch, key)`, averaged over parts of the batch."""
+def _averaged_over_parts(gradient, accumulate, state, batch, key):
+    """Return (loss, counts, gradients), averaged over parts of a batch, and buffers.
+
+    Every part changes the buffers that the part before it left.
+    """
+
+    def call(buffers, part, key):
+        (value, (counts, buffers)), grads = gradient(state.params, buffers, part, key)
+        return (value, counts, grads), buffers
+
     if accumulate == 1:
-        return gradient(params, batch, key)
+        return call(state.buffers, batch, key)
     # [B, ...] -> [parts, B / parts, ...]; every device cuts its own samples.
     parts = {
         name: array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
@@ -119,15 +138,15 @@ def _averaged_over_parts(gradient, accumulate, params, batch, key):
         if name in ("image", "label")
     }
 
-    def add(total, part):
-        index, part = part
-        found = gradient(params, part, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, found), None
+    def add(carried, part):
+        (total, buffers), (index, part) = carried, part
+        found, buffers = call(buffers, part, jax.random.fold_in(key, index))
+        return (jax.tree.map(jnp.add, total, found), buffers), None
 
-    none = jnp.float32(0), jnp.zeros(2)
-    zero = none, jax.tree.map(jnp.zeros_like, params)
-    total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
-    return jax.tree.map(lambda sum: sum / accumulate, total)
+    zero = jnp.float32(0), jnp.zeros(2), jax.tree.map(jnp.zeros_like, state.params)
+    start = zero, state.buffers
+    (total, buffers), _ = jax.lax.scan(add, start, (jnp.arange(accumulate), parts))
+    return jax.tree.map(lambda sum: sum / accumulate, total), buffers
 
 
 def _update(optimizer, state, grads, finite, *, ema_decay):
@@ -136,22 +155,27 @@ def _update(optimizer, state, grads, finite, *, ema_decay):
     The optimizer is called twice, with a barrier between, so that XLA can update the
     state in place; it removes the duplicate work.
     """
-
-    def choose(new, old):
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-
     update = traced_once(optimizer.update)
     updates, _ = update(grads, state.opt_state, state.params)
-    params = choose(optax.apply_updates(state.params, updates), state.params)
+    params = _choose(finite, optax.apply_updates(state.params, updates), state.params)
     params, old = jax.lax.optimization_barrier((params, state.opt_state))
     _, opt_state = update(grads, old, state.params)
-    opt_state = choose(opt_state, old)
-    if not state.average:
-        return params, opt_state, {}
+    opt_state = _choose(finite, opt_state, old)
+    average = _averaged(state, params, state.average, ema_decay=ema_decay)
+    return params, opt_state, _choose(finite, average, state.average)
+
+
+def _averaged(state, arrays, average, *, ema_decay):
+    """Return the running average after a step; an empty one stays empty."""
     step = state.step - state.skipped[0]
     decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
-    average = optax.incremental_update(params, state.average, 1 - decay)
-    return params, opt_state, choose(average, state.average)
+    if not average:
+        return {}
+    return jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), average, arrays)
+
+
+def _choose(finite, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
 def loss_and_accuracy_counts(
@@ -165,7 +189,8 @@ def loss_and_accuracy_counts(
     """Return the loss of a network's prediction, and how many voxels it got right.
 
     No logits are made of a network with `features` whose `head` is a 1 x 1 x 1
-    `layers.conv.Conv` with a bias; any other is called.
+    `layers.conv.Conv` with a bias, nor of one with `features_and_head`; any other is
+    called.
 
     Args:
         model: a network.
@@ -179,6 +204,11 @@ def loss_and_accuracy_counts(
         `SPARSE`th plane, row and column: cheap, and says early whether anything is
         learnt, as the loss moves first by learning how rare each class is.
     """
+    if hasattr(model, "features_and_head"):
+        features, head = model.features_and_head(image, rngs=rngs)
+        with jax.named_scope("loss"):
+            value = loss.of_head(features, head, label)
+            return value, _counts(head(_sparse(features)), _sparse(label))
     if not _has_head(model):
         logits = model(image, rngs=rngs)
         with jax.named_scope("loss"):
@@ -221,7 +251,7 @@ def make_predict(
     """
     windows = sharding.batch_sharding(mesh)
     alone = jax.process_count() == 1
-    places = shardings_of(abstract.params) if alone else sharding.replicated(mesh)
+    places = shardings_of(abstract.arrays) if alone else sharding.replicated(mesh)
 
     def predict(params, x):
         with sharding.within(mesh):

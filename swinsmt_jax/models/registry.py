@@ -13,9 +13,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from swinsmt_jax import checks
 
 PerStage = Annotated[checks.Positives, checks.entries(4)]  # of an encoder of four
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Weights on the entries of some parameters, see `training.prior`.
+
+    Attributes:
+        rule: one of `training.prior.RULES`.
+        paths: pattern of the paths of these parameters.
+        weights: positive; of a shape that is broadcast to theirs.
+    """
+
+    rule: str
+    paths: str
+    weights: np.ndarray
+
+    def acts_on(self, path: str) -> bool:
+        """Whether a parameter has these weights."""
+        return re.search(self.paths, path) is not None
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,17 @@ class NetworkConfig:
     def check_patch(self, name: str, shape: Sequence[int]) -> None:
         """Raise `UserError` unless the network takes inputs of this (D, H, W)."""
         checks.spatial_shape(name, shape, self.total_stride, exact=self.input_shape)
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Raise `UserError` unless a new network fits the classes that are learnt.
+
+        `names` are those of the label ids, the background first.
+        """
+
+    @property
+    def prior(self) -> Prior | None:
+        """Weights on the entries of some parameters in training; None has none."""
+        return None
 
     def layer_decay_stage(self, path: str) -> int:
         """Return how many encoder stages a parameter is away from the decoder.

@@ -1,5 +1,7 @@
 """3D UX-Net (Lee et al. 2023): large depthwise kernels in place of window attention."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,24 +30,33 @@ EPSILON = 1e-6  # of the encoder's layer norms
 
 
 @dataclass(frozen=True, kw_only=True)
-class UXNetConfig(NetworkConfig):
-    """3D UX-Net (Lee et al. 2023): large-kernel depthwise convolutions as encoder.
+class StagesConfig(NetworkConfig):
+    """What 3D UX-Net and its relatives share.
 
     Attributes:
         depths: blocks of each of the four stages.
         feat_size: channels of each stage.
         hidden_size: channels at the bottom of the decoder.
-        drop_path_rate: stochastic depth, rising linearly from 0 to this rate.
-        layer_scale_init_value: initial value of the blocks' layer scale.
     """
 
     depths: PerStage = (2, 2, 2, 2)
     feat_size: PerStage = (48, 96, 192, 384)
     hidden_size: checks.Positive = 768
-    drop_path_rate: checks.Share = 0.0
-    layer_scale_init_value: float = 1e-6
 
     total_stride: ClassVar = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class UXNetConfig(StagesConfig):
+    """3D UX-Net (Lee et al. 2023): large-kernel depthwise convolutions as encoder.
+
+    Attributes:
+        drop_path_rate: stochastic depth, rising linearly from 0 to this rate.
+        layer_scale_init_value: initial value of the blocks' layer scale.
+    """
+
+    drop_path_rate: checks.Share = 0.0
+    layer_scale_init_value: float = 1e-6
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,14 +68,22 @@ class UXNetConfig(NetworkConfig):
 
 
 class DepthwiseConv(nnx.Module):
-    """A 7 x 7 x 7 kernel and a bias for each channel."""
+    """A cubic kernel and a bias for each channel."""
 
-    def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kernel_size: int = KERNEL,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
         self.dtype = dtype
+        taps = kernel_size**3
         self.kernel = initializers.uniform_fan_in(
-            rngs, (KERNEL,) * 3 + (channels,), fan_in=KERNEL**3
+            rngs, (kernel_size,) * 3 + (channels,), fan_in=taps
         )
-        self.bias = initializers.uniform_fan_in(rngs, (channels,), fan_in=KERNEL**3)
+        self.bias = initializers.uniform_fan_in(rngs, (channels,), fan_in=taps)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to the same shape."""
@@ -101,9 +120,10 @@ class UXBlock(nnx.Module):
     """Depthwise convolution, layer norm, and a scaling per channel; added."""
 
     def __init__(
-        self, channels: int, *, rate: float, config: UXNetConfig, rngs: nnx.Rngs
+        self, channels: int, *, number: int, config: UXNetConfig, rngs: nnx.Rngs
     ):
-        self.drop_path_rate = rate
+        step = config.drop_path_rate / max(1, sum(config.depths) - 1)
+        self.drop_path_rate = step * number
         dtype = config.dtype
         self.dwconv = DepthwiseConv(channels, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(channels, epsilon=EPSILON, dtype=dtype)
@@ -119,9 +139,16 @@ class UXBlock(nnx.Module):
 
 
 class UXEncoder(nnx.Module):
-    """Four stages of blocks, each after a convolution that halves the grid."""
+    """Four stages of blocks, each after a convolution that halves the grid.
 
-    def __init__(self, config: UXNetConfig, *, rngs: nnx.Rngs):
+    Args:
+        config: of the network.
+        block: called as block(channels, number=of all blocks, config=, rngs=); what it
+            returns maps a volume and a key, which is None outside of training.
+        rngs: initialises the parameters.
+    """
+
+    def __init__(self, config: StagesConfig, *, block: Callable, rngs: nnx.Rngs):
         self.recompute = "encoder" in config.remat
         sizes, dtype = config.feat_size, config.dtype
 
@@ -144,11 +171,10 @@ class UXEncoder(nnx.Module):
         for before, after in zip(sizes, sizes[1:], strict=False):
             downs.append([norm(before), halve(before, after)])
         self.downsample_layers = nnx.List(map(nnx.List, downs))
-        step = config.drop_path_rate / max(1, sum(config.depths) - 1)
-        rates = iter(step * i for i in range(sum(config.depths)))
+        numbers = itertools.count()
         self.stages = nnx.List(
             nnx.List(
-                UXBlock(size, rate=next(rates), config=config, rngs=rngs)
+                block(size, number=next(numbers), config=config, rngs=rngs)
                 for _ in range(depth)
             )
             for size, depth in zip(sizes, config.depths, strict=True)
@@ -175,14 +201,16 @@ class UXEncoder(nnx.Module):
 
 
 class UXNet(Network):
-    """3D UX-Net."""
+    """3D UX-Net, or with another `block` a network that differs in it alone."""
 
-    def __init__(self, config: UXNetConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: StagesConfig, *, block: Callable = UXBlock, rngs: nnx.Rngs
+    ):
         super().__init__(config)
         sizes = (config.in_channels, *config.feat_size, config.hidden_size)
         first = sizes[1]
         common: dict = {"dtype": config.dtype, "rngs": rngs}
-        self.uxnet_3d = UXEncoder(config, rngs=rngs)
+        self.uxnet_3d = UXEncoder(config, block=block, rngs=rngs)
         for i in range(1, 6):
             block = ResidualBlock(sizes[i - 1], sizes[i], **common)
             setattr(self, f"encoder{i}", block)
@@ -213,7 +241,7 @@ class UXNet(Network):
 
 
 # One kernel a channel: [k, k, k, C] -> [C, 1, k, k, k].
-_DEPTHWISE = Layout(
+DEPTHWISE = Layout(
     lambda a: a.transpose(3, 0, 1, 2)[:, None],
     lambda a, shape: a[:, 0].transpose(1, 2, 3, 0),
 )
@@ -223,7 +251,7 @@ _NARROW = Layout(lambda a: a[:, :, None, None, None], lambda a, shape: a.reshape
 TORCH_NAMES = NameTable(
     renames=MONAI_RENAMES,
     layouts=(
-        (r"/dwconv/kernel", _DEPTHWISE),
+        (r"/dwconv/kernel", DEPTHWISE),
         (r"/pwconv1/kernel", _WIDEN),
         (r"/pwconv2/kernel", _NARROW),
         *MONAI_LAYOUTS,

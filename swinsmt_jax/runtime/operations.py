@@ -1,7 +1,8 @@
 """Floating-point operations of a network's products, counted from its program.
 
 Counted are matrix products and convolutions, two operations for a multiplication with
-its addition, taps on the padding included, as one counts by hand. A loop's body counts
+its addition, taps on the padding included, as one counts by hand; and real Fourier
+transforms of n numbers, 2.5 n log2 n. A loop's body counts
 as often as it runs, which XLA's own cost analysis leaves out, and where a function has
 a form for each platform the plain one is counted: the figure does not depend on the
 machine.
@@ -20,7 +21,7 @@ from jax.extend.core import JaxprEqn
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.models.registry import NetworkConfig
 
-PRODUCTS = ("dot_general", "conv_general_dilated")
+PRODUCTS = ("dot_general", "conv_general_dilated", "fft")
 
 
 def forward_operations(config: NetworkConfig, shape: Sequence[int]) -> int:
@@ -61,6 +62,10 @@ def of_product(equation: Any) -> int:
         return (
             2 * equation.outvars[0].aval.size * math.prod(sides[i] for i in contracted)
         )
+    if equation.primitive.name == "fft":
+        side = math.prod(params["fft_lengths"])
+        count = math.prod(equation.invars[0].aval.shape[: -len(params["fft_lengths"])])
+        return round(2.5 * count * side * math.log2(side))
     kernel = equation.invars[1].aval
     features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
     return 2 * equation.outvars[0].aval.size * kernel.size // features

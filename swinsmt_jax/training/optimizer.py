@@ -11,6 +11,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.config import OptimizerConfig
 from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.sharding import path_name
+from swinsmt_jax.training.prior import around
 
 
 class Optimizer(NamedTuple):
@@ -48,7 +49,7 @@ def make_optimizer(
     """Return AdamW with decoupled weight decay on the kernels (Loshchilov 2019).
 
     Frozen parameters take no part in the norm by which gradients are clipped. `network`
-    says which parameters decay, and in which stage of its encoder one is.
+    says which parameters decay, in which stage of its encoder one is, and its prior.
     """
 
     def learns(path):
@@ -69,11 +70,19 @@ def make_optimizer(
             ),
         ),
     )
+    prior = network.prior
+    if prior is not None:
+        adamw = around(adamw, prior)
     if config.freeze or config.layer_decay != 1:
         # Not by optax.partition or masked, whose states checkpoints do not have.
         adamw = optax.chain(_scaled_by(learns), adamw, _scaled_by(rate))
     init, update = adamw
-    return Optimizer(init, update, lambda path: (network.is_decayed(path), rate(path)))
+
+    def kind(path):
+        alone = path if prior is not None and prior.acts_on(path) else ""
+        return network.is_decayed(path), rate(path), alone
+
+    return Optimizer(init, update, kind)
 
 
 def _scaled_by(factor):

@@ -62,6 +62,25 @@ def test_names_that_are_the_networks_own_are_kept():
     assert not report.missing and not report.unused
 
 
+def test_statistics_are_written_and_have_to_be_there():
+    entry = registry.entry("repux_net")
+    config = entry.config(in_channels=1, out_channels=2, **entry.tiny)
+    graphdef, shapes = models.abstract_model(config)
+    model = nnx.merge(graphdef, jax.tree.map(lambda a: np.ones(a.shape, "f4"), shapes))
+    whole = convert.to_torch(model, buffers=True)
+    counters = {name for name in whole if name.endswith("num_batches_tracked")}
+    assert len(counters) == 4 and all(
+        whole[name].dtype == np.int64 for name in counters
+    )
+    convert.load_torch(model, whole)
+    assert not convert.load_what_fits(model, whole).unused
+    parameters = {n: a for n, a in whole.items() if "running" not in n}
+    message = "has all parameters, but lacks 8 buffers, such as .*running_mean"
+    with pytest.raises(UserError, match=message) as found:
+        convert.load_torch(model, parameters)
+    assert "\n" not in str(found.value)
+
+
 def test_expert_e_is_row_e(model, state_dict):
     convert.load_torch(model, state_dict)
     w1 = model.swinViT.layers4.blocks[0].mlp.experts.w1[...]

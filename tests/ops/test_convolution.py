@@ -76,8 +76,9 @@ def test_strided_conv_equals_the_direct_convolution_with_its_gradients(
     assert f"stride = {list(strides)}" in program.mlir_module()
 
 
-def test_depthwise_conv_equals_the_grouped_convolution_with_its_gradients(rng):
-    x, kernel = draw(rng, 2, 3, 5, 4, 3), draw(rng, 5, 5, 5, 3)
+@pytest.mark.parametrize("side", [5, 9])  # by shifted sums, and by transforms
+def test_depthwise_conv_equals_the_grouped_convolution_with_its_gradients(rng, side):
+    x, kernel = draw(rng, 2, 3, 13, 4, 3), draw(rng, side, side, side, 3)
 
     def grouped(x, kernel):
         return lax.conv_general_dilated(
@@ -97,8 +98,9 @@ def test_depthwise_conv_equals_the_grouped_convolution_with_its_gradients(rng):
 
     for a, b in zip(*run(x, kernel), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * jnp.abs(a).max())
-    program = jax.export.export(jax.jit(by_platform.depthwise_conv), platforms=("tpu",))
-    assert "feature_group_count = 3" in program(x, kernel).mlir_module()
+    export = jax.export.export(jax.jit(by_platform.depthwise_conv), platforms=("tpu",))
+    program = export(x, kernel).mlir_module()
+    assert ("feature_group_count = 3" in program) == (side == 5)
 
 
 def test_patchify_equals_a_strided_convolution(rng):

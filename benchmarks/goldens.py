@@ -12,8 +12,10 @@ from swinsmt_jax import SwinSMTConfig, SwinUNETRConfig, checks, convert, models
 from swinsmt_jax.models.dints import DiNTSConfig
 from swinsmt_jax.models.nnformer import NNFormerConfig
 from swinsmt_jax.models.nnunet import PlainConvUNetConfig, ResidualEncoderUNetConfig
+from swinsmt_jax.models.repux_net import RepUXNetConfig
 from swinsmt_jax.models.unest import UNesTConfig
 from swinsmt_jax.models.unetr import UNETRConfig
+from swinsmt_jax.models.universal_model import UniversalModelConfig
 from swinsmt_jax.models.ux_net import UXNetConfig
 
 NETWORKS = {
@@ -59,6 +61,24 @@ ZOO = {
     ),
     "zoo/ux_net_small": UXNetConfig(
         in_channels=1, out_channels=5, feat_size=(48, 16, 24, 32), hidden_size=48
+    ),
+    "zoo/repux_net_small": RepUXNetConfig(
+        in_channels=1,
+        out_channels=5,
+        depths=(1, 2, 1, 1),
+        feat_size=(48, 16, 24, 32),
+        hidden_size=48,
+    ),
+    "zoo/universal_model_small": UniversalModelConfig(
+        in_channels=1,
+        out_channels=4,
+        feature_size=8,
+        num_heads=(1, 2, 4, 8),
+        embeddings="random",  # as a buffer, which the golden fills
+        text_size=24,
+        hidden=16,
+        groups=4,
+        zero_plane=False,
     ),
     "zoo/nnformer_small": NNFormerConfig(
         in_channels=1,

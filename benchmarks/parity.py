@@ -33,7 +33,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from benchmarks import run, save
+from benchmarks import parity_rows, run, save
 from benchmarks.goldens import NETWORKS, ZOO, loaded, part, read
 from swinsmt_jax import convert
 from swinsmt_jax.inference.sliding_window import sliding_window
@@ -121,8 +121,10 @@ def network_figures(
 
 
 def zoo_figures(golden: Mapping, *, name: str) -> list[Figure]:
-    """Compare a network of `ZOO` with its golden."""
-    return network_figures(golden, ZOO[name], name=name, floor=1e-6)
+    """Compare a network of `ZOO` with its golden, and what more that holds."""
+    figures = network_figures(golden, ZOO[name], name=name, floor=1e-6)
+    more = parity_rows.FIGURES.get(name, lambda *_: ())(golden, ZOO[name])
+    return figures + [Figure(name, what, float(v), tol) for what, v, tol in more]
 
 
 def module_figures(golden: Mapping) -> list[Figure]:

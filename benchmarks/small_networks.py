@@ -43,6 +43,16 @@ MODELS = {
         "feat_size": ((12, 24, 48, 96), (24, 48, 96, 192)),
         "hidden_size": (192, 384),
     },
+    "repux_net": {
+        "feat_size": ((12, 24, 48, 96), (24, 48, 96, 192)),
+        "hidden_size": (192, 384),
+    },
+    "universal_model": {
+        "feature_size": (12, 24),
+        "hidden": (64, 128),
+        "groups": 4,
+        **SWIN,
+    },
     "nnformer": {
         "embedding_dim": (24, 48),
         "num_heads": (3, 6, 12, 24),
@@ -55,6 +65,7 @@ SIZED = (
     "feature_size",
     "features_per_stage",
     "hidden_size",
+    "hidden",
     "mlp_dim",
     "feat_size",
     "embedding_dim",

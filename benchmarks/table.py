@@ -43,6 +43,8 @@ NETWORKS = {
     "unest": "UNesT",
     "dints": "DiNTS",
     "ux_net": "3D UX-Net",
+    "repux_net": "3D RepUX-Net",
+    "universal_model": "Universal Model",
     "nnunet_plain": "nnU-Net",
     "nnunet_resenc_m": "nnU-Net ResEnc M",
     "nnunet_resenc_l": "nnU-Net ResEnc L",

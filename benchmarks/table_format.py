@@ -14,6 +14,8 @@ SAME = {
     "SwinUNETR-L": "swin_unetr_l",
     "nnFormer": "nnformer",
     "3D UX-Net": "ux_net",
+    "3D RepUX-Net": "repux_net",
+    "Universal Model": "universal_model",
     "UNesT": "unest",
     "Swin SMT": "swin_smt_paper",
 }

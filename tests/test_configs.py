@@ -22,6 +22,8 @@ PARAMETERS = {
     "nnunet_resenc_l": 102_443_150,
     "unetr": 102_036_406,
     "ux_net": 53_011_606,
+    "repux_net": 65_833_366,
+    "universal_model": 62_493_939,
     "nnformer": 149_960_014,
     "unest": 87_204_663,
     "dints": 152_364_822,
@@ -58,6 +60,18 @@ def test_parameter_counts(name):
     assert models.count_parameters(experiment(name).model) == PARAMETERS[name]
 
 
+def test_parameter_counts_of_the_universal_model():
+    """With text, which is no parameter, and with a head for the background too."""
+    model = experiment("universal_model").model
+    for changes, count in (
+        ({"embeddings": "random"}, 62_595_315),
+        ({"embeddings": "runs/not_made_yet.npy"}, 62_595_315),
+        ({"zero_plane": False}, 62_494_195),
+    ):
+        changed = dataclasses.replace(model, **changes)
+        assert models.count_parameters(changed) == count
+
+
 @pytest.mark.parametrize("name", MILLIONS)
 def test_rounded_parameter_counts(name):
     count = models.count_parameters(experiment(name).model)
@@ -87,7 +101,9 @@ def test_variants_differ_from_the_paper_in_the_network_alone(name):
         data = dataclasses.replace(variant.data, patch_shape=paper.data.patch_shape)
     else:
         data = variant.data
-    assert data == paper.data and variant.training == paper.training
+    own_loss = {"universal_model": "one_vs_all"}.get(name, paper.training.loss)
+    assert data == paper.data
+    assert variant.training == dataclasses.replace(paper.training, loss=own_loss)
     assert variant.optimizer == paper.optimizer
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import goldens, parity
+from benchmarks import goldens, parity, parity_rows
 
 ROOT = Path(parity.__file__).parents[1]
 
@@ -25,6 +25,17 @@ def test_modules(shared):
 def test_loss_and_sliding_window(shared):
     golden = dict(np.load(shared / "parity" / "modules.npz"))
     check(parity.loss_and_window_figures(golden))
+
+
+def test_one_vs_all_and_the_rules_of_the_prior(shared):
+    zoo = shared / "parity" / "zoo"
+    repux, universal = (
+        dict(np.load(zoo / f"{name}_small.npz"))
+        for name in ("repux_net", "universal_model")
+    )
+    rows = parity_rows.updates_by_rule(goldens.part(repux, "update/"))
+    rows += parity_rows.one_vs_all_loss(universal)
+    check([parity.Figure("zoo", *row) for row in rows])
 
 
 @pytest.mark.slow

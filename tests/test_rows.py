@@ -61,6 +61,14 @@ ROWS = {
         "hidden_size": 8,
         "remat": (),
     },
+    "repux_net": {
+        "depths": (1, 1, 1, 1),
+        "feat_size": (4, 4, 8, 8),
+        "hidden_size": 8,
+        "kernel_size": 9,
+        "remat": ("encoder",),
+    },
+    "universal_model": {**SWIN, "groups": 4, "hidden": 8},
     "nnformer": {
         "crop_size": (32, 32, 32),
         "embedding_dim": 24,

@@ -105,6 +105,9 @@ def train(
                 "data": fingerprint,
                 "first_step": done + 1,
             }
+            if state is None:
+                names = data.class_names
+                processes.run_on_all(lambda: config.model.check_classes(names))
             processes.run_on_all(lambda: record.add_start(workdir, facts))
             if state is None:
                 state = start(change)

@@ -13,7 +13,6 @@ from swinsmt_jax import SwinSMTConfig, sharding
 from swinsmt_jax.config import MeshConfig, OptimizerConfig, from_config_dict
 from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.models import registry
-from swinsmt_jax.models.dints import DiNTSConfig
 from swinsmt_jax.training import losses, packing
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import abstract_state, initialize, shardings_of
@@ -26,7 +25,9 @@ from swinsmt_jax.training.step import (
 LOSS = losses.make("dice_ce")
 
 
-def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0, **options):
+def prepare(
+    model, optimizer_config, *, mesh, num_steps=10, seed=0, loss=LOSS, **options
+):
     """Everything but the parameters: (step, abstract state, optimizer, graphdef)."""
     schedule = make_schedule(optimizer_config, num_steps=num_steps)
     optimizer = make_optimizer(optimizer_config, schedule, network=model)
@@ -35,7 +36,7 @@ def prepare(model, optimizer_config, *, mesh, num_steps=10, seed=0, **options):
     step = make_train_step(
         graphdef,
         optimizer,
-        loss=LOSS,
+        loss=loss,
         schedule=schedule,
         seed=seed,
         abstract=abstract,
@@ -60,9 +61,9 @@ def random_state(abstract, rng):
         bound = np.prod(leaf.shape[:-1]) ** -0.5
         return rng.uniform(-bound, bound, leaf.shape).astype(np.float32)
 
-    params = jax.tree.map(draw, abstract.params)
+    parts = {p: jax.tree.map(draw, getattr(abstract, p)) for p in ("params", "buffers")}
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    state = dataclasses.replace(zeros, params=params)
+    state = dataclasses.replace(zeros, **parts)
     return jax.device_put(state, shardings_of(abstract))
 
 
@@ -266,20 +267,24 @@ SMALL_SMT = SwinSMTConfig(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "side", "mesh"),
+    ("name", "side", "mesh", "loss"),
     [
-        (SMALL_SMT, 32, (4, 2)),
-        (DiNTSConfig(1, 5, **registry.entry("dints").tiny), 16, (8, 1)),
+        ("swin_smt", 32, (4, 2), "dice_ce"),
+        ("dints", 16, (8, 1), "dice_ce"),
+        ("repux_net", 32, (8, 1), "dice_ce"),
+        ("universal_model", 32, (8, 1), "one_vs_all"),
     ],
 )
-def test_eight_devices_learn_as_one(rng, model, side, mesh):
+def test_eight_devices_learn_as_one(rng, name, side, mesh, loss):
+    entry = registry.entry(name)
+    model = SMALL_SMT if name == "swin_smt" else entry.config(1, 5, **entry.tiny)
     config = OptimizerConfig(1e-2, warmup_steps=2)
     batches = [random_batch(rng, batch=8, side=side, classes=5) for _ in range(5)]
     seed = rng.integers(1 << 30)
     curves = []
     for data, expert in (mesh, (1, 1)):
         mesh = sharding.make_mesh(MeshConfig(data, expert))
-        step, abstract, *_ = prepare(model, config, mesh=mesh)
+        step, abstract, *_ = prepare(model, config, mesh=mesh, loss=losses.make(loss))
         state = random_state(abstract, np.random.default_rng(seed))
         curve = []
         for batch in batches:
@@ -287,7 +292,10 @@ def test_eight_devices_learn_as_one(rng, model, side, mesh):
             curve.append(float(metrics["loss"]))
         curves.append(curve)
     assert curves[1][-1] < curves[1][0] - 0.05
-    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(curves[0][:2], curves[1][:2], rtol=0, atol=1e-4)
+    # Adam enlarges what rounding leaves of the gradient of a bias before a batch norm.
+    most = 5e-3 if name == "repux_net" else 1e-4
+    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=most)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +329,13 @@ def test_every_part_of_the_step_has_its_name(routing):
         ("swin_smt_paper", 2, 4),
         *(
             pytest.param(name, 8, 1, marks=pytest.mark.slow)
-            for name in ("swin_smt_paper", "unest", "dints")
+            for name in (
+                "swin_smt_paper",
+                "unest",
+                "dints",
+                "repux_net",
+                "universal_model",
+            )
         ),
     ],
 )
@@ -330,7 +344,8 @@ def test_the_step_of_a_config_lowers_for_gpu_and_tpu(name, data, expert):
     config = from_config_dict(module.get_config())
     mesh = sharding.make_mesh(MeshConfig(data, expert))
     sharding.require_divisible(mesh, batch_size=config.data.batch_size)
-    step, abstract, *_ = prepare(config.model, config.optimizer, mesh=mesh)
+    loss = losses.make(config.training.loss)
+    step, abstract, *_ = prepare(config.model, config.optimizer, mesh=mesh, loss=loss)
     shape = (config.data.batch_size, *config.data.patch_shape)
     place = sharding.batch_sharding(mesh)
     batch = {

@@ -7,18 +7,18 @@ from swinsmt_jax.models.swin.torch_names import TORCH_NAMES
 
 __all__ = ["SwinSMTConfig", "SwinUNETR", "SwinUNETRConfig"]
 
-_TINY = dict(feature_size=2, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=4)
+TINY = dict(feature_size=2, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=4)
 register(
     "swin_smt",
     SwinSMTConfig,
     SwinUNETR,
     torch_names=TORCH_NAMES,
-    tiny={**_TINY, "num_experts": 2, "num_moe_stages": 2},
+    tiny={**TINY, "num_experts": 2, "num_moe_stages": 2},
 )
 register(
     "swin_unetr",
     SwinUNETRConfig,
     SwinUNETR,
     torch_names=TORCH_NAMES,
-    tiny={**_TINY, "residual_conv": True, "patch_merging": "octants"},
+    tiny={**TINY, "residual_conv": True, "patch_merging": "octants"},
 )

@@ -18,8 +18,8 @@ from swinsmt_jax.models.swin.config import SwinUNETRConfig
 from swinsmt_jax.models.swin.encoder import SwinTransformer
 
 
-class SwinUNETR(Network):
-    """Swin UNETR, or Swin SMT if the config has experts."""
+class SwinBackbone(Network):
+    """Swin UNETR without its last layer, or Swin SMT if the config has experts."""
 
     def __init__(self, config: SwinUNETRConfig, *, rngs: nnx.Rngs):
         super().__init__(config)
@@ -36,7 +36,6 @@ class SwinUNETR(Network):
         self.decoder3 = UpBlock(4 * f, 2 * f, **common)
         self.decoder2 = UpBlock(2 * f, f, **common)
         self.decoder1 = UpBlock(f, f, **common)
-        self.out = Conv(f, config.out_channels, kernel_size=1, use_bias=True, **common)
 
     def hidden_states(
         self, x: jax.Array, *, rngs: nnx.Rngs | None = None
@@ -44,6 +43,53 @@ class SwinUNETR(Network):
         """Return the encoder's five hidden states of [B, D, H, W, C_in]."""
         self.check_input(x)
         return self.swinViT(x, key=dropout_key(rngs))[0]
+
+    def ends(
+        self,
+        x: jax.Array,
+        *,
+        rngs: nnx.Rngs | None = None,
+        return_routing: bool | str = False,
+    ) -> tuple[jax.Array, jax.Array, dict[str, Routing]]:
+        """Return the results of decoder and encoder, and the routing weights.
+
+        They are [B, D, H, W, feature_size] and, at the bottom, [B, D / 32, H / 32, W /
+        32, 16 feature_size].
+        """
+        self.check_input(x)
+        hidden, routing = self.swinViT(
+            x, key=dropout_key(rngs), return_routing=return_routing
+        )
+        run = maybe_remat("encoder" in self.config.remat)
+        with jax.named_scope("encoder"):
+            skips = [
+                run(self.encoder1, x),
+                run(self.encoder2, hidden[0]),
+                run(self.encoder3, hidden[1]),
+                run(self.encoder4, hidden[2]),
+                hidden[3],
+            ]
+            y = bottom = run(self.encoder10, hidden[4])
+        run = maybe_remat("decoder" in self.config.remat)
+        for level in (5, 4, 3, 2, 1):
+            with jax.named_scope(f"decoder{level}"):
+                y = run(getattr(self, f"decoder{level}"), y, skips[level - 1])
+        return y, bottom, routing
+
+
+class SwinUNETR(SwinBackbone):
+    """Swin UNETR, or Swin SMT if the config has experts."""
+
+    def __init__(self, config: SwinUNETRConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.out = Conv(
+            config.feature_size,
+            config.out_channels,
+            kernel_size=1,
+            use_bias=True,
+            dtype=config.dtype,
+            rngs=rngs,
+        )
 
     @overload
     def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array: ...
@@ -69,32 +115,11 @@ class SwinUNETR(Network):
                 the routing is dense. "statistics" returns `RoutingStatistics`, for
                 which no such matrix is made.
         """
-        y, routing = self._features(x, rngs=rngs, return_routing=return_routing)
+        y, _, routing = self.ends(x, rngs=rngs, return_routing=return_routing)
         with jax.named_scope("head"):
             logits = self.head(y).astype(jnp.float32)
         return (logits, routing) if return_routing else logits
 
     def features(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Return what the head is applied to, [B, D, H, W, feature_size]."""
-        return self._features(x, rngs=rngs, return_routing=False)[0]
-
-    def _features(self, x, *, rngs, return_routing):
-        self.check_input(x)
-        hidden, routing = self.swinViT(
-            x, key=dropout_key(rngs), return_routing=return_routing
-        )
-        run = maybe_remat("encoder" in self.config.remat)
-        with jax.named_scope("encoder"):
-            skips = [
-                run(self.encoder1, x),
-                run(self.encoder2, hidden[0]),
-                run(self.encoder3, hidden[1]),
-                run(self.encoder4, hidden[2]),
-                hidden[3],
-            ]
-            y = run(self.encoder10, hidden[4])
-        run = maybe_remat("decoder" in self.config.remat)
-        for level in (5, 4, 3, 2, 1):
-            with jax.named_scope(f"decoder{level}"):
-                y = run(getattr(self, f"decoder{level}"), y, skips[level - 1])
-        return y, routing
+        return self.ends(x, rngs=rngs)[0]

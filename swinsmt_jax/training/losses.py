@@ -6,7 +6,7 @@ A new loss is a function of three sums by class and a line in `LOSSES`.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ class Head(Protocol):
         """Return the gradients of features and head, the latter by sample."""
         ...
 
-    def sum_samples(self, gradient):
+    def sum_samples(self, gradient: Any) -> Any:
         """Return the head's gradient, of one by sample that is summed over planes."""
         ...
 
@@ -204,10 +204,10 @@ class _Dense:
 
     num_classes = width = property(lambda self: self.bias.size)
 
-    def __call__(self, features):
+    def __call__(self, features: jax.Array) -> jax.Array:
         return (features @ self.kernel + self.bias).astype(jnp.float32)
 
-    def pull_back(self, features, g):
+    def pull_back(self, features: jax.Array, g: jax.Array) -> tuple:
         """Return the gradients of the features and, by sample, of the head."""
         g = g.astype(features.dtype)
         dkernel = jnp.einsum(
@@ -216,11 +216,11 @@ class _Dense:
         dbias = g.sum(SPATIAL_AXES, dtype=jnp.float32)
         return g @ self.kernel.T, _Dense(dkernel, dbias)
 
-    def sum_samples(self, by_sample):
+    def sum_samples(self, gradient: Any) -> Any:
         def total(parts, own):
             return parts.sum(0).astype(own.dtype)
 
-        return jax.tree.map(total, by_sample, self)
+        return jax.tree.map(total, gradient, self)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

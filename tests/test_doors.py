@@ -19,7 +19,7 @@ from swinsmt_jax.config import from_config_dict, to_dict
 from swinsmt_jax.convert import command, files, starting_point
 from swinsmt_jax.data import label_table
 from swinsmt_jax.inference import portable
-from swinsmt_jax.runtime import startup
+from swinsmt_jax.runtime import distributed, startup
 
 PAGE = Path(__file__).parents[1] / "docs" / "doors.md"
 SHAPE, AFFINE = (20, 18, 12), np.diag([2.0, 2.0, 3.0, 1.0])
@@ -102,6 +102,7 @@ def pristine(tmp_path_factory):
 @pytest.fixture
 def house(pristine, tmp_path, monkeypatch):
     """A copy of the folder, which is the working folder."""
+    monkeypatch.setattr(distributed, "start", lambda: None)  # has flags of its own
     monkeypatch.chdir(shutil.copytree(pristine, tmp_path / "house"))
     return Path.cwd()
 

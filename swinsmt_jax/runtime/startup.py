@@ -73,9 +73,9 @@ def _config_of(text, load):
 
 def _config_file(text: str) -> Path:
     """Return a config file, or one of the package's by its name (configs/demo.py)."""
-    path = Path(text).expanduser()
-    if path.is_file() or path.parent not in (Path(), Path("configs")):
-        return path
+    file, path = absolute(text), Path(text)
+    if file.is_file() or path.parent not in (Path(), Path("configs")):
+        return file
     packaged = {file.stem: file for file in sorted(CONFIGS.glob("*.py"))}
     hint = did_you_mean(path.stem, packaged)
     require(

@@ -126,9 +126,7 @@ def validate(
                 sharding=sharding,
             )
             if draw is not None and len(pictures) < PICTURES:
-                pictures[f"validation/{case.name}"] = draw(
-                    segmented, pipeline.class_names(data)
-                )
+                pictures[f"validation/{case.name}"] = draw(segmented, data.class_names)
             found.append(dataclasses.asdict(segmented.result))
         return found
 

@@ -19,9 +19,7 @@ KEY = "made_by"  # of a scan in the summary: {name of labels: what made them}
 
 def digest_of_scan(path: Path) -> str:
     """Return a hash of a file, or of the files of a DICOM series; "" if unreadable."""
-    files = [path]
-    if path.is_dir():
-        files = dicom_files(path)
+    files = dicom_files(path) if path.is_dir() else [path]
     try:
         parts = []
         for file in files:

@@ -34,7 +34,9 @@ class DataConfig:
         patch_shape: training crop (D, H, W) in voxels.
         batch_size: crops per step over all devices and processes.
         spacing: voxel side in mm to which scans are resampled; 0 keeps the scan's own.
-        hu_range: (low, high) HU mapped to [0, 1] and clipped.
+        hu_range: (low, high) HU, to which scans are clipped; they are mapped to [0, 1].
+        normalization: (mean, standard deviation) in HU, by which clipped HU are
+            normalised instead, as in nnU-Net.
         modality: of scans that are read; other values than HU are told of a CT alone.
         foreground_ratio: share of crops centred on a labelled voxel.
         augmentations: what changes the crops; see `data.augmentation`.
@@ -55,6 +57,13 @@ class DataConfig:
         tuple[float, ...],
         Rule("be (low, high), low < high", lambda hu: len(hu) == 2 and hu[0] < hu[1]),
     ] = (-1024.0, 1024.0)
+    normalization: Annotated[
+        tuple[float, ...],
+        Rule(
+            "be (mean, standard deviation), or empty",
+            lambda of: not of or (len(of) == 2 and of[1] > 0),
+        ),
+    ] = ()
     modality: str = "CT"
     foreground_ratio: Share = 0.5
     augmentations: Augmentations = field(default_factory=Augmentations)

@@ -27,7 +27,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the command line."""
     startup.define_config(values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    help = "weights to begin a new run with: a workdir, .pt, .pth or .safetensors"
+    help = (
+        "weights to begin a new run with: a workdir, a model folder of nnU-Net, .pt, "
+    )
+    help += ".pth or .safetensors"
     flags.DEFINE_string("start_from", None, help, flag_values=values)
     help = "begin also where little of --start_from fits: another width, no encoder"
     flags.DEFINE_bool("partial", False, help, flag_values=values)

@@ -143,6 +143,7 @@ def to_nnunet(*, workdir: str, output: str, step: str | None) -> None:
         "needs one; train with data.spacing.",
     )
     low, high = data.hu_range
+    mean, std = data.normalization or (low, high - low)
     names = labels.names_by_id(data.class_names, num_classes=config.model.out_channels)
     folder = nnunet_writer.write(
         output,
@@ -151,8 +152,8 @@ def to_nnunet(*, workdir: str, output: str, step: str | None) -> None:
         spacing=np.broadcast_to(data.spacing, 3).tolist(),
         batch_size=data.batch_size,
         clip=(low, high),
-        mean=low,
-        std=high - low,
+        mean=mean,
+        std=std,
         names=(data.class_names[0], *names.values()),
     )
     print(f"step {info['step']} written to {folder}")

@@ -12,7 +12,7 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.convert import files
-from swinsmt_jax.convert.torch_state import load_torch
+from swinsmt_jax.convert.torch_state import load_torch, to_torch
 from swinsmt_jax.data import nnunet_plan
 from swinsmt_jax.data.nnunet_plan import Plan
 from swinsmt_jax.models import abstract_model
@@ -252,3 +252,13 @@ def permuted_weights(
         for a in weights.values()
     }
     return {name: done[id(array)] for name, array in weights.items()}
+
+
+def axes_of_scan(plan: Plan) -> tuple[int, ...]:
+    """Return the network's axis for each axis of a scan: right, front and head."""
+    return tuple(plan.transpose.index(2 - axis) for axis in range(3))
+
+
+def weights_of_scan_axes(folder: ModelFolder) -> dict[str, np.ndarray]:
+    """Return the first fold's weights for input with the axes of a scan."""
+    return permuted_weights(to_torch(folder.models[0]), axes_of_scan(folder.plan))

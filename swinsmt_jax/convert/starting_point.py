@@ -11,7 +11,7 @@ from absl import logging
 from flax import nnx
 
 from swinsmt_jax import checks
-from swinsmt_jax.convert import files
+from swinsmt_jax.convert import files, nnunet_folder
 from swinsmt_jax.convert.prefixes import renamed
 from swinsmt_jax.convert.torch_state import load_torch, names_by_path, some, to_torch
 from swinsmt_jax.models.registry import entry_of
@@ -126,10 +126,15 @@ def _require_encoder(model, loaded):
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Read weights under PyTorch's names from a file, or from a run's workdir.
 
+    Of a model folder of nnU-Net, those of its first fold, for scans whose axes run to
+    the right, front and head.
+
     Raises:
         UserError: as `files.read`, and as `checkpoint.load_model` for a folder.
     """
     path = absolute(path)
+    if nnunet_folder.is_folder(path):
+        return nnunet_folder.weights_of_scan_axes(nnunet_folder.read(path))
     if path.is_dir():
         _, model, info = load_model(path)
         logging.info("weights of step %d of %s", info["step"], path)

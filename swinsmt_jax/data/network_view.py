@@ -8,6 +8,7 @@ from nibabel import orientations
 
 from swinsmt_jax.data import resampling
 from swinsmt_jax.data.sample import foreground_box, voxel_step
+from swinsmt_jax.data.voxels import normalizing
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class NetworkView:
         box: the slices of the scan that `image` covers.
         positions: where their planes, rows and columns lie on the grid of `image`, in
             voxels; None where both grids are one.
+        fill: of what the scan is surrounded with, air, where a window is larger.
         axes: orientation [3, 2] from the scan's axes to these, as nibabel's; None
             where they are the same.
     """
@@ -29,6 +31,7 @@ class NetworkView:
     shape: tuple[int, ...]
     box: tuple[slice, ...]
     positions: tuple[np.ndarray, ...] | None
+    fill: float = 0.0
     axes: np.ndarray | None = None
 
     def on_scan(self, labels: np.ndarray) -> np.ndarray:
@@ -43,14 +46,19 @@ class NetworkView:
 
 
 def network_view(
-    hu: np.ndarray, affine: np.ndarray, *, spacing: float, hu_range: Sequence[float]
+    hu: np.ndarray,
+    affine: np.ndarray,
+    *,
+    spacing: float,
+    hu_range: Sequence[float],
+    normalization: Sequence[float] = (),
 ) -> NetworkView:
     """Resample, crop and scale a scan as in training, without augmentation.
 
     Args:
         hu: [X, Y, Z] in RAS orientation.
         affine: [4, 4] of the scan.
-        spacing, hu_range: as in `config.DataConfig`.
+        spacing, hu_range, normalization: as in `config.DataConfig`.
     """
     image, own = hu, affine
     if spacing:
@@ -58,15 +66,17 @@ def network_view(
     foreground = foreground_box(image, air=hu_range[0])
     start = voxel_step([part.start for part in foreground])
     image = scaled(image[foreground], hu_range=hu_range)[..., None]
+    scale, air = normalizing(hu_range, normalization)
+    image = image * scale + air if normalization else image
     if own is affine:
-        return NetworkView(image, hu.shape, foreground, None)
+        return NetworkView(image, hu.shape, foreground, None, fill=float(air))
     positions = resampling.positions(hu.shape, affine, on=own @ start)
     box = tuple(
         slice(*np.searchsorted(axis, (-0.5, n - 0.5)).tolist())
         for axis, n in zip(positions, image.shape, strict=False)
     )
     inside = tuple(axis[part] for axis, part in zip(positions, box, strict=True))
-    return NetworkView(image, hu.shape, box, inside)
+    return NetworkView(image, hu.shape, box, inside, fill=float(air))
 
 
 def scaled(hu: np.ndarray, *, hu_range: Sequence[float]) -> np.ndarray:

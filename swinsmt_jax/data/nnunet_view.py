@@ -56,7 +56,7 @@ def nnunet_view(
             for axis, (n, new) in enumerate(zip(crop.shape, shape, strict=True))
         )
         crop = resized(crop, shape, order=plan.order, apart=apart)
-    return NetworkView(crop[..., None], array.shape, box, positions, axes)
+    return NetworkView(crop[..., None], array.shape, box, positions, axes=axes)
 
 
 def network_axes(source_affine: np.ndarray, plan: Plan) -> np.ndarray:

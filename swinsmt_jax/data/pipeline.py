@@ -27,6 +27,7 @@ from swinsmt_jax.data.dataset import require_totalsegmentator
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.data.store import StoredCase
+from swinsmt_jax.data.voxels import normalizing
 from swinsmt_jax.runtime.workers import end_with
 
 Cases = Sequence[Case] | Sequence[StoredCase]
@@ -231,8 +232,10 @@ class _RandomCrop(grain.transforms.RandomMap):
         sample = transforms.enlarge(sample, shape=config.patch_shape)
         sample = transforms.scale_hu(sample, hu_range=config.hu_range)
         sample = augmentation.augment(config.augmentations, seed, sample, self._names)
+        scale, air = normalizing(config.hu_range, config.normalization)
+        image = sample.image * scale + air if config.normalization else sample.image
         return {
-            "image": np.ascontiguousarray(sample.image[..., None], np.float32),
+            "image": np.ascontiguousarray(image[..., None], np.float32),
             "label": np.ascontiguousarray(sample.label),
             "case": np.int32(element),
         }

@@ -3,6 +3,8 @@
 Whatever comes in, from a file, an array or for an exported network, goes through them.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from swinsmt_jax import checks
@@ -97,6 +99,19 @@ def mask(name: object, array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
         return inside, ()
     note = f"{name} holds values between 0 and 1; those of at least 0.5 are inside."
     return inside, (note,)
+
+
+def normalizing(
+    hu_range: Sequence[float], normalization: Sequence[float]
+) -> tuple[np.float32, np.float32]:
+    """Return factor and summand from HU scaled to [0, 1] to what a network sees.
+
+    Args:
+        hu_range, normalization: as in `config.DataConfig`.
+    """
+    low, high = hu_range
+    mean, std = normalization or (low, high - low)
+    return np.float32((high - low) / std), np.float32((low - mean) / std)
 
 
 def label_ids(name: object, array: np.ndarray) -> np.ndarray:

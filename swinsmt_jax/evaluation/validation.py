@@ -64,7 +64,11 @@ def segment_case(
     )
     if view is None:
         shown = network_view(
-            scan.image, scan.affine, spacing=data.spacing, hu_range=data.hu_range
+            scan.image,
+            scan.affine,
+            spacing=data.spacing,
+            hu_range=data.hu_range,
+            normalization=data.normalization,
         )
     else:
         shown = view(scan)

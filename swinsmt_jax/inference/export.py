@@ -54,6 +54,7 @@ def export(
         "window_batch": batch,
         "spacing": config.data.spacing,
         "hu_range": list(config.data.hu_range),
+        "normalization": list(config.data.normalization),
         "num_classes": config.model.out_channels,
         "class_names": names_by_id(names, num_classes=config.model.out_channels),
         "overlap": config.inference.overlap,

@@ -40,7 +40,8 @@ class Portable:
 
     Attributes:
         about: `window` and `window_batch`, `spacing` in mm (0: that of the scan),
-            `hu_range`, `class_names` by id, `num_classes`, `overlap`, `blend`, `step`.
+            `hu_range`, `normalization`, `class_names` by id, `num_classes`, `overlap`,
+            `blend`, `step`.
         exported: the program, of (parameters, windows).
         parameters: its arrays.
     """
@@ -74,6 +75,9 @@ class Portable:
         hu = voxels.hounsfield("hu", hu)
         low, high = self.about["hu_range"]
         image = np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1)[..., None]
+        normalization = self.about.get("normalization", ())
+        scale, air = voxels.normalizing((low, high), normalization)
+        image = image * scale + air if normalization else image
         return predict_labels(
             self.predict,
             image,
@@ -82,6 +86,7 @@ class Portable:
             overlap=self.about["overlap"],
             blend=self.about["blend"],
             window_batch=self.about["window_batch"],
+            fill=float(air),
         )
 
 

@@ -143,6 +143,7 @@ class Segmenter(Scans):
             "window": list(config.data.patch_shape),
             "spacing": config.data.spacing,
             "hu_range": list(config.data.hu_range),
+            "normalization": list(config.data.normalization),
             "overlap": config.inference.overlap,
             "blend": config.inference.blend,
             "dtype": config.model.dtype,
@@ -162,7 +163,11 @@ class Segmenter(Scans):
 
         data = self.config.data
         return network_view(
-            volume.array, volume.affine, spacing=data.spacing, hu_range=data.hu_range
+            volume.array,
+            volume.affine,
+            spacing=data.spacing,
+            hu_range=data.hu_range,
+            normalization=data.normalization,
         )
 
     def segment_volume(
@@ -314,6 +319,7 @@ def segment(
         window_batch=_filling(inference.window_batch, sharding),
         sharding=sharding,
         positions=view.positions,
+        fill=view.fill,
         decision=decision,
         sums=sums,
         accumulate=inference.accumulate_on,

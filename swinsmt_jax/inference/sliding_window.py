@@ -74,6 +74,7 @@ def predict_labels(
     window_batch: int = 1,
     sharding: jax.sharding.Sharding | None = None,
     positions: Sequence[np.ndarray] | None = None,
+    fill: float = 0.0,
     decision: grid.Decision = grid.LARGEST,
     sums: str = "float32",
     accumulate: str = "auto",
@@ -90,6 +91,7 @@ def predict_labels(
         positions: where the planes, rows and columns of another grid lie on the
             volume's, in voxels and rising. Given, probabilities are interpolated
             linearly to that grid, layer by layer, and the labels are its.
+        fill: of what a volume smaller than the window is padded with.
         decision: how logits become labels, if not the class of the largest.
         sums: "float16" halves the memory of the logits kept, at their precision.
         accumulate: where they are kept: "host"; "device", of which only labels come
@@ -99,7 +101,7 @@ def predict_labels(
     checks.in_range("num_classes", num_classes, 1, 256)
     checks.one_of("sums", sums, ("float32", "float16"))
     checks.one_of("accumulate", accumulate, ACCUMULATE)
-    windows = Windows(volume, window, overlap, blend, convention)
+    windows = Windows(volume, window, overlap, blend, convention, fill)
     if accumulate == "auto":
         fits = _fits_on_device(windows, num_classes, sums)
         accumulate = "device" if fits else "host"

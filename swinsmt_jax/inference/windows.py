@@ -144,6 +144,7 @@ class Windows:
         overlap: float,
         blend: str,
         convention: str = "monai",
+        fill: float = 0.0,
     ):
         checks.require(
             volume.ndim == 4 and len(window) == 3,
@@ -153,7 +154,7 @@ class Windows:
         pad = padding(volume.shape[:3], window)
         self.padded = volume
         if any(map(any, pad)):
-            self.padded = np.pad(volume, (*pad, (0, 0)))
+            self.padded = np.pad(volume, (*pad, (0, 0)), constant_values=fill)
         size = self.padded.shape[:3]
         self.order = tuple(sorted(range(3), key=lambda axis: -size[axis]))
         self.size = tuple(size[axis] for axis in self.order)

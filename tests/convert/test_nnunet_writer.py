@@ -4,7 +4,13 @@ from flax import nnx
 
 from swinsmt_jax import models
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.convert import files, nnunet_folder, nnunet_writer
+from swinsmt_jax.convert import (
+    files,
+    nnunet_folder,
+    nnunet_writer,
+    read_weights,
+    to_torch,
+)
 from swinsmt_jax.models.nnunet import ResidualEncoderUNetConfig
 from swinsmt_jax.models.registry import entry
 
@@ -31,6 +37,8 @@ def test_a_folder_is_read_as_it_was_written(tmp_path, rng):
     turned = found.models[0](window.transpose(0, 3, 2, 1, 4))
     expected = model(window).transpose(0, 3, 2, 1, 4)
     np.testing.assert_allclose(turned, expected, atol=1e-5)
+    for name, array in read_weights(folder.parent).items():  # turned back
+        np.testing.assert_array_equal(array, to_torch(model)[name])
     with pytest.raises(UserError, match="is there; give another"):
         nnunet_writer.write(tmp_path / "Dataset001_X", model, **PLAN)
 

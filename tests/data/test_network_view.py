@@ -26,6 +26,16 @@ def test_it_is_the_foreground_scaled_as_in_training(hu):
     np.testing.assert_allclose(view.image[..., 0], scaled[view.box], atol=1e-6)
 
 
+def test_clipped_hu_are_normalised_by_mean_and_deviation(hu):
+    """As nnU-Net's CTNormalization; what is around the scan is air too."""
+    options = {"spacing": 0.0, "hu_range": (-900, 300), "normalization": (-98.3, 354.2)}
+    view = network_view(hu, AFFINE, **options)
+    expected = (np.clip(hu[view.box], -900, 300) + 98.3) / 354.2
+    np.testing.assert_allclose(view.image[..., 0], expected, atol=2e-6)
+    assert view.image.dtype == np.float32
+    assert view.fill == pytest.approx((-900 + 98.3) / 354.2)
+
+
 def test_a_scan_of_air_is_seen_whole():
     air = np.full((5, 6, 7), -1024, np.int16)
     view = network_view(air, AFFINE, spacing=0.0, hu_range=HU_RANGE)

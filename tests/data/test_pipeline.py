@@ -75,6 +75,17 @@ def test_each_batch_has_memory_of_its_own(config, cases):
         assert not np.shares_memory(a[key], c[key])
 
 
+def test_crops_are_normalised_after_augmentation(config, cases):
+    (plain,), (normal,) = (
+        take(1, replace(config, **changes), cases, seed=0)
+        for changes in ({}, {"normalization": (100.0, 400.0)})
+    )
+    expected = (plain["image"] * 2048 - 1024 - 100) / 400
+    np.testing.assert_allclose(normal["image"], expected, atol=1e-5)
+    assert normal["image"].dtype == np.float32
+    np.testing.assert_array_equal(normal["label"], plain["label"])
+
+
 def test_batches_have_the_shapes_and_types_promised(config, cases):
     (batch,) = take(1, config, cases, seed=0)
     assert batch["image"].shape == (4, *PATCH, 1)

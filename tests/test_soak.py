@@ -4,11 +4,13 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import soak
 
+ROOT = Path(__file__).parents[1]
 WHOLE = "(out / 'a').write_text('whole'); (out / 'b').write_text('whole')"
 
 
@@ -66,3 +68,12 @@ def test_a_kill_is_a_life_that_a_signal_ended(tmp_path):
     told = soak.summary(lives)
     assert (told["kills"], told["ended_whole"], told["wrong"]) == (1, 2, 1)
     assert told["minutes"] == 3 and told["things_compared"] == 9
+
+
+def test_the_docs_state_the_committed_figures():
+    file = ROOT / "benchmarks" / "results" / "soak_cpu.json"
+    told = json.loads(file.read_text())["headline"]
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    assert f"In {told['minutes']:.0f} minutes" in text
+    assert f"{told['kills']} kills" in text and told["kills"] >= 200
+    assert told["wrong"] == 0

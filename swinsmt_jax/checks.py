@@ -98,15 +98,20 @@ def file_name(name: str, value: object) -> None:
     )
 
 
+OVERALL = "overall"  # the column of all classes
+COLUMNS = (OVERALL, "case", "classes", "missed", "false_positives", "seconds")
+
+
 def group_name(where: str, name: object) -> None:
     """Raise `UserError` unless `name` can be a column beside that of all classes."""
     require(
         isinstance(name, str)
         and name.strip() == name != ""
         and name.isprintable()
-        and name != OVERALL,
+        and name.casefold() not in COLUMNS,
         f"{where}: {name!r} is not a name for a group: it must be printable, without "
-        f"spaces around it, and not {OVERALL!r}, which are all classes. Rename it.",
+        f"spaces around it, and none of {', '.join(COLUMNS)}, which are other columns "
+        "of the results. Rename it.",
     )
 
 
@@ -127,6 +132,11 @@ def divides(name: str, value: int, *, of: str, number: int) -> None:
 def listed(values: Iterable) -> str:
     """Return values as a list for a message: 1, 2, 4."""
     return ", ".join(map(str, values))
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first names, and how many there are: a, b, c, d, ... (9)."""
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -204,7 +214,6 @@ def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else value
 
 
-OVERALL = "overall"  # the column of all classes
 MAX_NAME_BYTES = 200  # file systems take 255 with what is added to a name
 DTYPES = ("float32", "bfloat16")
 
@@ -223,10 +232,10 @@ def dtype_name(name: str, dtype: object) -> str:
 def typed_fields(group: str, config: Any) -> None:
     """Raise `UserError` unless each field of a dataclass has the type of its hint.
 
-    Types are bool, int, float and str, a tuple[int, ...] of any of them, and a number
-    or a tuple of numbers, or another dataclass, checked by itself. `Annotated` adds
-    rules: functions of name and value that raise. Sequences become tuples, numbers of
-    numpy Python's, and paths strings; floats are finite.
+    Types are bool, int, float and str, a tuple[int, ...] of any of them, a number or a
+    tuple of numbers, a mapping by names, or another dataclass, checked by itself.
+    `Annotated` adds rules: functions of name and value that raise. Sequences become
+    tuples, numbers of numpy Python's, and paths strings; floats are finite.
 
     Args:
         group: what the fields belong to, for the message: "model" in "model.depths".
@@ -260,6 +269,12 @@ def _typed(name, value, hint):
         return _typed(name, value, hint)
     if origin is tuple:
         return _typed_entries(name, value, hint.__args__[0])
+    if origin is Mapping:
+        require(
+            isinstance(value, Mapping), f"{name} is {value!r}, but must be a mapping."
+        )
+        kind = hint.__args__[1]
+        return {key: _typed(f"{name}.{key}", v, kind) for key, v in value.items()}
     if dataclasses.is_dataclass(hint):
         require(
             isinstance(value, hint),

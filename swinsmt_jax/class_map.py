@@ -34,6 +34,39 @@ class ClassMap:
         """Return {`class_key` of a name: label id}; of equal keys the first counts."""
         return {class_key(n): i for i, n in reversed([*enumerate(self.names)])}
 
+    def names_by_group(self) -> dict[str, tuple[str, ...]]:
+        """Return the groups with names of classes instead of ids."""
+        return {g: tuple(self.names[i] for i in ids) for g, ids in self.groups.items()}
+
+    def ids_of(self, names: Sequence[str], *, what: str) -> np.ndarray | None:
+        """Return a table [256] from the label ids of `names` to this map's, by name.
+
+        Classes that this map has not become background. None where ids are the same.
+
+        Args:
+            names: of the other label ids, the background first.
+            what: they belong to, for the message.
+
+        Raises:
+            UserError: for a class of this map that `names` lack, with both lists.
+        """
+        keys = {class_key(name): i for i, name in enumerate(names)}
+        lacking = [n for n in self.names[1:] if class_key(n) not in keys]
+        checks.require(
+            not lacking,
+            f"{what} has no class {', '.join(lacking[:4])}"
+            f"{', ...' if len(lacking) > 4 else ''}: its classes are "
+            f"{', '.join(names[1:])}; the data have {', '.join(self.names[1:])}. Leave "
+            "the others out (preprocess.py --classes), or rename them in the "
+            "description.",
+        )
+        table = np.zeros(256, np.uint8)
+        for number, name in enumerate(self.names):
+            table[keys.get(class_key(name), 0)] = number
+        table[0] = 0
+        same = np.array_equal(table[: len(names)], np.arange(len(names)))
+        return None if same else table
+
     def subset(self, kept: Sequence[str]) -> "ClassMap":
         """Return some of the classes, in this map's order, with ids from 1 on.
 
@@ -230,9 +263,7 @@ def to_json(classes: ClassMap) -> str | dict:
     for version, known in VERSIONS.items():
         if classes == known:
             return version
-    groups = {
-        group: [classes.names[i] for i in ids] for group, ids in classes.groups.items()
-    }
+    groups = {group: list(names) for group, names in classes.names_by_group().items()}
     return {"names": list(classes.names[1:]), "groups": groups}
 
 

@@ -12,8 +12,10 @@ flags.disclaim_key_flags()  # so that --help of a command lists its own
 
 COMMANDS = {  # name: (module, what it does)
     "preprocess": ("commands.preprocess", "turn a dataset into a store, read in crops"),
+    "plan": ("commands.plan", "look at a dataset, and propose what fits it"),
     "train": ("commands.train", "train a network, or continue a run"),
     "evaluate": ("commands.evaluate", "score a network or label files, compare two"),
+    "inspect": ("commands.inspect", "say what a run, store, dataset or file is"),
     "predict": ("commands.predict", "segment CT scans"),
     "convert": ("convert.command", "exchange weights with PyTorch"),
     "export": ("inference.export", "write a network as one file that needs only jax"),

@@ -18,6 +18,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.checks import Among, Positive, Positives, Rule, Share, Within
 from swinsmt_jax.class_map import V2
 from swinsmt_jax.data.augmentation import Augmentations
+from swinsmt_jax.data.spacing import Spacing, plain
 from swinsmt_jax.models import registry
 from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.runtime.files import absolute
@@ -26,14 +27,39 @@ Count = Annotated[int, Within(0, 2**32 - 1)]
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a network saw of its data, for those who use it later.
+
+    A training takes it from its data, whatever a config says.
+
+    Attributes:
+        fingerprint: hash of the training cases.
+        least, most: smallest and largest sides in mm of the voxels of the training
+            cases, to the right, front and head, where each kept its own.
+        groups: class names by group, the columns of the results.
+    """
+
+    fingerprint: str = ""
+    least: tuple[float, ...] = ()
+    most: tuple[float, ...] = ()
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        checks.typed_fields("data.seen", self)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the scans lie and how crops are taken from them.
 
     Attributes:
-        root: folder in the TotalSegmentator-V2 layout, or a store of preprocess.py.
+        root: folder of a dataset, or a store of preprocess.py.
         patch_shape: training crop (D, H, W) in voxels.
         batch_size: crops per step over all devices and processes.
-        spacing: voxel side in mm to which scans are resampled; 0 keeps the scan's own.
+        spacing: voxel side in mm to which scans are resampled, or three sides, to the
+            right, front and head; 0 keeps the scan's own. A training on a store takes
+            the store's, and refuses another one than 0.
+        orientation: of the axes of what the network sees.
         hu_range: (low, high) HU, to which scans are clipped; they are mapped to [0, 1].
         normalization: (mean, standard deviation) in HU, by which clipped HU are
             normalised instead, as in nnU-Net.
@@ -45,6 +71,9 @@ class DataConfig:
         classes: names of the label ids from 1 on; empty for TotalSegmentator v2's. A
             training takes them from its store.
         cache: keep decoded cases in memory (small datasets).
+        description: JSON file that describes a dataset in `root`, if not its own.
+        fold: of a cross-validation, from 0 on; -1 takes the splits of the data.
+        seen: of the training; not for users to set.
     """
 
     root: str
@@ -52,7 +81,8 @@ class DataConfig:
         Positives, Rule("have 3 sides", lambda sides: len(sides) == 3)
     ]
     batch_size: Positive
-    spacing: Annotated[float, Within(0.0, 100.0)] = 0.0
+    spacing: Spacing = 0.0
+    orientation: Annotated[str, Among(("RAS",))] = "RAS"
     hu_range: Annotated[
         tuple[float, ...],
         Rule("be (low, high), low < high", lambda hu: len(hu) == 2 and hu[0] < hu[1]),
@@ -71,9 +101,13 @@ class DataConfig:
     num_threads: Positive = 2
     classes: tuple[Annotated[str, checks.file_name], ...] = ()
     cache: bool = False
+    description: str = ""
+    fold: Annotated[int, Within(-1, 100)] = -1
+    seen: Seen = field(default_factory=Seen)
 
     def __post_init__(self):
         checks.typed_fields("data", self)
+        object.__setattr__(self, "spacing", plain(self.spacing))
         if self.root.startswith("~"):
             object.__setattr__(self, "root", str(absolute(self.root)))
 
@@ -98,6 +132,10 @@ class OptimizerConfig:
             ("swinViT/layers1/blocks/0/norm1/scale") keep their value.
         layer_decay: factor of the learning rate for each stage further from the
             decoder, for fine-tuning; 1 has none.
+        extend: what the schedule does when a run is continued with more steps: it is
+            "stretch"ed over all of them, so that the rate rises again; stays "constant"
+            at its last rate; or begins anew, "restart".
+        spans: steps at which earlier lengths of an extended run ended; not for users.
     """
 
     learning_rate: Annotated[float, Rule("be positive", lambda rate: rate > 0)]
@@ -117,6 +155,8 @@ class OptimizerConfig:
     layer_decay: Annotated[
         float, Rule("lie in (0, 1]", lambda factor: 0 < factor <= 1)
     ] = 1.0
+    extend: Annotated[str, Among(("stretch", "constant", "restart"))] = "stretch"
+    spans: tuple[int, ...] = ()
 
     def __post_init__(self):
         checks.typed_fields("optimizer", self)

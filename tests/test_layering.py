@@ -17,7 +17,7 @@ LAYERS = [  # a file belongs to the longest of these names that its own begins w
     ],
     ["models.registry", "labels"],
     ["class_map"],
-    ["data.sample", "data.interpolation"],
+    ["data.sample", "data.interpolation", "data.spacing"],
     ["data.augmentation"],
     ["config"],
     ["ops", "data"],

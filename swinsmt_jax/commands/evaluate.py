@@ -18,6 +18,10 @@ on the same footing.
 
 evaluates a model folder of nnU-Net v2.
 
+    python evaluate.py --fold_runs=runs/f0,runs/f1,runs/f2
+
+sets the runs of a cross-validation side by side.
+
     python evaluate.py --compare runs/a runs/b
 
 compares two evaluations case by case: differences by group with 95 % intervals,
@@ -40,9 +44,11 @@ from swinsmt_jax.evaluation import compare
 from swinsmt_jax.evaluation.averages import AVERAGES
 from swinsmt_jax.evaluation.conventions import CONVENTIONS, convention, surface_rule
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
+from swinsmt_jax.evaluation.fold_table import fold_table
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import TOLERANCE
+from swinsmt_jax.inference.ensemble import load_networks, workdirs_of
 from swinsmt_jax.inference.nnunet import load_nnunet
 from swinsmt_jax.inference.segmenter import computing_in
 from swinsmt_jax.inference.sliding_window import ACCUMULATE
@@ -61,7 +67,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     def choice(name, default, choices, help):
         flags.DEFINE_enum(name, default, choices, help, flag_values=values)
 
-    text("workdir", None, "folder of the training run")
+    text("workdir", None, "folder of the training run; A,B,C averages several")
     text("nnunet", None, "model folder of nnU-Net v2, instead of --workdir")
     help = "of --nnunet, such as 0,1; or all; every fold that is there by default"
     flags.DEFINE_list("folds", [], help, flag_values=values)
@@ -94,7 +100,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     help = "where logits are summed up: in memory of the host or of the device"
     choice("accumulate_on", None, ACCUMULATE, help)
-    help = "of --data_root with --predictions: a JSON file, v1, v2 or total_v3"
+    help = "of the dataset --data_root: a JSON file, v1, v2 or total_v3"
     text("description", "", help)
     help = "average over windows and their mirror images; twice the time"
     flags.DEFINE_bool("mirror", False, help, flag_values=values)
@@ -107,6 +113,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("workers", 0, help, lower_bound=0, flag_values=values)
     help = "two runs or folders of results, to compare case by case"
     flags.DEFINE_list("compare", [], help, flag_values=values)
+    help = "runs of a cross-validation, each evaluated with --split=val, for a table"
+    flags.DEFINE_list("fold_runs", [], help, flag_values=values)
     distributed.define_flags(values)
 
 
@@ -159,28 +167,34 @@ def evaluate(options: flags.FlagValues) -> str:
     given = {name: value for name, value in given.items() if value is not None}
     if options.nnunet:
         return _evaluate_nnunet(options, given, rules)
-    workdir = absolute(options.workdir)
-    config, model, info = load_model(workdir, step=options.step)
-    network, model = computing_in(options.dtype, config.model, model)
+    workdirs = workdirs_of(options.workdir)
+    checks.require(
+        bool(len(workdirs) == 1 or options.output),
+        "several --workdir are evaluated as one network; give --output for it.",
+    )
+
+    def read(workdir, *, step):
+        config, model, info = load_model(workdir, step=step)
+        network, model = computing_in(options.dtype, config.model, model)
+        return dataclasses.replace(config, model=network), model, info
+
+    config, model, info = load_networks(workdirs, step=options.step, load=read)
     config = dataclasses.replace(
         config,
-        model=network,
         inference=dataclasses.replace(config.inference, **given),
-        data=dataclasses.replace(
-            config.data, root=options.data_root or config.data.root
-        ),
+        data=dataclasses.replace(config.data, **_data_of(options)),
     )
-    groups = pipeline.class_map(config.data).groups
+    classes = pipeline.class_map(config.data)
+    groups = classes.groups
     if options.groups:
-        names = config.data.class_names
-        groups = labels.load_groups(options.groups, names=names)
+        groups = labels.load_groups(options.groups, names=classes.names)
     return evaluate_split(
         model,
         config,
         split=options.split,
         groups=groups,
         **rules,
-        output=absolute(options.output or workdir / f"eval_{options.split}"),
+        output=absolute(options.output or workdirs[0] / f"eval_{options.split}"),
         limit=options.limit,
         step=info["step"],
         mirror=options.mirror,
@@ -219,6 +233,14 @@ def _evaluate_nnunet(options, inference, rules):
     )
 
 
+def _data_of(options):
+    """Return what the flags change of the config's data."""
+    if options.data_root:  # the training's description is of its own data
+        root = str(absolute(options.data_root))
+        return {"root": root, "description": options.description}
+    return {"description": options.description} if options.description else {}
+
+
 def main(arguments: list[str]) -> None:
     """Evaluate as the flags say, and print the table."""
     options = flags.FLAGS
@@ -241,6 +263,9 @@ def main(arguments: list[str]) -> None:
             workers=options.workers,
         )
         print(table)
+        return
+    if options.fold_runs:
+        print(fold_table(options.fold_runs, split="val"))
         return
     if options.compare:
         folders = [*options.compare, *arguments[1:]]

@@ -41,7 +41,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     def switch(name, help):
         flags.DEFINE_bool(name, False, help, flag_values=values)
 
-    text("workdir", "folder of the training run")
+    text("workdir", "folder of the training run; A,B,C averages several")
     text("nnunet", "model folder of nnU-Net v2, instead of --workdir")
     help = "folder of TotalSegmentator's weights instead of --workdir, such as"
     text("totalsegmentator", f"{help} {HOME}; its task total, of 1.5 mm or, --fast, 3")

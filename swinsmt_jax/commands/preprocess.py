@@ -5,9 +5,10 @@
 
 The source is in the TotalSegmentator-V2 layout, or in nnU-Net's (dataset.json), or in
 that of a JSON file given by --description; docs/data.md explains how. Each case becomes
-one folder of the store: CT and merged labels in RAS orientation, resampled to cubic
-voxels if a spacing is given, chunked and compressed. Give the store to train.py as
---config.data.root. The same command again continues, and tries failed cases again.
+one folder of the store: CT and merged labels in RAS orientation, resampled if a spacing
+is given (--config=configs/x.py takes that of the config), chunked and compressed. Give
+the store to train.py as --config.data.root. The same command again continues, and tries
+cases again that failed or whose files changed; nothing is removed without --prune.
 A case that cannot be used is named with its reason, the others go on, and the exit
 status is 1. At the end report.html and report.json in the store show what is in it.
 SIGTERM and SIGUSR1 end it with status 75, Ctrl-C with 130.
@@ -17,9 +18,12 @@ import sys
 
 from absl import flags
 
+from swinsmt_jax import checks
+from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import store_report
 from swinsmt_jax.data.preprocess import preprocess
 from swinsmt_jax.data.resampling import LABEL_RULES
+from swinsmt_jax.data.spacing import parse, text
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.files import absolute
 
@@ -28,8 +32,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the command line."""
     flags.DEFINE_string("source", None, "folder of the dataset", flag_values=values)
     flags.DEFINE_string("store", None, "folder to make", flag_values=values)
-    help = "voxel side in mm; 0 keeps each scan's own"
-    flags.DEFINE_float("spacing", 0.0, help, 0.0, 100.0, flag_values=values)
+    help = "side of voxels in mm, or three: 1.5,1.5,3; 0 keeps each scan's own"
+    flags.DEFINE_string("spacing", None, help, flag_values=values)
+    help = "config that will train on the store; its data.spacing is taken"
+    flags.DEFINE_string("config", None, help, flag_values=values)
     help = "JSON file that describes the source, or v1, v2, total_v3 (TotalSegmentator)"
     flags.DEFINE_string("description", "", help, flag_values=values)
     help = "names of the classes to keep; without it all"
@@ -40,6 +46,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("exclude", [], help, flag_values=values)
     help = "read the cases of the store whole, and make damaged ones again"
     flags.DEFINE_bool("verify", False, help, flag_values=values)
+    help = "say what would be made, made again, kept or removed, and do nothing"
+    flags.DEFINE_bool("check", False, help, flag_values=values)
+    help = "remove cases that the source no longer lists; let another source take over"
+    flags.DEFINE_bool("prune", False, help, flag_values=values)
     help = "which class a resampled voxel gets; docs/data.md says what each keeps"
     rules = list(LABEL_RULES)
     flags.DEFINE_enum("label_resampling", "most", rules, help, flag_values=values)
@@ -47,15 +57,30 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         flags.mark_flag_as_required(name, flag_values=values)
 
 
+def _spacing(options):
+    """Return the spacing of --spacing or of --config, which may not differ."""
+    given = None if options.spacing is None else parse("--spacing", options.spacing)
+    if options.config is None:
+        return given or 0.0
+    wanted = from_config_dict(startup.config_of(options.config)).data.spacing
+    checks.require(
+        given in (None, wanted),
+        f"--spacing is {options.spacing}, but data.spacing of {options.config} is "
+        f"{text(wanted)}; leave one of them out.",
+    )
+    return wanted
+
+
 def main(arguments: list[str]) -> None:
     """Preprocess as the flags say."""
     startup.only_flags(arguments)
     options = flags.FLAGS
     root = absolute(options.store)
+    spacing = _spacing(options)
     failed = preprocess(
         options.source,
         root,
-        spacing=options.spacing,
+        spacing=spacing,
         description=options.description,
         classes=options.classes,
         workers=options.workers,
@@ -63,7 +88,11 @@ def main(arguments: list[str]) -> None:
         progress=True,
         verify=options.verify,
         label_resampling=options.label_resampling,
+        prune=options.prune,
+        check=options.check,
     )
+    if options.check:
+        return
     print(store_report.write(root))
     if failed:
         for name, reason in failed.items():

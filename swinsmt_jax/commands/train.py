@@ -12,12 +12,14 @@ an error that you can mend, said in one line. docs/training.md tells of resuming
 faults, memory, other weights and profiles, docs/multi_node.md of several hosts.
 """
 
+import dataclasses
 import functools
 
 from absl import flags
 
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.convert import starting_point
+from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import pictures, validation
 from swinsmt_jax.runtime import distributed, startup
 from swinsmt_jax.training import loop
@@ -34,10 +36,21 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("start_from", None, help, flag_values=values)
     help = "begin also where little of --start_from fits: another width, no encoder"
     flags.DEFINE_bool("partial", False, help, flag_values=values)
+    help = "fold of a cross-validation, from 0 on; sets data.fold"
+    flags.DEFINE_integer("fold", None, help, lower_bound=0, flag_values=values)
     help = "steps to trace into <workdir>/profile"
     flags.DEFINE_integer("profile", 0, help, lower_bound=0, flag_values=values)
     distributed.define_flags(values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+
+
+def _start_from(path, config):
+    """Read weights for a network of the classes of the config's data."""
+    data = pipeline.settled(config.data, num_classes=config.model.out_channels)
+    named = dataclasses.replace(config, data=data)
+    return starting_point.start_from(
+        path, names=starting_point.names_of(named), partial=flags.FLAGS.partial
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -45,13 +58,12 @@ def main(arguments: list[str]) -> None:
     startup.start(arguments)
     distributed.start()
     config = from_config_dict(flags.FLAGS.config)
+    if flags.FLAGS.fold is not None:
+        data = dataclasses.replace(config.data, fold=flags.FLAGS.fold)
+        config = dataclasses.replace(config, data=data)
     start_from = None
     if flags.FLAGS.start_from:
-        start_from = functools.partial(
-            starting_point.start_from,
-            flags.FLAGS.start_from,
-            partial=flags.FLAGS.partial,
-        )
+        start_from = functools.partial(_start_from, flags.FLAGS.start_from, config)
     loop.train(
         config,
         workdir=flags.FLAGS.workdir,

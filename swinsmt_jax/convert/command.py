@@ -128,8 +128,9 @@ def _load(model, found, partial):
 
 def to_torch(*, workdir: str, output: str, step: str | None) -> None:
     """Write the network of a checkpoint as .safetensors with PyTorch's names."""
-    _, model, info = checkpoint.load_model(workdir, step=step)
-    files.write(output, convert.to_torch(model, buffers=True))
+    config, model, info = checkpoint.load_model(workdir, step=step)
+    names = starting_point.names_of(config)
+    files.write(output, convert.to_torch(model, buffers=True), names=names)
     print(f"step {info['step']} written to {output}")
 
 

@@ -7,11 +7,12 @@ refuses everything else, so no code of a file is ever run.
 
 import collections
 import io
+import json
 import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from swinsmt_jax import checks
 from swinsmt_jax.runtime.files import absolute, replacing, writable
 
+CLASSES = "classes"  # of the metadata of .safetensors
 SUFFIXES = (".pt", ".pth", ".safetensors")
 STORAGES = {
     "DoubleStorage": np.float64,
@@ -83,10 +85,22 @@ def read_document(path: str | Path) -> object:
         raise _unreadable(path, error) from error
 
 
-def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
+def class_names(path: str | Path) -> tuple[str, ...]:
+    """Return the names of label ids that `write` put into a file; () without them."""
+    try:
+        with safetensors.safe_open(absolute(path), "np") as file:
+            return tuple(json.loads((file.metadata() or {})[CLASSES]))
+    except (SafetensorError, KeyError, ValueError, TypeError):
+        return ()
+
+
+def write(
+    path: str | Path, state_dict: Mapping[str, np.ndarray], *, names: Sequence[str] = ()
+) -> None:
     """Write a state dictionary as .safetensors, complete or not at all.
 
-    PyTorch reads it with `safetensors.torch.load_file`.
+    PyTorch reads it with `safetensors.torch.load_file`. Its header keeps `names`, of
+    the label ids.
 
     Raises:
         UserError: for another suffix, and a file that cannot be written.
@@ -101,7 +115,8 @@ def write(path: str | Path, state_dict: Mapping[str, np.ndarray]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            safetensors.numpy.save_file(arrays, partial)
+            about = {CLASSES: json.dumps(names)} if names else None
+            safetensors.numpy.save_file(arrays, partial, about)
     except (OSError, SafetensorError) as error:
         raise checks.UserError(
             f"{path} cannot be written: {error}; choose another file or make room."

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,27 @@ from absl import logging
 from flax import nnx
 
 from swinsmt_jax import checks
+from swinsmt_jax.class_map import class_key
+from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.convert import files, nnunet_folder
 from swinsmt_jax.convert.prefixes import renamed
-from swinsmt_jax.convert.torch_state import load_torch, names_by_path, some, to_torch
+from swinsmt_jax.convert.torch_state import (
+    class_axes,
+    load_torch,
+    names_by_path,
+    some,
+    to_torch,
+)
+from swinsmt_jax.labels import class_name
 from swinsmt_jax.models.registry import entry_of
 from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training.checkpoint import load_model
 
 LEAST = 0.5  # share of what must fit, unless less is asked for
+UNNAMED = (
+    "not both name their classes: the outputs of the weights are taken for the "
+    "network's, in their order"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class Report:
         unused: names that the network lacks.
         share: of the network's values that were loaded.
         renamed: which prefix was exchanged, in words.
+        heads: what became of the outputs of each class, in words.
     """
 
     loaded: tuple[str, ...]
@@ -40,6 +54,7 @@ class Report:
     unused: tuple[str, ...]
     share: float
     renamed: str = ""
+    heads: str = ""
 
     def __str__(self) -> str:
         """Say it in lines, one for each kind."""
@@ -55,13 +70,22 @@ class Report:
         ):
             if names:
                 lines.append(f"{len(names)} {words}: {some(names)}")
+        lines += [self.heads] if self.heads else []
         return "\n".join(lines)
 
 
 def load_what_fits(
-    model: nnx.Module, state_dict: Mapping[str, np.ndarray], *, partial: bool = False
+    model: nnx.Module,
+    state_dict: Mapping[str, np.ndarray],
+    *,
+    theirs: Sequence[str] = (),
+    names: Sequence[str] = (),
+    partial: bool = False,
 ) -> Report:
     """Replace the parameters of `model` that a state dictionary has in the same shape.
+
+    Where both know the names of their classes, the last layers are taken class by
+    class, by name; those of new classes keep their values.
 
     Args:
         model: made by `models.create`.
@@ -69,6 +93,8 @@ def load_what_fits(
             of MONAI's self-supervised Swin encoder are understood too: no `swinViT.`,
             and `fc1` and `fc2` for `linear1` and `linear2`.
         partial: take also weights of another width, and those without an encoder.
+        theirs, names: of the label ids of the weights and of the network, the
+            background first; empty if they are not known.
 
     Raises:
         UserError: if nothing fits, or so little, unless `partial`; the model is
@@ -77,6 +103,7 @@ def load_what_fits(
     own = to_torch(model)
     given, words = _as_published(state_dict, own, model)
     fitting = {n: np.asarray(a) for n, a in given.items() if n in own}
+    heads = _heads_by_name(model, fitting, own, theirs, names)
     wrong = {
         name: (array.shape, own[name].shape)
         for name, array in fitting.items()
@@ -105,7 +132,7 @@ def load_what_fits(
     load_torch(model, own | {name: fitting[name] for name in loaded})
     missing = tuple(name for name in own if name not in given)
     unused = tuple(name for name in given if name not in own)
-    return Report(loaded, wrong, missing, unused, share, words)
+    return Report(loaded, wrong, missing, unused, share, words, heads)
 
 
 def _require_encoder(model, loaded):
@@ -123,6 +150,33 @@ def _require_encoder(model, loaded):
     )
 
 
+def _heads_by_name(model, fitting, own, theirs, names):
+    """Put the outputs of common classes at their places in `fitting`; say which."""
+    axes = {n: a for n, a in class_axes(model).items() if n in fitting}
+    axes = {n: a for n, a in axes.items() if fitting[n].ndim == own[n].ndim}
+    if not axes or theirs == names:
+        return ""
+    if not theirs or not names:
+        same = all(fitting[name].shape == own[name].shape for name in axes)
+        return UNNAMED if same else ""
+    keys = {class_key(name): i for i, name in enumerate(theirs)}
+    places = [keys.get(class_key(name)) for name in names]
+    kept = [i for i, place in enumerate(places) if place is not None]
+    for name, axis in axes.items():
+        if fitting[name].shape[axis] != len(theirs):
+            continue
+        whole = own[name].copy()
+        found = fitting[name].take([places[i] for i in kept], axis)
+        whole[(slice(None),) * axis + (kept,)] = found
+        fitting[name] = whole
+    old = [name for i, name in enumerate(names) if i and places[i] is not None]
+    new = [name for i, name in enumerate(names) if places[i] is None]
+    return (
+        f"the weights are of other classes; outputs kept by name: "
+        f"{', '.join(old) or 'none'}; newly initialised: {', '.join(new) or 'none'}"
+    )
+
+
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Read weights under PyTorch's names from a file, or from a run's workdir.
 
@@ -132,26 +186,48 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: as `files.read`, and as `checkpoint.load_model` for a folder.
     """
+    return _with_names(path)[0]
+
+
+def _with_names(path):
+    """Return weights, and the names of their label ids, () if they are not known."""
     path = absolute(path)
     if nnunet_folder.is_folder(path):
-        return nnunet_folder.weights_of_scan_axes(nnunet_folder.read(path))
-    if path.is_dir():
-        _, model, info = load_model(path)
-        logging.info("weights of step %d of %s", info["step"], path)
-        return to_torch(model)
-    return files.read(path)
+        return nnunet_folder.weights_of_scan_axes(nnunet_folder.read(path)), ()
+    if not path.is_dir():
+        return files.read(path), files.class_names(path)
+    config, model, info = load_model(path)
+    logging.info("weights of step %d of %s", info["step"], path)
+    return to_torch(model), names_of(config)
+
+
+def names_of(config: ExperimentConfig) -> tuple[str, ...]:
+    """Return the names of a network's label ids; () for those that conversion gave."""
+    names = config.data.class_names
+    neutral = names[1:2] == (class_name(1, ()),)
+    return () if neutral or len(names) != config.model.out_channels else names
 
 
 def start_from(
-    path: str | Path, *, partial: bool = False
+    path: str | Path, *, names: Sequence[str] = (), partial: bool = False
 ) -> Callable[[nnx.Module], Report]:
     """Read weights; return the function that puts what fits into a network.
+
+    Args:
+        path: of a file or a workdir.
+        names: of the network's label ids, the background first, if they are known.
 
     Raises:
         UserError: as `read_weights`, and the function as `load_what_fits`.
     """
-    weights = read_weights(path)
-    return functools.partial(load_what_fits, state_dict=weights, partial=partial)
+    weights, theirs = _with_names(path)
+    return functools.partial(
+        load_what_fits,
+        state_dict=weights,
+        theirs=theirs,
+        names=names,
+        partial=partial,
+    )
 
 
 def _as_published(state_dict, own, model):

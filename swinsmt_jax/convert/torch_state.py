@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.convert.prefixes import renamed
-from swinsmt_jax.models.registry import entry_of
+from swinsmt_jax.models import abstract_model
+from swinsmt_jax.models.registry import NetworkConfig, entry_of
 from swinsmt_jax.models.torch_names import Layout, NameTable
 
 SHOWN = 8  # names of a kind in a message
@@ -88,6 +90,28 @@ def to_torch(model: nnx.Module, *, buffers: bool = False) -> dict[str, np.ndarra
     return state_dict
 
 
+def class_axes(model: nnx.Module) -> dict[str, int]:
+    """Return {PyTorch's name: axis} of tensors that have an entry for each class.
+
+    They are those that another number of output channels makes larger.
+    """
+    config: NetworkConfig = model.config  # type: ignore[attr-defined]
+    wider = replace(config, out_channels=config.out_channels + 1)
+    own, other = (
+        {
+            name: target.torch_shape()
+            for target in _targets(nnx.merge(*abstract_model(each))).values()
+            for name in target.names
+        }
+        for each in (config, wider)
+    )
+    return {
+        name: int(np.flatnonzero(np.not_equal(shape, other[name]))[0])
+        for name, shape in own.items()
+        if shape != other[name]
+    }
+
+
 class _Target(NamedTuple):
     """A parameter or buffer, and the tensors of PyTorch that hold it.
 
@@ -126,7 +150,7 @@ def _targets(model) -> dict[str, _Target]:
     """Return what becomes of each parameter, by its path."""
     table, targets = _table(model), {}
     for parts, parameter in nnx.to_flat_state(nnx.state(model)):
-        path, shape = "/".join(map(str, parts)), parameter[...].shape
+        path, shape = "/".join(map(str, parts)), parameter.shape
         name = table.name(path)
         names = [name]
         if "{e}" in name:

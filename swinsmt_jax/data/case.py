@@ -1,33 +1,47 @@
 """Cases of a dataset: where their files lie, and how CT and labels are read."""
 
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.class_map import V2, ClassMap
+from swinsmt_jax.class_map import V2, ClassMap, class_key
 from swinsmt_jax.data import nifti, resampling
+from swinsmt_jax.data.folds import Fold
 from swinsmt_jax.data.sample import Sample
+from swinsmt_jax.data.spacing import Sides
 
 CLASS = "{class}"  # stands for the name of a class in the path of masks
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan on disk; `segmentation` is one label file, or has `CLASS` in it."""
+    """One scan on disk; `segmentation` is one label file, or has `CLASS` in it.
+
+    Attributes:
+        classes: that its files hold.
+        absent: whether a mask that is missing is of an absent structure.
+    """
 
     name: str
     ct: Path
     split: str
     segmentation: Path
     modality: str = "CT"
+    classes: ClassMap = V2
+    absent: bool = False
 
     def read(self) -> Sample:
-        """Read a scan of TotalSegmentator v2's classes; see `load_case`."""
+        """Read scan and labels; see `load_case`."""
         return load_case(self)
+
+    @property
+    def sides(self) -> tuple[float, float, float]:
+        """Sides of the scan's voxels in mm, to the right, front and head."""
+        return nifti.grid_of(self.ct).spacing
 
     @property
     def files(self) -> list[Path]:
@@ -51,6 +65,7 @@ class Dataset:
         splits: {case: split}.
         find: (case, split) to its files; a `UserError` if they are not there.
         refused: {case or line: reason} of entries that cannot be used.
+        folds: of a cross-validation, if it lists some; see `folds.splits_of`.
     """
 
     root: Path
@@ -58,6 +73,11 @@ class Dataset:
     splits: Mapping[str, str]
     find: Callable[[str, str], Case]
     refused: Mapping[str, str] = field(default_factory=dict)
+    folds: Sequence[Fold] = ()
+
+    def case(self, name: str, split: str) -> Case:
+        """Return a case with its classes; a `UserError` if its files are not there."""
+        return replace(self.find(name, split), classes=self.classes)
 
 
 def require_files(case: Case) -> Case:
@@ -76,7 +96,7 @@ def require_files(case: Case) -> Case:
 
 
 def load_case(
-    case: Case, *, classes: ClassMap = V2, kept: ClassMap | None = None
+    case: Case, *, classes: ClassMap | None = None, kept: ClassMap | None = None
 ) -> Sample:
     """Read the CT and the labels of a case, reoriented to RAS.
 
@@ -86,20 +106,21 @@ def load_case(
 
     Args:
         case: its files.
-        classes: that the files hold.
+        classes: that the files hold, if not `case.classes`.
         kept: a subset of these, if others are to become background.
 
     Raises:
-        UserError: as `nifti.load_ct`; for a missing mask, a mask of no known class, and
-            labels that do not lie on the CT's voxel grid.
+        UserError: as `nifti.load_ct`; for a missing mask unless `case.absent`, no mask
+            at all, and labels that do not lie on the CT's voxel grid.
     """
     ct = nifti.load_ct(case.ct, modality=case.modality)
     overlapping, notes = 0, tuple[str, ...]()
+    absent: list[str] = []
+    classes = classes or case.classes
     kept = kept or classes
     if CLASS in str(case.segmentation):
-        label, overlapping, notes, voxels = _merge_masks(
-            case.segmentation, ct, classes, kept
-        )
+        merged, absent = _merge_masks(case, ct, classes, kept)
+        label, overlapping, notes, voxels = merged
     else:
         found = nifti.load_labels(case.segmentation, classes=classes, on=ct)
         label, notes = found.array, found.notes
@@ -118,34 +139,45 @@ def load_case(
         ct.source_affine,
         ct.notes + notes,
         voxels,
+        tuple(absent),
     )
 
 
 def _merge_masks(
-    masks: Path, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
-) -> nifti.Merged:
-    wanted, first, last = classes.names[1:], *str(masks).split(CLASS)
-    names = [
-        str(p).removeprefix(first).removesuffix(last) for p in _files(masks, ct.path)
-    ]
-    for name in names:
-        checks.require(
-            name in wanted,
-            f"{first}{name}{last} belongs to none of the {len(wanted)} classes of "
-            f"{_title(classes)}.{checks.did_you_mean(name, wanted)}",
-        )
-    missing = [name for name in kept.names[1:] if name not in names]
+    case: Case, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
+) -> tuple[nifti.Merged, list[str]]:
+    first, last = str(case.segmentation).split(CLASS)
+    ids, found, foreign = classes.ids_by_key(), {}, []
+    for file in map(str, _files(case.segmentation, ct.path)):
+        name = file.removeprefix(first).removesuffix(last)
+        number = ids.get(class_key(name), 0)
+        if number:
+            found[number] = file
+        else:
+            near = checks.did_you_mean(name, classes.names[1:])
+            foreign.append(f"{file} is a mask of no class and was passed over.{near}")
     checks.require(
-        not missing,
-        f"{masks.parent} lacks {len(missing)} of {len(kept.names) - 1} masks: "
-        f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; an absent "
-        "structure needs an empty mask, so download the case again.",
+        bool(found),
+        f"{first}*{last} holds a mask of none of the {len(classes.names) - 1} classes "
+        f"of {_title(classes)}: {checks.few(classes.names[1:])}.",
     )
-    ids = {name: i for i, name in enumerate(kept.names)}
-    start = wanted.index(kept.names[1])  # background on background changes nothing
-    merged = [name for name in wanted[start:] if name in names]
-    files = {f"{first}{name}{last}": ids.get(name, 0) for name in merged}
-    return nifti.load_masks(files, on=ct)
+    own = {
+        number: kept.names.index(name) if name in kept.names else 0
+        for number, name in enumerate(classes.names)
+    }
+    missing = [classes.names[k] for k, new in own.items() if new and k not in found]
+    checks.require(
+        case.absent or not missing,
+        f"{Path(first).parent if last else first} lacks {len(missing)} of "
+        f"{len(kept.names) - 1} masks: {checks.few(missing)}; an absent structure of "
+        f"{_title(classes)} has an empty mask, so download the case again. "
+        f"{' '.join(foreign[:3])}".rstrip(),
+    )
+    # Background on background changes nothing.
+    start = min(number for number, new in own.items() if new)
+    files = {f: own[k] for k, f in sorted(found.items()) if k >= start}
+    merged = nifti.load_masks(files, on=ct)
+    return merged._replace(notes=merged.notes + tuple(foreign)), missing
 
 
 def _title(classes):
@@ -171,8 +203,8 @@ def _files(masks: Path, image: Path) -> list[Path]:
     return sorted(Path(file) for file in found if Path(file) != image)
 
 
-def resampled(sample: Sample, spacing: float, *, rule: str = "most") -> Sample:
-    """Return a sample of cubic voxels of this side in mm; 0 keeps its own.
+def resampled(sample: Sample, spacing: Sides, *, rule: str = "most") -> Sample:
+    """Return a sample whose voxels have these sides in mm; 0 keeps its own.
 
     Labels are resampled by `rule`, one of `resampling.LABEL_RULES`.
     """

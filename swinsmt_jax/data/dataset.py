@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from swinsmt_jax import checks, class_map
-from swinsmt_jax.data import layouts
-from swinsmt_jax.data.case import Dataset
+from swinsmt_jax.data import folds, layouts, meta
+from swinsmt_jax.data.case import Case, Dataset
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.runtime.files import absolute, read_json
 
@@ -29,9 +29,7 @@ def open_dataset(root: str | Path, *, description: str = "") -> Dataset:
         classes = class_map.VERSIONS[description]
         return totalsegmentator.read(root, {}, classes=classes)
     file = absolute(description) if description else root / DESCRIPTION
-    content = {}
-    if description or file.is_file():
-        content = _description(file)
+    content = _description(file) if description else description_of(root)
     found = layouts.recognised(root, content).read(root, content, where=str(file))
     checks.require(
         bool(found.splits or found.refused),
@@ -40,16 +38,40 @@ def open_dataset(root: str | Path, *, description: str = "") -> Dataset:
     return found
 
 
-def require_totalsegmentator(root: str | Path) -> None:
-    """Raise `UserError` for a dataset of another layout, of which a store is needed."""
-    root = absolute(root)
+def find_cases(
+    root: str | Path, *, split: str, description: str = "", fold: int = -1
+) -> tuple[Case, ...]:
+    """List the cases of a split, in the dataset's order.
+
+    Args:
+        root, description: as in `open_dataset`.
+        split: "train", "val" or "test".
+        fold: of a cross-validation, which divides training and validation cases anew;
+            -1 takes the dataset's own splits.
+
+    Raises:
+        UserError: as `open_dataset`, for any entry that cannot be used, and an empty
+            split.
+    """
+    checks.one_of("split", split, meta.SPLITS)
+    found = open_dataset(root, description=description)
+    for reason in found.refused.values():
+        raise checks.UserError(reason)
+    splits = folds.divided(found.splits, fold, folds=found.folds)
+    names = [name for name, own in splits.items() if own == split]
+    counts = {s: list(splits.values()).count(s) for s in meta.SPLITS}
+    if not names:
+        has = ", ".join(f"{n} of {s!r}" for s, n in counts.items())
+        raise meta.EmptySplitError(
+            f"{found.root} lists no case of the split {split!r}; it has {has}."
+        )
+    return tuple(found.case(name, split) for name in names)
+
+
+def description_of(root: Path) -> dict:
+    """Return the folder's own description, {} if it has none."""
     file = root / DESCRIPTION
-    layout = layouts.recognised(root, _description(file) if file.is_file() else {})
-    checks.require(
-        layout is totalsegmentator,
-        f"{root} is a dataset whose layout is {layout.TITLE}; make a store of it with "
-        "preprocess.py, and give that as data.root.",
-    )
+    return _description(file) if file.is_file() else {}
 
 
 def _description(file):

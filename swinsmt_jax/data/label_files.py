@@ -6,7 +6,7 @@ import numpy as np
 from absl import logging
 
 from swinsmt_jax import checks
-from swinsmt_jax.class_map import ClassMap
+from swinsmt_jax.class_map import ClassMap, class_key
 from swinsmt_jax.data import geometry, nifti, nifti_file, resampling
 
 
@@ -16,7 +16,8 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
     Args:
         path: a file of label ids, or a folder with <class>.nii.gz or <class>.nii for
             each class, as TotalSegmentator and `predict.py --masks` write it. Of masks
-            that overlap the later class wins; a class without a mask has no voxels.
+            that overlap the later class wins; a class without a mask has no voxels, and
+            masks of other classes are passed over, both with a warning.
         classes: the names of the ids.
         like: the scan.
 
@@ -26,15 +27,29 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
     """
     if not path.is_dir():
         return _told(nifti.load_labels(path, classes=classes, on=like)).array
-    masks, wanted = masks_in(path), classes.names[1:]
-    for name, file in masks.items():
-        checks.require(
-            name in wanted,
-            f"{file} is a mask of none of the {len(wanted)} classes."
-            f"{checks.did_you_mean(name, wanted)}",
-        )
-    checks.require(bool(masks), f"{path} holds no masks, such as {wanted[0]}.nii.gz.")
+    ids, given, wanted = classes.ids_by_key(), masks_in(path), classes.names[1:]
+    names = {name: classes.names[ids.get(class_key(name), 0)] for name in given}
+    masks = {own: given[name] for name, own in names.items() if own in wanted}
+    foreign = [name for name, own in names.items() if own not in wanted]
+    checks.require(
+        bool(masks),
+        f"{path} holds masks of none of the classes {', '.join(wanted)}; it holds "
+        f"{', '.join(given) or 'none at all'}.",
+    )
     missing = [name for name in wanted if name not in masks]
+    for name in foreign:
+        near = checks.did_you_mean(name, missing)
+        checks.require(
+            not near,
+            f"{given[name]} is a mask of none of the {len(wanted)} classes.{near}",
+        )
+    if foreign:
+        logging.warning(
+            "%s holds %d masks of none of the classes, which are passed over: %s",
+            path,
+            len(foreign),
+            checks.few(foreign),
+        )
     if missing:
         logging.warning(
             "%s has no mask of %d classes, which count as predicted nowhere: %s%s",

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel import orientations
 
+from swinsmt_jax.config import Seen
 from swinsmt_jax.data import resampling
 from swinsmt_jax.data.sample import foreground_box, voxel_step
+from swinsmt_jax.data.spacing import Sides
 from swinsmt_jax.data.voxels import normalizing
+
+FAR = 1.5  # times the sides of voxels that a network saw
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def network_view(
     hu: np.ndarray,
     affine: np.ndarray,
     *,
-    spacing: float,
+    spacing: Sides,
     hu_range: Sequence[float],
     normalization: Sequence[float] = (),
 ) -> NetworkView:
@@ -77,6 +81,30 @@ def network_view(
     )
     inside = tuple(axis[part] for axis, part in zip(positions, box, strict=True))
     return NetworkView(image, hu.shape, box, inside, fill=float(air))
+
+
+def unlike_training(spacing: Sides, seen: Seen, affine: np.ndarray) -> str:
+    """Say that the voxels of a scan are far from those of the training; or "".
+
+    Where scans keep their own voxels a network knows those sides alone that it saw.
+
+    Args:
+        spacing, seen: as in `config.DataConfig`.
+        affine: [4, 4] of the scan, in RAS orientation.
+    """
+    if spacing or not seen.least:
+        return ""
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    low, high = np.divide(seen.least, FAR), np.multiply(seen.most, FAR)
+    if np.all(sides >= low) and np.all(sides <= high):
+        return ""
+    return (
+        f"its voxels measure {' x '.join(f'{s:.3g}' for s in sides)} mm, but the "
+        "network was trained at scans' own spacings, from "
+        f"{' x '.join(f'{s:g}' for s in seen.least)} to "
+        f"{' x '.join(f'{s:g}' for s in seen.most)} mm; do not trust its labels, or "
+        "train on a store made with --spacing."
+    )
 
 
 def scaled(hu: np.ndarray, *, hu_range: Sequence[float]) -> np.ndarray:

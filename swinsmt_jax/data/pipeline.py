@@ -20,14 +20,16 @@ from absl import flags, logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import V2, ClassMap
-from swinsmt_jax.config import DataConfig
+from swinsmt_jax.config import DataConfig, Seen
 from swinsmt_jax.data import augmentation, store, transforms
 from swinsmt_jax.data.case import Case, lost_note, resampled
-from swinsmt_jax.data.dataset import require_totalsegmentator
-from swinsmt_jax.data.layouts import totalsegmentator
+from swinsmt_jax.data.dataset import find_cases as find_in_dataset
+from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.sample import Sample
+from swinsmt_jax.data.spacing import text
 from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.data.voxels import normalizing
+from swinsmt_jax.runtime import files
 from swinsmt_jax.runtime.workers import end_with
 
 Cases = Sequence[Case] | Sequence[StoredCase]
@@ -122,64 +124,141 @@ def _batches(iterator: grain.DatasetIterator) -> Generator[dict, None, None]:
 
 
 def find_cases(config: DataConfig, *, split: str) -> Cases:
-    """List the cases of a split of a dataset or of a store.
-
-    Raises:
-        UserError: as `totalsegmentator.find_cases` and `store.find_cases`, and for a
-            store of another spacing or other classes than the config's.
-    """
-    found = class_map(config)
-    checks.require(
-        config.classes in (_own_names(found), found.names[1:]),
-        f"{config.root} has the classes {_few(found.names[1:])}, but the network is "
-        f"for {_few(config.classes or V2.names[1:])}; give data with its classes.",
-    )
-    if not store.is_store(config.root):
-        require_totalsegmentator(config.root)
-        found_cases = totalsegmentator.find_cases(config.root, split=split)
-        return tuple(replace(case, modality=config.modality) for case in found_cases)
-    cases = store.find_cases(config.root, split=split)
-    spacing = store.read_options(Path(config.root)).spacing
-    checks.require(
-        config.spacing in (0.0, spacing),
-        f"data.spacing is {config.spacing:g}, but the store {config.root} was made "
-        f"with --spacing={spacing:g}; take that, or preprocess again with another "
-        "--store.",
+    """List the cases of a split; see `open_data`."""
+    cases, _ = open_data(
+        config.root,
+        split=split,
+        description=config.description,
+        fold=config.fold,
+        modality=config.modality,
     )
     return cases
 
 
-def class_map(config: DataConfig) -> ClassMap:
-    """Return the classes of a store; of a dataset, TotalSegmentator v2's."""
-    if store.is_store(config.root):
-        return store.read_options(Path(config.root)).classes
-    return V2
+def open_data(
+    root: str | Path,
+    *,
+    split: str,
+    description: str = "",
+    fold: int = -1,
+    modality: str = "CT",
+) -> tuple[Cases, ClassMap]:
+    """Return the cases of a split and the classes of a dataset or a store.
 
-
-def with_classes(config: DataConfig, *, num_classes: int) -> DataConfig:
-    """Return the config with the names of its store's classes, if they are not v2's.
+    Another `modality` than CT is that of its scans, whatever a dataset says.
 
     Raises:
-        UserError: if `num_classes`, background included, is not the number of these.
+        UserError: as `dataset.find_cases` and `store.find_cases`.
     """
-    if not config.classes:
-        config = replace(config, classes=_own_names(class_map(config)))
-    wanted = len(config.classes) + 1
+    folder = _existing(root)
+    if store.is_store(folder):
+        stored = store.find_cases(folder, split=split, fold=fold)
+        return stored, store.read_options(folder).classes
+    cases = find_in_dataset(folder, split=split, description=description, fold=fold)
+    if modality != "CT":
+        cases = tuple(replace(case, modality=modality) for case in cases)
+    return cases, cases[0].classes
+
+
+def class_map(config: DataConfig) -> ClassMap:
+    """Return the classes of a store or a dataset."""
+    root = _existing(config.root)
+    if store.is_store(root):
+        return store.read_options(root).classes
+    return open_dataset(root, description=config.description).classes
+
+
+def _existing(root):
+    """Return the folder of the data as a path that is there."""
+    given, root = root, files.absolute(root)
     checks.require(
-        not config.classes or num_classes == wanted,
-        f"model.out_channels is {num_classes}, but must be {wanted}: the store "
-        f"{config.root} has the background and the classes "
-        f"{_few(config.classes)}.",
+        root.is_dir(),
+        f"data folder {root} does not exist"
+        + ("" if Path(given).is_absolute() else ", relative to where this was started")
+        + "; give the folder of a dataset or of a store as data.root (evaluate.py: "
+        "--data_root). Phantoms: python -m swinsmt_jax.phantoms --root=FOLDER",
     )
-    return config
+    return root
 
 
-def _own_names(classes: ClassMap) -> tuple[str, ...]:
-    return () if classes.names == V2.names else classes.names[1:]
+def settled(config: DataConfig, *, num_classes: int) -> DataConfig:
+    """Return the config with what its data say: spacing and classes, and their path.
+
+    Raises:
+        UserError: for a config that says otherwise, and if `num_classes`, background
+            included, is not the number of the data's.
+    """
+    root, classes = _existing(config.root), class_map(config)
+    spacing, names = config.spacing, classes.names[1:]
+    if store.is_store(root):
+        spacing = store.read_options(root).spacing
+        checks.require(
+            config.spacing in (0.0, spacing),
+            f"data.spacing is {text(config.spacing)}, but the store {root} was made "
+            f"with --spacing={text(spacing)}; set data.spacing=0, which takes the "
+            "store's, or preprocess again with another --store.",
+        )
+    checks.require(
+        config.classes in ((), names),
+        f"data.classes are {checks.few(config.classes)}, but {root} has "
+        f"{checks.few(names)}; leave data.classes out, which takes the data's, or give "
+        "other data.",
+    )
+    odd = (
+        classes.names == V2.names
+        and not config.classes
+        and num_classes != V2.num_classes
+    )
+    checks.require(
+        odd or num_classes == len(names) + 1,
+        f"model.out_channels is {num_classes}, but must be {len(names) + 1}: {root} "
+        f"has the background and the classes {checks.few(names)}.",
+    )
+    return replace(
+        config, root=str(root), spacing=spacing, classes=() if odd else names
+    )
 
 
-def _few(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
+def recalled(config: DataConfig) -> DataConfig:
+    """Return the config of a finished training with the spacing that it had.
+
+    Versions before took the spacing of a store in training, and did not record it.
+    """
+    if config.seen.fingerprint or config.spacing or not store.is_store(config.root):
+        return config
+    spacing = store.read_options(Path(config.root)).spacing
+    if spacing:
+        logging.warning(
+            "the run does not tell its spacing; its store %s has voxels of %s mm, "
+            "which are taken",
+            config.root,
+            text(spacing),
+        )
+    return replace(config, spacing=spacing)
+
+
+def seen(config: DataConfig, cases: Cases, *, groups: ClassMap) -> Seen:
+    """Return what a network sees of its training cases, of a settled config."""
+    sides = [case.sides for case in cases] if config.spacing == 0 else []
+    return Seen(
+        fingerprint(cases),
+        tuple(np.min(sides, axis=0).round(4).tolist()) if sides else (),
+        tuple(np.max(sides, axis=0).round(4).tolist()) if sides else (),
+        groups.names_by_group(),
+    )
+
+
+def groups_of(config: DataConfig) -> dict[str, tuple[int, ...]]:
+    """Return the groups of a network's label ids, as its training data had them."""
+    ids = {name: i for i, name in enumerate(config.class_names)}
+    found = config.seen.groups.items()
+    if not found and not config.classes:
+        return dict(V2.groups)
+    return {g: tuple(ids[name] for name in own if name in ids) for g, own in found}
+
+
+def _names_of(config):
+    return class_map(config).names
 
 
 def load_foreground(config: DataConfig, case: Case | StoredCase) -> Sample:
@@ -205,7 +284,8 @@ class _RandomCrop(grain.transforms.RandomMap):
         self._start()
 
     def _start(self) -> None:
-        self._names = class_map(self._config).names
+        named = self._config.classes
+        self._names = self._config.class_names if named else _names_of(self._config)
         if self._config.augmentations.mirror.probability:
             augmentation.left_right_swap(self._names)  # refuse before the first crop
         self._memory: dict[int, Sample] = {}

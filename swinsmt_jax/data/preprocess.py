@@ -8,18 +8,21 @@ import functools
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from absl import logging
 from tqdm import tqdm
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import meta, store
-from swinsmt_jax.data.case import Case, load_case, lost_note, resampled
+from swinsmt_jax.data import meta, origin, store
+from swinsmt_jax.data.case import Case, Dataset, load_case, lost_note, resampled
 from swinsmt_jax.data.dataset import open_dataset
 from swinsmt_jax.data.resampling import LABEL_RULES
+from swinsmt_jax.data.spacing import Sides
 from swinsmt_jax.data.store import Options
 from swinsmt_jax.runtime import files
 from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
@@ -31,7 +34,7 @@ def preprocess(
     source: str | Path,
     root: str | Path,
     *,
-    spacing: float = 0.0,
+    spacing: Sides = 0.0,
     description: str = "",
     classes: Sequence[str] = (),
     workers: int = 1,
@@ -39,13 +42,15 @@ def preprocess(
     progress: bool = False,
     verify: bool = False,
     label_resampling: str = "most",
+    prune: bool = False,
+    check: bool = False,
 ) -> dict[str, str]:
     """Write the cases of a dataset to a store.
 
     Args:
         source: folder of the dataset.
         root: folder of the store; made, or continued.
-        spacing: voxel side in mm; 0 keeps each scan's own.
+        spacing: voxel side in mm, or three sides; 0 keeps each scan's own.
         description: of the dataset, as in `dataset.open_dataset`.
         classes: names of those to keep; empty keeps all.
         workers: processes, each of which holds one scan; one is this process itself.
@@ -53,6 +58,9 @@ def preprocess(
         progress: show a bar.
         verify: read finished cases whole; those that are damaged are made again.
         label_resampling: one of `resampling.LABEL_RULES`.
+        prune: remove what was made of cases that the source no longer lists, and let
+            another source take the store.
+        check: say what would be done, and do nothing.
 
     Returns:
         {case: reason} of those that failed, or {line of meta.csv: reason} where a line
@@ -73,38 +81,180 @@ def preprocess(
             f"exclude names {name!r}, which {source} does not list."
             f"{checks.did_you_mean(name, found.splits)}",
         )
-    rows = {name: split for name, split in found.splits.items() if name not in exclude}
-    refused = {name: why for name, why in found.refused.items() if name not in exclude}
     kept = found.classes.subset(classes) if classes else found.classes
     checks.one_of("label_resampling", label_resampling, LABEL_RULES)
     options = Options(spacing, kept, label_resampling)
+    if check:
+        print(plan(found, root, options, exclude, verify=verify, prune=prune))
+        return {}
     with files.writable(root), store.opened(root, options):
-        _list_cases(root, rows)
-        waiting = [name for name in rows if not _is_finished(root / name, verify)]
-        job = functools.partial(write, root, options=options, classes=found.classes)
+        todo = plan(found, root, options, exclude, verify=verify, prune=prune)
+        todo.log()
+        _list_cases(root, todo)
+        job = functools.partial(
+            write, root, options=options, classes=found.classes, source=found.root
+        )
         start = time.monotonic()
-        failed = _run(job, found, waiting, rows, workers, progress)
-        for name in waiting:
-            lost = {} if name in failed else store.read_json(root / name / store.CASE)
-            if lost.get("lost"):
-                logging.warning("%s", lost_note(name, lost["lost"]))
-        written = len(waiting) - len(failed)
+        failed = _run(job, found, todo.waiting, todo.rows, workers, progress)
+        done = [name for name in todo.waiting if name not in failed]
+        facts = {name: store.read_json(root / name / store.CASE) for name in done}
+        for name, own in facts.items():
+            if own.get("lost"):
+                logging.warning("%s", lost_note(name, own["lost"]))
+        _tell_absent({name: own.get("absent") for name, own in facts.items()})
         index = {
             **{"format": store.FORMAT, "options": options.to_json()},
-            **{"failed": refused | failed, "excluded": list(exclude)},
-            "run": {"cases": written, "seconds": time.monotonic() - start},
+            "source": {"root": str(source), "description": str(description)},
+            "folds": list(found.folds),
+            **{"failed": todo.refused | failed, "excluded": list(exclude)},
+            "run": {"cases": len(done), "seconds": time.monotonic() - start},
         }
         files.write_json(root / store.INDEX, index)
+        _tell_untrained(root, todo.rows, index["failed"], options.classes)
     return index["failed"]
 
 
-def _is_finished(folder, verify):
-    if not folder.exists():
-        return False
-    damage = store.damage(folder, whole=verify)
-    if damage:
-        logging.warning("%s is made again: %s", folder.name, damage)
-    return damage is None
+def _tell_absent(absent):
+    """Count the masks that were not there, in one line."""
+    found = [(name, own) for name, names in absent.items() for own in names or ()]
+    if found:
+        logging.warning(
+            "%d masks of %d cases are not there, and count as absent structures: %s",
+            len(found),
+            len({name for name, _ in found}),
+            checks.few([f"{own} of {name}" for name, own in found]),
+        )
+
+
+def _tell_untrained(root, rows, failed, classes):
+    """Warn of classes that no training case has."""
+    names = [n for n, split in rows.items() if split == "train" and n not in failed]
+    counts = [store.read_json(root / name / store.CASE)["counts"] for name in names]
+    seen = np.any(np.array(counts), axis=0) if counts else ()
+    never = [classes.names[i] for i, some in enumerate(seen) if i and not some]
+    if never:
+        logging.warning(
+            "%d classes are in no training case, so they cannot be learnt: %s",
+            len(never),
+            checks.few(never),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What preprocessing would do, case by case.
+
+    Attributes:
+        rows: {case: split} of the store's new table.
+        refused: {entry: reason} of entries of the source that cannot be used.
+        new: cases to make.
+        again: {case: why} of those to make again.
+        gone: cases of the store that the source no longer lists, or that are excluded.
+        prune: whether what was made of these is removed.
+    """
+
+    rows: Mapping[str, str]
+    refused: Mapping[str, str]
+    new: Sequence[str]
+    again: Mapping[str, str]
+    gone: Sequence[str]
+    prune: bool
+
+    @property
+    def waiting(self) -> list[str]:
+        """The cases to write, in order."""
+        return [n for n in self.rows if n in self.new or n in self.again]
+
+    def log(self) -> None:
+        """Tell what is not simply new."""
+        for line in self._lines():
+            logging.warning("%s", line)
+
+    def _lines(self):
+        lines = [f"{name} is made again: {why}" for name, why in self.again.items()]
+        if self.gone:
+            fate = "is removed" if self.prune else "stays; --prune removes it"
+            lines.append(
+                f"{len(self.gone)} cases of the store are no longer listed, or are "
+                f"excluded: {', '.join(self.gone)}. They take no part; what was made "
+                f"of them {fate}"
+            )
+        return lines
+
+    def __str__(self) -> str:
+        """Say it all in lines."""
+        same = len(self.rows) - len(self.waiting)
+        lines = [f"{same} cases stay as they are"]
+        if self.new:
+            lines.append(f"{len(self.new)} cases are made: {', '.join(self.new)}")
+        lines += self._lines()
+        lines += [f"{name} is left out: {why}" for name, why in self.refused.items()]
+        return "\n".join(lines)
+
+
+def plan(
+    found: Dataset,
+    root: Path,
+    options: Options,
+    exclude: Sequence[str],
+    *,
+    verify: bool,
+    prune: bool,
+) -> Plan:
+    """Compare a dataset with what a store already holds of it; nothing is written.
+
+    Raises:
+        UserError: for a store of other options, and unless `prune`, one that was made
+            of another source: in another folder, with other files or other cases.
+    """
+    rows = {name: split for name, split in found.splits.items() if name not in exclude}
+    refused = {name: why for name, why in found.refused.items() if name not in exclude}
+    made = meta.read(root) if (root / meta.META).is_file() else {}
+    held = sorted(file.parent.name for file in root.glob(f"*/{store.CASE}"))
+    gone = [name for name in held if name not in rows]
+    there = {name for name in rows if (root / name).exists()}
+    again, changed = {}, []
+    before = store.read_json(root / store.INDEX).get("source", {}) if made else {}
+    other = before.get("root") not in (None, str(found.root))
+    if store.is_store(root):
+        store.require_options(root, options)
+    for name in rows:
+        if name not in there:
+            continue
+        damage = store.damage(root / name, whole=verify)
+        read = verify or other
+        differing = [] if damage else _changes(found, root, name, rows[name], read)
+        if damage or differing:
+            changed += [name] if differing else []
+            again[name] = damage or f"its files changed: {checks.few(differing)}"
+    for strange, words in (
+        (changed, "the same cases with other files"),
+        ([] if there else gone, "none of its cases"),
+    ):
+        checks.require(
+            prune or not (other and strange),
+            f"the store {root} was made of {before.get('root')}, and {found.root} has "
+            f"{words}: {checks.few(strange)}. Choose another --store; --prune gives "
+            "this one to the new source.",
+        )
+    new = [name for name in rows if name not in there]
+    return Plan(rows, refused, new, again, gone, prune)
+
+
+def _changes(found, root, name, split, whole):
+    """Return what changed of the files that a case of the store was made from."""
+    made = root / name / store.CASE
+    try:
+        case = found.find(name, split)
+    except checks.UserError as error:
+        return [str(error)]
+    return origin.changes(
+        store.read_json(made),
+        case.files,
+        root=found.root,
+        made=made.stat().st_mtime_ns,
+        whole=whole,
+    )
 
 
 def _run(job, dataset, waiting, rows, workers, progress):
@@ -147,7 +297,9 @@ def rate(cases: int, seconds: float) -> str:
     return f"{found:.1f} cases/s" if found >= 1 else f"{60 * found:.1f} cases/minute"
 
 
-def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str | None:
+def write(
+    root: Path, case: Case, *, options: Options, classes: ClassMap, source: Path
+) -> str | None:
     """Write one case, whose files hold `classes`; return the reason if it is unusable.
 
     Whatever goes wrong with a case is its reason, such as memory that it lacks.
@@ -165,7 +317,8 @@ def write(root: Path, case: Case, *, options: Options, classes: ClassMap) -> str
             "source_affine": sample.source_affine.tolist(),
             "overlapping_voxels": sample.overlapping,
             "notes": sample.notes,
-            "source": case.facts,
+            "absent": sample.absent,
+            **origin.record(case.files, root=source),
         }
         sample = resampled(sample, options.spacing, rule=options.label_resampling)
         facts["lost"] = sample.lost(options.classes.names)
@@ -191,11 +344,9 @@ def _reason(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
 
 
-def _list_cases(root, rows):
-    """Make the store's meta.csv; remove what it no longer lists."""
-    file = root / meta.META
-    if file.exists():
-        for name in meta.read(root).keys() - rows.keys():
-            shutil.rmtree(root / name, ignore_errors=True)
-        file.unlink()
-    meta.add(root, rows)
+def _list_cases(root, todo):
+    """Make the store's meta.csv; remove what it no longer lists only if told to."""
+    for name in todo.gone if todo.prune else ():
+        shutil.rmtree(root / name, ignore_errors=True)
+    (root / meta.META).unlink(missing_ok=True)
+    meta.add(root, todo.rows)

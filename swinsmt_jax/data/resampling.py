@@ -9,6 +9,7 @@ from scipy import ndimage, sparse
 from swinsmt_jax import checks
 from swinsmt_jax.data import nifti_file
 from swinsmt_jax.data.sample import voxel_step
+from swinsmt_jax.data.spacing import Sides, text
 from swinsmt_jax.runtime import host_memory
 
 MAX_EXTENT = 5000  # mm; a body with raised arms has 2,500
@@ -18,9 +19,9 @@ ROUNDING = 1e-6  # of an axis' length: headers hold spacings in float32
 
 
 def covering_grid(
-    shape: Sequence[int], affine: np.ndarray, *, spacing: float
+    shape: Sequence[int], affine: np.ndarray, *, spacing: Sides
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Return shape and affine of the grid of cubic voxels that covers another grid.
+    """Return shape and affine of the grid of voxels of one size that covers another.
 
     It has the other's axes and begins at its outer edge, half a voxel before the centre
     of its first voxel. It ends at the other's last outer edge, or less than one of the
@@ -30,9 +31,9 @@ def covering_grid(
     Args:
         shape: of the other grid.
         affine: [4, 4] of the other grid.
-        spacing: voxel side in mm.
+        spacing: side of the voxels in mm, or three sides.
     """
-    ratio = spacing / np.linalg.norm(affine[:3, :3], axis=0)
+    ratio = np.asarray(spacing) / np.linalg.norm(affine[:3, :3], axis=0)
     if np.allclose(ratio, 1.0, atol=1e-4):
         return tuple(shape), affine
     new = np.ceil(np.array(shape) / ratio * (1 - ROUNDING)).astype(int)
@@ -43,18 +44,18 @@ def resample(
     array: np.ndarray,
     affine: np.ndarray,
     *,
-    spacing: float,
+    spacing: Sides,
     order: int,
     rule: str = "most",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resample to the `covering_grid` of cubic voxels of side `spacing` mm.
+    """Resample to the `covering_grid` of voxels of `spacing` mm.
 
     A voxel that reaches beyond the end is filled from the part of it that lies within.
 
     Args:
         array: [X, Y, Z].
         affine: [4, 4] of the array.
-        spacing: voxel side in mm.
+        spacing: side of the voxels in mm, or three sides.
         order: 0 for label ids; 1 for linear interpolation (CT), after smoothing with a
             standard deviation of half of what a voxel grows by.
         rule: for label ids, one of `LABEL_RULES`.
@@ -72,7 +73,7 @@ def resample(
     checks.require(
         nifti_file.is_possible(shape),
         f"a scan of {array.shape} voxels of {' x '.join(f'{s:g}' for s in sides)} mm "
-        f"would have {shape} at {spacing:g} mm, but may have at most "
+        f"would have {shape} at {text(spacing)} mm, but may have at most "
         f"{nifti_file.MAX_VOXELS}, and {nifti_file.MAX_SIDE} along an axis; mend the "
         "spacing in its header, or leave the scan out.",
     )
@@ -85,7 +86,7 @@ def resample(
     )
     size = 4 if order else array.itemsize  # interpolated in float32
     host_memory.require(f"a scan of {shape} voxels", math.prod(shape) * size)
-    ratio = spacing / sides
+    ratio = np.asarray(spacing) / sides
     offset = 0.5 * ratio - 0.5  # the centre of the new voxel 0 on the old grid
     if order == 0:
         return LABEL_RULES[rule](array, ratio, offset, shape), new_affine

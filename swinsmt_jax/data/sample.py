@@ -22,6 +22,7 @@ class Sample:
         source_affine: [4, 4] of the file.
         notes: what a user should know about the CT's file.
         source_voxels: {label id: voxels} of the files, before masks were merged.
+        absent: classes without a mask, which count as absent.
     """
 
     image: np.ndarray
@@ -33,6 +34,7 @@ class Sample:
     source_affine: np.ndarray = field(default_factory=lambda: np.eye(4))
     notes: tuple[str, ...] = ()
     source_voxels: Mapping[int, int] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     def bounds(self, air: float) -> tuple[slice, ...]:
         """Return the box in which crops lie: all of it."""

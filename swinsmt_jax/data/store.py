@@ -25,9 +25,10 @@ from absl import logging
 
 from swinsmt_jax import checks, class_map
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import meta, nifti, volume_file
+from swinsmt_jax.data import folds, meta, nifti, volume_file
 from swinsmt_jax.data.resampling import covering_grid
 from swinsmt_jax.data.sample import Sample, foreground_box, voxel_step
+from swinsmt_jax.data.spacing import Sides, plain, text
 from swinsmt_jax.runtime import files
 
 FORMAT = 1
@@ -45,12 +46,12 @@ class Options:
     """What decides the content of a store.
 
     Attributes:
-        spacing: voxel side in mm; 0 keeps each scan's own.
+        spacing: voxel side in mm, or three sides; 0 keeps each scan's own.
         classes: of the label ids.
         label_resampling: one of `resampling.LABEL_RULES`.
     """
 
-    spacing: float
+    spacing: Sides
     classes: ClassMap = class_map.V2
     label_resampling: str = "most"
 
@@ -79,8 +80,10 @@ class StoredCase:
 
     @property  # nothing read is kept: a dataset has thousands of cases
     def facts(self) -> dict:
-        """Return the content of case.json."""
-        return read_json(self.folder / CASE)
+        """Return the content of case.json that tells one case from another."""
+        found = read_json(self.folder / CASE)
+        found.pop("times", None)  # of the files that it was made from
+        return found
 
     @property
     def files(self) -> list[Path]:
@@ -91,6 +94,11 @@ class StoredCase:
     def affine(self) -> np.ndarray:
         """[4, 4], voxel indices to world millimetres, RAS."""
         return np.array(self.facts["affine"])
+
+    @property
+    def sides(self) -> tuple[float, float, float]:
+        """Sides of its voxels in mm, to the right, front and head."""
+        return nifti.spacing_of(self.affine)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -104,10 +112,10 @@ class StoredCase:
         if "source_shape" not in facts:  # of no file
             return False
         affine, shape = nifti.ras_grid(facts["source_affine"], facts["source_shape"])
-        spacing = nifti.spacing_of(self.affine)
-        if np.allclose(spacing, nifti.spacing_of(affine), rtol=1e-4):
+        sides = nifti.spacing_of(self.affine)
+        if np.allclose(sides, nifti.spacing_of(affine), rtol=1e-4):
             return False
-        covering, _ = covering_grid(shape, affine, spacing=spacing[0])
+        covering, _ = covering_grid(shape, affine, spacing=sides)
         return any(np.less(facts["shape"], covering))
 
     def draw_centre(
@@ -197,24 +205,30 @@ def opened(root: Path, options: Options) -> Iterator[None]:
 def _open_index(root, options):
     file = root / INDEX
     if file.exists():
-        found = read_options(root)
-        for flag, made, wanted in (
-            ("spacing", f"{found.spacing:g}", f"{options.spacing:g}"),
-            ("label_resampling", found.label_resampling, options.label_resampling),
-        ):
-            checks.require(
-                made == wanted,
-                f"the store {root} was made with --{flag}={made}, but now {wanted} is "
-                "wanted; choose another --store.",
-            )
-        checks.require(
-            found.classes == options.classes,
-            f"the store {root} was made with the {_title(found.classes)}, but now the "
-            f"{_title(options.classes)} are wanted; choose another --store.",
-        )
+        require_options(root, options)
     else:
         files.write_json(file, {"format": FORMAT, "options": options.to_json()})
     files.remove_partial(root)
+
+
+def require_options(root: Path, options: Options) -> None:
+    """Raise `UserError` for a store of other options; groups may be others."""
+    found = read_options(root)
+    for flag, made, wanted in (
+        ("spacing", text(found.spacing), text(options.spacing)),
+        ("label_resampling", found.label_resampling, options.label_resampling),
+    ):
+        checks.require(
+            made == wanted,
+            f"the store {root} was made with --{flag}={made}, but now {wanted} is "
+            "wanted; choose another --store.",
+        )
+    checks.require(
+        found.classes.names == options.classes.names,
+        f"the store {root} was made with the classes "
+        f"{checks.few(found.classes.names[1:])}, but now "
+        f"{checks.few(options.classes.names[1:])} are wanted; choose another --store.",
+    )
 
 
 def read_options(root: Path) -> Options:
@@ -229,19 +243,15 @@ def read_options(root: Path) -> Options:
         options = found["options"]
         classes = class_map.from_json(options["classes"], where=str(root / INDEX))
         rule = options.get("label_resampling", "most")
-        return Options(options["spacing"], classes, rule)
+        return Options(plain(options["spacing"]), classes, rule)
 
 
-def _title(classes):
-    """Describe a class map in a few words."""
-    names = classes.names[1:]
-    more = ", ..." if len(names) > 4 else ""
-    groups = f", groups {', '.join(classes.groups)}" if classes.groups else ""
-    return f"{len(names)} classes {', '.join(names[:4])}{more}{groups}"
-
-
-def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
+def find_cases(
+    root: str | Path, *, split: str, fold: int = -1
+) -> tuple[StoredCase, ...]:
     """List the cases of a split in the order of meta.csv; failed ones are left out.
+
+    A `fold` of a cross-validation, from 0 on, divides training and validation anew.
 
     Raises:
         UserError: for a store that is not finished, or lost a case, and an empty split.
@@ -249,9 +259,12 @@ def find_cases(root: str | Path, *, split: str) -> tuple[StoredCase, ...]:
     checks.one_of("split", split, meta.SPLITS)
     root = files.absolute(root)
     read_options(root)
-    rows = meta.read(root)
-    failed = read_json(root / INDEX).get("failed", {})
-    names = [n for n, s in rows.items() if s == split and n not in failed]
+    index = read_json(root / INDEX)
+    rows = {
+        n: s for n, s in meta.read(root).items() if n not in index.get("failed", {})
+    }
+    rows = folds.divided(rows, fold, folds=index.get("folds", ()))
+    names = [name for name, own in rows.items() if own == split]
     lost = [f"{name} ({file})" for name in names if (file := _lost_file(root / name))]
     checks.require(
         not lost,

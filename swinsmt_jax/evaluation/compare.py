@@ -61,9 +61,11 @@ def compare(
 
     Raises:
         UserError: for files that are not results, and evaluations of other splits,
-            conventions, cases, groups, or classes of any case.
+            conventions, cases, grids, truths, groups, or classes of any case.
     """
-    pair = one, other = [_read(absolute(path), split) for path in (first, second)]
+    pair = one, other = [
+        read_results(absolute(path), split) for path in (first, second)
+    ]
     checks.require(
         one.get("split") == other.get("split"),
         f"{first} evaluated the split {one.get('split')!r} and {second} "
@@ -77,6 +79,7 @@ def compare(
         f"share {len(shared)} of {len(one['cases'])} and {len(other['cases'])}. "
         "Evaluate the same split.",
     )
+    _require_one_truth(first, one, second, other)
     checks.require(
         one["groups"] == other["groups"],
         f"{first} and {second} were evaluated with other groups of classes; evaluate "
@@ -100,6 +103,23 @@ def compare(
         found.append(_difference(group, known_mean(chosen, axis=2)))
     corrected = _holm([difference.p for difference in found])
     return [replace(d, holm=float(p)) for d, p in zip(found, corrected, strict=True)]
+
+
+def _require_one_truth(first, one, second, other):
+    """Refuse cases that were scored on other grids, or beside other truths."""
+    for entry, what in (("grid", "grids"), ("truth", "truths")):
+        differing = [
+            name
+            for name, own in one["cases"].items()
+            if (there := other["cases"][name].get(entry)) and own.get(entry)
+            if own[entry] != there
+        ]
+        checks.require(
+            not differing,
+            f"{first} and {second} scored {len(differing)} cases on other {what}, such "
+            f"as {checks.few(differing)}, so their scores do not compare; evaluate "
+            "both on the same data, the dataset itself or one store of it.",
+        )
 
 
 def _require_one_convention(first, one, second, other):
@@ -195,7 +215,12 @@ def _scores(content, cases, classes):
     return np.array([[own.get(c) for c in classes] for own in dice], np.float64)
 
 
-def _read(path, split):
+def read_results(path: Path, split: str) -> dict:
+    """Return results.json of a file, its folder, or that of a run.
+
+    Raises:
+        UserError: for files that are no results of an evaluation.
+    """
     places = path / FILE, path / f"eval_{split}" / FILE, path
     file = next((file for file in places if file.is_file()), path)
     try:

@@ -17,7 +17,7 @@ from swinsmt_jax.evaluation.pictures import views_of
 from swinsmt_jax.evaluation.results import about_metrics, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.evaluation.validation import segment_case
+from swinsmt_jax.evaluation.validation import known_classes, segment_case
 from swinsmt_jax.inference.nnunet import NNUNetSegmenter
 from swinsmt_jax.inference.provenance import digest_of_network as digest
 from swinsmt_jax.inference.segmenter import batch_sharding, left_right_swap, predict_fn
@@ -69,6 +69,8 @@ def evaluate_split(
     checks.in_range("limit", limit, 0, 10**9)
     chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)
     data, names = config.data, config.data.class_names
+    classes = pipeline.class_map(data)
+    to_data = known_classes(data, classes)
     num_classes = config.model.out_channels if segmenter is None else len(names)
     if segmenter is None:
         exchanged = left_right_swap(names, num_classes=num_classes) if mirror else None
@@ -86,6 +88,7 @@ def evaluate_split(
     how = about_metrics(chosen, surface_rule=surface_rule, protocol=protocol)
     decides = {**to_dict(config), "mirror": mirror, "metrics": how}
     decides |= {"network": network, "surfaces": repr(surface_rule)}
+    decides |= {"classes": classes.names}
     so_far = kept.Kept(output, kept.key_of(decides))
 
     def find():
@@ -105,6 +108,7 @@ def evaluate_split(
             metrics=chosen,
             surface_rule=surface_rule,
             **seen,
+            to_data=to_data,
         )
         return segmented.result, views_of(segmented)
 
@@ -120,6 +124,8 @@ def evaluate_split(
     cases = processes.run_on_all(find)
     processes.require_same({"cases": [case.name for case in cases]})
     results, views = kept.scores_of(processes.unshard(processes.run_on_all(segment)))
+    if to_data is not None:
+        names, num_classes = to_data.names, to_data.num_classes
     groups = known_groups(groups, num_classes)
     about = {
         "split": split,

@@ -10,10 +10,10 @@ import loky
 from tqdm import tqdm
 
 from swinsmt_jax import checks, class_map, labels
-from swinsmt_jax.data import nifti, nifti_file
-from swinsmt_jax.data.case import Case, load_case
-from swinsmt_jax.data.dataset import open_dataset
+from swinsmt_jax.data import nifti, nifti_file, pipeline
+from swinsmt_jax.data.case import Case
 from swinsmt_jax.data.label_files import load_prediction, load_regridded, masks_in
+from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
@@ -46,7 +46,7 @@ def evaluate_predictions(
     Args:
         folder: holds what `load_prediction` reads for each case: <case>.nii.gz,
             <case>.nii, or the folder <case> with a mask for each class.
-        root: of the dataset with the truth.
+        root: of the dataset with the truth, or of a store.
         groups: JSON file as in `labels.load_groups`; None takes the dataset's.
         description: of the dataset, as in `dataset.open_dataset`.
         split, rule, output, limit: as in `evaluate_split.evaluate_split`.
@@ -64,13 +64,8 @@ def evaluate_predictions(
     checks.in_range("limit", limit, 0, 10**9)
     checks.in_range("workers", workers, 0, 1024)
     chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)
-    dataset = open_dataset(root, description=description)
-    for reason in dataset.refused.values():
-        raise checks.UserError(reason)
-    names = [name for name, own in dataset.splits.items() if own == split]
-    checks.require(bool(names), f"{root} has no case of the split {split!r}.")
-    cases = [dataset.find(name, split) for name in names[: limit or None]]
-    classes = dataset.classes
+    cases, classes = pipeline.open_data(root, split=split, description=description)
+    cases = cases[: limit or None]
     grouped = classes.groups
     if groups:
         grouped = labels.load_groups(groups, names=classes.names)
@@ -127,9 +122,16 @@ def _evaluate(case, *, so_far, folder, **options):
 
 def _score(case, *, path, classes, metrics, surface_rule, regrid, threads):
     """Return result and views of a case."""
-    truth = load_case(case, classes=classes)
+    truth = case.read()
+    if truth.source_affine is None:  # of a store, on whose grid the prediction lies
+        shape = truth.image.shape
+        truth = replace(truth, source_affine=truth.affine, source_shape=shape)
     scan = nifti.Volume(
-        truth.image, truth.affine, truth.source_affine, truth.source_shape, case.ct
+        truth.image,
+        truth.affine,
+        truth.source_affine,
+        truth.source_shape,
+        case.files[0],
     )
     note = ""
     if regrid:
@@ -148,9 +150,9 @@ def _score(case, *, path, classes, metrics, surface_rule, regrid, threads):
     return replace(case.result, note=note), views_of(case)
 
 
-def _file(folder: Path, case: Case) -> Path:
+def _file(folder: Path, case: Case | StoredCase) -> Path:
     """Find a prediction, named after the case, or its image as `predict.py` does."""
-    image = nifti_file.stem(case.ct)
+    image = nifti_file.stem(case.files[0])
     names = [case.name, *([image] if image.startswith(case.name) else [])]
     found = {nifti_file.stem(file): file for file in nifti_file.files_in(folder)}
     for name in names:

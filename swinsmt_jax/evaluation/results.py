@@ -145,7 +145,15 @@ def write_json(path: Path, evaluation: Evaluation, *, about: dict) -> None:
             "missed": [name_of(k) for k in np.flatnonzero(lost)],
             "false_positives": [name_of(k) for k in np.flatnonzero(wrong)],
             "seconds": round(result.seconds, 3),
+            "grid": result.grid,
+            "truth": truth_of(result),
         }
+
+    def truth_of(result):
+        if result.truth is None:
+            return {}
+        pairs = zip(result.counts.truth.tolist(), result.truth.tolist(), strict=True)
+        return {name_of(k): own for k, own in enumerate(pairs) if k and own[0]}
 
     means = {metric.name: evaluation.means(metric) for metric in evaluation.measured()}
     scores, wrong = evaluation.scores(DICE), evaluation.false_positives()

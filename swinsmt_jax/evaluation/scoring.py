@@ -30,6 +30,9 @@ class CaseResult:
         seconds: time of the prediction, without reading the case; NaN if unknown.
         scores: of each class `[K]`, by the name of a metric.
         note: how the prediction's grid lay beside the scan's, if it was resampled.
+        grid: shape, and sides of a voxel in mm, on which it was scored.
+        truth: of each class `[K]`, the sum of the places of its voxels, counted along
+            the grid: what tells one truth from another.
     """
 
     name: str
@@ -37,6 +40,8 @@ class CaseResult:
     seconds: float
     scores: dict[str, np.ndarray]
     note: str = ""
+    grid: Sequence[float] = ()
+    truth: np.ndarray | None = None
 
     def of(self, metric: Metric) -> np.ndarray:
         """Return the scores of a metric `[K]`, NaN if it was not measured."""
@@ -115,4 +120,8 @@ def score(
     spacing = nifti.spacing_of(scan.affine)
     pair = Pair(prediction, scan.label, counts, spacing, workers)
     scores = measured(pair, metrics, surface_rule=surface_rule)
-    return Segmented(scan, prediction, CaseResult(scan.name, counts, seconds, scores))
+    grid = [*scan.label.shape, *(round(side, 3) for side in spacing)]
+    labels, places = scan.label.reshape(-1), np.arange(scan.label.size, dtype=float)
+    truth = np.bincount(labels, places, minlength=num_classes)
+    found = CaseResult(scan.name, counts, seconds, scores, grid=grid, truth=truth)
+    return Segmented(scan, prediction, found)

@@ -3,14 +3,17 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from swinsmt_jax import checks
+from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import DataConfig, InferenceConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.data.network_view import NetworkView, network_view
+from swinsmt_jax.data.network_view import NetworkView, network_view, unlike_training
 from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.averages import known_groups
@@ -23,6 +26,53 @@ from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.runtime import processes
 
 PICTURES = 3  # cases drawn in a validation
+
+
+class Known(NamedTuple):
+    """Classes of a network as those of data.
+
+    Attributes:
+        names: of the data's label ids.
+        table: uint8 [256] from the network's ids to them; None if they are the same.
+    """
+
+    names: tuple[str, ...]
+    table: np.ndarray | None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of the data's label ids, background included."""
+        return len(self.names)
+
+
+def known_classes(data: DataConfig, classes: ClassMap) -> Known | None:
+    """Match a network's classes with those of data, by name.
+
+    None for a network of TotalSegmentator's classes, or of the first of them, and data
+    of these. Classes that the data have not count as background, with a warning.
+
+    Args:
+        data: of the network's experiment.
+        classes: of the data.
+
+    Raises:
+        UserError: for a class of the data that the network lacks.
+    """
+    names = data.class_names
+    if not data.classes and classes.names == names:
+        return None
+    table = classes.ids_of(names, what="the network")
+    unknown = [
+        name for i, name in enumerate(names) if table is not None and i and not table[i]
+    ]
+    if unknown:
+        logging.warning(
+            "%d classes of the network are unknown to the data, and count as "
+            "background: %s",
+            len(unknown),
+            checks.few(unknown),
+        )
+    return Known(classes.names, table)
 
 
 def segment_case(
@@ -38,6 +88,7 @@ def segment_case(
     view: Callable[[Sample], NetworkView] | None = None,
     decision: Decision = LARGEST,
     channels: int | None = None,
+    to_data: Known | None = None,
 ) -> Segmented:
     """Return a case with its prediction, compared on the scan's own grid.
 
@@ -50,18 +101,25 @@ def segment_case(
         view: what the network is shown of a case, if not what `data` says.
         decision: how its logits become labels.
         channels: of the logits, if not one for each class.
+        to_data: how the network's classes become those of the case; None if they are
+            the same.
 
     Raises:
         UserError: for bad files, or labels that the network has no output for.
     """
     scan = case.read()
-    top = int(scan.label.max())
+    top, scored = int(scan.label.max()), num_classes
+    if to_data is not None:
+        scored = to_data.num_classes
     checks.require(
-        top < num_classes,
+        top < scored,
         f"case {case.name!r} holds label {top}, but the network's model."
         f"out_channels is {num_classes}, so its labels end at {num_classes - 1}; "
         "evaluate on data with the classes of the training.",
     )
+    far = unlike_training(data.spacing, data.seen, scan.affine)
+    if far:
+        logging.warning("case %r: %s", case.name, far)
     if view is None:
         shown = network_view(
             scan.image,
@@ -83,11 +141,13 @@ def segment_case(
             sharding=sharding,
             decision=decision,
         )
+    if to_data is not None and to_data.table is not None:
+        prediction = to_data.table[prediction]
     return score(
         scan,
         prediction,
         seconds=time.perf_counter() - start,
-        num_classes=num_classes,
+        num_classes=scored,
         metrics=metrics,
         surface_rule=surface_rule,
     )
@@ -136,7 +196,7 @@ def validate(
 
     found = processes.unshard(processes.run_on_all(segment))
     results = [kept.result_of(result) for result in found]
-    groups = known_groups(pipeline.class_map(data).groups, num_classes)
+    groups = known_groups(pipeline.groups_of(data), num_classes)
     evaluation = Evaluation(results, groups)
     dice = evaluation.means(DICE)
     return {

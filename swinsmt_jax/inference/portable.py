@@ -39,8 +39,10 @@ class Portable:
     """An exported network.
 
     Attributes:
-        about: `window` and `window_batch`, `spacing` in mm (0: that of the scan),
-            `hu_range`, `normalization`, `class_names` by id, `num_classes`, `overlap`,
+        about: `window` and `window_batch`, `spacing` in mm, one side or three (0: that
+            of the scan), `orientation`, `hu_range`, `normalization`, `class_names` by
+            id, `groups` of names, `num_classes`, `data` (fingerprint of the training
+            cases), `overlap`,
             `blend`, `step`.
         exported: the program, of (parameters, windows).
         parameters: its arrays.

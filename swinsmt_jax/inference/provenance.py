@@ -46,12 +46,23 @@ def require_same(
 ) -> None:
     """Raise `UserError` for labels that are there, but not of these scans or options.
 
+    Nor may those of other scans be there that another network made.
+
     Args:
         targets: what would be written; labels that are there would be kept.
         scans: the inputs.
         made_by: what the segmenter is.
         record: of earlier calls, with what made each scan's labels under `KEY`.
     """
+    for name, entry in record.items():
+        for labels, before in entry.get(KEY, {}).items() if name not in scans else ():
+            wanted, found = made_by.get("network"), before.get("network")
+            checks.require(
+                found == wanted or not Path(entry.get("labels", "")).exists(),
+                f"{labels} beside the results was made by another network ({found} of "
+                f"{entry.get('run')}, not {wanted}); choose another --output, or give "
+                "--overwrite.",
+            )
     for name, file in scans.items():
         labels = targets[name]["labels"]
         if not labels.exists():

@@ -152,6 +152,8 @@ class _Work:
             missing = {k: p for k, p in targets.items() if not outputs.is_whole(p)}
         kept, made_by = "labels" not in missing, before.get(provenance.KEY, {})
         found = {"file": str(file), "labels": str(labels), provenance.KEY: made_by}
+        if not kept:
+            found["run"] = getattr(self.segmenter, "run", "")
 
         def clear():  # nobody may take new labels for the old ones, or mix the two
             nonlocal made_by

@@ -11,6 +11,7 @@ they take longer than jax, and nobody who only imports `load` should wait for th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -24,6 +25,7 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig, InferenceConfig, with_new_keys
+from swinsmt_jax.inference.ensemble import load_networks, workdirs_of
 from swinsmt_jax.inference.grid import LARGEST, Decision
 from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.sliding_window import Predict, predict_labels
@@ -110,18 +112,20 @@ class Segmenter(Scans):
     Attributes:
         config: of the experiment; `data` says spacing and HU, `inference` the windows.
         predict: a jitted function from windows to logits.
-        step: of the checkpoint.
+        step: of the checkpoint, or of each of several.
         sums: "float32" or "float16", of the logits that are kept.
         network: hash of the parameters.
         mirror: whether `predict` averages over mirror images.
+        run: the workdir, for the record.
     """
 
     config: ExperimentConfig
     predict: Predict
-    step: int
+    step: int | list[int]
     sums: str = "float32"
     network: str = ""
     mirror: bool = False
+    run: str = ""
 
     @property
     def decision(self) -> Decision:
@@ -141,7 +145,7 @@ class Segmenter(Scans):
             "network": self.network,
             "step": self.step,
             "window": list(config.data.patch_shape),
-            "spacing": config.data.spacing,
+            "spacing": _plain(config.data.spacing),
             "hu_range": list(config.data.hu_range),
             "normalization": list(config.data.normalization),
             "overlap": config.inference.overlap,
@@ -159,9 +163,12 @@ class Segmenter(Scans):
 
     def view(self, volume: "Volume") -> "NetworkView":
         """Return what the network is shown of a scan in RAS orientation."""
-        from swinsmt_jax.data.network_view import network_view
+        from swinsmt_jax.data.network_view import network_view, unlike_training
 
         data = self.config.data
+        far = unlike_training(data.spacing, data.seen, volume.affine)
+        if far:
+            logging.warning("%s: %s", volume.path, far)
         return network_view(
             volume.array,
             volume.affine,
@@ -188,7 +195,7 @@ class Segmenter(Scans):
 
 
 def load(
-    workdir: str | Path,
+    workdir: str | Path | Sequence[str | Path],
     *,
     step: int | str | None = None,
     sums: str = "float32",
@@ -199,7 +206,8 @@ def load(
     """Load the network of a training run.
 
     Args:
-        workdir: of the run.
+        workdir: of the run. Of several, "A,B,C" or a list, the probabilities are
+            averaged; see `ensemble.load_networks`.
         step: a number, "latest" or "best"; None takes the best, or else the latest.
         sums: "float16" halves the memory of the logits that are kept.
         mirror: also segment every window with right and left exchanged, and average;
@@ -211,19 +219,28 @@ def load(
     Raises:
         UserError: as `checkpoint.load_model`, and for fields out of range.
     """
+    workdirs = workdirs_of(workdir)
+    read = functools.partial(_network_of, dtype=dtype)
+    config, model, info = load_networks(workdirs, step=step, load=read)
+    windows = with_options(config.inference, inference)
+    config = dataclasses.replace(config, inference=windows)
+    exchanged = None
+    if mirror:
+        names = config.data.class_names
+        exchanged = left_right_swap(names, num_classes=config.model.out_channels)
+    predict = predict_fn(model, exchanged=exchanged)
+    single = isinstance(model, nnx.Module)
+    digest = digest_of_network(split(model)[1] if single else model)
+    run = ",".join(map(str, workdirs))
+    return Segmenter(config, predict, info["step"], sums, digest, mirror, run)
+
+
+def _network_of(workdir, *, step, dtype):
     from swinsmt_jax.training.checkpoint import load_model
 
     config, model, info = load_model(workdir, step=step)
     network, model = computing_in(dtype, config.model, model)
-    windows = with_options(config.inference, inference)
-    config = dataclasses.replace(config, model=network, inference=windows)
-    exchanged = None
-    if mirror:
-        names = config.data.class_names
-        exchanged = left_right_swap(names, num_classes=network.out_channels)
-    predict = predict_fn(model, exchanged=exchanged)
-    digest = digest_of_network(split(model)[1])
-    return Segmenter(config, predict, info["step"], sums, digest, mirror)
+    return dataclasses.replace(config, model=network), model, info
 
 
 def with_options(config: InferenceConfig, options: Mapping) -> InferenceConfig:
@@ -386,6 +403,11 @@ def left_right_swap(names: Sequence[str], *, num_classes: int) -> np.ndarray:
         "predict without mirroring.",
     )
     return exchanged
+
+
+def _plain(value):
+    """Return what JSON reads back as the same."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def batch_sharding() -> jax.sharding.Sharding | None:

@@ -60,6 +60,18 @@ def define_config(values: flags.FlagValues = flags.FLAGS) -> None:
     parser.parse = lambda text: _with_groups(_config_of(text, load), ExperimentConfig)
 
 
+def config_of(path: str) -> ConfigDict:
+    """Return the config of a file as --config reads it.
+
+    Raises:
+        UserError: for a file that there is not.
+    """
+    values = flags.FlagValues()
+    define_config(values)
+    parse(["", f"--config={path}"], values)
+    return values.config
+
+
 def _config_of(text, load):
     """Return the config that a Python file makes, or that a run has recorded."""
     if not text.endswith(".json"):

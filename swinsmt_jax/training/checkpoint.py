@@ -21,6 +21,7 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
+from swinsmt_jax.data import pipeline
 from swinsmt_jax.models import abstract_model, apart, together
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.files import (
@@ -34,6 +35,7 @@ from swinsmt_jax.runtime.files import (
 from swinsmt_jax.sharding import path_name
 from swinsmt_jax.training import checksums
 from swinsmt_jax.training.checkpoint_folder import (
+    CASES,
     DAMAGED,
     METRIC,
     METRICS,
@@ -44,8 +46,10 @@ from swinsmt_jax.training.checkpoint_folder import (
     meta_of,
     put_aside,
     ranked,
+    ranked_by_cases,
     read,
     require_same_parameters,
+    score_of,
     steps_of,
 )
 from swinsmt_jax.training.state import TrainState
@@ -72,8 +76,8 @@ class Checkpoints:
     those that were complete stay as they are.
     """
 
-    def __init__(self, root: Path, writer: ocp.AsyncCheckpointer):
-        self._root, self._writer = root, writer
+    def __init__(self, root: Path, writer: ocp.AsyncCheckpointer, cases: str = ""):
+        self._root, self._writer, self._cases = root, writer, cases
         self._steps = processes.gather(steps_of(root))[0]
 
     def probe(self) -> None:
@@ -123,7 +127,7 @@ class Checkpoints:
     def score(self, step: int, dice: float) -> None:
         """Record the validation Dice of a saved step; drop the best one before."""
         self.wait()
-        metrics = {METRIC: dice if math.isfinite(dice) else None}
+        metrics = {METRIC: dice if math.isfinite(dice) else None, CASES: self._cases}
 
         def write():
             target = self._root / str(step) / METRICS
@@ -135,8 +139,15 @@ class Checkpoints:
         self._drop_old()
 
     def is_scored(self, step: int) -> bool:
-        """Whether a validation of this step is recorded."""
-        return processes.gather((self._root / str(step) / METRICS).exists())[0]
+        """Whether a validation of this step on these cases is recorded."""
+        folder = self._root / str(step)
+        known = (folder / METRICS).exists() and score_of(folder)[1] == self._cases
+        return processes.gather(known)[0]
+
+    def scored_elsewhere(self) -> list[int]:
+        """Return the steps that were scored on other validation cases."""
+        sets = processes.gather(ranked_by_cases(self._root))[0]
+        return sorted(n for c, own in sets.items() if c != self._cases for n in own)
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, the one being written included."""
@@ -157,8 +168,8 @@ class Checkpoints:
         old = self.steps()[:-LATEST_KEPT]
         if not old:
             return
-        best = processes.gather(ranked(self._root)[:1])[0]
-        for step in set(old) - set(best):
+        sets = processes.gather(ranked_by_cases(self._root))[0]
+        for step in set(old) - {own[0] for own in sets.values()}:
             self._steps.remove(step)
             processes.on_first(functools.partial(remove, self._root / str(step)))
 
@@ -188,6 +199,13 @@ class Checkpoints:
         )
         return None
 
+    def restore(self, step: int, like: TrainState, *, origin: dict) -> TrainState:
+        """Read the state of a step; errors as of `restore_latest`."""
+        folder = self._root / str(step)
+        state, damage = _restore(folder, like, origin=origin)
+        checks.require(state is not None, f"{damage}; remove {folder}.")
+        return state
+
     def intact(self) -> str:
         """Say which checkpoint is the latest complete one."""
         steps = steps_of(self._root)
@@ -208,12 +226,15 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def open_checkpoints(workdir: str | Path) -> Iterator[Checkpoints]:
-    """Open the checkpoints of a run for writing; wait for the last one at the end."""
+def open_checkpoints(workdir: str | Path, *, cases: str = "") -> Iterator[Checkpoints]:
+    """Open the checkpoints of a run for writing; wait for the last one at the end.
+
+    `cases` is the fingerprint of the validation cases by which steps are scored.
+    """
     root = absolute(workdir) / CHECKPOINTS
     processes.on_first(lambda: _clean(root))
     writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-    checkpoints = Checkpoints(root, writer)
+    checkpoints = Checkpoints(root, writer, cases)
     try:
         checkpoints.probe()
         yield checkpoints
@@ -340,6 +361,7 @@ def load_model(
 def _load(folder):
     meta, dice = meta_of(folder), dice_of(folder)
     config = from_config_dict(meta["config"])
+    config = dataclasses.replace(config, data=pipeline.recalled(config.data))
     graphdef, like = abstract_model(config.model)
     averaged = config.training.ema_decay > 0
     wanted = {"average": like} if averaged else _parts(*apart(graphdef, like))

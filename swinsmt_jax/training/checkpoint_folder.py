@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 DAMAGED = "damaged"  # folder of a workdir
 STATE, META, METRICS = "state", "meta", "metrics"  # folders of a checkpoint
-METRIC = "val_dice"
+METRIC, CASES = "val_dice", "cases"
 SCORES = ocp.JsonCheckpointHandler(filename=METRICS)  # reads and writes METRICS
 MAX_LISTED = 6  # differing parameters in a message
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # files that will not come back
@@ -37,25 +37,44 @@ def steps_of(root: Path) -> list[int]:
 
 
 def ranked(root: Path) -> list[int]:
-    """Return the steps that have a validation Dice, the best and latest first."""
-    found = []
+    """Return the steps that have a validation Dice, the best and latest first.
+
+    Only scores of one set of cases compare: those of the step that was scored last.
+    """
+    sets = ranked_by_cases(root)
+    return max(sets.values(), key=max, default=[])
+
+
+def ranked_by_cases(root: Path) -> dict[str, list[int]]:
+    """Return {fingerprint of validation cases: steps}, the best and latest first."""
+    found: dict[str, list[tuple[float, int]]] = {}
     for step in steps_of(root):
         try:
-            dice = dice_of(root / str(step))
-            found += [(dice, step)] if dice is not None else []
+            dice, cases = score_of(root / str(step))
+            if dice is not None:
+                found.setdefault(cases, []).append((dice, step))
         except DamagedError as error:
             logging.error("%s; it is not considered as the best", error)
-    return [step for _, step in sorted(found, reverse=True)]
+    return {
+        cases: [step for _, step in sorted(own, reverse=True)]
+        for cases, own in found.items()
+    }
 
 
 def dice_of(folder: Path) -> float | None:
     """Return the validation Dice; None if there is none, or it is not a number."""
+    return score_of(folder)[0]
+
+
+def score_of(folder: Path) -> tuple[float | None, str]:
+    """Return `dice_of`, and the fingerprint of the cases; "" of earlier versions."""
 
     def restore():
-        value = SCORES.restore(folder / METRICS)[METRIC]
-        return value if value is None else float(value)
+        found = SCORES.restore(folder / METRICS)
+        value = found[METRIC]
+        return value if value is None else float(value), found.get(CASES, "")
 
-    return read(folder, restore) if (folder / METRICS).exists() else None
+    return read(folder, restore) if (folder / METRICS).exists() else (None, "")
 
 
 def meta_of(folder: Path) -> dict:

@@ -22,6 +22,7 @@ from swinsmt_jax.runtime.profile import Profile
 from swinsmt_jax.training import logs, setup
 from swinsmt_jax.training.checkpoint import Checkpoints, open_checkpoints, origin_of
 from swinsmt_jax.training.checkpoint_folder import METRIC
+from swinsmt_jax.training.continuing import continued
 from swinsmt_jax.training.logs import Clock, open_log
 from swinsmt_jax.training.state import TrainState
 from swinsmt_jax.training.workdir import locked, open_workdir
@@ -73,10 +74,13 @@ def train(
             config.data, num_classes=num_classes, validated=validate is not None
         )
     )
-    fingerprint = processes.run_on_all(lambda: pipeline.fingerprint(cases))
+    fingerprint = data.seen.fingerprint
     processes.require_same({"the fingerprint of the training cases": fingerprint})
     config = dataclasses.replace(config, data=data)
+    validate = validate if held_out else None
+    held_out = held_out[: training.eval_cases or None]
     with locked(workdir):
+        config, changed = continued(workdir, config)
         workdir = open_workdir(workdir, config)
         abstract, start, train_step, predict = setup.make_network(
             config.model, config.optimizer, training, mesh=mesh
@@ -90,7 +94,8 @@ def train(
                 expert=config.mesh.expert,
             )
         )
-        with open_checkpoints(workdir) as checkpoints, remedies:
+        scored_on = pipeline.fingerprint(held_out)
+        with open_checkpoints(workdir, cases=scored_on) as checkpoints, remedies:
             origin = origin_of(config, data=fingerprint)
             state = checkpoints.restore_latest(abstract, origin=origin)
             done = 0 if state is None else int(state.step)
@@ -104,6 +109,8 @@ def train(
                 "mesh": dict(mesh.shape),
                 "data": fingerprint,
                 "first_step": done + 1,
+                "trained_on": setup.trained_on(data, cases),
+                "changed": changed,
             }
             if state is None:
                 names = data.class_names
@@ -114,7 +121,7 @@ def train(
             if validate:
                 validate = functools.partial(
                     validate,
-                    cases=held_out[: training.eval_cases or None],
+                    cases=held_out,
                     data=data,
                     inference=config.inference,
                     num_classes=num_classes,
@@ -123,7 +130,7 @@ def train(
                     setup.validate_on, sharding.local_mesh(mesh), validate, predict
                 )
             return _take_steps(
-                _Run(workdir, training, checkpoints, origin, validate),
+                _Run(workdir, training, checkpoints, origin, validate, abstract),
                 state,
                 train_step,
                 batches=setup.batches_after(
@@ -148,6 +155,7 @@ class _Run:
     Attributes:
         validate: (parameters, poll) to what `train`'s `validate` returns; what `poll`
             raises ends it early. None validates nothing.
+        abstract: shapes and shardings of the state.
     """
 
     workdir: Path
@@ -155,6 +163,7 @@ class _Run:
     checkpoints: Checkpoints
     origin: dict
     validate: Callable[[dict, Callable[[], None]], dict] | None
+    abstract: TrainState
 
     def due(self, step: int, every: int) -> bool:
         """Whether something happens after this step; it always does after the last."""
@@ -184,6 +193,8 @@ def _take_steps(run, state, train_step, *, batches, measure, profile_steps):
             run.workdir, steps=profile_steps, first=start + 1, stop=stop
         ) as profile,
     ):
+        if run.validate is not None:
+            _score_anew(run, log, listener, state)
         if start and run.validates(start) and not run.checkpoints.is_scored(start):
             _validate(run, log, listener, state, {})
         if start == stop:
@@ -303,6 +314,21 @@ def _tell_skipped(run, log, state, step, values, names):
         "optimizer.learning_rate or more optimizer.warmup_steps, or look at these "
         "cases."
     )
+
+
+def _score_anew(run, log, listener, state):
+    """Score again what was scored on other cases, since their Dice do not compare."""
+    for step in run.checkpoints.scored_elsewhere():
+        log.say(
+            "the validation cases are others than those that step %d was scored on; it "
+            "is scored anew",
+            step,
+            level=logging.WARNING,
+        )
+        scored = state
+        if step != int(state.step):
+            scored = run.checkpoints.restore(step, run.abstract, origin=run.origin)
+        _validate(run, log, listener, scored, {})
 
 
 def _validate(run, log, listener, state, values):

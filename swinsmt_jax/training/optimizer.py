@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from swinsmt_jax import checks
@@ -33,8 +34,18 @@ def make_schedule(config: OptimizerConfig, *, num_steps: int) -> optax.Schedule:
 
     It rises linearly to `learning_rate` over `warmup_steps`, and falls along a half
     cosine to `final_ratio * learning_rate` at `num_steps`. The first step has a rate
-    above 0, so this is not `optax.warmup_cosine_decay_schedule`.
+    above 0, so this is not `optax.warmup_cosine_decay_schedule`. Where a run was
+    extended, it ends at `config.spans`, and then stays constant or begins anew.
     """
+    ends = [end for end in config.spans if end < num_steps]
+    if config.extend == "constant" and ends:
+        return _one_schedule(config, num_steps=ends[0])
+    lengths = np.diff([0, *ends, num_steps])
+    parts = [_one_schedule(config, num_steps=int(n)) for n in lengths]
+    return optax.join_schedules(parts, ends)
+
+
+def _one_schedule(config, *, num_steps):
     highest, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(highest / max(1, warmup), highest, max(1, warmup - 1))
     fall = optax.cosine_decay_schedule(

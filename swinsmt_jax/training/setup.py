@@ -1,6 +1,7 @@
 """What a run is prepared from: its cases, network, validation and batches."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
@@ -30,24 +31,45 @@ Change = Callable[[nnx.Module], object]
 def find_cases(
     data: DataConfig, *, num_classes: int, validated: bool
 ) -> tuple[DataConfig, Cases, Cases]:
-    """Return the config with the classes of its data, and the cases of both splits.
+    """Return the config with what its data say, and the cases of both splits.
+
+    Without cases of the split "val" nothing is validated, and the log says so.
 
     Raises:
-        UserError: as `pipeline.find_cases`; without validation, no case has to be in
-            the split "val".
+        UserError: as `pipeline.settled` and `pipeline.find_cases`.
     """
-    data = pipeline.with_classes(data, num_classes=num_classes)
+    data = pipeline.settled(data, num_classes=num_classes)
     cases = pipeline.find_cases(data, split="train")
+    groups = pipeline.class_map(data)
+    data = dataclasses.replace(data, seen=pipeline.seen(data, cases, groups=groups))
     if not validated:
         return data, cases, ()
     try:
         return data, cases, pipeline.find_cases(data, split="val")
     except EmptySplitError as error:
-        raise EmptySplitError(
-            f"{error} Training picks its best checkpoint by them: give at least one "
-            "case the split 'val' in meta.csv (and run preprocess.py again for a "
-            "store)."
-        ) from error
+        if processes.is_first():
+            logging.warning(
+                "%s Nothing is validated, so the best checkpoint is not known and the "
+                "latest is taken; give a case the split 'val' to have one.",
+                error,
+            )
+        return data, cases, ()
+
+
+def trained_on(data: DataConfig, cases: Cases) -> dict:
+    """Return what run.json says of the data."""
+    known = (
+        "root",
+        "fold",
+        "spacing",
+        "orientation",
+        "modality",
+        "hu_range",
+        "normalization",
+        "classes",
+    )
+    facts = {name: getattr(data, name) for name in known}
+    return facts | {"cases": len(cases), **dataclasses.asdict(data.seen)}
 
 
 def make_network(

@@ -12,6 +12,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from swinsmt_jax import checks
@@ -24,14 +25,26 @@ CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 FOLDERS = (CHECKPOINTS, "tensorboard", "profile", "damaged")
 
-# Keys that a run may change when it is continued. A new num_steps stretches the
-# remaining decay of the learning rate; data.root may move, since the checkpoint knows
-# the data's fingerprint.
-MAY_CHANGE = (
+# Keys, or the beginnings of some, that decide what is learnt or how it is validated,
+# and that a run may change when it is continued: the log and run.json tell.
+TOLD = (
+    "data.augmentations.",
+    "data.foreground_ratio",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.final_ratio",
+    "optimizer.clip_norm",
+    "optimizer.extend",
     "training.num_steps",
+    "training.eval_cases",
+)
+# All keys that may change; data.root may move, since the checkpoint knows the data's
+# fingerprint.
+MAY_CHANGE = (
+    *TOLD,
+    "optimizer.spans",
     "training.log_every",
     "training.eval_every",
-    "training.eval_cases",
     "training.checkpoint_every",
     "training.accumulate",
     "training.max_skipped",
@@ -42,6 +55,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "data.num_threads",
     "data.cache",
+    "data.description",
     "inference.overlap",
     "inference.blend",
     "inference.window_batch",
@@ -127,18 +141,42 @@ def recorded_config(file: Path) -> ExperimentConfig:
 
 
 def _require_same(workdir, old, new):
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
     changed = [
-        f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in MAY_CHANGE
+        f"{key}: {before!r} -> {after!r}"
+        for key, (before, after) in differing(old, new).items()
+        if not key.startswith(MAY_CHANGE)
     ]
     checks.require(
         not changed,
         f"the workdir {workdir} belongs to another config; these keys differ: "
         f"{'; '.join(changed)}. Choose another --workdir or restore the keys. A run "
-        f"may change only {', '.join(MAY_CHANGE)}.",
+        f"may change only {', '.join(key.rstrip('.') for key in MAY_CHANGE)}.",
     )
+
+
+def differing(
+    old: ExperimentConfig, new: ExperimentConfig
+) -> dict[str, tuple[object, object]]:
+    """Return {dotted key: (before, after)} of what differs between two configs.
+
+    What a version before did not take from its data does not count.
+    """
+    if not old.data.seen.fingerprint:
+        spacing = old.data.spacing or new.data.spacing
+        classes = old.data.classes or new.data.classes
+        old = replace(old, data=replace(old.data, spacing=spacing, classes=classes))
+    same = replace(old.data, seen=new.data.seen)  # checkpoints know the fingerprint
+    before, after = _flat(to_dict(replace(old, data=same))), _flat(to_dict(new))
+    return {
+        key: (before.get(key, "absent"), after.get(key, "absent"))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def is_silent(key: str) -> bool:
+    """Whether nobody has to be told that a key changed."""
+    return not key.startswith(TOLD)
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

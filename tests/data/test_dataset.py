@@ -106,7 +106,7 @@ def test_a_subset_makes_the_others_background(tmp_path):
     root = described(tmp_path / "raw")
     (case,) = read_back(root, tmp_path / "store", classes=["tumour"])
     np.testing.assert_array_equal(case.read().label, label_of(0, 0, 1))
-    with pytest.raises(checks.UserError, match="2 classes liver, tumour.*another"):
+    with pytest.raises(checks.UserError, match="tumour .1., but now liver.*another"):
         preprocess.preprocess(root, tmp_path / "store")
 
 
@@ -226,18 +226,18 @@ def test_a_network_is_trained_and_used_with_one_set_of_classes(tmp_path):
         checks.UserError,
         match="out_channels is 118, but must be 3: .*liver, tumour .2.",
     ):
-        pipeline.with_classes(config, num_classes=118)
-    config = pipeline.with_classes(config, num_classes=3)
+        pipeline.settled(config, num_classes=118)
+    config = pipeline.settled(config, num_classes=3)
     assert config.class_names == ("background", "liver", "tumour")
     assert len(pipeline.find_cases(config, split="train")) == 1
-    with pytest.raises(checks.UserError, match="preprocess.py"):
-        pipeline.find_cases(settings(root), split="train")
+    (raw,) = pipeline.find_cases(settings(root), split="train")
+    assert raw.read().label.max() == 2
     other = described(tmp_path / "other", classes=["lung", "heart"], groups={})
     read_back(other, tmp_path / "other_store")
     for bad in (settings(tmp_path / "other_store"), settings(tmp_path / "store")):
         bad = DataConfig(**{**vars(bad), "classes": ("bone",)})
-        with pytest.raises(checks.UserError, match="but the network is for bone"):
-            pipeline.find_cases(bad, split="train")
+        with pytest.raises(checks.UserError, match="classes are bone .*but .* has"):
+            pipeline.settled(bad, num_classes=3)
 
 
 def test_a_folder_of_no_known_layout_is_told_of_descriptions(tmp_path):

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from swinsmt_jax import checks
+from swinsmt_jax import checks, labels
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import meta, pipeline, preprocess, store, store_report, transforms
 from swinsmt_jax.data.augmentation import Augmentations, Zoom
@@ -193,7 +193,9 @@ def test_another_spacing_is_resampled_once(source, tmp_path):
     stored, expected = (pipeline.load_foreground(config, c) for c in (case, raw))
     np.testing.assert_array_equal(stored.image, expected.image)
     with pytest.raises(checks.UserError, match="spacing is 3, but .*--spacing=18"):
-        pipeline.find_cases(replace(config, spacing=3.0), split="test")
+        pipeline.settled(replace(config, spacing=3.0), num_classes=118)
+    found = pipeline.settled(replace(config, spacing=0.0), num_classes=118)
+    assert found.spacing == 18 and found.classes == labels.CLASS_NAMES[1:]
     with pytest.raises(checks.UserError, match="--spacing=18, but .*another --store"):
         write_all(source, tmp_path / "store", spacing=3.0)
 
@@ -252,7 +254,9 @@ def test_a_run_continues_and_what_is_there_stays(source, tmp_path):
         write_all(source, root, exclude=["s9999"])
     write_all(source, root, exclude=[names[2]])
     assert kept.stat().st_mtime_ns == before
-    assert not (root / ".partial-1-s9").exists() and not (root / names[2]).exists()
+    assert not (root / ".partial-1-s9").exists() and (root / names[2]).exists()
+    write_all(source, root, exclude=[names[2]], prune=True)
+    assert not (root / names[2]).exists()
     found = [case.name for case in store.find_cases(root, split="train")]
     assert found == names[:2]
 

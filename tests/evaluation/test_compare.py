@@ -7,6 +7,7 @@ from scipy import stats
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.evaluation.compare import compare, table
+from swinsmt_jax.evaluation.fold_table import fold_table
 
 GROUPS = {"organs": ["spleen", "liver"], "ribs": ["rib_left_1"]}
 CLASSES = ["spleen", "liver", "rib_left_1"]
@@ -151,3 +152,37 @@ def test_the_folder_of_a_run_stands_for_its_evaluation(write, tmp_path):
     last = write("last", scores, split="val")
     found = compare(tmp_path / "run", last, split="val")
     assert found[0].first == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("entry", "other", "words"),
+    [
+        ("grid", [9, 9, 9, 1.0, 1.0, 1.0], "other grids, such as s0"),
+        ("truth", {"spleen": [5, 13.0]}, "other truths, such as s0"),
+    ],
+)
+def test_other_grids_and_truths_do_not_compare(write, entry, other, words):
+    a, b = (write(name, np.full((1, 3), 0.5)) for name in "ab")
+    told = {"grid": [8, 9, 9, 1.0, 1.0, 1.0], "truth": {"spleen": [5, 12.0]}}
+    for folder, changes in ((a, {}), (b, {entry: other})):
+        content = json.loads((folder / "results.json").read_text())
+        content["cases"]["s0"] |= told | changes
+        (folder / "results.json").write_text(json.dumps(content))
+    assert compare(a, a)
+    with pytest.raises(UserError, match=words):
+        compare(a, b)
+
+
+def test_folds_stand_side_by_side(write):
+    folders = [
+        write(name, np.full((2, 3), dice), cases=[f"{name}1", f"{name}2"], split="val")
+        for name, dice in (("a", 0.4), ("b", 0.6))
+    ]
+    for folder, dice in zip(folders, (0.4, 0.6), strict=True):
+        content = json.loads((folder / "results.json").read_text())
+        content["dice"] = dict.fromkeys([*GROUPS, "overall"], dice)
+        (folder / "results.json").write_text(json.dumps(content))
+    *_, last = fold_table(folders).splitlines()
+    assert last.split()[:3] == ["mean", "+-", "deviation"] and "50.00 +- 14.14" in last
+    with pytest.raises(UserError, match="'a1' is in the results of"):
+        fold_table([folders[0], folders[0]])

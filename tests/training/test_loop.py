@@ -45,7 +45,14 @@ def test_a_run_learns_validates_and_keeps_its_best(tmp_path, make_config):
     assert rows[40]["patches_per_second"] > 0
     assert set(rows[20]) >= {"val_dice", "val_dice/organs", "learning_rate"}
     found, _, info = checkpoint.load_model(tmp_path / "run")
-    assert found == config and info["metrics"]["val_dice"] > 0.5
+    seen = found.data.seen  # at spacings of their own
+    assert seen.fingerprint and seen.least == seen.most == (3.0, 3.0, 3.0)
+    assert seen.groups["organs"][0] == "spleen"
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert start["trained_on"]["fingerprint"] == seen.fingerprint
+    data = dataclasses.replace(found.data, seen=config.data.seen)
+    assert dataclasses.replace(found, data=data) == config
+    assert info["metrics"]["val_dice"] > 0.5
     assert 0 <= rows[40]["input_wait"] <= 1 and rows[40]["tflops_per_second"] > 0
     best = max((20, 40), key=lambda step: rows[step]["val_dice"])
     assert info["step"] == best

@@ -14,6 +14,7 @@ from swinsmt_jax.evaluation import validation
 from swinsmt_jax.runtime import cost, processes
 from swinsmt_jax.training import loop, setup
 from swinsmt_jax.training import workdir as workdir_module
+from swinsmt_jax.training.checkpoint import load_model
 
 pytestmark = pytest.mark.usefixtures("tiny", "dataset")
 
@@ -151,14 +152,16 @@ def test_impossible_runs_leave_nothing_behind(tmp_path, make_config, changes, wo
     assert not (tmp_path / "run").exists()
 
 
-def test_validation_needs_cases(tmp_path, make_config, dataset):
+def test_without_validation_cases_nothing_is_validated(
+    tmp_path, make_config, dataset, caplog
+):
     meta = dataset / "meta.csv"
     meta.write_text(meta.read_text().replace(";val", ";test"))
-    words = "no case of the split 'val'.*give at least one case the split 'val' in meta"
-    with pytest.raises(UserError, match=words):
-        loop.train(
-            make_config(), workdir=tmp_path / "run", validate=validation.validate
-        )
+    config = make_config(training={"num_steps": 1})
+    loop.train(config, workdir=tmp_path / "run", validate=validation.validate)
+    assert "no case of the split 'val'" in caplog.text
+    assert "Nothing is validated" in caplog.text
+    assert load_model(tmp_path / "run")[2] == {"step": 1, "metrics": {}}
 
 
 def test_data_that_changed_is_refused(tmp_path, make_config, dataset):

@@ -26,7 +26,7 @@ def test_another_config_is_refused_by_the_keys_that_differ(tmp_path, make_config
     words = (
         r"belongs to another config; these keys differ: model.feature_size: 12 -> 24; "
         r"optimizer.b1: 0.9 -> 0.8\. Choose another --workdir .* may change only "
-        r"training\.num_steps"
+        r"data\.augmentations"
     )
     with pytest.raises(UserError, match=words):
         open_workdir(tmp_path, other)

@@ -5,12 +5,14 @@
  "image": "{case}/ct.nii.gz",
  "labels": "{case}/labels.nii.gz",           one file of label ids, or
  "masks": "{case}/{class}.nii.gz",           one file for each class
+ "missing_masks": "absent",                  or "refused"; of masks that are not there
  "modality": "CT",                           another is not expected to be in HU
  "splits": {"train": ["a", "b"], "val": ["c"], "test": []}}   or "meta.csv"
 
 Paths are relative to the folder of the dataset.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from swinsmt_jax import checks, class_map
@@ -18,7 +20,9 @@ from swinsmt_jax.data import meta
 from swinsmt_jax.data.case import CLASS, Case, Dataset, require_files
 
 TITLE = "described by a JSON file of its own"
-KEYS = ("classes", "groups", "image", "labels", "masks", "splits", "modality")
+KEYS = ["classes", "groups", "image", "labels", "masks", "splits", "modality"]
+KEYS += ["missing_masks"]
+MISSING = ("absent", "refused")
 
 
 def fits(root: Path, content: dict) -> bool:
@@ -41,13 +45,17 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
         f"{where}: modality is {modality!r}, but must be a name, such as 'MR'.",
     )
 
+    missing = content.get("missing_masks", MISSING[0])
+    checks.one_of(f"{where}: missing_masks", missing, MISSING)
+
     def path(key, name):
         return root / patterns[key].replace("{case}", name)
 
     def find(name, split):
         segmentation = path("labels" if patterns["labels"] else "masks", name)
         image = path("image", name)
-        return require_files(Case(name, image, split, segmentation, modality))
+        case = Case(name, image, split, segmentation, modality)
+        return require_files(replace(case, absent=missing == MISSING[0]))
 
     refused: dict[str, str] = {}
     splits = _splits(root, content["splits"], refused, where=where)

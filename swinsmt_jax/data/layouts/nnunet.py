@@ -57,7 +57,9 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
         return require_files(Case(name, image, split, label))
 
     refused: dict[str, str] = {}
-    return Dataset(root, classes, _splits(root, ending, refused), find, refused)
+    folds = _folds(root / SPLITS_FILE, _names(root, "train", ending))
+    splits = _splits(root, ending, folds, refused)
+    return Dataset(root, classes, splits, find, refused, folds)
 
 
 def _require_ct(channel, where):
@@ -95,7 +97,7 @@ def _classes(found, where):
     return class_map.make(names[1:], {}, where=where)
 
 
-def _splits(root, ending, refused):
+def _splits(root, ending, folds, refused):
     """Return {case: split} of the training cases, and the test cases with labels."""
     parts = {split: _names(root, split, ending) for split in FOLDERS}
     checks.require(
@@ -103,7 +105,7 @@ def _splits(root, ending, refused):
         f"{root / FOLDERS['train'][1]} holds no *{ending}, but nnU-Net's layout has "
         "the labels of the training cases there.",
     )
-    splits = _fold(root / SPLITS_FILE, parts["train"], refused)
+    splits = _fold(root / SPLITS_FILE, folds, parts["train"], refused)
     for name in set(parts["train"]) & set(parts["test"]):
         refused[name] = (
             f"{root} has the case {name!r} in both its training and its test folders; "
@@ -114,23 +116,34 @@ def _splits(root, ending, refused):
     return meta.collect(entries, refused=refused)
 
 
-def _fold(file, cases, refused):
-    """Return {case: split} of the first fold, or with every fifth case for validation.
-
-    What is in neither list of the fold takes no part.
-    """
+def _folds(file, cases):
+    """Return the folds of a cross-validation that a file lists; () without it."""
     if not file.is_file():
-        held_out = cases[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
-        return {name: "val" if name in held_out else "train" for name in cases}
+        return ()
     try:
-        fold = read_json(file)[0]
-        val = [str(name) for name in fold["val"]]
-        train = [str(name) for name in fold.get("train", set(cases) - set(val))]
+        folds = []
+        for fold in read_json(file):
+            val = [str(name) for name in fold["val"]]
+            train = fold.get("train", [name for name in cases if name not in val])
+            folds.append({"train": [str(name) for name in train], "val": val})
+        folds[0]  # noqa: B018 - IndexError if empty
+        return folds
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise checks.UserError(
             f'{file} is not nnU-Net\'s list of folds [{{"train": [...], "val": [...]}}]'
             f": {checks.one_line(error)}."
         ) from error
+
+
+def _fold(file, folds, cases, refused):
+    """Return {case: split} of the first fold, or with every fifth case for validation.
+
+    What is in neither list of the fold takes no part.
+    """
+    if not folds:
+        held_out = cases[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
+        return {name: "val" if name in held_out else "train" for name in cases}
+    train, val = folds[0]["train"], folds[0]["val"]
     for title, names in (("training", train), ("validation", val)):
         for name in set(names) - set(cases) - refused.keys():
             refused[name] = (

@@ -1,0 +1,131 @@
+"""Say what a folder or a file is: a run, a store, a dataset, a network, weights.
+
+    swinsmt inspect runs/x
+    swinsmt inspect data/mine_store
+
+prints one screen: classes, spacing, cases, steps, scores, and where it came from.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from swinsmt_jax import checks
+from swinsmt_jax.data import layouts, meta, store
+from swinsmt_jax.data.dataset import description_of, open_dataset
+from swinsmt_jax.data.spacing import text
+from swinsmt_jax.models import registry
+from swinsmt_jax.runtime.files import absolute
+
+
+def define_flags() -> None:
+    """Define the command line, which has no flags."""
+
+
+def main(arguments: list[str]) -> None:
+    """Print what each of the folders and files is."""
+    checks.require(
+        len(arguments) > 1, "give a folder or a file: swinsmt inspect runs/x"
+    )
+    for given in arguments[1:]:
+        print("\n".join(lines_of(absolute(given))))
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Yield lines about a folder or a file.
+
+    Raises:
+        UserError: for what is not there, or nothing of this program.
+    """
+    checks.require(path.exists(), f"{path} does not exist.")
+    if path.is_file():
+        kind = _exported if path.suffix == ".npz" else _weights
+    elif (path / "config.json").is_file():
+        kind = _run
+    else:
+        kind = _store if store.is_store(path) else _dataset
+    yield from kind(path)
+
+
+def _classes(names, groups=()):
+    yield f"  {len(names)} classes: {', '.join(names)}"
+    if groups:
+        yield f"  groups: {', '.join(groups)}"
+
+
+def _run(path):
+    from swinsmt_jax.training.checkpoint_folder import ranked, score_of, steps_of
+    from swinsmt_jax.training.workdir import CHECKPOINTS, recorded_config
+
+    config = recorded_config(path / "config.json")
+    data, root = config.data, path / CHECKPOINTS
+    steps, best = steps_of(root), ranked(root)[:1]
+    yield f"{path}: a run of {registry.entry_of(config.model).name}"
+    yield (
+        f"  checkpoints of steps {checks.listed(steps) or 'none'}, of "
+        f"{config.training.num_steps}"
+    )
+    for step in best:
+        dice, _ = score_of(root / str(step))
+        yield f"  best by validation: step {step}, Dice {dice:.4f}"
+    yield f"  trained on {data.root}, fingerprint {data.seen.fingerprint or 'unknown'}"
+    own = ""
+    if not data.spacing and data.seen.least:
+        low, high = data.seen.least, data.seen.most
+        own = f": from {text(low)} to {text(high)} mm"
+    sides = f"{text(data.spacing)} mm" if data.spacing else "each scan's own"
+    yield f"  voxels {sides}{own}, {data.orientation}, HU {data.hu_range}"
+    yield f"  patch {data.patch_shape}"
+    yield from _classes(data.class_names[1:], data.seen.groups)
+
+
+def _store(path):
+    options, index = store.read_options(path), store.read_json(path / store.INDEX)
+    splits = Counter(meta.read(path).values())
+    source = index.get("source", {}).get("root", "unknown")
+    yield f"{path}: a store made of {source}"
+    yield f"  {', '.join(f'{splits[s]} {s}' for s in meta.SPLITS)}"
+    yield (
+        f"  voxels {text(options.spacing)} mm"
+        if options.spacing
+        else ("  voxels as each scan has them")
+    )
+    for key in ("failed", "excluded"):
+        if index.get(key):
+            yield f"  {key}: {', '.join(index[key])}"
+    yield from _classes(options.classes.names[1:], options.classes.groups)
+
+
+def _dataset(path):
+    found = open_dataset(path)
+    splits = Counter(found.splits.values())
+    layout = layouts.recognised(path, description_of(path)).TITLE
+    yield f"{path}: a dataset, its layout {layout}"
+    yield f"  {', '.join(f'{splits[s]} {s}' for s in meta.SPLITS)}"
+    for name, why in found.refused.items():
+        yield f"  refused: {name}: {why}"
+    yield from _classes(found.classes.names[1:], found.classes.groups)
+
+
+def _exported(path):
+    from swinsmt_jax.inference import portable
+
+    about = portable.load(path).about
+    yield f"{path}: an exported network of step {about.get('step')}"
+    for key in ("window", "spacing", "orientation", "hu_range", "data"):
+        yield f"  {key}: {about.get(key)}"
+    names = about.get("class_names", {}).values()
+    yield from _classes(list(names), about.get("groups") or ())
+
+
+def _weights(path):
+    from swinsmt_jax.convert import files
+
+    arrays = files.read(path)
+    count = sum(array.size for array in arrays.values())
+    yield f"{path}: weights, {len(arrays)} arrays of {count:,} numbers"
+    names = files.class_names(path)
+    if names:
+        yield from _classes(names[1:])
+    else:
+        yield "  its classes have no names"

@@ -1,0 +1,87 @@
+"""The network of a run, or several runs' as one: the mean of their probabilities."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from swinsmt_jax import checks
+from swinsmt_jax.class_map import ClassMap
+from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.runtime.files import absolute
+
+# What all networks of an ensemble must see of a scan alike.
+ALIKE = ["patch_shape", "spacing", "orientation", "hu_range", "normalization"]
+ALIKE += ["modality"]
+
+
+def workdirs_of(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the workdirs that "A,B,C" or a list names; a folder may have commas."""
+    if isinstance(given, str | Path):
+        whole = absolute(given)
+        given = [given] if whole.exists() else str(given).split(",")
+    return [absolute(path) for path in given]
+
+
+def load_networks(
+    workdirs: Sequence[Path],
+    *,
+    step: int | str | None = None,
+    load: Callable,
+) -> tuple[ExperimentConfig, Any, dict]:
+    """Read the networks of runs as one model, a pytree that maps windows to logits.
+
+    Several give the logarithm of the mean of their probabilities, window by window,
+    with the classes in the order of the first one.
+
+    Args:
+        workdirs: of the runs.
+        step: of each, as in `checkpoint.load_model`.
+        load: reads one, as `checkpoint.load_model`.
+
+    Returns:
+        The config of the first one, the model, and {"step": of the checkpoint, or of
+        each of several, "metrics": of the first}.
+
+    Raises:
+        UserError: as `checkpoint.load_model`, and for networks of other classes or that
+            see scans otherwise.
+    """
+    found = [load(workdir, step=step) for workdir in workdirs]
+    (config, model, info), *others = found
+    if not others:
+        return config, model, info
+    names = config.data.class_names
+    orders = []
+    for workdir, (other, _, _) in zip(workdirs, found, strict=True):
+        for name in ALIKE:
+            own, wanted = getattr(other.data, name), getattr(config.data, name)
+            checks.require(
+                own == wanted,
+                f"{workdir} and {workdirs[0]} cannot be averaged, since their "
+                f"data.{name} differ: {own} and {wanted}. Predict with each alone.",
+            )
+        theirs = other.data.class_names
+        table = ClassMap(theirs).ids_of(names, what=str(workdirs[0]))
+        checks.require(
+            len(theirs) == len(names)
+            and other.model.out_channels == config.model.out_channels,
+            f"{workdir} has the classes {checks.few(theirs[1:])}, but {workdirs[0]} "
+            f"{checks.few(names[1:])}; average networks of the same classes.",
+        )
+        count = config.model.out_channels
+        orders.append(jnp.arange(count) if table is None else jnp.array(table[:count]))
+    models = tuple(model for _, model, _ in found)
+    mean = jax.tree_util.Partial(_log_mean, models, tuple(orders))
+    return config, mean, {**info, "step": [about["step"] for _, _, about in found]}
+
+
+def _log_mean(models, orders, windows):
+    """Return log probabilities `[b, *window, K]`, the mean over the networks."""
+    total = 0.0
+    for model, order in zip(models, orders, strict=True):
+        logits = model(windows).astype(jnp.float32)
+        total += jax.nn.softmax(logits, axis=-1)[..., order]
+    return jnp.log(total / len(models) + jnp.finfo(jnp.float32).tiny)

@@ -1,0 +1,155 @@
+"""Whatever the data of the training and of the use, each way gives the same labels."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from absl import flags
+
+from swinsmt_jax import load
+from swinsmt_jax.commands import evaluate, inspect, plan
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.data import pipeline, store
+from swinsmt_jax.data.preprocess import preprocess
+from swinsmt_jax.data.sample import foreground_box
+from swinsmt_jax.inference import export, portable
+from swinsmt_jax.inference.outputs import OutputOptions
+from swinsmt_jax.inference.scans import find_scans, segment_scans
+from swinsmt_jax.training import loop
+from swinsmt_jax.training.checkpoint import load_model
+
+CLASSES = ["liver", "spleen"]
+SPACING = (6.0, 6.0, 8.0)  # of the store; scans have 4 mm
+MODEL = {"name": "nnunet_plain", "in_channels": 1, "out_channels": 3}
+MODEL |= {"features_per_stage": (4, 8), "strides": (1, 2), "dtype": "float32"}
+MODEL |= {"n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1}
+
+
+def describe(root, classes):
+    content = {"classes": classes, "image": "{case}.nii", "labels": "{case}_labels.nii"}
+    splits = {"train": ["a"], "val": [], "test": ["b"]}
+    (root / "dataset.json").write_text(json.dumps(content | {"splits": splits}))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two scans as they are, with their classes in another order, and in a store."""
+    root = tmp_path_factory.mktemp("own")
+    rng, affine = np.random.default_rng(0), np.diag([-4.0, 4, 4, 1])
+    for folder in ("raw", "turned"):
+        (root / folder).mkdir()
+    for case in "ab":
+        hu = np.full((30, 26, 24), -1000, np.int16)
+        hu[3:27, 3:23, 2:22] = rng.integers(-200, 900, (24, 20, 20))
+        label = rng.integers(0, 3, (5, 5, 4)).repeat(6, 0).repeat(6, 1).repeat(6, 2)
+        label = label[:30, :26, :24].astype(np.uint8)
+        other = np.array([0, 2, 1], np.uint8)[label]
+        for folder, ids in (("raw", label), ("turned", other)):
+            nib.save(nib.Nifti1Image(hu, affine), root / folder / f"{case}.nii")
+            image = nib.Nifti1Image(ids, affine)
+            nib.save(image, root / folder / f"{case}_labels.nii")
+    describe(root / "raw", CLASSES)
+    describe(root / "turned", CLASSES[::-1])
+    assert preprocess(root / "raw", root / "store", spacing=SPACING) == {}
+    return root
+
+
+def scores(run, *more):
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    output = run / "scores"
+    values(["evaluate.py", f"--output={output}", "--metrics=dice", *more])
+    if values.predictions:
+        evaluate.evaluate_predictions(
+            values.predictions and run / "out",
+            root=values.data_root,
+            split="test",
+            output=output,
+            **evaluate.scoring(values),
+        )
+    else:
+        evaluate.evaluate(values)
+    case = json.loads((output / "results.json").read_text())["cases"]["b"]
+    return {name: case["dice"][name] for name in CLASSES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained_on", ["raw", "store"])
+def test_every_way_gives_the_same_labels(data, tmp_path, trained_on):
+    run = tmp_path / "run"
+    values = {"root": str(data / trained_on), "patch_shape": (16,) * 3, "batch_size": 1}
+    config = from_config_dict(
+        {
+            "model": MODEL,
+            "data": values | {"num_threads": 1},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"num_steps": 1},
+        }
+    )
+    loop.train(config, workdir=run)
+    segmenter = load(run)
+    found = segmenter.config.data
+    assert found.classes == tuple(CLASSES) and found.seen.fingerprint
+    assert found.spacing == (0.0 if trained_on == "raw" else SPACING)
+
+    # The scan itself: scores of the network, its files, and from Python.
+    scan = data / "raw" / "b.nii"
+    segment_scans(segmenter, find_scans([scan]), run / "out", OutputOptions())
+    written = np.asarray(nib.load(run / "out" / "b.nii.gz").dataobj)
+    np.testing.assert_array_equal(written, segmenter.segment(scan))
+    raw = scores(run, f"--workdir={run}", f"--data_root={data / 'raw'}")
+    files = f"--predictions={run / 'out'}"
+    assert scores(run, files, f"--data_root={data / 'raw'}") == raw
+    turned = f"--data_root={data / 'turned'}"  # by the names of classes
+    assert scores(run, f"--workdir={run}", turned) == raw
+    assert scores(run, files, turned) == raw
+
+    # The store's grid: scores of the network, and the exported network.
+    (case,) = store.find_cases(data / "store", split="test")
+    stored = case.read()
+    labels = segmenter.segment_array(stored.image, stored.affine)
+    truth = [stored.label == k for k in (1, 2)]
+    dice = [
+        2 * (own & (labels == k)).sum() / (own.sum() + (labels == k).sum())
+        for k, own in enumerate(truth, start=1)
+    ]
+    on_store = scores(run, f"--workdir={run}", f"--data_root={data / 'store'}")
+    np.testing.assert_allclose([on_store[name] for name in CLASSES], dice, atol=1e-6)
+    export.export(load_model(run)[1], segmenter.config, run / "network.npz")
+    network = portable.load(run / "network.npz")
+    assert network.about["data"] == found.seen.fingerprint
+    if trained_on == "store":
+        box = foreground_box(stored.image, air=found.hu_range[0])
+        np.testing.assert_array_equal(network.segment(stored.image[box]), labels[box])
+    told = "\n".join(inspect.lines_of(run))
+    assert "a run of nnunet_plain" in told and "liver, spleen" in told
+
+
+def test_what_a_folder_is_is_said(data):
+    told = "\n".join(inspect.lines_of(data / "store"))
+    assert f"a store made of {data / 'raw'}" in told and "voxels 6,6,8 mm" in told
+    told = "\n".join(inspect.lines_of(data / "raw"))
+    assert "described by a JSON file" in told and "1 train, 0 val, 1 test" in told
+    told = plan.plan(str(data / "raw"))
+    assert "4.00 x 4.00 x 4.00" in told and "--spacing=4" in told
+    assert "--config.model.out_channels=3" in told and '"(32, 32, 32)"' in told
+
+
+def test_a_network_and_data_of_other_classes_are_refused_with_both_lists(data):
+    config = from_config_dict(
+        {
+            "model": MODEL,
+            "data": {"root": str(data / "store"), "patch_shape": (16,) * 3}
+            | {"batch_size": 1, "spacing": 2.0},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"num_steps": 1},
+        }
+    )
+    with pytest.raises(ValueError, match="data.spacing is 2, but .*--spacing=6,6,8"):
+        pipeline.settled(config.data, num_classes=3)
+    classes = pipeline.class_map(config.data)
+    with pytest.raises(ValueError, match="no class spleen: .*; .* liver, spleen"):
+        classes.ids_of(("background", "liver", "colon"), what="the network")
+    table = classes.ids_of(("background", "colon", "Spleen", "liver"), what="it")
+    assert table[:4].tolist() == [0, 0, 2, 1]

@@ -85,6 +85,7 @@ def test_every_way_gives_the_same_labels(data, tmp_path, trained_on):
             "data": values | {"num_threads": 1},
             "optimizer": {"learning_rate": 1e-3},
             "training": {"num_steps": 1},
+            "mesh": {"data": 1},
         }
     )
     loop.train(config, workdir=run)

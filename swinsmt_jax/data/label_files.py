@@ -11,7 +11,7 @@ from swinsmt_jax.data import geometry, nifti, nifti_file, resampling
 
 
 def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.ndarray:
-    """Read label ids, uint8 `[X, Y, Z]`, on the grid of a scan.
+    """Read label ids, uint8 `[X, Y, Z]`, on the grid of a scan, of all its voxels.
 
     Args:
         path: a file of label ids, or a folder with <class>.nii.gz or <class>.nii for
@@ -26,6 +26,7 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
             or classes.
     """
     if not path.is_dir():
+        nifti.require_same_grid(nifti.grid_of(path), like)
         return _told(nifti.load_labels(path, classes=classes, on=like)).array
     ids, given, wanted = classes.ids_by_key(), masks_in(path), classes.names[1:]
     names = {name: classes.names[ids.get(class_key(name), 0)] for name in given}
@@ -60,6 +61,8 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
         )
     ids = {name: i for i, name in enumerate(classes.names)}
     files = {masks[name]: ids[name] for name in wanted if name in masks}
+    for file in files:
+        nifti.require_same_grid(nifti.grid_of(file), like)
     return _told(nifti.load_masks(files, on=like)).label
 
 

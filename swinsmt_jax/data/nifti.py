@@ -252,11 +252,14 @@ def load_masks(values: Mapping[Path, int] | Mapping[str, int], *, on: Volume) ->
     return Merged(np.ascontiguousarray(label), claimed, notes, found)
 
 
-def require_same_grid(volume: Volume, reference: Volume) -> tuple[slice, ...]:
+def require_same_grid(
+    volume: Volume, reference: Volume, *, cut: bool = False
+) -> tuple[slice, ...]:
     """Raise `UserError` unless voxels lie on a reference's, and return on which.
 
-    The volume, both in RAS, must have the grid of the reference, or one of fewer voxels
-    that was cut out of it. No corner may lie further than `GRID_TOLERANCE` voxels away.
+    The volume, both in RAS, must have the grid of the reference or, if it may be `cut`,
+    one of fewer voxels that was cut out of it. No corner may lie further than
+    `GRID_TOLERANCE` voxels away.
     """
     grid, wanted = volume.array.shape, reference.array.shape
     to_voxels = np.linalg.inv(reference.affine) @ volume.affine
@@ -273,7 +276,7 @@ def require_same_grid(volume: Volume, reference: Volume) -> tuple[slice, ...]:
     )
     inside = all(0 <= b.start and b.stop <= n for b, n in zip(box, wanted, strict=True))
     checks.require(
-        grid == wanted or (inside and miss <= GRID_TOLERANCE),
+        grid == wanted or (cut and inside and miss <= GRID_TOLERANCE),
         f"{volume.path} has shape {grid} in RAS orientation, but {reference.path} has "
         f"shape {wanted}: {remedy}",
     )
@@ -381,7 +384,7 @@ def _load(path: str | Path) -> Volume:
 def _load_on(path: str | Path, on: Volume | None) -> Volume:
     """Read what belongs to a scan; its array is on the grid of `on`, if given."""
     grid, image = _open(path)
-    box = require_same_grid(grid, on) if on else ()
+    box = require_same_grid(grid, on, cut=True) if on else ()
     volume = replace(_read(grid, image), notes=())
     if on is None or volume.array.shape == on.array.shape:
         return volume

@@ -10,7 +10,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import nifti, preprocess, resampling, store, store_report
+from swinsmt_jax.class_map import V2
+from swinsmt_jax.data import (
+    label_files,
+    nifti,
+    preprocess,
+    resampling,
+    store,
+    store_report,
+)
 from swinsmt_jax.data.network_view import network_view
 from swinsmt_jax.data.sample import voxel_step
 from swinsmt_jax.phantoms import dataset as phantom
@@ -152,7 +160,7 @@ NONE = "(+0.00, +0.00, +0.00) mm"
     ],
     ids=["half a voxel", "a slice off", "flipped", "last slice", "first slice"],
 )
-def test_labels_beside_their_scan_are_refused_with_the_shift(
+def test_predictions_beside_their_scan_are_refused_with_the_shift(
     tmp_path, planes, step, words
 ):
     """Whatever the orientation of the file."""
@@ -166,5 +174,5 @@ def test_labels_beside_their_scan_are_refused_with_the_shift(
         turn = nib.orientations.ornt_transform(start, wanted)
         nib.save(image.as_reoriented(turn), tmp_path / "labels.nii")
         with pytest.raises(checks.UserError) as found:
-            nifti.load_labels(tmp_path / "labels.nii", on=scan)
+            label_files.load_prediction(tmp_path / "labels.nii", classes=V2, like=scan)
         assert all(word in str(found.value) for word in words), found.value

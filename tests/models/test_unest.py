@@ -44,7 +44,7 @@ def test_the_shortcuts_of_old_checkpoints_are_passed_over(rng):
     unneeded = np.ones((16, 16, 1, 1, 1), np.float32)
     convert.load_torch(model, state_dict | {fourth: unneeded})
     np.testing.assert_array_equal(convert.to_torch(model)[third], state_dict[third])
-    with pytest.raises(UserError, match=f"missing: {third}"):
+    with pytest.raises(UserError, match=f"Missing: {third}"):
         convert.load_torch(model, {k: v for k, v in state_dict.items() if k != third})
     with pytest.raises(UserError, match="unexpected: encoder1.layer.conv4"):
         convert.load_torch(

@@ -64,7 +64,7 @@ BACKED = {  # each row of docs/formats.md, and a test of what it says
     "label names in the header": "test_ids_are_mapped_by_the_names_of_the_header",
     "masks: 0 and 1": "test_a_resampled_mask_is_thresholded_with_a_note",
     "labels off the grid": "test_a_grid_is_compared_before_voxels_are_read",
-    "labels cut to a smaller": "test_labels_that_were_cut_to_a_box_are_put_in_place",
+    "labels of a dataset cut": "test_labels_that_were_cut_to_a_box_are_put_in_place",
     "one series of a CT": "test_each_slice_has_its_own_rescaling_whatever_comes_",
     "tilted gantry": "test_a_series_is_the_volume_that_its_slices_say",
     "scouts, reports": "test_what_is_no_slice_is_named",

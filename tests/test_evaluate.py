@@ -476,3 +476,22 @@ def test_any_id_of_a_case_is_only_text(dataset, tmp_path):
     assert odd in evaluated(folder, dataset, tmp_path / "results")["cases"]
     page = (tmp_path / "results" / "report.html").read_text()
     assert "<b>" not in page and page.count("s1 &lt;b&gt;&amp;$x^$") >= 2
+
+
+def test_what_is_doubtful_about_a_scan_stands_in_the_report(trained, dataset, tmp_path):
+    file = dataset / "s0001" / "ct.nii.gz"
+    image = nib.load(file)
+    array, affine = np.asarray(image.dataobj), image.affine.copy()
+    moved = nib.Nifti1Image(array, affine)
+    moved.set_sform(affine, 1)
+    affine[0, 3] += 5
+    moved.set_qform(affine, 1)
+    nib.save(moved, file)
+    table = evaluate.evaluate(parse(f"--workdir={tmp_path}"))
+    (line,) = [x for x in table.splitlines() if x.startswith("To check: ")]
+    assert "s0001" in line and "sform and qform disagree by up to 5.0 mm" in line
+    output = tmp_path / "eval_test"
+    found = json.loads((output / "results.json").read_text())["cases"]
+    assert [line] == [f"To check: {note}" for note in found["s0001"]["notes"]]
+    assert found["s0002"]["notes"] == []
+    assert "qform disagree" in (output / "report.html").read_text()

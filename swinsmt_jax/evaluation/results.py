@@ -46,7 +46,9 @@ def write_results(
         title, note: of the table.
     """
     head = "\n".join([title, *_head(about)])
-    table = f"{tables.dice_table(evaluation, title=head)}\n{note}".rstrip()
+    doubts = [f"To check: {n}" for result in evaluation.results for n in result.notes]
+    below = "\n".join([note, *doubts]).strip("\n")
+    table = f"{tables.dice_table(evaluation, title=head)}\n{below}".rstrip()
 
     def write():
         write_per_class(output / "per_class.csv", evaluation)
@@ -147,6 +149,7 @@ def write_json(path: Path, evaluation: Evaluation, *, about: dict) -> None:
             "seconds": round(result.seconds, 3),
             "grid": result.grid,
             "truth": truth_of(result),
+            "notes": result.notes,
         }
 
     def truth_of(result):

@@ -33,6 +33,7 @@ class CaseResult:
         grid: shape, and sides of a voxel in mm, on which it was scored.
         truth: of each class `[K]`, the sum of the places of its voxels, counted along
             the grid: what tells one truth from another.
+        notes: what a user should know about the scan's file.
     """
 
     name: str
@@ -42,6 +43,7 @@ class CaseResult:
     note: str = ""
     grid: Sequence[float] = ()
     truth: np.ndarray | None = None
+    notes: Sequence[str] = ()
 
     def of(self, metric: Metric) -> np.ndarray:
         """Return the scores of a metric `[K]`, NaN if it was not measured."""
@@ -123,5 +125,10 @@ def score(
     grid = [*scan.label.shape, *(round(side, 3) for side in spacing)]
     labels, places = scan.label.reshape(-1), np.arange(scan.label.size, dtype=float)
     truth = np.bincount(labels, places, minlength=num_classes)
-    found = CaseResult(scan.name, counts, seconds, scores, grid=grid, truth=truth)
-    return Segmented(scan, prediction, found)
+    result = CaseResult(
+        *(scan.name, counts, seconds, scores),
+        grid=grid,
+        truth=truth,
+        notes=list(scan.notes),
+    )
+    return Segmented(scan, prediction, result)

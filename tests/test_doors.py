@@ -15,11 +15,13 @@ from flax import nnx
 import swinsmt_jax
 from swinsmt_jax import cli, convert, models
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.commands import inspect
 from swinsmt_jax.config import from_config_dict, to_dict
 from swinsmt_jax.convert import command, files, starting_point
 from swinsmt_jax.data import label_table
 from swinsmt_jax.inference import portable
 from swinsmt_jax.runtime import distributed, startup
+from swinsmt_jax.runtime.files import absolute
 
 PAGE = Path(__file__).parents[1] / "docs" / "doors.md"
 SHAPE, AFFINE = (20, 18, 12), np.diag([2.0, 2.0, 3.0, 1.0])
@@ -164,6 +166,7 @@ def command_with(*words, **good):
 SCAN_IN = {"ct": "good.nii.gz", "labels": "labels.nii.gz", "root": "new"}
 imported = command_with("import-scan", **SCAN_IN, case="s1", split="train")
 predicted = command_with("predict", workdir="run", input="good.nii.gz", output="new")
+by_folder = command_with("predict", input="good.nii.gz", output="new")
 evaluated = command_with(
     "evaluate",
     **{"predictions": "p_good", "data_root": "data", "output": "new"},
@@ -202,6 +205,12 @@ DOORS = {
     "predict --output": (
         NEW | {"of another network": "done", "brackets": "good.nii.gz/[new]"},
         lambda x: predicted(output=x),
+    ),
+    "predict --nnunet": (FOLDER, lambda x: by_folder(nnunet=x)),
+    "predict --totalsegmentator": (FOLDER, lambda x: by_folder(totalsegmentator=x)),
+    "evaluate --nnunet": (
+        FOLDER,
+        lambda x: call("evaluate", f"--nnunet={x}", "--data_root=data", "--output=new"),
     ),
     "evaluate --workdir": (
         FOLDER,
@@ -262,6 +271,10 @@ DOORS = {
         lambda x: call("phantoms", f"--root={x}", "--cases=1", "--spacing=40"),
     ),
     "load": (FOLDER, swinsmt_jax.load),
+    "load_nnunet": (FOLDER, swinsmt_jax.load_nnunet),
+    "load_totalsegmentator": (FOLDER, swinsmt_jax.load_totalsegmentator),
+    "inspect": (FOLDER, lambda x: list(inspect.lines_of(absolute(x)))),
+    "plan --source": (FOLDER, lambda x: call("plan", f"--source={x}")),
     "Segmenter.segment": (SCAN, lambda x: segmenter().segment(x)),
     "Segmenter.segment_array": (
         ARRAY,
@@ -302,6 +315,14 @@ def content(folder):
         for path in sorted(folder.rglob("*"))
         if path.name != "lock"
     }
+
+
+def test_an_overlap_that_would_be_passed_over_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "start", lambda: None)
+    (tmp_path / "a.nii").touch()
+    flags = (f"--input={tmp_path / 'a.nii'}", "--output=x", "--overlap=0.5")
+    assert call("predict", *flags, "--totalsegmentator=x") == 2
+    assert "overlap as TotalSegmentator's do" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -90,6 +90,11 @@ def _load(options, **given):
         f"{len(networks)} of them are given; see --help.",
     )
     if networks == ["totalsegmentator"]:
+        checks.require(
+            options.overlap is None,
+            f"--overlap is {options.overlap}, but the windows of --totalsegmentator "
+            "overlap as TotalSegmentator's do; leave the flag out.",
+        )
         given.pop("overlap", None)
         fast = options.fast or None
         return load_totalsegmentator(options.totalsegmentator, fast=fast, **given)

@@ -93,7 +93,7 @@ register(
     ),
     tiny={
         "depths": (1, 1, 1, 1),
-        "feat_size": (2, 3, 3, 4),
+        "feat_size": (3, 3, 3, 4),
         "hidden_size": 4,
         "kernel_size": 9,
     },

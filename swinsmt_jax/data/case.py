@@ -1,6 +1,7 @@
 """Cases of a dataset: where their files lie, and how CT and labels are read."""
 
 import glob
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 from swinsmt_jax import checks, labels
 from swinsmt_jax.class_map import V2, ClassMap, class_key
-from swinsmt_jax.data import nifti, resampling
+from swinsmt_jax.data import meta, nifti, resampling
 from swinsmt_jax.data.folds import Fold
 from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.data.spacing import Sides
@@ -78,6 +79,31 @@ class Dataset:
     def case(self, name: str, split: str) -> Case:
         """Return a case with its classes; a `UserError` if its files are not there."""
         return replace(self.find(name, split), classes=self.classes)
+
+    def of_split(
+        self, split: str, *, splits: Mapping[str, str] | None = None
+    ) -> tuple[Case, ...]:
+        """Return the cases of a split, in the dataset's order.
+
+        Args:
+            split: "train", "val" or "test".
+            splits: {case: split}, if not the dataset's own.
+
+        Raises:
+            UserError: for any entry that cannot be used, and an empty split.
+        """
+        checks.one_of("split", split, meta.SPLITS)
+        for reason in self.refused.values():
+            raise checks.UserError(reason)
+        splits = self.splits if splits is None else splits
+        names = [name for name, own in splits.items() if own == split]
+        counts = Counter(splits.values())
+        if not names:
+            has = ", ".join(f"{counts[s]} of {s!r}" for s in meta.SPLITS)
+            raise meta.EmptySplitError(
+                f"{self.root} lists no case of the split {split!r}; it has {has}."
+            )
+        return tuple(self.case(name, split) for name in names)
 
 
 def require_files(case: Case) -> Case:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from swinsmt_jax import checks, class_map
-from swinsmt_jax.data import folds, layouts, meta
+from swinsmt_jax.data import folds, layouts
 from swinsmt_jax.data.case import Case, Dataset
 from swinsmt_jax.data.layouts import totalsegmentator
 from swinsmt_jax.runtime.files import absolute, read_json
@@ -53,19 +53,9 @@ def find_cases(
         UserError: as `open_dataset`, for any entry that cannot be used, and an empty
             split.
     """
-    checks.one_of("split", split, meta.SPLITS)
     found = open_dataset(root, description=description)
-    for reason in found.refused.values():
-        raise checks.UserError(reason)
     splits = folds.divided(found.splits, fold, folds=found.folds)
-    names = [name for name, own in splits.items() if own == split]
-    counts = {s: list(splits.values()).count(s) for s in meta.SPLITS}
-    if not names:
-        has = ", ".join(f"{n} of {s!r}" for s, n in counts.items())
-        raise meta.EmptySplitError(
-            f"{found.root} lists no case of the split {split!r}; it has {has}."
-        )
-    return tuple(found.case(name, split) for name in names)
+    return found.of_split(split, splits=splits)
 
 
 def description_of(root: Path) -> dict:

@@ -40,18 +40,7 @@ def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
         UserError: for a missing folder, meta.csv, column, CT or segmentation, an id
             that is repeated or not a plain folder name, and an empty split.
     """
-    checks.one_of("split", split, meta.SPLITS)
-    root = absolute(root)
-    _require_meta(root)
-    rows = meta.read(root)
-    names = [name for name, row_split in rows.items() if row_split == split]
-    counts = {s: list(rows.values()).count(s) for s in meta.SPLITS}
-    if not names:
-        found = ", ".join(f"{n} of {s!r}" for s, n in counts.items())
-        raise meta.EmptySplitError(
-            f"{root / meta.META} lists no case of the split {split!r}; it has {found}."
-        )
-    return tuple(case_of(root, name, split) for name in names)
+    return read(absolute(root), {}).of_split(split)
 
 
 def case_of(root: Path, name: str, split: str) -> Case:

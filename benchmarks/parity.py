@@ -37,7 +37,7 @@ from benchmarks import parity_rows, run, save
 from benchmarks.goldens import NETWORKS, ZOO, loaded, part, read
 from swinsmt_jax import convert
 from swinsmt_jax.inference.sliding_window import sliding_window
-from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.linear import MLP
 from swinsmt_jax.layers.patch import PatchMerging
 from swinsmt_jax.layers.soft_moe import SoftMoE, SoftMoEConfig
 from swinsmt_jax.layers.swin import SwinBlock

@@ -13,6 +13,7 @@ from swinsmt_jax import checks, labels
 from swinsmt_jax.data import nifti, pipeline, transforms
 from swinsmt_jax.data.layouts.totalsegmentator import find_cases
 from swinsmt_jax.data.meta import SPLITS
+from swinsmt_jax.data.volume import spacing_of
 from swinsmt_jax.evaluation import routing
 from swinsmt_jax.training.checkpoint import load_model
 
@@ -44,7 +45,7 @@ def draw(path, sample, experts, num_experts):
     for axes, axis in zip(figure.subplots(2, 3), (1, 2), strict=True):
         others = tuple(a for a in range(3) if a != axis)
         index = int((groups > 0).sum(others).argmax())
-        across, up = (nifti.spacing_of(sample.affine)[a] for a in others)
+        across, up = (spacing_of(sample.affine)[a] for a in others)
 
         def rows(a, axis=axis, index=index):
             return a.take(index, axis=axis)[::-1, ::-1].T

@@ -8,6 +8,7 @@ from absl import logging
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap, class_key
 from swinsmt_jax.data import geometry, nifti, nifti_file, resampling
+from swinsmt_jax.data.volume import same_grid
 
 
 def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.ndarray:
@@ -81,7 +82,7 @@ def load_regridded(
     checks.require(bool(files), f"{path} holds no masks.")
     own = nifti.grid_of(files[0])
     label = load_prediction(path, classes=classes, like=own)
-    if nifti.same_grid(own, like):
+    if same_grid(own, like):
         return label, ""
     note = geometry.difference(label.shape, own.affine, like.array.shape, like.affine)
     step = np.linalg.inv(own.affine) @ like.affine

@@ -29,6 +29,7 @@ from swinsmt_jax.data import folds, meta, nifti, volume_file
 from swinsmt_jax.data.resampling import covering_grid
 from swinsmt_jax.data.sample import Sample, foreground_box, voxel_step
 from swinsmt_jax.data.spacing import Sides, plain, text
+from swinsmt_jax.data.volume import spacing_of
 from swinsmt_jax.runtime import files
 
 FORMAT = 1
@@ -98,7 +99,7 @@ class StoredCase:
     @property
     def sides(self) -> tuple[float, float, float]:
         """Sides of its voxels in mm, to the right, front and head."""
-        return nifti.spacing_of(self.affine)
+        return spacing_of(self.affine)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -112,8 +113,8 @@ class StoredCase:
         if "source_shape" not in facts:  # of no file
             return False
         affine, shape = nifti.ras_grid(facts["source_affine"], facts["source_shape"])
-        sides = nifti.spacing_of(self.affine)
-        if np.allclose(sides, nifti.spacing_of(affine), rtol=1e-4):
+        sides = spacing_of(self.affine)
+        if np.allclose(sides, spacing_of(affine), rtol=1e-4):
             return False
         covering, _ = covering_grid(shape, affine, spacing=sides)
         return any(np.less(facts["shape"], covering))

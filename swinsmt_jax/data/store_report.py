@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from swinsmt_jax.data import label_table, meta, nifti, store
+from swinsmt_jax.data import label_table, meta, store
 from swinsmt_jax.data.store import StoredCase
+from swinsmt_jax.data.volume import ras_spacing, spacing_of
 from swinsmt_jax.runtime import files, html
 
 SHOWN = 4  # cases drawn
@@ -60,7 +61,7 @@ def _collect(root, cases, index):
         return {name: own for name, own in found.items() if own}
 
     def spacing(f):
-        return [round(x, 4) for x in nifti.ras_spacing(f["source_affine"])]
+        return [round(x, 4) for x in ras_spacing(f["source_affine"])]
 
     return {
         "cases": {s: splits.count(s) for s in meta.SPLITS},
@@ -134,7 +135,7 @@ def _slices(case):
         ct, label = (
             a.take(middle, axis)[::-1, ::-1].T for a in (sample.image, sample.label)
         )
-        sides = np.delete(nifti.spacing_of(case.affine), axis)
+        sides = np.delete(spacing_of(case.affine), axis)
         grey = np.clip((ct[..., None] + 160.0) / 400, 0, 1).repeat(3, -1)
         coloured = np.where(
             label[..., None] > 0, 0.5 * grey + 0.5 * palette[label], grey

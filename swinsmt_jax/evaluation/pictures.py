@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from swinsmt_jax.data import nifti
+from swinsmt_jax.data.volume import spacing_of
 from swinsmt_jax.evaluation.metrics import DICE
 from swinsmt_jax.evaluation.scoring import Segmented
 from swinsmt_jax.inference.pictures import (
@@ -83,7 +83,7 @@ def panel(case: Segmented, names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
 
 
 def _view(case: Segmented, plane: str) -> View:
-    scan, spacing = case.scan, nifti.spacing_of(case.scan.affine)
+    scan, spacing = case.scan, spacing_of(case.scan.affine)
     return cut(plane, scan.image, scan.label, case.prediction, spacing)
 
 

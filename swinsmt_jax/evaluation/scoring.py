@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from swinsmt_jax import labels
-from swinsmt_jax.data import nifti
 from swinsmt_jax.data.sample import Sample
+from swinsmt_jax.data.volume import spacing_of
 from swinsmt_jax.evaluation.averages import averages, group_averages
 from swinsmt_jax.evaluation.metrics import METRICS, Metric, measured
 from swinsmt_jax.evaluation.overlap import (
@@ -119,7 +119,7 @@ def score(
     the same `surface_rule`.
     """
     counts = overlap_counts(prediction, scan.label, num_classes=num_classes)
-    spacing = nifti.spacing_of(scan.affine)
+    spacing = spacing_of(scan.affine)
     pair = Pair(prediction, scan.label, counts, spacing, workers)
     scores = measured(pair, metrics, surface_rule=surface_rule)
     grid = [*scan.label.shape, *(round(side, 3) for side in spacing)]

@@ -27,10 +27,10 @@ from swinsmt_jax.config import (
 from swinsmt_jax.convert import nnunet_folder
 from swinsmt_jax.convert.nnunet_folder import ModelFolder
 from swinsmt_jax.data.network_view import NetworkView
-from swinsmt_jax.data.nifti import Volume, spacing_of
 from swinsmt_jax.data.nnunet_plan import Plan
 from swinsmt_jax.data.nnunet_view import nnunet_view
 from swinsmt_jax.data.sample import Sample
+from swinsmt_jax.data.volume import Volume, spacing_of
 from swinsmt_jax.inference.grid import Decision
 from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.segmenter import Segmenter, computing_in, with_options

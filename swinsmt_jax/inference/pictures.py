@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from swinsmt_jax.data import label_table
-from swinsmt_jax.data.nifti import Volume
+from swinsmt_jax.data.volume import Volume
 from swinsmt_jax.labels import CLASS_NAMES, class_name
 from swinsmt_jax.runtime.files import replacing
 

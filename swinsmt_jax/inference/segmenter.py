@@ -36,7 +36,7 @@ from swinsmt_jax.runtime.files import absolute
 
 if TYPE_CHECKING:
     from swinsmt_jax.data.network_view import NetworkView
-    from swinsmt_jax.data.nifti import Volume
+    from swinsmt_jax.data.volume import Volume
 
 Progress = Callable[[int, int], None]
 

@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from swinsmt_jax import checks
 from swinsmt_jax.convert import nnunet_folder
-from swinsmt_jax.data.nifti import Volume
+from swinsmt_jax.data.volume import Volume
 from swinsmt_jax.inference.nnunet import load_nnunet
 from swinsmt_jax.inference.segmenter import Progress, Scans
 from swinsmt_jax.labels import CLASS_IDS, CLASS_NAMES, GROUPS, names_by_id

@@ -1,4 +1,4 @@
-"""Linear layer, norms and random dropping: the small parts of the transformer."""
+"""Linear layer, norms, random dropping and MLP: the small parts of the transformer."""
 
 import math
 
@@ -89,3 +89,29 @@ def drop_path(x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
 def fold_in(key: jax.Array | None, number: int) -> jax.Array | None:
     """Derive the key of a part; None stays None."""
     return None if key is None else jax.random.fold_in(key, number)
+
+
+class MLP(nnx.Module):
+    """Linear, exact GELU, linear on [..., C], with dropout after both."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        hidden: int,
+        dropout_rate: float = 0.0,
+        stddev: float | None = None,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        common: dict = {"stddev": stddev, "dtype": dtype, "rngs": rngs}
+        self.dropout_rate = dropout_rate
+        self.linear1 = linear(channels, hidden, **common)
+        self.linear2 = linear(hidden, channels, **common)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Map [..., C] to [..., C]."""
+        x = gelu(self.linear1(x))
+        x = dropout(x, rate=self.dropout_rate, key=fold_in(key, 0))
+        x = self.linear2(x)
+        return dropout(x, rate=self.dropout_rate, key=fold_in(key, 1))

@@ -6,8 +6,7 @@ import jax
 from flax import nnx
 
 from swinsmt_jax.layers.attention import PositionIndex, WindowAttention
-from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in
-from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.linear import MLP, LayerNorm, drop_path, fold_in
 from swinsmt_jax.layers.soft_moe import Routing, SoftMoE
 from swinsmt_jax.ops import windows
 

@@ -14,8 +14,7 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.layers.attention import SkipAttention
 from swinsmt_jax.layers.conv import Conv, UpConv
-from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, gelu
-from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.linear import MLP, LayerNorm, drop_path, fold_in, gelu
 from swinsmt_jax.layers.recompute import maybe_remat
 from swinsmt_jax.layers.swin import SwinBlock
 from swinsmt_jax.models.network import Network, dropout_key

@@ -22,8 +22,7 @@ from swinsmt_jax.layers.conv import (
     UpConv,
     instance_norm,
 )
-from swinsmt_jax.layers.linear import LayerNorm, drop_path, fold_in, linear
-from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.linear import MLP, LayerNorm, drop_path, fold_in, linear
 from swinsmt_jax.layers.recompute import maybe_remat
 from swinsmt_jax.models.network import Network, dropout_key
 from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register

@@ -14,8 +14,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.attention import SelfAttention
 from swinsmt_jax.layers.conv import Conv, PatchConv, ResidualBlock, UpBlock, UpConv
-from swinsmt_jax.layers.linear import LayerNorm, dropout, fold_in
-from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.linear import MLP, LayerNorm, dropout, fold_in
 from swinsmt_jax.layers.recompute import maybe_remat
 from swinsmt_jax.models.network import Network, dropout_key
 from swinsmt_jax.models.registry import NetworkConfig, broadcast_to_tuple, register

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import ndimage
 
-from swinsmt_jax.data.nifti import Volume
+from swinsmt_jax.data.volume import Volume
 
 
 @dataclasses.dataclass(frozen=True)

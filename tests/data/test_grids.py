@@ -21,6 +21,7 @@ from swinsmt_jax.data import (
 )
 from swinsmt_jax.data.network_view import network_view
 from swinsmt_jax.data.sample import voxel_step
+from swinsmt_jax.data.volume import spacing_of
 from swinsmt_jax.phantoms import dataset as phantom
 
 ORIENTATIONS = [
@@ -56,8 +57,8 @@ def test_a_grid_begins_with_the_scan_and_covers_it(shape, affine, spacing):
     edge = new @ (-0.5, -0.5, -0.5, 1)
     np.testing.assert_allclose(edge, affine @ (-0.5, -0.5, -0.5, 1), atol=1e-6)
     behind = np.subtract(
-        np.multiply(new_shape, nifti.spacing_of(new)),
-        np.multiply(shape, nifti.spacing_of(affine)),
+        np.multiply(new_shape, spacing_of(new)),
+        np.multiply(shape, spacing_of(affine)),
     )
     assert (behind > -1e-3).all() and (behind < spacing).all()
     places = resampling.positions(shape, affine, on=new)
@@ -78,7 +79,7 @@ def test_every_voxel_of_a_scan_is_shown_to_the_network(shape, affine, spacing):
 @given(st.data(), grids(st.floats(0.6, 2.5)), st.floats(0.6, 2.5))
 def test_centres_of_boxes_keep_their_place(data, affine, spacing):
     """Each face to half a voxel, also at the end of a scan."""
-    sides = np.array(nifti.spacing_of(affine))
+    sides = np.array(spacing_of(affine))
     shape = data.draw(st.tuples(*[st.integers(16, 36)] * 3))
     box = []
     for n, side in zip(shape, sides, strict=True):
@@ -103,7 +104,7 @@ def test_centres_of_boxes_keep_their_place(data, affine, spacing):
 def cut(shape, affine, *, spacing):
     """The grids of before: rounded to the nearest number of voxels."""
     covering, new = COVERING(shape, affine, spacing=spacing)
-    sides = np.array(nifti.spacing_of(affine))
+    sides = np.array(spacing_of(affine))
     return tuple(np.rint(shape * sides / spacing).astype(int).tolist()), new
 
 

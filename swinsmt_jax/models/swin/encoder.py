@@ -5,8 +5,7 @@ from flax import nnx
 
 from swinsmt_jax import checks
 from swinsmt_jax.layers.conv import ResidualBlock
-from swinsmt_jax.layers.linear import dropout, fold_in
-from swinsmt_jax.layers.mlp import MLP
+from swinsmt_jax.layers.linear import MLP, dropout, fold_in
 from swinsmt_jax.layers.patch import PatchEmbed, PatchMerging
 from swinsmt_jax.layers.soft_moe import Routing, SoftMoE
 from swinsmt_jax.layers.swin import SwinBlock

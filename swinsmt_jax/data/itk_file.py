@@ -1,6 +1,7 @@
 """Volumes in NRRD and MetaImage files, by SimpleITK of the extra `dicom`."""
 
 import importlib.util
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -97,9 +98,34 @@ class _Voxels:
         self.dtype = sitk.GetArrayViewFromImage(pixel).dtype
         self.ndim = len(self.shape)
         self._read = lambda: sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T
+        self._path = path
 
     def __array__(self, dtype=None, copy=None):
+        _require_whole(self._path)
         return self._read().astype(dtype or self.dtype, copy=False)
+
+
+def _require_whole(path):
+    """Raise `zlib.error` for a compressed MetaImage whose checksum does not fit.
+
+    ITK prints a line, and returns what it has.
+    """
+    if path.suffix.lower() == ".nrrd":
+        return
+    with path.open("rb") as file:
+        header = {}
+        while "ElementDataFile" not in header:
+            key, _, value = file.readline(4096).decode("latin-1").partition("=")
+            header[key.strip()] = value.strip()
+            if not key:
+                return  # no MetaImage; ITK says so
+        if header.get("CompressedData", "").lower() != "true":
+            return
+        place = header["ElementDataFile"]
+        content = (
+            file.read() if place == "LOCAL" else (path.parent / place).read_bytes()
+        )
+    zlib.decompress(content)
 
 
 def _library(path):

@@ -15,12 +15,12 @@ CLASSES = ClassMap(("background", "spleen", "liver"))
 OBLIQUE = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, -1.0]])
 
 
-def write(path, array, direction=OBLIQUE):
+def write(path, array, direction=OBLIQUE, *, compressed=False):
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
     image.SetSpacing((0.8, 0.9, 2.5))
     image.SetOrigin((-11.0, 7.0, 30.0))
     image.SetDirection(direction.ravel().tolist())
-    sitk.WriteImage(image, str(path))
+    sitk.WriteImage(image, str(path), compressed)
     return path
 
 
@@ -92,6 +92,16 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path):
     whole.write_bytes(whole.read_bytes()[:-500])
     with pytest.raises(UserError, match="cut.mha is truncated or corrupt"):
         nifti.load_ct(whole)
+    noise = np.random.default_rng(0).integers(-1000, 1000, (20, 20, 20))
+    for name in ("bits.mha", "bits.mhd"):  # ITK itself reads on
+        file = write(tmp_path / name, noise.astype(np.int16), compressed=True)
+        nifti.load_ct(file)
+        file = file if name == "bits.mha" else file.with_suffix(".zraw")
+        content = bytearray(file.read_bytes())
+        content[-len(content) // 4] ^= 4
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} is truncated or corrupt"):
+            nifti.load_ct(tmp_path / name)
     sheared = np.eye(4)
     sheared[0, 1] = 0.3
     nib.save(

@@ -281,8 +281,9 @@ def is_whole(path: Path) -> bool:
         return True
     if itk_file.is_itk(path):
         try:
-            return np.asarray(itk_file.opened(path).dataobj).ndim == 3
-        except (checks.UserError, RuntimeError):
+            with nifti_file.named(path):
+                return np.asarray(itk_file.opened(path).dataobj).ndim == 3
+        except checks.UserError:
             return False
     try:
         image: Any = nib.load(path)

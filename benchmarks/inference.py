@@ -67,7 +67,7 @@ def measure(
     *,
     side,
     classes,
-    sums,
+    accum_dtype,
     positions=None,
     accumulate="host",
     until_peak=False,
@@ -96,7 +96,7 @@ def measure(
             window=(side,) * 3,
             num_classes=classes,
             positions=positions,
-            sums=sums,
+            accum_dtype=accum_dtype,
             accumulate=accumulate,
             progress=progress,
         )
@@ -123,10 +123,10 @@ def fullest(volume, window):
     return int(np.argmax(found))
 
 
-def carried_gb(shape, *, side, classes, sums):
+def carried_gb(shape, *, side, classes, accum_dtype):
     """Return what two layers of windows have in common, in the dtype of the sums."""
     cross = np.prod(sorted(shape)[:2])
-    return classes * (side // 2) * float(cross) * np.dtype(sums).itemsize / 1e9
+    return classes * (side // 2) * float(cross) * np.dtype(accum_dtype).itemsize / 1e9
 
 
 def accumulated(predict, volume, *, window, num_classes, overlap):
@@ -201,7 +201,7 @@ def overhead_ratio(*, quick):
         shape,
         side=64,
         classes=config.out_channels,
-        sums="float32",
+        accum_dtype="float32",
         accumulate="auto",
     )
     return seconds / windows / seconds_of_network
@@ -240,24 +240,26 @@ def whole_body(*, limit_gb):
     }
 
 
-def row_of(name, shape, *, side, sums, **options):
+def row_of(name, shape, *, side, accum_dtype, **options):
     """Measure a scan; return its row and labels."""
     labels, peak, seconds = measure(
-        shape, side=side, classes=CLASSES, sums=sums, **options
+        shape, side=side, classes=CLASSES, accum_dtype=accum_dtype, **options
     )
     row = {
         "scan": name,
         "shape": shape,
-        "sums": sums,
+        "accum_dtype": accum_dtype,
         "peak_gb": peak,
-        "carried_gb": carried_gb(shape, side=side, classes=CLASSES, sums=sums),
+        "carried_gb": carried_gb(
+            shape, side=side, classes=CLASSES, accum_dtype=accum_dtype
+        ),
         "whole_gb": CLASSES * float(np.prod(shape)) * 4 / 1e9,
         "seconds": seconds,
         "complete": labels is not None,
     }
     print(
-        "{scan} {sums}: peak {peak_gb:.3f} GB, carried {carried_gb:.3f} GB, whole "
-        "{whole_gb:.3f} GB, {seconds:.1f} s".format(**row),
+        "{scan} {accum_dtype}: peak {peak_gb:.3f} GB, carried {carried_gb:.3f} GB, "
+        "whole {whole_gb:.3f} GB, {seconds:.1f} s".format(**row),
         flush=True,
     )
     return row, labels
@@ -286,22 +288,22 @@ def main(options):
     keep()
     for name in options.scans if not quick else {"300"} & set(options.scans):
         first = None
-        for sums in ["float32"] if quick else options.sums:
+        for accum_dtype in ["float32"] if quick else options.accum_dtype:
             row, labels = row_of(
-                name, SCANS[name], side=SIDE, sums=sums, until_peak=quick
+                name, SCANS[name], side=SIDE, accum_dtype=accum_dtype, until_peak=quick
             )
             if labels is not None:
                 first = labels if first is None else first
                 row["changed"] = float((labels != first).mean())
             rows.append(row)
-            if sums == "float32":
+            if accum_dtype == "float32":
                 figures[f"peak_gb_{name}"] = row["peak_gb"]
             keep()
     if "300" in options.scans:
         side, shape = (32, (48, 48, 80)) if quick else (SIDE, SCANS["300"])
         name = "x".join(map(str, shape)) + " resampled"
         row, _ = row_of(
-            name, shape, side=side, sums="float32", positions=other_grid(shape)
+            name, shape, side=side, accum_dtype="float32", positions=other_grid(shape)
         )
         rows.append(row)
         figures["peak_gb_300_resampled"] = None if quick else row["peak_gb"]
@@ -312,5 +314,5 @@ def main(options):
 if __name__ == "__main__":
     flags.DEFINE_list("scans", list(SCANS), "sizes to measure")
     help = "precisions of the sums; differences are told against the first"
-    flags.DEFINE_list("sums", ["float32", "float16"], help)
+    flags.DEFINE_list("accum_dtype", ["float32", "float16"], help)
     run(main, quick="300^3 in float32 alone")

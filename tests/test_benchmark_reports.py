@@ -248,7 +248,7 @@ def test_experts_that_nothing_looks_at_are_counted():
 
 def test_whole_scans_are_measured_as_they_are():
     shape = (80, 80, 112)
-    options = {"side": 32, "classes": 16, "sums": "float32"}
+    options = {"side": 32, "classes": 16, "accum_dtype": "float32"}
     labels, peak, _ = inference.measure(shape, **options)
     nothing, early, _ = inference.measure(shape, until_peak=True, **options)
     assert labels.shape == shape and nothing is None

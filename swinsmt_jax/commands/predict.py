@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
     scans = find_scans(options.input)
     segmenter = _load(
         options,
-        sums="float16" if options.half else "float32",
+        accum_dtype="float16" if options.half else "float32",
         dtype=options.dtype,
         **{name: value for name, value in given.items() if value is not None},
     )

@@ -73,8 +73,8 @@ def evaluate_split(
     to_data = known_classes(data, classes)
     num_classes = config.model.out_channels if segmenter is None else len(names)
     if segmenter is None:
-        exchanged = left_right_swap(names, num_classes=num_classes) if mirror else None
-        predict, network = predict_fn(model, exchanged=exchanged), digest(model)
+        swap = left_right_swap(names, num_classes=num_classes) if mirror else None
+        predict, network = predict_fn(model, left_right_swap=swap), digest(model)
         made, seen = f"checkpoint of step {step}", {}
     else:
         predict, network, mirror = model, segmenter.network, segmenter.mirror

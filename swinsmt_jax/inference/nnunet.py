@@ -95,7 +95,7 @@ def load_nnunet(
     *,
     folds: Sequence[str] = (),
     mirror: bool = True,
-    sums: str = "float32",
+    accum_dtype: str = "float32",
     dtype: str | None = None,
     **inference: Any,
 ) -> NNUNetSegmenter:
@@ -105,7 +105,7 @@ def load_nnunet(
         folder: that nnU-Net wrote, Trainer__Plans__Configuration.
         folds: numbers, or "all"; none takes all that are there.
         mirror: average over mirror images along the axes that the checkpoint allows.
-        sums: "float16" halves the memory of the logits that are kept.
+        accum_dtype: "float16" halves the memory of the logits that are kept.
         dtype: "bfloat16" or "float32", of matrix products and convolutions.
         inference: fields of `config.InferenceConfig` to change, such as overlap=0.25.
 
@@ -124,7 +124,7 @@ def load_nnunet(
         config,
         averaging(models, axes=axes),
         step=0,
-        sums=sums,
+        accum_dtype=accum_dtype,
         network=digest_of_network([split(model)[1] for model in models]),
         mirror=bool(axes),
         plan=read.plan,

@@ -113,7 +113,7 @@ class Segmenter(Scans):
         config: of the experiment; `data` says spacing and HU, `inference` the windows.
         predict: a jitted function from windows to logits.
         step: of the checkpoint, or of each of several.
-        sums: "float32" or "float16", of the logits that are kept.
+        accum_dtype: "float32" or "float16", of the logits that are kept.
         network: hash of the parameters.
         mirror: whether `predict` averages over mirror images.
         run: the workdir, for the record.
@@ -122,7 +122,7 @@ class Segmenter(Scans):
     config: ExperimentConfig
     predict: Predict
     step: int | list[int]
-    sums: str = "float32"
+    accum_dtype: str = "float32"
     network: str = ""
     mirror: bool = False
     run: str = ""
@@ -151,7 +151,7 @@ class Segmenter(Scans):
             "overlap": config.inference.overlap,
             "blend": config.inference.blend,
             "dtype": config.model.dtype,
-            "sums": self.sums,
+            "accum_dtype": self.accum_dtype,
             "mirror": self.mirror,
         }
 
@@ -189,7 +189,7 @@ class Segmenter(Scans):
             inference=self.config.inference,
             sharding=batch_sharding(),
             decision=self.decision,
-            sums=self.sums,
+            accum_dtype=self.accum_dtype,
             progress=progress,
         )
 
@@ -198,7 +198,7 @@ def load(
     workdir: str | Path | Sequence[str | Path],
     *,
     step: int | str | None = None,
-    sums: str = "float32",
+    accum_dtype: str = "float32",
     mirror: bool = False,
     dtype: str | None = None,
     **inference: Any,
@@ -209,7 +209,7 @@ def load(
         workdir: of the run. Of several, "A,B,C" or a list, the probabilities are
             averaged; see `ensemble.load_networks`.
         step: a number, "latest" or "best"; None takes the best, or else the latest.
-        sums: "float16" halves the memory of the logits that are kept.
+        accum_dtype: "float16" halves the memory of the logits that are kept.
         mirror: also segment every window with right and left exchanged, and average;
             twice the time.
         dtype: "bfloat16" or "float32", of matrix products and convolutions; None takes
@@ -224,15 +224,15 @@ def load(
     config, model, info = load_networks(workdirs, step=step, load=read)
     windows = with_options(config.inference, inference)
     config = dataclasses.replace(config, inference=windows)
-    exchanged = None
+    swap = None
     if mirror:
         names = config.data.class_names
-        exchanged = left_right_swap(names, num_classes=config.model.out_channels)
-    predict = predict_fn(model, exchanged=exchanged)
+        swap = left_right_swap(names, num_classes=config.model.out_channels)
+    predict = predict_fn(model, left_right_swap=swap)
     single = isinstance(model, nnx.Module)
     digest = digest_of_network(split(model)[1] if single else model)
     run = ",".join(map(str, workdirs))
-    return Segmenter(config, predict, info["step"], sums, digest, mirror, run)
+    return Segmenter(config, predict, info["step"], accum_dtype, digest, mirror, run)
 
 
 def _network_of(workdir, *, step, dtype):
@@ -308,7 +308,7 @@ def segment(
     inference: InferenceConfig,
     sharding: jax.sharding.Sharding | None = None,
     decision: Decision = LARGEST,
-    sums: str = "float32",
+    accum_dtype: str = "float32",
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Return the labels of a scan on its own grid, uint8 `[X, Y, Z]`.
@@ -323,7 +323,7 @@ def segment(
         num_classes: K.
         inference: overlap, blending, batch and place of the sums.
         sharding: of the batches of windows, whose size is rounded up to fill it.
-        decision, sums, progress: as in `predict_labels`.
+        decision, accum_dtype, progress: as in `predict_labels`.
     """
     labels = predict_labels(
         predict,
@@ -338,7 +338,7 @@ def segment(
         positions=view.positions,
         fill=view.fill,
         decision=decision,
-        sums=sums,
+        accum_dtype=accum_dtype,
         accumulate=inference.accumulate_on,
         progress=progress,
     )
@@ -351,20 +351,22 @@ def _apply(model, windows):
 
 
 @jax.jit
-def _apply_mirrored(model, windows, exchanged):
+def _apply_mirrored(model, windows, left_right_swap):
     mirrored = jnp.flip(model(jnp.flip(windows, 1)), 1)
-    return (model(windows) + mirrored[..., exchanged]) / 2
+    return (model(windows) + mirrored[..., left_right_swap]) / 2
 
 
-def predict_fn(model: Callable, *, exchanged: np.ndarray | None = None) -> Predict:
+def predict_fn(
+    model: Callable, *, left_right_swap: np.ndarray | None = None
+) -> Predict:
     """Return the jitted function from windows to logits of a model, a pytree.
 
-    With `exchanged`, from `left_right_swap`, logits are the mean over a window and its
+    With `left_right_swap`, from the function, logits are the mean over a window and its
     mirror image.
     """
-    if exchanged is None:
+    if left_right_swap is None:
         return lambda windows: _apply(model, windows)
-    return lambda windows: _apply_mirrored(model, windows, exchanged)
+    return lambda windows: _apply_mirrored(model, windows, left_right_swap)
 
 
 def computing_in(
@@ -393,16 +395,16 @@ def left_right_swap(names: Sequence[str], *, num_classes: int) -> np.ndarray:
     Raises:
         UserError: for a network whose classes leave out counterparts.
     """
-    exchanged = np.arange(num_classes)
+    swap = np.arange(num_classes)
     known = ClassMap(tuple(names)).left_right_swap()[:num_classes]
-    exchanged[: len(known)] = known
+    swap[: len(known)] = known
     checks.require(
-        bool(exchanged.max() < num_classes),
+        bool(swap.max() < num_classes),
         f"the network gives {num_classes} classes, and some have their left or right "
-        f"counterpart beyond: {np.flatnonzero(exchanged >= num_classes).tolist()}; "
+        f"counterpart beyond: {np.flatnonzero(swap >= num_classes).tolist()}; "
         "predict without mirroring.",
     )
-    return exchanged
+    return swap
 
 
 def _plain(value):

@@ -76,7 +76,7 @@ def predict_labels(
     positions: Sequence[np.ndarray] | None = None,
     fill: float = 0.0,
     decision: grid.Decision = grid.LARGEST,
-    sums: str = "float32",
+    accum_dtype: str = "float32",
     accumulate: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -93,17 +93,17 @@ def predict_labels(
             linearly to that grid, layer by layer, and the labels are its.
         fill: of what a volume smaller than the window is padded with.
         decision: how logits become labels, if not the class of the largest.
-        sums: "float16" halves the memory of the logits kept, at their precision.
+        accum_dtype: "float16" halves the memory of the logits kept, at their precision.
         accumulate: where they are kept: "host"; "device", of which only labels come
             back; "auto" takes an accelerator if it has room. Equal up to rounding.
         progress: called with the windows done and their number, after each of them.
     """
     checks.in_range("num_classes", num_classes, 1, 256)
-    checks.one_of("sums", sums, ("float32", "float16"))
+    checks.one_of("accum_dtype", accum_dtype, ("float32", "float16"))
     checks.one_of("accumulate", accumulate, ACCUMULATE)
     windows = Windows(volume, window, overlap, blend, convention, fill)
     if accumulate == "auto":
-        fits = _fits_on_device(windows, num_classes, sums)
+        fits = _fits_on_device(windows, num_classes, accum_dtype)
         accumulate = "device" if fits else "host"
     if accumulate == "host" and positions is None:
         windows.visit_last_in_turn()
@@ -113,7 +113,9 @@ def predict_labels(
         found = _counted(found, len(windows.starts), progress)
     if positions is None:
         labels = np.empty(volume.shape[:3], np.uint8)
-        for box, block in place.labels(windows, found, num_classes, sums, decision):
+        for box, block in place.labels(
+            windows, found, num_classes, accum_dtype, decision
+        ):
             windows.swept(labels)[box] = block
         return labels
     labels = np.empty(tuple(len(axis) for axis in positions), np.uint8)
@@ -122,7 +124,7 @@ def predict_labels(
         for axis, size in zip(windows.order, windows.shape, strict=True)
     )
     numpy = jnp if place is device_sums else np
-    planes = place.planes(windows, found, num_classes, sums, decision, sides)
+    planes = place.planes(windows, found, num_classes, accum_dtype, decision, sides)
     for z, plane in grid.between(planes, depth):
         windows.swept(labels)[z] = np.asarray(decision.labels(numpy, plane))
     return labels

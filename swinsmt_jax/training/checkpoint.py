@@ -56,6 +56,7 @@ from swinsmt_jax.training.state import TrainState
 from swinsmt_jax.training.workdir import CHECKPOINTS
 
 LATEST_KEPT = 2
+EMA = "average"  # the name of `TrainState.ema_params` in checkpoints
 CHECKSUMS = "checksums"  # of the arrays, in what a checkpoint belongs to
 
 
@@ -116,7 +117,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        meta = origin | {CHECKSUMS: checksums.of_state(state)}
+        meta = origin | {CHECKSUMS: checksums.of_state(_fields(state))}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_fields(state)), meta=ocp.args.JsonSave(meta)
         )
@@ -275,7 +276,7 @@ def _restore(folder, like, *, origin):
             def restore():
                 found = handler.restore(folder / STATE, args=args)
                 checksums.require_same(found, meta.get(CHECKSUMS, {}))
-                return TrainState(**{"buffers": {}, **found})
+                return TrainState(ema_params=found.pop(EMA), **{"buffers": {}, **found})
 
             return read(folder, restore), None
         except DamagedError as error:
@@ -291,6 +292,7 @@ def _fields(state):
     Networks without buffers have no such field there, nor had any at first.
     """
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    fields[EMA] = fields.pop("ema_params")
     if not state.buffers:
         del fields["buffers"]
     return fields
@@ -364,7 +366,7 @@ def _load(folder):
     config = dataclasses.replace(config, data=pipeline.recalled(config.data))
     graphdef, like = abstract_model(config.model)
     averaged = config.training.ema_decay > 0
-    wanted = {"average": like} if averaged else _parts(*apart(graphdef, like))
+    wanted = {EMA: like} if averaged else _parts(*apart(graphdef, like))
     for part, arrays in wanted.items():
         require_same_parameters(folder, arrays, part=part)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -381,7 +383,7 @@ def _load(folder):
     named = {path_name(path): leaf for part in leaves for path, leaf in part}
     checks.finite(f"the checkpoint {folder}", named)
     found = jax.device_put(found)  # not tied to a device
-    arrays = found["average"] if averaged else together(**{"buffers": {}, **found})
+    arrays = found[EMA] if averaged else together(**{"buffers": {}, **found})
     metrics = {} if dice is None else {METRIC: dice}
     about = {"step": int(folder.name), "metrics": metrics}
     return config, nnx.merge(graphdef, arrays), about

@@ -28,7 +28,7 @@ class TrainState:
         buffers: the network's arrays that no gradient moves, such as the running
             statistics of batch norm, nested alike; empty if there are none.
         opt_state: optax's state; its moments are nested as `params`.
-        average: running average of `params` and `buffers`; empty if none is kept.
+        ema_params: running average of `params` and `buffers`; empty if none is kept.
         skipped: int32 [2], steps left out because they were not finite: in all, and
             the last ones in a row.
     """
@@ -37,7 +37,7 @@ class TrainState:
     params: dict
     buffers: dict
     opt_state: optax.OptState
-    average: dict
+    ema_params: dict
     skipped: jax.Array
 
     @property
@@ -48,7 +48,7 @@ class TrainState:
     @property
     def evaluated_params(self) -> dict:
         """The arrays that are validated and evaluated: the average, if one is kept."""
-        return self.average or self.arrays
+        return self.ema_params or self.arrays
 
 
 def abstract_state(
@@ -84,7 +84,7 @@ def initialize(
 
     def make(key):
         parts = models.split(models.create(config, rngs=nnx.Rngs(key)))
-        return _start(*parts, optimizer, bool(abstract.average))
+        return _start(*parts, optimizer, bool(abstract.ema_params))
 
     make = jax.jit(make, out_shardings=shardings_of(abstract))
     return make(jax.random.key(seed))
@@ -101,9 +101,11 @@ def changed(
     for line in str(processes.run_on_all(lambda: change(model))).splitlines():
         logging.info("%s", line)
     arrays = jax.device_put(models.split(model)[1], shardings_of(state.arrays))
-    average = jax.tree.map(jnp.copy, arrays) if state.average else {}
+    average = jax.tree.map(jnp.copy, arrays) if state.ema_params else {}
     params, buffers = models.apart(graphdef, arrays)
-    return dataclasses.replace(state, params=params, buffers=buffers, average=average)
+    return dataclasses.replace(
+        state, params=params, buffers=buffers, ema_params=average
+    )
 
 
 def shardings_of(tree: Any) -> Any:
@@ -118,6 +120,6 @@ def _start(graphdef, arrays, optimizer, averaged):
         params=params,
         buffers=buffers,
         opt_state=optimizer.init(params),
-        average=jax.tree.map(jnp.copy, arrays) if averaged else {},
+        ema_params=jax.tree.map(jnp.copy, arrays) if averaged else {},
         skipped=jnp.zeros(2, jnp.int32),
     )

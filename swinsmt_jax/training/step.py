@@ -53,7 +53,7 @@ def make_train_step(
         mesh: over which batches are divided.
         accumulate: parts of a batch whose gradients are averaged in turn: the memory of
             one part, and the gradient of the whole. Divides the batch of a device.
-        ema_decay: of `abstract.average`, if it has one. The decay after step t is at
+        ema_decay: of `abstract.ema_params`, if it has one. The decay after step t is at
             most (1 + t) / (10 + t), so that the first parameters are soon forgotten.
 
     Returns:
@@ -84,8 +84,8 @@ def make_train_step(
             )
         value, counts, grads = found
         with jax.named_scope("optimizer"):
-            average, averaged = models.apart(graphdef, state.average)
-            packed, grads = packing.pack((replace(state, average=average), grads))
+            average, averaged = models.apart(graphdef, state.ema_params)
+            packed, grads = packing.pack((replace(state, ema_params=average), grads))
             grad_norm = optax.tree.norm(grads)
             numbers = jnp.stack([value, grad_norm, optax.tree.norm(buffers)])
             finite = jnp.isfinite(numbers).all()
@@ -161,8 +161,8 @@ def _update(optimizer, state, grads, finite, *, ema_decay):
     params, old = jax.lax.optimization_barrier((params, state.opt_state))
     _, opt_state = update(grads, old, state.params)
     opt_state = _choose(finite, opt_state, old)
-    average = _averaged(state, params, state.average, ema_decay=ema_decay)
-    return params, opt_state, _choose(finite, average, state.average)
+    average = _averaged(state, params, state.ema_params, ema_decay=ema_decay)
+    return params, opt_state, _choose(finite, average, state.ema_params)
 
 
 def _averaged(state, arrays, average, *, ema_decay):

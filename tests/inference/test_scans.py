@@ -37,7 +37,9 @@ def by_place(windows):
     return by_brightness(windows) + ramp * jnp.arange(CLASSES) / CLASSES
 
 
-def make(predict=by_brightness, *, spacing=0.0, patch=(32, 32, 32), sums="float32"):
+def make(
+    predict=by_brightness, *, spacing=0.0, patch=(32, 32, 32), accum_dtype="float32"
+):
     config = {
         "model": {
             "name": "swin_unetr",
@@ -55,7 +57,7 @@ def make(predict=by_brightness, *, spacing=0.0, patch=(32, 32, 32), sums="float3
         "optimizer": {"learning_rate": 1e-3},
         "training": {"num_steps": 1},
     }
-    return Segmenter(from_config_dict(config), predict, 1, sums)
+    return Segmenter(from_config_dict(config), predict, 1, accum_dtype)
 
 
 def brightness(hu):
@@ -491,7 +493,7 @@ def test_two_places_in_one_header_are_told(tmp_path, hu, caplog):
 
 def test_half_precision_changes_few_labels(hu):
     full = make(by_place).segment_array(hu, np.eye(4))
-    half = make(by_place, sums="float16").segment_array(hu, np.eye(4))
+    half = make(by_place, accum_dtype="float16").segment_array(hu, np.eye(4))
     assert (full != half).mean() < 0.01
 
 

@@ -44,7 +44,9 @@ def test_a_window_and_its_mirror_image_are_averaged(rng):
         left = jnp.maximum(-side, 0) * windows
         return jnp.concatenate([0 * windows, right, 2 * left], axis=-1)
 
-    predict = predict_fn(jax.tree_util.Partial(network), exchanged=np.array([0, 2, 1]))
+    predict = predict_fn(
+        jax.tree_util.Partial(network), left_right_swap=np.array([0, 2, 1])
+    )
     windows = rng.random((2, 6, 5, 4, 1)).astype(np.float32)
     right, left = np.maximum(side, 0), np.maximum(-side, 0)
     expected = 1.5 * np.concatenate([0 * windows, right * windows, left * windows], -1)

@@ -210,15 +210,17 @@ def test_labels_of_more_than_256_classes_are_refused():
 
 
 @pytest.mark.parametrize("resampled", [False, True])
-@pytest.mark.parametrize("sums, share", [("float32", 1), ("float16", 0.6)])
-def test_memory_does_not_grow_with_the_length_of_the_scan(resampled, sums, share):
+@pytest.mark.parametrize("accum_dtype, share", [("float32", 1), ("float16", 0.6)])
+def test_memory_does_not_grow_with_the_length_of_the_scan(
+    resampled, accum_dtype, share
+):
     """It is that of half a window's planes, and of a window's where it is resampled."""
     window, cross, classes = (16, 16, 16), (24, 40), 60
 
     def peak(length):
         volume = np.zeros((length, *cross, 1), np.float32)
         wide = jax.jit(lambda x: jnp.repeat(x, classes, axis=-1))
-        options = dict(window=window, num_classes=classes, sums=sums)
+        options = dict(window=window, num_classes=classes, accum_dtype=accum_dtype)
         if resampled:
             options["positions"] = [np.arange(0, n - 1, 1.5) for n in volume.shape[:3]]
         predict_labels(wide, volume[:16], **options | {"positions": None})  # compiles

@@ -346,7 +346,9 @@ def test_the_average_is_what_is_evaluated(tmp_path, make_config):
     state = dataclasses.replace(
         states(config)[0],
         step=jnp.int32(1),
-        average=jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7.0), abstract.params),
+        ema_params=jax.tree.map(
+            lambda leaf: jnp.full(leaf.shape, 7.0), abstract.params
+        ),
     )
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, origin=origin_of(config, data="abc"))

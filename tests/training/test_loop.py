@@ -338,7 +338,7 @@ def test_a_new_run_starts_from_other_parameters(tmp_path, make_config, caplog):
     with caplog.at_level("INFO", logger="absl"):
         state = loop.train(config, workdir=tmp_path / "run", start_from=lambda: change)
     assert (state.params["stem"]["kernel"] == 3).all()
-    assert (state.average["stem"]["kernel"] == 3).all()
+    assert (state.ema_params["stem"]["kernel"] == 3).all()
     assert "1 parameter loaded" in caplog.text
     longer = dataclasses.replace(config.training, num_steps=3)
     longer = dataclasses.replace(config, training=longer)

@@ -224,8 +224,8 @@ def test_the_average_follows_the_parameters(start, rng):
         decay = min(0.3, (1 + t) / (10 + t))
         kernel = np.asarray(state.params["stem"]["kernel"])
         average = decay * average + (1 - decay) * kernel
-    np.testing.assert_allclose(state.average["stem"]["kernel"], average, rtol=1e-5)
-    assert state.evaluated_params is state.average
+    np.testing.assert_allclose(state.ema_params["stem"]["kernel"], average, rtol=1e-5)
+    assert state.evaluated_params is state.ema_params
 
 
 def test_a_step_that_is_not_finite_is_left_out(start, rng):

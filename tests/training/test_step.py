@@ -237,7 +237,7 @@ def test_a_step_that_is_not_finite_is_left_out(start, rng):
     for in_row in (1, 2):
         state, metrics = step(state, bad)
         assert np.isnan(metrics["loss"]) and metrics["skipped_in_row"] == in_row
-    for part in ("params", "opt_state", "average"):
+    for part in ("params", "opt_state", "ema_params"):
         jax.tree.map(
             np.testing.assert_array_equal, getattr(state, part), getattr(before, part)
         )

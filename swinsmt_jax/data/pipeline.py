@@ -42,12 +42,15 @@ def training_batches(
     *,
     seed: int,
     start_step: int = 0,
+    ahead: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """Yield an endless stream of augmented crops, beginning with that of `start_step`.
 
-    Every case comes once per epoch, in a new order. Process i of n takes the crops i,
+    `ahead` is how many crops more than `start_step` batches the steps before took, in a
+    run that had another batch size. Every case comes once per epoch, in a new order.
+    Process i of n takes the crops i,
     i + n, ... of each step's batch, so the processes' batches are disjoint and together
     those of a single process. Call `close()` when done.
 
@@ -71,7 +74,7 @@ def training_batches(
     checks.in_range("process_index", process_index, 0, process_count - 1)
     if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
         flags.FLAGS.mark_as_parsed()
-    first = start_step * config.batch_size + process_index
+    first = start_step * config.batch_size + ahead + process_index
     crops = (
         grain.MapDataset.range(len(cases))
         .seed(seed)

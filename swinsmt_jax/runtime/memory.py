@@ -43,7 +43,7 @@ def what_helps(
 ) -> str:
     """Name the flags, ready to be given, that lower the memory of a training step.
 
-    The first ones leave the experiment as it is, so a run may continue with them.
+    A run may continue with the first ones.
 
     Args:
         model, data: of the experiment.
@@ -58,12 +58,12 @@ def what_helps(
         same.append(f"--config.training.accumulate={more[0]}")
     if set(model.remat) < set(model.remat_parts):
         same.append(f'--config.model.remat="{tuple(model.remat_parts)}"')
+    fewer = [n for n in checks.divisors(share) if n < share and n % accumulate == 0]
+    if fewer:
+        same.append(f"--config.data.batch_size={fewer[-1] * devices}")
     other = []
     if model.dtype != "bfloat16":
         other.append("--config.model.dtype=bfloat16")
-    fewer = [n for n in checks.divisors(share) if n < share]
-    if fewer:
-        other.append(f"--config.data.batch_size={fewer[-1] * devices}")
     if smaller := _smaller_patch(model, data.patch_shape):
         other.append(f'--config.data.patch_shape="{smaller}"')
     spread = [n for n in checks.divisors(devices) if n > expert]

@@ -181,8 +181,8 @@ class Checkpoints:
         folder "damaged", with a line in the log, and the one before it is read.
 
         Raises:
-            UserError: for a checkpoint of another model, seed, batch size or data, for
-                one that cannot be read now, and if none of them can be read at all.
+            UserError: for a checkpoint of another model, seed or data, for one that
+                cannot be read now, and if none of them can be read at all.
         """
         damage = None
         while self._steps:
@@ -306,7 +306,6 @@ def _parts(params, buffers):
 def _require_same_origin(folder, found, wanted):
     reasons = {
         "seed": "training.seed decides the order of the data",
-        "batch_size": "data.batch_size decides which crops a step has seen",
         "data": "cases of the train split, their order or their files changed",
     }
     checks.require(

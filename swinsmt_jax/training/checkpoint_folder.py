@@ -21,6 +21,7 @@ T = TypeVar("T")
 DAMAGED = "damaged"  # folder of a workdir
 STATE, META, METRICS = "state", "meta", "metrics"  # folders of a checkpoint
 METRIC, CASES = "val_dice", "cases"
+AHEAD = "crops_ahead"  # of steps times batch size, in the data's stream
 SCORES = ocp.JsonCheckpointHandler(filename=METRICS)  # reads and writes METRICS
 MAX_LISTED = 6  # differing parameters in a message
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # files that will not come back
@@ -87,6 +88,12 @@ def meta_of(folder: Path) -> dict:
         return meta
 
     return read(folder, restore)
+
+
+def crops_until(folder: Path) -> int:
+    """Return how many crops of the data's stream the steps up to this one took."""
+    meta = meta_of(folder)
+    return int(folder.name) * meta["batch_size"] + meta.get(AHEAD, 0)
 
 
 def require_same_parameters(folder: Path, params: Mapping, *, part: str) -> None:

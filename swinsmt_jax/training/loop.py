@@ -21,11 +21,11 @@ from swinsmt_jax.runtime import cost, memory, processes, record, signals
 from swinsmt_jax.runtime.profile import Profile
 from swinsmt_jax.training import logs, setup
 from swinsmt_jax.training.checkpoint import Checkpoints, open_checkpoints, origin_of
-from swinsmt_jax.training.checkpoint_folder import METRIC
+from swinsmt_jax.training.checkpoint_folder import AHEAD, METRIC, crops_until
 from swinsmt_jax.training.continuing import continued
 from swinsmt_jax.training.logs import Clock, open_log
 from swinsmt_jax.training.state import TrainState
-from swinsmt_jax.training.workdir import locked, open_workdir
+from swinsmt_jax.training.workdir import CHECKPOINTS, locked, open_workdir
 
 Validate = Callable[..., dict]
 
@@ -99,6 +99,9 @@ def train(
             origin = origin_of(config, data=fingerprint)
             state = checkpoints.restore_latest(abstract, origin=origin)
             done = 0 if state is None else int(state.step)
+            folder = workdir / CHECKPOINTS / str(done)
+            crops = processes.run_on_all(lambda: crops_until(folder)) if done else 0
+            origin[AHEAD] = ahead = crops - done * data.batch_size
             stop = training.num_steps
             _announce(workdir, mesh, abstract, cases=len(cases), done=done, stop=stop)
             ended = done == stop and (validate is None or checkpoints.is_scored(done))
@@ -109,6 +112,7 @@ def train(
                 "mesh": dict(mesh.shape),
                 "data": fingerprint,
                 "first_step": done + 1,
+                "first_crop": crops + 1,
                 "trained_on": setup.trained_on(data, cases),
                 "changed": changed,
             }
@@ -140,6 +144,7 @@ def train(
                     seed=training.seed,
                     num_classes=num_classes,
                     mesh=mesh,
+                    ahead=ahead,
                 ),
                 measure=functools.partial(
                     cost.measure, model=config.model, data=data, mesh=mesh

@@ -145,8 +145,11 @@ def batches_after(
     seed: int,
     num_classes: int,
     mesh: Mesh,
+    ahead: int = 0,
 ) -> Iterator[tuple[dict[str, jax.Array], list[str]]]:
     """Yield each batch after a step, on the mesh, and the names of its cases.
+
+    `ahead` is as in `pipeline.training_batches`.
 
     Raises:
         UserError: for bad files, and labels that the network has no output for.
@@ -156,6 +159,7 @@ def batches_after(
         cases,
         seed=seed,
         start_step=step,
+        ahead=ahead,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

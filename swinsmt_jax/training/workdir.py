@@ -29,6 +29,7 @@ FOLDERS = (CHECKPOINTS, "tensorboard", "profile", "damaged")
 # and that a run may change when it is continued: the log and run.json tell.
 TOLD = (
     "data.augmentations.",
+    "data.batch_size",
     "data.foreground_ratio",
     "optimizer.learning_rate",
     "optimizer.weight_decay",
@@ -37,6 +38,8 @@ TOLD = (
     "optimizer.extend",
     "training.num_steps",
     "training.eval_cases",
+    "inference.overlap",
+    "inference.blend",
 )
 # All keys that may change; data.root may move, since the checkpoint knows the data's
 # fingerprint.
@@ -56,8 +59,6 @@ MAY_CHANGE = (
     "data.num_threads",
     "data.cache",
     "data.description",
-    "inference.overlap",
-    "inference.blend",
     "inference.window_batch",
     "inference.accumulate_on",
 )

@@ -147,7 +147,6 @@ def test_load_model_refuses_parameters_of_another_model(tmp_path, make_config):
     "changes, data, words",
     [
         ({"training": {"seed": 1}}, "abc", "its seed is 0, but now 1"),
-        ({"data": {"batch_size": 4}}, "abc", "its batch_size is 2, but now 4"),
         ({}, "abd", "its data is 'abc', but now 'abd' .*cases of the train split"),
     ],
 )

@@ -1,12 +1,13 @@
 """What a run that continues may do otherwise, and how that is told."""
 
+import contextlib
 import json
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from swinsmt_jax.data import meta
+from swinsmt_jax.data import meta, pipeline
 from swinsmt_jax.evaluation import validation
 from swinsmt_jax.training import loop
 from swinsmt_jax.training.checkpoint import load_model
@@ -60,12 +61,44 @@ def test_what_may_change_midway_is_told(tmp_path, make_config, caplog):
         training={"num_steps": 4},
         optimizer={"learning_rate": 1e-3},
         data={"augmentations": {"noise": {"probability": 0.5}}},
+        inference={"overlap": 0.25},
     )
     loop.train(changed, workdir=run)
+    assert rates(run)[3] < 1e-3
     *_, start = json.loads((run / "run.json").read_text())["starts"]
     assert start["changed"]["optimizer.learning_rate"] == [0.01, 0.001]
     assert start["changed"]["data.augmentations.noise.probability"] == [0.0, 0.5]
+    assert start["changed"]["inference.overlap"] == [0.5, 0.25]
     assert "optimizer.learning_rate: 0.01 -> 0.001" in caplog.text
+    assert "data.augmentations.noise.probability: 0.0 -> 0.5" in caplog.text
+
+
+def test_a_batch_of_another_size_goes_on_where_the_last_one_ended(
+    tmp_path, make_config, monkeypatch, caplog
+):
+    taken, make = [], pipeline.training_batches
+
+    def recorded(*arguments, **options):
+        with contextlib.closing(make(*arguments, **options)) as batches:
+            for batch in batches:
+                taken.extend(batch["image"])
+                yield batch
+
+    data = make_config().data
+    cases = pipeline.find_cases(data, split="train")
+    with contextlib.closing(make(data, cases, seed=0)) as stream:
+        expected = [crop for _ in range(5) for crop in next(stream)["image"]]
+    monkeypatch.setattr(pipeline, "training_batches", recorded)
+    for steps, batch_size in ((2, 2), (3, 4), (5, 1)):
+        config = make_config(
+            data={"batch_size": batch_size}, training={"num_steps": steps}
+        )
+        loop.train(config, workdir=tmp_path / "run")
+    np.testing.assert_array_equal(taken, expected)
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert [start["first_crop"] for start in starts] == [1, 5, 9]
+    assert starts[1]["changed"]["data.batch_size"] == [2, 4]
+    assert "data.batch_size: 2 -> 4" in caplog.text
 
 
 def test_other_validation_cases_score_anew(tmp_path, make_config, dataset, caplog):

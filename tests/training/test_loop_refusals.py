@@ -61,8 +61,8 @@ def test_a_step_beyond_the_memory_is_refused_with_remedies(
     monkeypatch.setattr(cost, "device_memory", lambda mesh: 100_000)
     words = (
         "needs .* GB on each device .*has 0.00 GB. What helps: "
-        "--config.training.accumulate=2, or --config.model.remat=.*new --workdir: .*"
-        "batch_size=1.*more devices"
+        "--config.training.accumulate=2, or --config.model.remat=.*, or "
+        "--config.data.batch_size=1. Another .*new --workdir: .*more devices"
     )
     config = make_config()
     with pytest.raises(UserError, match=words):
@@ -122,8 +122,9 @@ def test_a_start_that_failed_does_not_claim_the_workdir(
             loop.train(make_config(), workdir=tmp_path / "run")
     smaller = make_config(data={"batch_size": 1}, training={"num_steps": 1})
     assert int(loop.train(smaller, workdir=tmp_path / "run").step) == 1
-    with pytest.raises(UserError, match="another config.*batch_size: 1 -> 2"):
-        loop.train(make_config(), workdir=tmp_path / "run")
+    other = make_config(training={"num_steps": 1, "seed": 1})
+    with pytest.raises(UserError, match="another config.*training.seed: 0 -> 1"):
+        loop.train(other, workdir=tmp_path / "run")
 
 
 def test_labels_beyond_the_network_are_refused(tmp_path, make_config):

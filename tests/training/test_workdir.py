@@ -32,6 +32,27 @@ def test_another_config_is_refused_by_the_keys_that_differ(tmp_path, make_config
         open_workdir(tmp_path, other)
 
 
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [
+        ("optimizer", "warmup_steps", 1),
+        ("optimizer", "freeze", ("stem",)),
+        ("training", "loss", "tversky_ce"),
+        ("training", "seed", 1),
+        ("training", "ema_decay", 0.5),
+        ("data", "hu_range", (-500.0, 500.0)),
+        ("data", "fold", 1),
+    ],
+)
+def test_what_may_not_change_midway_is_refused_by_name(
+    tmp_path, make_config, group, key, value
+):
+    open_workdir(tmp_path, make_config())
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"these keys differ: {group}\.{key}: "):
+        open_workdir(tmp_path, make_config(**{group: {key: value}}))
+
+
 def test_without_checkpoints_any_config_takes_the_workdir(tmp_path, make_config):
     open_workdir(tmp_path, make_config(optimizer={"freeze": ("^typo/",)}))
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)

@@ -4,8 +4,8 @@ import importlib
 
 _WHERE = dict.fromkeys(
     (
-        *("Network", "abstract_model", "apart", "count_parameters", "create", "split"),
-        "together",
+        *("Network", "abstract_model", "count_parameters", "create", "merge_buffers"),
+        *("split", "split_buffers"),
     ),
     "swinsmt_jax.models.network",
 )

@@ -81,7 +81,7 @@ def dropout_key(rngs: nnx.Rngs | None) -> jax.Array | None:
 
 def count_parameters(config: NetworkConfig) -> int:
     """Count the parameters of a config's network without making them."""
-    params, _ = apart(*abstract_model(config))
+    params, _ = split_buffers(*abstract_model(config))
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -95,7 +95,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     return graphdef, nnx.to_pure_dict(arrays)
 
 
-def apart(graphdef: nnx.GraphDef, arrays: dict) -> tuple[dict, dict]:
+def split_buffers(graphdef: nnx.GraphDef, arrays: dict) -> tuple[dict, dict]:
     """Return the parameters among a network's arrays, and its buffers."""
     if not arrays:
         return {}, {}
@@ -104,8 +104,8 @@ def apart(graphdef: nnx.GraphDef, arrays: dict) -> tuple[dict, dict]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest[0])
 
 
-def together(params: dict, buffers: dict) -> dict:
-    """Return the arrays of a network, the inverse of `apart`."""
+def merge_buffers(params: dict, buffers: dict) -> dict:
+    """Return the arrays of a network, the inverse of `split_buffers`."""
     if not buffers:
         return params
     flat = [nnx.traversals.flatten_mapping(part) for part in (params, buffers)]

@@ -22,7 +22,7 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.models import abstract_model, apart, together
+from swinsmt_jax.models import abstract_model, merge_buffers, split_buffers
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.files import (
     PARTIAL,
@@ -87,14 +87,14 @@ class Checkpoints:
         Raises:
             UserError: where that fails, as in a path that Orbax takes for a pattern.
         """
-        folder, like = self._root / f"{PARTIAL}probe", {"probe": np.arange(3.0)}
-        state = ocp.args.StandardSave(like)
+        folder, probe = self._root / f"{PARTIAL}probe", {"probe": np.arange(3.0)}
+        state = ocp.args.StandardSave(probe)
         with self._written():
             self._writer.save(folder, args=ocp.args.Composite(state=state))
             self._writer.wait_until_finished()
 
         def check():
-            args = ocp.args.StandardRestore(like)
+            args = ocp.args.StandardRestore(probe)
             try:
                 ocp.StandardCheckpointHandler().restore(folder / STATE, args=args)
             except (MemoryError, jax.errors.JaxRuntimeError):
@@ -174,8 +174,10 @@ class Checkpoints:
             self._steps.remove(step)
             processes.on_first(functools.partial(remove, self._root / str(step)))
 
-    def restore_latest(self, like: TrainState, *, origin: dict) -> TrainState | None:
-        """Read the latest state onto the shardings of `like`; None if there is none.
+    def restore_latest(
+        self, abstract: TrainState, *, origin: dict
+    ) -> TrainState | None:
+        """Read the latest state onto the shardings of `abstract`; None without one.
 
         A checkpoint that one of the processes finds damaged is moved to the workdir's
         folder "damaged", with a line in the log, and the one before it is read.
@@ -187,7 +189,7 @@ class Checkpoints:
         damage = None
         while self._steps:
             folder = self._root / str(self._steps[-1])
-            state, damage = _restore(folder, like, origin=origin)
+            state, damage = _restore(folder, abstract, origin=origin)
             if damage is None:
                 return state
             processes.on_first(functools.partial(put_aside, folder, damage))
@@ -200,10 +202,10 @@ class Checkpoints:
         )
         return None
 
-    def restore(self, step: int, like: TrainState, *, origin: dict) -> TrainState:
+    def restore(self, step: int, abstract: TrainState, *, origin: dict) -> TrainState:
         """Read the state of a step; errors as of `restore_latest`."""
         folder = self._root / str(step)
-        state, damage = _restore(folder, like, origin=origin)
+        state, damage = _restore(folder, abstract, origin=origin)
         checks.require(state is not None, f"{damage}; remove {folder}.")
         return state
 
@@ -254,7 +256,7 @@ def _clean(root):
             shutil.rmtree(left.get())
 
 
-def _restore(folder, like, *, origin):
+def _restore(folder, abstract, *, origin):
     """Return (state, None), or (None, what some process finds damaged)."""
 
     def attempt():
@@ -267,11 +269,11 @@ def _restore(folder, like, *, origin):
             meta = meta_of(folder)
             _require_same_origin(folder, meta, origin)
             dice_of(folder)
-            for part, arrays in _parts(like.params, like.buffers).items():
+            for part, arrays in _parts(abstract.params, abstract.buffers).items():
                 require_same_parameters(folder, arrays, part=part)
             # by the handler itself, which waits for no process
             handler = ocp.StandardCheckpointHandler()
-            args = ocp.args.StandardRestore(_fields(like))
+            args = ocp.args.StandardRestore(_fields(abstract))
 
             def restore():
                 found = handler.restore(folder / STATE, args=args)
@@ -363,9 +365,9 @@ def _load(folder):
     meta, dice = meta_of(folder), dice_of(folder)
     config = from_config_dict(meta["config"])
     config = dataclasses.replace(config, data=pipeline.recalled(config.data))
-    graphdef, like = abstract_model(config.model)
+    graphdef, abstract = abstract_model(config.model)
     averaged = config.training.ema_decay > 0
-    wanted = {EMA: like} if averaged else _parts(*apart(graphdef, like))
+    wanted = {EMA: abstract} if averaged else _parts(*split_buffers(graphdef, abstract))
     for part, arrays in wanted.items():
         require_same_parameters(folder, arrays, part=part)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -382,7 +384,7 @@ def _load(folder):
     named = {path_name(path): leaf for part in leaves for path, leaf in part}
     checks.finite(f"the checkpoint {folder}", named)
     found = jax.device_put(found)  # not tied to a device
-    arrays = found[EMA] if averaged else together(**{"buffers": {}, **found})
+    arrays = found[EMA] if averaged else merge_buffers(**{"buffers": {}, **found})
     metrics = {} if dice is None else {METRIC: dice}
     about = {"step": int(folder.name), "metrics": metrics}
     return config, nnx.merge(graphdef, arrays), about

@@ -24,12 +24,12 @@ class Packing:
     or of the first of those that are joined, to an array.
 
     Args:
-        like: nested dictionaries of the parameters' shapes, dtypes and shardings.
+        abstract: nested dictionaries of the parameters' shapes, dtypes and shardings.
         kind: of a path; parameters of different kinds stay apart.
     """
 
-    def __init__(self, like: dict, *, kind: Callable[[str], Hashable]):
-        leaves, self._structure = jax.tree_util.tree_flatten_with_path(like)
+    def __init__(self, abstract: dict, *, kind: Callable[[str], Hashable]):
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(abstract)
         self._shapes = {path_name(path): leaf.shape for path, leaf in leaves}
         groups: dict[Hashable, list[str]] = {}
         for name, (_, leaf) in zip(self._shapes, leaves, strict=True):

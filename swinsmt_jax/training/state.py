@@ -43,7 +43,7 @@ class TrainState:
     @property
     def arrays(self) -> dict:
         """The arrays of the network: parameters and buffers."""
-        return models.together(self.params, self.buffers)
+        return models.merge_buffers(self.params, self.buffers)
 
     @property
     def evaluated_params(self) -> dict:
@@ -102,7 +102,7 @@ def changed(
         logging.info("%s", line)
     arrays = jax.device_put(models.split(model)[1], shardings_of(state.arrays))
     average = jax.tree.map(jnp.copy, arrays) if state.ema_params else {}
-    params, buffers = models.apart(graphdef, arrays)
+    params, buffers = models.split_buffers(graphdef, arrays)
     return dataclasses.replace(
         state, params=params, buffers=buffers, ema_params=average
     )
@@ -114,7 +114,7 @@ def shardings_of(tree: Any) -> Any:
 
 
 def _start(graphdef, arrays, optimizer, averaged):
-    params, buffers = models.apart(graphdef, arrays)
+    params, buffers = models.split_buffers(graphdef, arrays)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -65,12 +65,12 @@ def make_train_step(
     """
 
     def loss_of(params, buffers, batch, key):
-        model = nnx.merge(graphdef, models.together(params, buffers))
+        model = nnx.merge(graphdef, models.merge_buffers(params, buffers))
         image, label, rngs = batch["image"], batch["label"], nnx.Rngs(dropout=key)
         value, counts = loss_and_accuracy_counts(
             model, image, label, loss=loss, rngs=rngs
         )
-        return value, (counts, models.apart(*models.split(model))[1])
+        return value, (counts, models.split_buffers(*models.split(model))[1])
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     packing = Packing(abstract.params, kind=optimizer.kind)
@@ -84,7 +84,7 @@ def make_train_step(
             )
         value, counts, grads = found
         with jax.named_scope("optimizer"):
-            average, averaged = models.apart(graphdef, state.ema_params)
+            average, averaged = models.split_buffers(graphdef, state.ema_params)
             packed, grads = packing.pack((replace(state, ema_params=average), grads))
             grad_norm = optax.tree.norm(grads)
             numbers = jnp.stack([value, grad_norm, optax.tree.norm(buffers)])
@@ -93,7 +93,7 @@ def make_train_step(
             params, opt_state, average = packing.unpack(updates)
             buffers = _choose(finite, buffers, state.buffers)
             moved = _averaged(state, buffers, averaged, ema_decay=ema_decay)
-            average = models.together(average, _choose(finite, moved, averaged))
+            average = models.merge_buffers(average, _choose(finite, moved, averaged))
         total = state.skipped[0] + ~finite
         in_row = jnp.where(finite, 0, state.skipped[1] + 1)
         rate = schedule(state.step - state.skipped[0])

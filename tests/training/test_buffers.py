@@ -171,10 +171,10 @@ def test_a_checkpoint_without_statistics_is_of_another_model(start, tmp_path):
 def test_parameters_and_buffers_are_taken_apart_and_put_together(start, make_config):
     *_, config = start()
     graphdef, arrays = models.abstract_model(config.model)
-    params, buffers = models.apart(graphdef, arrays)
+    params, buffers = models.split_buffers(graphdef, arrays)
     assert set(buffers) == {"norm", "shift"} and set(params["norm"]) == {
         "scale",
         "bias",
     }
-    assert models.together(params, buffers) == arrays
+    assert models.merge_buffers(params, buffers) == arrays
     assert models.count_parameters(config.model) == 2 * 6 + 2 * 6 + 6 * 4 + 4

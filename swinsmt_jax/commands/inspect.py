@@ -1,4 +1,4 @@
-"""Say what a folder or a file is: a run, a store, a dataset, a network, weights.
+"""Say what a folder or a file is: a run, store, dataset, network, weights, nnU-Net's.
 
     swinsmt inspect runs/x
     swinsmt inspect data/mine_store
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import layouts, meta, store
+from swinsmt_jax.data import layouts, meta, nnunet_plan, store
 from swinsmt_jax.data.dataset import description_of, open_dataset
 from swinsmt_jax.data.spacing import text
 from swinsmt_jax.models import registry
@@ -42,6 +42,8 @@ def lines_of(path: Path) -> Iterator[str]:
         kind = _exported if path.suffix == ".npz" else _weights
     elif (path / "config.json").is_file():
         kind = _run
+    elif (path / nnunet_plan.PLANS).is_file():
+        kind = _model_folder
     else:
         kind = _store if store.is_store(path) else _dataset
     yield from kind(path)
@@ -105,6 +107,19 @@ def _dataset(path):
     for name, why in found.refused.items():
         yield f"  refused: {name}: {why}"
     yield from _classes(found.classes.names[1:], found.classes.groups)
+
+
+def _model_folder(path):
+    from swinsmt_jax.convert import nnunet_finetune, nnunet_folder
+
+    found = nnunet_folder.read(path)
+    plan, axes = found.plan, nnunet_folder.axes_of_scan(found.plan)
+    yield f"{path}: a model folder of nnU-Net, {found.configuration}"
+    yield f"  {', '.join(found.folds)} of a {registry.entry_of(found.network).name}"
+    yield f"  voxels {text(nnunet_finetune.spacing_of(found))} mm"
+    yield f"  patch {tuple(plan.patch_shape[axis] for axis in axes)}"
+    yield f"  {plan.normalization}"
+    yield from _classes(plan.names[1:])
 
 
 def _exported(path):

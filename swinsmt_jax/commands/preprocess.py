@@ -36,6 +36,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("spacing", None, help, flag_values=values)
     help = "config that will train on the store; its data.spacing is taken"
     flags.DEFINE_string("config", None, help, flag_values=values)
+    help = "model folder of nnU-Net to fine-tune on the store; its spacing is taken"
+    flags.DEFINE_string("nnunet", None, help, flag_values=values)
     help = "JSON file that describes the source, or v1, v2, total_v3 (TotalSegmentator)"
     flags.DEFINE_string("description", "", help, flag_values=values)
     help = "names of the classes to keep; without it all"
@@ -58,14 +60,25 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def _spacing(options):
-    """Return the spacing of --spacing or of --config, which may not differ."""
+    """Return the spacing of --spacing, --config or --nnunet, which may not differ."""
     given = None if options.spacing is None else parse("--spacing", options.spacing)
-    if options.config is None:
+    where = options.nnunet or options.config
+    if where is None:
         return given or 0.0
-    wanted = from_config_dict(startup.config_of(options.config)).data.spacing
     checks.require(
-        given in (None, wanted),
-        f"--spacing is {options.spacing}, but data.spacing of {options.config} is "
+        not (options.nnunet and options.config),
+        "--nnunet and --config both tell a spacing; leave one of them out.",
+    )
+    if options.nnunet:
+        from swinsmt_jax.convert import nnunet_finetune, nnunet_folder  # they load jax
+
+        folder = nnunet_folder.read(options.nnunet, first=True)
+        wanted = nnunet_finetune.spacing_of(folder)
+    else:
+        wanted = from_config_dict(startup.config_of(options.config)).data.spacing
+    checks.require(
+        given is None or text(given) == text(wanted),
+        f"--spacing is {options.spacing}, but the spacing of {where} is "
         f"{text(wanted)}; leave one of them out.",
     )
     return wanted

@@ -18,7 +18,7 @@ import functools
 from absl import flags
 
 from swinsmt_jax.config import from_config_dict
-from swinsmt_jax.convert import starting_point
+from swinsmt_jax.convert import nnunet_finetune, starting_point
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import pictures, validation
 from swinsmt_jax.runtime import distributed, startup
@@ -57,7 +57,11 @@ def main(arguments: list[str]) -> None:
     """Train as the flags say."""
     startup.start(arguments)
     distributed.start()
-    config = from_config_dict(flags.FLAGS.config)
+    if nnunet_finetune.is_of_plan(flags.FLAGS.config):
+        planned = nnunet_finetune.planned
+        config = planned(flags.FLAGS.config, flags.FLAGS.start_from)
+    else:
+        config = from_config_dict(flags.FLAGS.config)
     if flags.FLAGS.fold is not None:
         data = dataclasses.replace(config.data, fold=flags.FLAGS.fold)
         config = dataclasses.replace(config, data=data)

@@ -79,23 +79,25 @@ class ModelFolder:
     mirror_axes: tuple[int, ...]
 
 
-def read(folder: str | Path, *, folds: Sequence[str] = ()) -> ModelFolder:
+def read(
+    folder: str | Path, *, folds: Sequence[str] = (), first: bool = False
+) -> ModelFolder:
     """Read a model folder without PyTorch, and without running what a pickle says.
 
     Args:
         folder: with plans.json, or a dataset's with one such folder in it.
         folds: numbers, or "all" for fold_all, or every fold where there is none; none
             takes every fold_<number> with a final checkpoint.
+        first: take the first of these alone.
 
     Raises:
         UserError: for what is missing, damaged or not supported; see the functions
             below.
     """
     path = find(folder)
-    names = _folds(path, folds)
+    names = _folds(path, folds)[: 1 if first else None]
     read = [files.read_document(path / name / CHECKPOINT) for name in names]
-    where, first = path / names[0] / CHECKPOINT, read[0]
-    configuration, axes = _facts(first, where)
+    configuration, axes = _facts(read[0], path / names[0] / CHECKPOINT)
     plan = nnunet_plan.read(path, configuration)
     with checks.named(path / nnunet_plan.PLANS):
         network = network_of(plan.network, channels=plan.channels)
@@ -259,6 +261,15 @@ def axes_of_scan(plan: Plan) -> tuple[int, ...]:
     return tuple(plan.transpose.index(2 - axis) for axis in range(3))
 
 
-def weights_of_scan_axes(folder: ModelFolder) -> dict[str, np.ndarray]:
-    """Return the first fold's weights for input with the axes of a scan."""
-    return permuted_weights(to_torch(folder.models[0]), axes_of_scan(folder.plan))
+def start_of(path: str | Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Return weights and names of outputs to begin a training with.
+
+    They are those of the first fold, for input with the axes of a scan. Regions are no
+    classes: sigmoids, which overlap.
+    """
+    folder = read(path, first=True)
+    plan, names = folder.plan, folder.plan.names
+    found = permuted_weights(to_torch(folder.models[0]), axes_of_scan(plan))
+    if plan.regions:
+        return found, tuple(f"region {names[i]}" for i in plan.regions)
+    return found, ("background", *names[1:])

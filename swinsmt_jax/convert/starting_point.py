@@ -193,7 +193,7 @@ def _with_names(path):
     """Return weights, and the names of their label ids, () if they are not known."""
     path = absolute(path)
     if nnunet_folder.is_folder(path):
-        return nnunet_folder.weights_of_scan_axes(nnunet_folder.read(path)), ()
+        return nnunet_folder.start_of(path)
     if not path.is_dir():
         return files.read(path), files.class_names(path)
     config, model, info = load_model(path)

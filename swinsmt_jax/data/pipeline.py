@@ -196,7 +196,7 @@ def settled(config: DataConfig, *, num_classes: int) -> DataConfig:
     if store.is_store(root):
         spacing = store.read_options(root).spacing
         checks.require(
-            config.spacing in (0.0, spacing),
+            config.spacing == 0.0 or text(config.spacing) == text(spacing),
             f"data.spacing is {text(config.spacing)}, but the store {root} was made "
             f"with --spacing={text(spacing)}; set data.spacing=0, which takes the "
             "store's, or preprocess again with another --store.",

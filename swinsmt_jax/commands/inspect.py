@@ -1,13 +1,14 @@
-"""Say what a folder or a file is: a run, store, dataset, network, weights, nnU-Net's.
+"""Say what a folder or a file is: a run, a store, a dataset, a model folder, weights.
 
-    swinsmt inspect runs/x
-    swinsmt inspect data/mine_store
+    swinsmt inspect runs/x data/mine_store
+    swinsmt inspect Dataset001_X/nnUNetTrainer__nnUNetPlans__3d_fullres
+    swinsmt inspect ~/.totalsegmentator/nnunet/results
 
 prints one screen: classes, spacing, cases, steps, scores, and where it came from.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from swinsmt_jax import checks
@@ -37,13 +38,17 @@ def lines_of(path: Path) -> Iterator[str]:
     Raises:
         UserError: for what is not there, or nothing of this program.
     """
+    from swinsmt_jax.convert import nnunet_folder
+
     checks.require(path.exists(), f"{path} does not exist.")
     if path.is_file():
         kind = _exported if path.suffix == ".npz" else _weights
     elif (path / "config.json").is_file():
         kind = _run
-    elif (path / nnunet_plan.PLANS).is_file():
-        kind = _model_folder
+    elif nnunet_folder.is_folder(path):
+        kind = _nnunet
+    elif any(map(nnunet_folder.is_folder, _datasets(path))):
+        kind = _models
     else:
         kind = _store if store.is_store(path) else _dataset
     yield from kind(path)
@@ -109,17 +114,58 @@ def _dataset(path):
     yield from _classes(found.classes.names[1:], found.classes.groups)
 
 
-def _model_folder(path):
+def _models(path):
+    """Yield lines about a folder of nnU-Net's results, such as TotalSegmentator's."""
+    from swinsmt_jax.inference import totalsegmentator
+
+    folders = {folder.name.split("_")[0]: folder for folder in _datasets(path)}
+    yield f"{path}: models of nnU-Net v2 for {len(folders)} datasets"
+    for spacing, parts in totalsegmentator.TASKS.items():
+        lacking = [name for n in parts if (name := f"Dataset{n}") not in folders]
+        if len(lacking) < len(parts):
+            there = f"lacks {', '.join(lacking)}" if lacking else "complete"
+            yield f"  TotalSegmentator's task total at {spacing:g} mm: {there}"
+    for folder in folders.values():
+        yield from _nnunet(folder)
+
+
+def _datasets(path):
+    """Return folders of datasets in nnU-Net's results, or TotalSegmentator's home."""
+    inner = path / "nnunet" / "results"
+    root = inner if inner.is_dir() else path
+    return sorted(root.glob("Dataset[0-9]*_*"))
+
+
+def _nnunet(path):
+    """Yield lines about a dataset's folder of nnU-Net models, or about one model."""
     from swinsmt_jax.convert import nnunet_finetune, nnunet_folder
 
-    found = nnunet_folder.read(path)
-    plan, axes = found.plan, nnunet_folder.axes_of_scan(found.plan)
-    yield f"{path}: a model folder of nnU-Net, {found.configuration}"
-    yield f"  {', '.join(found.folds)} of a {registry.entry_of(found.network).name}"
-    yield f"  voxels {text(nnunet_finetune.spacing_of(found))} mm"
-    yield f"  patch {tuple(plan.patch_shape[axis] for axis in axes)}"
-    yield f"  {plan.normalization}"
-    yield from _classes(plan.names[1:])
+    own = [path / nnunet_plan.PLANS]
+    if not own[0].is_file():
+        own = sorted(path.glob(f"*__*__*/{nnunet_plan.PLANS}"))
+    for model in (file.parent for file in own):
+        folds = nnunet_folder.folds_of(model)
+        yield f"{model}: a model folder of nnU-Net v2"
+        yield f"  folds with a final checkpoint: {', '.join(folds) or 'none'}"
+        try:
+            read = nnunet_folder.read(model, folds=folds[:1])
+        except checks.UserError as error:
+            yield f"  cannot be used here: {error}"
+            continue
+        plan, name = read.plan, registry.entry_of(read.network).name
+        spacing = nnunet_finetune.spacing_of(read)
+        patch = [plan.patch_shape[axis] for axis in nnunet_folder.axes_of_scan(plan)]
+        yield f"  {read.configuration}: {name} of {_numbers(read.models[0])} parameters"
+        yield f"  voxels {text(spacing)} mm, patch {tuple(patch)}, {plan.modality}"
+        regions = ", overlapping regions" if plan.regions else ""
+        yield f"  normalised by {plan.normalization.scheme}{regions}"
+        yield from _classes(plan.names[1:])
+
+
+def _numbers(model):
+    from swinsmt_jax.convert import torch_state
+
+    return f"{sum(a.size for a in torch_state.to_torch(model).values()):,}"
 
 
 def _exported(path):
@@ -139,6 +185,16 @@ def _weights(path):
     arrays = files.read(path)
     count = sum(array.size for array in arrays.values())
     yield f"{path}: weights, {len(arrays)} arrays of {count:,} numbers"
+    for name in dict.fromkeys([next(iter(arrays)), list(arrays)[-1]]):
+        yield f"  {name}: {arrays[name].shape}"
+    document = files.read_document(path)
+    if isinstance(document, Mapping) and "trainer_name" in document:
+        about = document.get("init_args") or {}
+        yield (
+            f"  a checkpoint of nnU-Net v2: {document['trainer_name']}, "
+            f"{about.get('configuration')}; swinsmt inspect {path.parent.parent} says "
+            "more"
+        )
     names = files.class_names(path)
     if names:
         yield from _classes(names[1:])

@@ -134,12 +134,16 @@ def is_folder(path: str | Path) -> bool:
     )
 
 
+def folds_of(path: Path) -> list[str]:
+    """Return the folds of a model folder that have a final checkpoint, in order."""
+    files = path.glob(f"fold_*/{CHECKPOINT}")
+    names = [file.parent.name.removeprefix("fold_") for file in files]
+    return sorted(names, key=lambda name: (len(name), name))
+
+
 def _folds(path, wanted):
-    there = {
-        f.parent.name.removeprefix("fold_") for f in path.glob(f"fold_*/{CHECKPOINT}")
-    }
-    numbered = sorted((f for f in there if f.isdecimal()), key=int)
-    every = numbered or sorted(there & {"all"})
+    there = folds_of(path)
+    every = [name for name in there if name.isdecimal()] or [*{*there} & {"all"}]
     checks.require(
         bool(there),
         f"{path} has no fold with a {CHECKPOINT}, such as fold_0/{CHECKPOINT}.",
@@ -151,7 +155,7 @@ def _folds(path, wanted):
         checks.require(
             name in there,
             f"{path} has no fold_{name} with a {CHECKPOINT}; its folds are "
-            f"{checks.listed(sorted(there))}.",
+            f"{checks.listed(there)}.",
         )
     return tuple(f"fold_{name}" for name in dict.fromkeys(names))
 

@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from swinsmt_jax import load_nnunet, load_totalsegmentator, models, save
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.commands.inspect import lines_of
 from swinsmt_jax.convert import nnunet_writer
 from swinsmt_jax.inference.totalsegmentator import TASKS, resampled
 from swinsmt_jax.labels import CLASS_NAMES
@@ -112,3 +113,28 @@ def test_a_part_of_other_classes_is_refused(tmp_path):
     write_model(other, 297, 3.0, classes, names=names)
     with pytest.raises(UserError, match="must have 117, from spleen to costal"):
         load_totalsegmentator(other, fast=True)
+
+
+def test_what_a_model_folder_is_is_said(weights, tmp_path):
+    told = "\n".join(lines_of(weights))
+    assert "models of nnU-Net v2 for 6 datasets" in told
+    assert told.count(" mm: complete") == 2
+    (dataset,) = weights.glob("Dataset297_*")
+    told = "\n".join(lines_of(dataset))
+    assert "__3d_fullres: a model folder of nnU-Net v2" in told
+    assert "folds with a final checkpoint: 0" in told
+    assert "voxels 3 mm, patch (16, 16, 12), CT" in told
+    assert "nnunet_plain of " in told and "117 classes: spleen, " in told
+    (checkpoint,) = dataset.glob("*/fold_0/*.pth")
+    told = "\n".join(lines_of(checkpoint))
+    assert "weights, " in told and "nnUNetTrainer, 3d_fullres" in told
+    home = tmp_path / "home"
+    (home / "nnunet" / "results").mkdir(parents=True)
+    for folder in weights.glob("Dataset29[15]_*"):
+        (home / "nnunet" / "results" / folder.name).symlink_to(folder)
+    told = "\n".join(lines_of(home))
+    assert "1.5 mm: lacks Dataset292, Dataset293, Dataset294" in told
+    (tmp_path / "plans.json").write_text("{}")
+    told = "\n".join(lines_of(tmp_path))
+    assert "folds with a final checkpoint: none" in told
+    assert "cannot be used here: " in told

@@ -37,12 +37,15 @@ class Seen:
         least, most: smallest and largest sides in mm of the voxels of the training
             cases, to the right, front and head, where each kept its own.
         groups: class names by group, the columns of the results.
+        usual_ml: {class: 1st and 99th percentile of its volume in ml} of the training
+            cases, where their number tells them.
     """
 
     fingerprint: str = ""
     least: tuple[float, ...] = ()
     most: tuple[float, ...] = ()
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    usual_ml: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         checks.typed_fields("data.seen", self)

@@ -45,6 +45,7 @@ from swinsmt_jax.evaluation.averages import AVERAGES
 from swinsmt_jax.evaluation.conventions import CONVENTIONS, convention, surface_rule
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
 from swinsmt_jax.evaluation.fold_table import fold_table
+from swinsmt_jax.evaluation.looks import Looks
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import TOLERANCE
@@ -111,6 +112,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_bool("regrid", False, help, flag_values=values)
     help = "processes for --predictions; 0: one for each CPU core, up to 8"
     flags.DEFINE_integer("workers", 0, help, lower_bound=0, flag_values=values)
+    for name, help in (
+        ("confidence", "also say how sure the network is of each class"),
+        ("quality", "also check the anatomy of predictions, as predict.py --quality"),
+        ("view", "also write pages of the worst cases, truth beside prediction"),
+    ):
+        flags.DEFINE_bool(name, False, help, flag_values=values)
     help = "two runs or folders of results, to compare case by case"
     flags.DEFINE_list("compare", [], help, flag_values=values)
     help = "runs of a cross-validation, each evaluated with --split=val, for a table"
@@ -143,7 +150,10 @@ def scoring(options: flags.FlagValues) -> dict:
         tolerance=None if chosen.using_default_value else tolerance,
         cut_faces=options.cut_faces == "count",
     )
-    found = chosen_metrics(names, surface_rule=rule, protocol=protocol)
+    looks = Looks(options.confidence, options.quality, options.view)
+    found = chosen_metrics(
+        names, surface_rule=rule, protocol=protocol, confidence=looks.confidence
+    )
     surfaces = [metric.name for metric in found if metric.surfaces]
     checks.require(
         bool(tolerance) or names is None or not surfaces,
@@ -156,6 +166,7 @@ def scoring(options: flags.FlagValues) -> dict:
         "metrics": names,
         "surface_rule": rule if tolerance and surfaces else None,
         "protocol": protocol,
+        "looks": looks,
     }
 
 

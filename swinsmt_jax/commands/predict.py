@@ -57,10 +57,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_enum("format", None, FORMATS, help, flag_values=values)
     switch("clean", "keep the largest piece of organs and bones that are one piece")
     for name, kind in KINDS.items():
-        if kind.choices:
+        if kind.listed:
+            flags.DEFINE_list(name, [], kind.help, flag_values=values)
+        elif kind.choices:
             flags.DEFINE_enum(name, None, kind.choices, kind.help, flag_values=values)
         else:
             switch(name, kind.help)
+    switch("confidence", "say in the statistics how sure the network is of each class")
     switch("overwrite", "segment again what is there")
     switch("fast", "overlap of windows 0.25: about a third of the time, less smooth")
     help = "average over windows and their mirror images; twice the time. With --nnunet"
@@ -131,6 +134,7 @@ def main(arguments: list[str]) -> None:
         format=options.format,
         clean=options.clean,
         overwrite=options.overwrite,
+        confidence=options.confidence,
         **{name: getattr(options, name) for name in KINDS},
     )
     summary = segment_scans(segmenter, scans, options.output, output_options)

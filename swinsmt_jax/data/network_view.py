@@ -39,8 +39,11 @@ class NetworkView:
     axes: np.ndarray | None = None
 
     def on_scan(self, labels: np.ndarray) -> np.ndarray:
-        """Return the labels of the box on the whole scan, in its axes; 0 outside."""
-        whole = np.zeros(self.shape, labels.dtype)
+        """Return the labels of the box on the whole scan, in its axes; 0 outside.
+
+        What follows their three axes is kept.
+        """
+        whole = np.zeros((*self.shape, *labels.shape[3:]), labels.dtype)
         whole[self.box] = labels
         if self.axes is None:
             return whole

@@ -217,15 +217,26 @@ def save_labels(
 
 
 def save(
-    path: str | Path, array: np.ndarray, *, like: Volume, description: str = ""
+    path: str | Path,
+    array: np.ndarray,
+    *,
+    like: Volume,
+    description: str = "",
+    slope: float = 1.0,
 ) -> None:
     """Write an array [X, Y, Z], on the RAS grid of a file, in that file's orientation.
 
     The file appears under its name only when complete. `description` becomes a header
-    extension, such as `label_table.xml`.
+    extension, such as `label_table.xml`; readers multiply by `slope`.
     """
-    array = in_file_axes(array, like)
-    write(path, array, like.source_affine, header=like.header, description=description)
+    write(
+        path,
+        in_file_axes(array, like),
+        like.source_affine,
+        header=like.header,
+        description=description,
+        slope=slope,
+    )
 
 
 def write(
@@ -235,6 +246,7 @@ def write(
     *,
     header: nib.Nifti1Header | None = None,
     description: str = "",
+    slope: float = 1.0,
 ) -> None:
     """Write an array as NIfTI, NRRD or MetaImage; it appears when complete.
 
@@ -252,16 +264,18 @@ def write(
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            _write(partial, array, affine, header, description)
+            _write(partial, array, affine, header, description, slope)
 
 
-def _write(path, array, affine, header, description):
+def _write(path, array, affine, header, description, slope):
     if itk_file.is_itk(path):
         itk_file.write(path, array, affine, table=description)
         return
     header = geometry.header_like(header, affine, array.shape)
     header.set_data_dtype(array.dtype)
     image = nib.Nifti1Image(np.ascontiguousarray(array), None, header)
+    if slope != 1:
+        image.header.set_slope_inter(slope, 0)
     if description:
         extension = nib.nifti1.Nifti1Extension(0, description.encode())
         image.header.extensions.append(extension)

@@ -248,6 +248,7 @@ def seen(config: DataConfig, cases: Cases, *, groups: ClassMap) -> Seen:
         tuple(np.min(sides, axis=0).round(4).tolist()) if sides else (),
         tuple(np.max(sides, axis=0).round(4).tolist()) if sides else (),
         groups.names_by_group(),
+        store.usual_ml(cases, groups.names),
     )
 
 

@@ -37,6 +37,7 @@ INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
 VOLUMES = ("image", "label")
 LOCK = ".lock"
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile)
+USUAL = 20  # cases from which on percentiles of a volume are known
 SAMPLES = 20_000  # voxels of a kind kept at most
 # HU above which the boxes of the foreground are found beforehand
 FOREGROUND_THRESHOLDS_HU = (-1024, -1000, -500, -300, -200)
@@ -173,6 +174,30 @@ class StoredCase:
     @functools.cached_property
     def _boxes(self) -> dict:
         return {}
+
+
+def usual_ml(cases: Sequence, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Return {class: (1st, 99th percentile of its volume in ml)} of stored cases.
+
+    Of the classes that `USUAL` cases or more have whole; structures that their scan
+    cuts do not count. {} for cases that are not of a store.
+
+    Args:
+        cases: of the training.
+        names: of the label ids.
+    """
+    found: dict[str, list[float]] = {}
+    for case in cases if all(isinstance(c, StoredCase) for c in cases) else ():
+        facts = case.facts
+        voxel = abs(float(np.linalg.det(np.array(facts["affine"])[:3, :3]))) / 1000
+        for number, count in enumerate(facts["counts"]):
+            if number and count and number not in facts.get("cut", ()):
+                found.setdefault(names[number], []).append(count * voxel)
+    return {
+        name: tuple(np.percentile(own, (1, 99)).round(3).tolist())
+        for name, own in found.items()
+        if len(own) >= USUAL
+    }
 
 
 def is_store(root: str | Path) -> bool:
@@ -375,6 +400,7 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
             "shape": sample.image.shape,
             "affine": sample.affine.tolist(),
             "counts": counts.tolist(),
+            "cut": _cut(sample.label),
             "boxes": {
                 f"{air:g}": _box(sample, air) for air in FOREGROUND_THRESHOLDS_HU
             },
@@ -402,6 +428,18 @@ def _voxels(sample):
         "background": rest,
         "background_hu": sample.image[tuple(rest.T)],
     }
+
+
+def _cut(label):
+    """Return the ids of structures that reach the edge of the scan."""
+    faces = [
+        label.take(end, axis)
+        for axis in range(3)
+        for end in (0, -1)
+        if label.shape[axis] > 1
+    ]
+    found = set().union(*(np.unique(face).tolist() for face in faces))
+    return sorted(found - {0})
 
 
 def _box(sample, air):

@@ -12,6 +12,7 @@ from swinsmt_jax.config import ExperimentConfig, to_dict
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import kept
 from swinsmt_jax.evaluation.averages import known_groups
+from swinsmt_jax.evaluation.looks import Looks
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
 from swinsmt_jax.evaluation.results import about_metrics, write_results
@@ -40,6 +41,7 @@ def evaluate_split(
     protocol: str | None = None,
     mirror: bool = False,
     segmenter: NNUNetSegmenter | None = None,
+    looks: Looks = Looks(),  # noqa: B008
 ) -> str:
     """Segment the cases of a split, write all results, and return the Dice table.
 
@@ -60,6 +62,7 @@ def evaluate_split(
         metrics, surface_rule, protocol: as in `metrics.chosen_metrics`.
         mirror: average over windows and their mirror images.
         segmenter: of a model folder of nnU-Net; it says how scans are seen.
+        looks: what is asked for beside scores.
 
     Raises:
         SomeFailedError: after all cases, for bad files, and labels unknown to the
@@ -67,7 +70,13 @@ def evaluate_split(
         UserError: for an empty split, or an output path that is not a folder.
     """
     checks.in_range("limit", limit, 0, 10**9)
-    chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)
+    looks.require()
+    chosen = chosen_metrics(
+        metrics,
+        surface_rule=surface_rule,
+        protocol=protocol,
+        confidence=looks.confidence,
+    )
     data, names = config.data, config.data.class_names
     classes = pipeline.class_map(data)
     to_data = known_classes(data, classes)
@@ -88,7 +97,7 @@ def evaluate_split(
     how = about_metrics(chosen, surface_rule=surface_rule, protocol=protocol)
     decides = {**to_dict(config), "mirror": mirror, "metrics": how}
     decides |= {"network": network, "surfaces": repr(surface_rule)}
-    decides |= {"classes": classes.names}
+    decides |= {"classes": classes.names, **looks.decides}
     so_far = kept.Kept(output, kept.key_of(decides))
 
     def find():
@@ -110,7 +119,9 @@ def evaluate_split(
             **seen,
             to_data=to_data,
         )
-        return segmented.result, views_of(segmented)
+        known = names if to_data is None else to_data.names
+        result = looks.at(segmented, known, output, data.seen.usual_ml)
+        return result, views_of(segmented)
 
     def segment():
         bar = tqdm(
@@ -149,6 +160,7 @@ def evaluate_split(
         f"{about['gflop_per_window']:,.0f} GFLOP a window, "
         f"{about['seconds_per_scan']:.1f} s a scan (median, reading not counted)"
     )
+    pages = looks.pages(output, cases, views, names) if processes.is_first() else {}
     table = write_results(
         output,
         Evaluation(results, groups, rule, names),
@@ -156,6 +168,7 @@ def evaluate_split(
         about=about,
         title=f"{len(results)} cases of the split {split!r}, {made}",
         note=note,
+        pages=pages,
     )
     processes.on_first(so_far.end)
     return table

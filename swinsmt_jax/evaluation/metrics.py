@@ -7,6 +7,7 @@ resources/evaluate.py. What is predicted though absent is counted apart.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from swinsmt_jax.evaluation import surface
 from swinsmt_jax.evaluation.conventions import OWN, convention
 from swinsmt_jax.evaluation.overlap import Pair, missed_classes
 from swinsmt_jax.evaluation.surface import SurfaceRule
+from swinsmt_jax.results import statistics
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Metric:
             `surface.Distances` of one class and a `SurfaceRule` to its score.
         surfaces: whether it compares surfaces, which users may leave out.
         definition: in a line, for the head of tables.
+        confidence: whether it needs the network's probabilities.
         penalises: the metric whose scores it takes, if it has no `compute`; a class
             that was missed gets the diagonal of the scan in mm.
     """
@@ -45,6 +48,7 @@ class Metric:
     surfaces: bool = False
     definition: str = ""
     penalises: str = ""
+    confidence: bool = False
 
     @property
     def heading(self) -> str:
@@ -81,10 +85,12 @@ def chosen_metrics(
     *,
     surface_rule: SurfaceRule | None,
     protocol: str | None = None,
+    confidence: bool = False,
 ) -> tuple[Metric, ...]:
     """Return the metrics of these names, by default all that the protocol has.
 
-    Those of surfaces are left out if there is no rule for them.
+    Those of surfaces are left out if there is no rule for them, and those of the
+    network's `confidence` unless that is true.
 
     Raises:
         UserError: for a name unknown, or unknown to the protocol, and without Dice, by
@@ -100,6 +106,12 @@ def chosen_metrics(
             f"metrics has {name!r}, which {own.title} does not have; of it, "
             f"--protocol={protocol} gives {', '.join(own.measures)}.",
         )
+    unsure = [n for n in wanted if n in METRICS and METRICS[n].confidence]
+    checks.require(
+        confidence or not unsure,
+        f"metrics has {checks.listed(sorted(unsure))}, which needs the network's "
+        "probabilities; give --confidence instead.",
+    )
     checks.require(
         names is None or "dice" in wanted,
         f"metrics is {list(names or ())}, but must have 'dice'.",
@@ -107,6 +119,9 @@ def chosen_metrics(
     wanted |= {METRICS[name].penalises for name in wanted}
     found = []
     for name, metric in METRICS.items():
+        if metric.confidence:
+            found += [metric] if confidence else []
+            continue
         if (names is not None and name not in wanted) or (
             metric.surfaces and surface_rule is None
         ):
@@ -174,3 +189,23 @@ _register_distance("hd95", "HD95")
 _register_distance("assd", "ASSD")
 _register_own("volume", "volume difference", "%", ".2f")
 _register_own("volume_ml", "volume difference", "ml", ".2f")
+
+
+def _register_confidence(row, title, definition):
+    name = statistics.CONFIDENCE[row]
+    compute = functools.partial(_confidence, row=row)
+    metric = Metric(
+        *(name, title, "%", ".1f", compute), definition=definition, confidence=True
+    )
+    register(metric)
+
+
+def _confidence(pair, *, row):
+    return pair.confidence[row]
+
+
+_register_confidence(0, "probability", "mean probability of the predicted voxels")
+_register_confidence(1, "5th percentile", "of the predicted voxels' probability")
+_register_confidence(
+    2, "second within 0.1", "share of voxels whose second class is within 0.1"
+)

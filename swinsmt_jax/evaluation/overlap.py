@@ -1,12 +1,15 @@
 """The voxels of each class in two label maps, alone and in common."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
 from swinsmt_jax import checks
+from swinsmt_jax.results import statistics
 
 CHUNK = 1 << 16  # voxels counted at once, which stay in the processor's cache
 
@@ -28,6 +31,8 @@ class Pair:
         counts: of their voxels, for K classes.
         spacing: sides of a voxel in mm.
         workers: threads that a metric may use; None for as many as there are CPU cores.
+        probability, close: of each voxel's class, as in `inference.grid.Decided`; None
+            if unknown.
     """
 
     prediction: np.ndarray
@@ -35,6 +40,23 @@ class Pair:
     counts: Counts
     spacing: Sequence[float]
     workers: int | None = None
+    probability: np.ndarray | None = None
+    close: np.ndarray | None = None
+
+    @functools.cached_property
+    def confidence(self) -> np.ndarray:
+        """`statistics.confidence` of each class, `[3, K]`; NaN if not predicted."""
+        number = len(self.counts.truth)
+        found = np.full((3, number), np.nan)
+        if self.probability is None or self.close is None:
+            return found
+        boxes = ndimage.find_objects(self.prediction, max_label=number - 1)
+        for k, box in enumerate(boxes, start=1):
+            if box is not None:
+                mask = self.prediction[box] == k
+                own = self.probability[box][mask], self.close[box][mask]
+                found[:, k] = statistics.confidence(*own)
+        return found
 
 
 def overlap_counts(

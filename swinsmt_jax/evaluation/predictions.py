@@ -15,6 +15,7 @@ from swinsmt_jax.data.case import Case
 from swinsmt_jax.data.label_files import load_prediction, load_regridded, masks_in
 from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.evaluation import kept
+from swinsmt_jax.evaluation.looks import Looks
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
 from swinsmt_jax.evaluation.results import about_metrics, write_results
@@ -40,6 +41,7 @@ def evaluate_predictions(
     protocol: str | None = None,
     regrid: bool = False,
     workers: int = 0,
+    looks: Looks = Looks(),  # noqa: B008
 ) -> str:
     """Compare label files with the truth, write all results, and return the Dice table.
 
@@ -55,6 +57,7 @@ def evaluate_predictions(
             and in results.json.
         workers: processes that share the cases; 0 takes one for each CPU core, up to
             `MOST_WORKERS`. Cores that are left measure surfaces.
+        looks: what is asked for beside scores; files do not tell confidence.
 
     Raises:
         SomeFailedError: after all cases, for a prediction that lies on another grid or
@@ -63,6 +66,12 @@ def evaluate_predictions(
     """
     checks.in_range("limit", limit, 0, 10**9)
     checks.in_range("workers", workers, 0, 1024)
+    looks.require()
+    checks.require(
+        not looks.confidence,
+        "--confidence is asked for, but files of labels do not tell probabilities; "
+        "evaluate the network itself, by --workdir or --nnunet.",
+    )
     chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)
     cases, classes = pipeline.open_data(root, split=split, description=description)
     cases = cases[: limit or None]
@@ -73,6 +82,7 @@ def evaluate_predictions(
         _file(folder, case)  # before the work, say which one is missing
     how = about_metrics(chosen, surface_rule=surface_rule, protocol=protocol)
     decides = [class_map.to_json(classes), how, repr(surface_rule), regrid]
+    decides += [looks.decides] if looks.decides else []
     so_far = kept.Kept(output, kept.key_of(decides))
     so_far.begin()
     cores = loky.cpu_count()
@@ -86,6 +96,7 @@ def evaluate_predictions(
         surface_rule=surface_rule,
         regrid=regrid,
         threads=max(1, cores // workers),
+        looks=looks,
     )
     finished, found = run_each(evaluate, cases, workers=workers), {}
     for case, future in tqdm(finished, "evaluating", total=len(cases), unit="case"):
@@ -107,20 +118,22 @@ def evaluate_predictions(
         about=about,
         title=f"{len(results)} cases of the split {split!r}, predictions in {folder}",
         note="\n".join(lines),
+        pages=looks.pages(output, cases, views, classes.names),
     )
     so_far.end()
     return table
 
 
-def _evaluate(case, *, so_far, folder, **options):
+def _evaluate(case, *, so_far, folder, looks, **options):
     """Return the outcome of a case."""
     path = _file(folder, case)
     predicted = list(masks_in(path).values()) if path.is_dir() else [path]
-    score = partial(_score, path=path, **options)
+    look = partial(looks.at, output=so_far.output, usual_ml={})
+    score = partial(_score, path=path, look=look, **options)
     return so_far.outcome(case, [*case.files, *predicted], score)
 
 
-def _score(case, *, path, classes, metrics, surface_rule, regrid, threads):
+def _score(case, *, path, classes, metrics, surface_rule, regrid, threads, look):
     """Return result and views of a case."""
     truth = case.read()
     if truth.source_affine is None:  # of a store, on whose grid the prediction lies
@@ -147,7 +160,7 @@ def _score(case, *, path, classes, metrics, surface_rule, regrid, threads):
         surface_rule=surface_rule,
         workers=threads,
     )
-    return replace(case.result, note=note), views_of(case)
+    return replace(look(case, classes.names), note=note), views_of(case)
 
 
 def _file(folder: Path, case: Case | StoredCase) -> Path:

@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def write_results(
     about: dict,
     title: str,
     note: str = "",
+    pages: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Write the files of an evaluation and return the Dice table, `note` at its end.
 
@@ -44,6 +46,7 @@ def write_results(
         views: of the same cases, in the same order.
         about: plain values that say what was evaluated; copied into the files.
         title, note: of the table.
+        pages: {case: file in the folder} in which one looks at it.
     """
     head = "\n".join([title, *_head(about)])
     doubts = [f"To check: {n}" for result in evaluation.results for n in result.notes]
@@ -55,7 +58,7 @@ def write_results(
         write_per_case(output / "per_case.csv", evaluation)
         write_json(output / "results.json", evaluation, about=about)
         pictures.write_overview(output / "overview.png", views, evaluation.names)
-        page = _page(evaluation, views, table=table, about=about)
+        page = _page(evaluation, views, table=table, about=about, pages=pages)
         files.write_text(output / "report.html", page)
 
     first = processes.is_first()
@@ -150,6 +153,7 @@ def write_json(path: Path, evaluation: Evaluation, *, about: dict) -> None:
             "grid": result.grid,
             "truth": truth_of(result),
             "notes": result.notes,
+            "warnings": result.warnings,
         }
 
     def truth_of(result):
@@ -177,7 +181,7 @@ def write_json(path: Path, evaluation: Evaluation, *, about: dict) -> None:
     files.write_json(path, _plain(content))
 
 
-def _page(evaluation, views, *, table, about):
+def _page(evaluation, views, *, table, about, pages):
     """Return report.html: the table, every class and case, and the worst cases."""
     ranked = sorted(
         zip(tables.case_rows(evaluation), views, strict=True),
@@ -196,6 +200,8 @@ def _page(evaluation, views, *, table, about):
         dice=DICE,
         others=evaluation.measured()[1:],
         cases=[row | {"time": _seconds(row["seconds"], digits=1)} for row, _ in ranked],
+        pages=pages,
+        warnings={r.name: r.warnings for r in evaluation.results if r.warnings},
         worst=[(view, html.png(f, facecolor="black")) for view, f in drawn],
         classes={name: [rows[k - 1] for k in ids] for name, ids in groups.items()},
         about={k: v for k, v in about.items() if k != "definitions"},

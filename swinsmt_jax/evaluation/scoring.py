@@ -34,6 +34,7 @@ class CaseResult:
         truth: of each class `[K]`, the sum of the places of its voxels, counted along
             the grid: what tells one truth from another.
         notes: what a user should know about the scan's file.
+        warnings: `anatomy.QualityWarning`s of the prediction as dicts, if asked for.
     """
 
     name: str
@@ -44,6 +45,7 @@ class CaseResult:
     grid: Sequence[float] = ()
     truth: np.ndarray | None = None
     notes: Sequence[str] = ()
+    warnings: Sequence[dict[str, str]] = ()
 
     def of(self, metric: Metric) -> np.ndarray:
         """Return the scores of a metric `[K]`, NaN if it was not measured."""
@@ -112,6 +114,7 @@ def score(
     metrics: Sequence[Metric],
     surface_rule: SurfaceRule | None = None,
     workers: int | None = None,
+    confidence: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> Segmented:
     """Compare a prediction `[X, Y, Z]` with a scan's labels.
 
@@ -120,7 +123,7 @@ def score(
     """
     counts = overlap_counts(prediction, scan.label, num_classes=num_classes)
     spacing = spacing_of(scan.affine)
-    pair = Pair(prediction, scan.label, counts, spacing, workers)
+    pair = Pair(prediction, scan.label, counts, spacing, workers, *confidence)
     scores = measured(pair, metrics, surface_rule=surface_rule)
     grid = [*scan.label.shape, *(round(side, 3) for side in spacing)]
     labels, places = scan.label.reshape(-1), np.arange(scan.label.size, dtype=float)

@@ -21,7 +21,7 @@ from swinsmt_jax.evaluation.metrics import DICE, Metric
 from swinsmt_jax.evaluation.scoring import Evaluation, Segmented, score
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.grid import LARGEST, Decision
-from swinsmt_jax.inference.segmenter import segment
+from swinsmt_jax.inference.segmenter import decide
 from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.runtime import processes
 
@@ -132,15 +132,16 @@ def segment_case(
         shown = view(scan)
     start = time.perf_counter()
     with checks.named(f"case {case.name!r}"):
-        prediction = segment(
+        decided = decide(
             predict,
             shown,
             window=data.patch_shape,
             num_classes=channels or num_classes,
             inference=inference,
             sharding=sharding,
-            decision=decision,
+            decision=decision._replace(confidence=any(m.confidence for m in metrics)),
         )
+    prediction = decided.labels
     if to_data is not None and to_data.table is not None:
         prediction = to_data.table[prediction]
     return score(
@@ -150,6 +151,7 @@ def segment_case(
         num_classes=scored,
         metrics=metrics,
         surface_rule=surface_rule,
+        confidence=(decided.probability, decided.close),
     )
 
 

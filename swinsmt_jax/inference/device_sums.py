@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from swinsmt_jax.inference import grid
-from swinsmt_jax.inference.windows import Windows
+from swinsmt_jax.inference.windows import Box, Windows
 
 
 def needed_bytes(windows: Windows, num_classes: int, dtype: str) -> int:
@@ -30,8 +30,8 @@ def labels(
     num_classes: int,
     dtype: str,
     decision: grid.Decision,
-) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Yield (box, label ids [*box]) of layers that no further window touches.
+) -> Iterator[tuple[Box, grid.Decided]]:
+    """Yield (box, what is decided, [*box]) of layers that no further window touches.
 
     Args:
         windows: in whole layers.
@@ -42,8 +42,9 @@ def labels(
         decision: how logits become labels.
     """
     for z, done, held in _layers(windows, predictions, num_classes, dtype):
-        found = _labels(*held, done=done, decision=decision)
-        yield from windows.inside((z, 0, 0), np.asarray(found))
+        found = _decided(*held, done=done, decision=decision).each(np.asarray)
+        for box, inside in windows.inside((z, 0, 0), found.labels.shape):
+            yield box, found.each(lambda array, inside=inside: array[inside])
 
 
 def planes(
@@ -100,12 +101,12 @@ def _add(held, batch, index, weight, corner, *, order):
 
 
 @functools.partial(jax.jit, static_argnames=("done", "decision"))
-def _labels(sums, weights, *, done, decision):
-    """Label ids [done, H, W] of the first planes."""
+def _decided(sums, weights, *, done, decision):
+    """What is decided of the first planes, [done, H, W]."""
 
     def of_plane(i):
         mean = sums[i].astype(jnp.float32) / weights[i]
-        return decision.labels(jnp, mean)
+        return decision.decide(jnp, mean, logits=True)
 
     return lax.map(of_plane, jnp.arange(done))
 

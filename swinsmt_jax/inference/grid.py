@@ -1,11 +1,39 @@
 """Labels of logits, on their grid or on another: linear interpolation and decision."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 SET = 1.5 * 2.0**-24  # logits above have a sigmoid above 0.5, in float32
+CLOSE = 0.1  # difference of two probabilities below which both are likely
+STEPS = 255  # of a probability that is kept as uint8
+
+
+class Decided(NamedTuple):
+    """What is known of each voxel of a scan; None where it was not asked for.
+
+    Attributes:
+        labels: ids, uint8 [...].
+        probability: of the label, float16 [...].
+        close: whether the second class is within `CLOSE`, bool [...].
+        chosen: probabilities of chosen classes in `STEPS`, uint8 [..., n].
+    """
+
+    labels: Any
+    probability: Any = None
+    close: Any = None
+    chosen: Any = None
+
+    def each(self, change: Any) -> "Decided":
+        """Return what a function makes of each array that is there."""
+        return Decided(*(None if x is None else change(x) for x in self))
+
+    def put(self, box: Any, part: "Decided") -> None:
+        """Write a part into a box of these arrays."""
+        for array, own in zip(self, part, strict=True):
+            if array is not None:
+                array[box] = np.asarray(own)
 
 
 class Decision(NamedTuple):
@@ -17,10 +45,14 @@ class Decision(NamedTuple):
         regions: label ids of the channels of a network of regions that may overlap,
             such as a tumour and its core: a channel is set where its sigmoid is above
             0.5, and later ones win. Empty for classes that exclude each other.
+        confidence: whether the labels' probabilities are kept.
+        chosen: label ids whose probabilities are kept.
     """
 
     interpolate: str = "probabilities"
     regions: tuple[int, ...] = ()
+    confidence: bool = False
+    chosen: tuple[int, ...] = ()
 
     def labels(self, numpy: Any, values: Any) -> Any:
         """Return label ids, uint8 [...], of logits or probabilities [..., K].
@@ -32,8 +64,65 @@ class Decision(NamedTuple):
         last = numpy.where(values > SET, numpy.arange(1, len(self.regions) + 1), 0)
         return numpy.asarray((0, *self.regions), numpy.uint8)[last.max(-1)]
 
+    def decide(self, numpy: Any, values: Any, *, logits: bool) -> Decided:
+        """Return labels, and what else is kept, of logits or probabilities [..., K].
+
+        Of regions, a voxel's label has the probability that its channel is set and no
+        later one is, whichever is less likely; the second class is that of the flip.
+        """
+        labels = self.labels(numpy, values)
+        probability = close = chosen = None
+        share = values
+        if (self.confidence or self.chosen) and self.regions:
+            share = 1 / (1 + numpy.exp(-values))
+        elif (self.confidence or self.chosen) and logits:
+            share = softmax(numpy, values)
+        if self.confidence and self.regions:
+            first = _of_regions(numpy, values, share)
+            probability, close = first, 2 * first - 1 < CLOSE
+        elif self.confidence:
+            first = share.max(-1)
+            others = numpy.arange(share.shape[-1]) != labels[..., None]
+            second = numpy.where(others, share, -1).max(-1)
+            probability, close = first, first - second < CLOSE
+        if self.chosen:
+            ids = (*self.regions,) or range(share.shape[-1])
+            channels = numpy.asarray([list(ids).index(i) for i in self.chosen])
+            steps = numpy.rint(STEPS * share.take(channels, -1))
+            chosen = steps.clip(0, STEPS).astype(numpy.uint8)
+        if probability is not None:
+            probability = probability.astype(numpy.float16)
+        return Decided(labels, probability, close, chosen)
+
+    def empty(self, shape: Sequence[int]) -> Decided:
+        """Return arrays on the host for what `decide` keeps of a volume."""
+        kept = (
+            np.empty(shape, np.uint8),
+            np.empty(shape, np.float16) if self.confidence else None,
+            np.empty(shape, bool) if self.confidence else None,
+            np.empty((*shape, len(self.chosen)), np.uint8) if self.chosen else None,
+        )
+        return Decided(*kept)
+
 
 LARGEST = Decision()  # the class of the largest probability
+
+
+def softmax(numpy: Any, logits: Any) -> Any:
+    """Return the softmax of logits [..., K] along their last axis."""
+    share = numpy.exp(logits - logits.max(-1, keepdims=True))
+    return share / share.sum(-1, keepdims=True)
+
+
+def _of_regions(numpy, values, share):
+    """Return the smallest probability that decides a label, [...].
+
+    A label stands for its channel, which is set, and later ones, which are not.
+    """
+    channel = numpy.arange(values.shape[-1])
+    last = numpy.where(values > SET, channel, -1).max(-1)[..., None]
+    right = numpy.where(channel == last, share, 1 - share)
+    return numpy.where(channel < last, 1, right).min(-1)
 
 
 class Neighbours(NamedTuple):
@@ -68,8 +157,7 @@ def interpolated(
     """
     plane = logits
     if decision.interpolate == "probabilities":
-        plane = numpy.exp(logits - logits.max(-1, keepdims=True))
-        plane /= plane.sum(-1, keepdims=True)
+        plane = softmax(numpy, logits)
     for axis, (low, high, share) in enumerate((rows, columns)):
         share = share[:, None, None] if axis == 0 else share[:, None]
         plane = plane.take(low, axis) * (1 - share) + plane.take(high, axis) * share

@@ -75,7 +75,9 @@ def blocks(
             z, *corner = (span.first for span in spans)
             planes = waiting[spans].finish(*given)
             for i, plane in enumerate(planes):
-                yield from windows.inside((z + i, *corner), plane[None])
+                block, first = plane[None], (z + i, *corner)
+                for box, inside in windows.inside(first, block.shape):
+                    yield box, block[inside]
             del waiting[spans], planes
 
 
@@ -109,10 +111,10 @@ def labels(
     num_classes: int,
     dtype: str,
     decision: grid.Decision,
-) -> Iterator[tuple[Box, np.ndarray]]:
-    """Yield (box, label ids [*box]) of planes that no further window touches."""
+) -> Iterator[tuple[Box, grid.Decided]]:
+    """Yield (box, what is decided, [*box]) of planes that no further window touches."""
     for box, block in blocks(windows, predictions, num_classes, dtype):
-        yield box, decision.labels(np, block)
+        yield box, decision.decide(np, block, logits=True)
 
 
 def planes(

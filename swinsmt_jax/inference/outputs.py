@@ -15,6 +15,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.data import itk_file, label_table, nifti, nifti_file
 from swinsmt_jax.data.label_files import masks_in
 from swinsmt_jax.inference import pictures
+from swinsmt_jax.inference.grid import STEPS
 from swinsmt_jax.results import (
     anatomy,
     color_tables,
@@ -40,6 +41,7 @@ class Kind(NamedTuple):
         help: of the flag.
         choices: values of the flag; empty for a switch.
         require: raises `UserError` for a scan that cannot have it.
+        listed: whether the flag's values are names of classes.
     """
 
     ending: str
@@ -47,10 +49,18 @@ class Kind(NamedTuple):
     help: str
     choices: tuple[str, ...] = ()
     require: Callable[[Path], None] = lambda scan: None
+    listed: bool = False
 
 
 def _text(make):
     return lambda path, result, _: path.write_text(make(result), encoding="utf-8")
+
+
+def _write_probabilities(path, result, _):
+    """Write a NIfTI file for each chosen class, of which readers make 0 to 1."""
+    path.mkdir()
+    for name, array in result.chosen.items():
+        nifti.save(path / f"{name}.nii.gz", array, like=result.volume, slope=1 / STEPS)
 
 
 KINDS = {
@@ -61,6 +71,12 @@ KINDS = {
     ),
     "statistics_json": Kind(
         "_statistics.json", _text(statistics.as_json), "also write them as JSON"
+    ),
+    "probabilities": Kind(
+        "_probabilities",
+        _write_probabilities,
+        "also write the probabilities of these classes as NIfTI, in steps of 1/255",
+        listed=True,
     ),
     "quality": Kind(
         "_quality.json",
@@ -120,8 +136,9 @@ class OutputOptions:
         format: of `FORMATS`; None takes the scan's, and nii.gz for NIfTI and DICOM.
         clean: keep the largest piece of what is one piece by nature.
         overwrite: segment again and replace what is there.
-        statistics, statistics_json, quality, preview, colors, itk_snap, seg, mesh,
-            view: of `KINDS`; True, or one of the kind's choices.
+        confidence: say in the statistics how sure the network is.
+        statistics, statistics_json, probabilities, quality, preview, colors, itk_snap,
+            seg, mesh, view: of `KINDS`; True, one of the kind's choices, or classes.
     """
 
     roi: Sequence[str] = ()
@@ -129,8 +146,10 @@ class OutputOptions:
     format: str | None = None
     clean: bool = False
     overwrite: bool = False
+    confidence: bool = False
     statistics: bool = False
     statistics_json: bool = False
+    probabilities: Sequence[str] = ()
     quality: bool = False
     preview: bool = False
     colors: bool = False
@@ -146,6 +165,8 @@ class OutputOptions:
         for name, kind in KINDS.items():
             if kind.choices and (value := getattr(self, name)):
                 checks.one_of(f"the option {name}", value, kind.choices)
+        if self.confidence and not self.statistics_json:
+            object.__setattr__(self, "statistics", True)
 
     @property
     def made_by(self) -> dict[str, object]:
@@ -157,6 +178,12 @@ class OutputOptions:
         if self.format is None and itk_file.is_itk(scan):
             return ".nrrd" if scan.suffix.lower() == ".nrrd" else ".mha"
         return f".{self.format or FORMATS[0]}"
+
+    @property
+    def of_network(self) -> tuple[str, ...]:
+        """The kinds that labels alone do not give; probabilities are not kept."""
+        statistics = ("statistics", "statistics_json") if self.confidence else ()
+        return (*statistics, "probabilities")
 
     def files(self, output: Path, name: str, scan: Path) -> dict[str, Path]:
         """Return what is written of a scan: labels first, then the rest."""
@@ -185,6 +212,8 @@ class OutputOptions:
 def write(files: Mapping[str, Path], result: Result, options: OutputOptions) -> None:
     """Write results of a scan; each appears when complete.
 
+    Labels come after what needs the network, so that it runs again if that is missing.
+
     Args:
         files: by kind, from `OutputOptions.files`.
         result: the labels.
@@ -193,7 +222,8 @@ def write(files: Mapping[str, Path], result: Result, options: OutputOptions) -> 
     Raises:
         UserError: for what cannot be written.
     """
-    for kind, path in files.items():
+    first = [kind for kind in files if kind in options.of_network]
+    for kind, path in sorted(files.items(), key=lambda item: item[0] not in first):
         with writable(path):
             if kind != "labels":
                 with replacing(path) as partial:
@@ -247,6 +277,32 @@ def require_free(
             not others,
             f"results would be written to {path}, but it holds other files, such as "
             f"{min(map(str, others), default='')}; choose another --output.",
+        )
+
+
+def require_network(targets: Targets, options: OutputOptions) -> None:
+    """Raise `UserError` if labels are there without what only the network can give."""
+    for files in targets.values():
+        for kind in options.of_network if is_whole(files["labels"]) else ():
+            if kind not in files:
+                continue
+            flag = "probabilities" if kind == "probabilities" else "confidence"
+            checks.require(
+                _tells(kind, files[kind], options),
+                f"{files['labels']} is there, but not {files[kind]} as --{flag} asks "
+                "for it, and labels do not tell probabilities; give --overwrite.",
+            )
+
+
+def _tells(kind, path, options):
+    """Whether a file has what only the network can give."""
+    if not is_whole(path):
+        return False
+    if kind == "probabilities":
+        return set(masks_in(path)) == set(options.probabilities)
+    with path.open(encoding="utf-8") as file:
+        return statistics.CONFIDENCE[0] in (
+            file.read() if kind == "statistics_json" else file.readline()
         )
 
 

@@ -42,7 +42,7 @@ class Portable:
         about: `window` and `window_batch`, `spacing` in mm, one side or three (0: that
             of the scan), `orientation`, `hu_range`, `normalization`, `class_names` by
             id, `groups` of names, `num_classes`, `data` (fingerprint of the training
-            cases), `overlap`,
+            cases), `usual_ml` (volumes of classes in them), `overlap`,
             `blend`, `step`.
         exported: the program, of (parameters, windows).
         parameters: its arrays.

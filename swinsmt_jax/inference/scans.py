@@ -17,7 +17,7 @@ from swinsmt_jax.data import dicom, nifti_file
 from swinsmt_jax.data.label_files import load_prediction
 from swinsmt_jax.inference import outputs, provenance, shared
 from swinsmt_jax.inference.outputs import OutputOptions
-from swinsmt_jax.inference.segmenter import Scans
+from swinsmt_jax.inference.scan_reader import Scans
 from swinsmt_jax.results import anatomy
 from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime import files
@@ -106,8 +106,9 @@ def segment_scans(
     output = files.absolute(output)
     scans = {name: files.absolute(file) for name, file in scans.items()}
     known = segmenter.class_names
-    for name in options.roi:
-        checks.one_of("a class of roi", name, known.values())
+    for what in ("roi", "probabilities"):
+        for name in getattr(options, what):
+            checks.one_of(f"a class of {what}", name, known.values())
     names = {i: n for i, n in known.items() if not options.roi or n in options.roi}
     targets = {name: options.files(output, name, file) for name, file in scans.items()}
     _require_one_place_each(targets, output)
@@ -116,6 +117,7 @@ def segment_scans(
     made_by = {**segmenter.made_by, **options.made_by}
     if not options.overwrite:
         outputs.require_classes(targets, names.values())
+        outputs.require_network(targets, options)
         record = shared.read(output)
         provenance.require_same(targets, scans, made_by, record)
     files.make_folder(output)
@@ -211,10 +213,11 @@ def _segment(segmenter, file, source, missing, names, options, title):
     """
     volume = segmenter.read(file)
     facts: dict[str, object] = {"notes": [*volume.notes]} if volume.notes else {}
+    known: dict = {}
     if callable(source):
         start = time.perf_counter()
         with _bar(title) as progress:
-            labels = segmenter.segment_volume(volume, progress=progress)
+            labels, known = _decided(segmenter, volume, options, progress)
         facts["seconds"] = round(time.perf_counter() - start, 2)
         wanted = np.zeros(256, np.uint8)
         wanted[list(names)] = list(names)
@@ -227,7 +230,7 @@ def _segment(segmenter, file, source, missing, names, options, title):
     else:
         classes = ClassMap(("background", *segmenter.class_names.values()))
         labels = load_prediction(source, classes=classes, like=volume)
-    result = Result(volume, labels, names)
+    result = Result(volume, labels, names, segmenter.usual_ml, **known)
     if callable(source):
         source()
     outputs.write(missing, result, options)
@@ -237,6 +240,24 @@ def _segment(segmenter, file, source, missing, names, options, title):
             logging.warning("%s: %s", file, reason)
     found = np.unique(labels).tolist()
     return facts | {"structures": [names[i] for i in found if i in names]}
+
+
+def _decided(segmenter, volume, options, progress):
+    """Return labels, and what of their probabilities is asked for."""
+    if not (options.confidence or options.probabilities):
+        return segmenter.segment_volume(volume, progress=progress), {}
+    ids = {name: i for i, name in segmenter.class_names.items()}
+    found = segmenter.decide_volume(
+        volume,
+        confidence=options.confidence,
+        chosen=[ids[name] for name in options.probabilities],
+        progress=progress,
+    )
+    chosen = {
+        name: found.chosen[..., k] for k, name in enumerate(options.probabilities)
+    }
+    known = {"probability": found.probability, "close": found.close, "chosen": chosen}
+    return found.labels, known
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,12 @@ from flax import nnx
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig, InferenceConfig, with_new_keys
+from swinsmt_jax.inference import sliding_window
 from swinsmt_jax.inference.ensemble import load_networks, workdirs_of
-from swinsmt_jax.inference.grid import LARGEST, Decision
+from swinsmt_jax.inference.grid import LARGEST, Decided, Decision
 from swinsmt_jax.inference.provenance import digest_of_network
-from swinsmt_jax.inference.sliding_window import Predict, predict_labels
+from swinsmt_jax.inference.scan_reader import Progress, Scans, load_scan  # noqa: F401
+from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.models import abstract_model, split
 from swinsmt_jax.models.registry import NetworkConfig
@@ -37,72 +39,6 @@ from swinsmt_jax.runtime.files import absolute
 if TYPE_CHECKING:
     from swinsmt_jax.data.network_view import NetworkView
     from swinsmt_jax.data.volume import Volume
-
-Progress = Callable[[int, int], None]
-
-
-class Scans(Protocol):
-    """What segments scans, whether they come as files or as arrays."""
-
-    whole: ClassVar[bool] = True  # whether voxels are rounded to whole HU
-
-    @property
-    def modality(self) -> str:
-        """Of the scans, for what is said of their values."""
-
-    @property
-    def class_names(self) -> dict[int, str]:
-        """Names of the label ids that are given, background left out."""
-
-    @property
-    def made_by(self) -> dict[str, object]:
-        """What decides the labels of a scan, for the record."""
-
-    def segment_volume(
-        self, volume: "Volume", *, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
-
-    def read(self, path: str | Path) -> "Volume":
-        """Read a scan as the network is to see it; raises as `load_scan`."""
-        return load_scan(path, modality=self.modality, whole=self.whole)
-
-    def segment(
-        self, path: str | Path, *, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return the labels of a NIfTI file, uint8, in the axes of the file.
-
-        Of a folder with a DICOM series: columns, rows and slices.
-
-        Raises:
-            UserError: as `load_scan`.
-        """
-        from swinsmt_jax.data import nifti
-
-        volume = self.read(path)
-        with checks.named(path):
-            labels = self.segment_volume(volume, progress=progress)
-        return nifti.in_file_axes(labels, volume)
-
-    def segment_array(
-        self, hu: np.ndarray, affine: np.ndarray, *, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return the labels of a CT, uint8, on its grid.
-
-        Args:
-            hu: [X, Y, Z] Hounsfield units, its axes in any order and direction.
-            affine: [4, 4], voxel indices to millimetres to the right, front and head.
-            progress: as in `predict_labels`.
-
-        Raises:
-            UserError: for arrays that are not 3-D or not finite, and an affine that
-                cannot be inverted.
-        """
-        from swinsmt_jax.data import nifti
-
-        volume = nifti.from_array(hu, affine, modality=self.modality, whole=self.whole)
-        labels = self.segment_volume(volume, progress=progress)
-        return nifti.in_file_axes(labels, volume)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +97,11 @@ class Segmenter(Scans):
         names = self.config.data.class_names
         return names_by_id(names, num_classes=self.config.model.out_channels)
 
+    @property
+    def usual_ml(self) -> Mapping[str, tuple[float, ...]]:
+        """Usual volumes of classes in the training set."""
+        return self.config.data.seen.usual_ml
+
     def view(self, volume: "Volume") -> "NetworkView":
         """Return what the network is shown of a scan in RAS orientation."""
         from swinsmt_jax.data.network_view import network_view, unlike_training
@@ -177,18 +118,25 @@ class Segmenter(Scans):
             normalization=data.normalization,
         )
 
-    def segment_volume(
-        self, volume: "Volume", *, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
-        return segment(
+    def decide_volume(
+        self,
+        volume: "Volume",
+        *,
+        confidence: bool = False,
+        chosen: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> Decided:
+        """Return labels, and what is known of them; as `Scans.decide_volume`."""
+        return decide(
             self.predict,
             self.view(volume),
             window=self.config.data.patch_shape,
             num_classes=self.config.model.out_channels,
             inference=self.config.inference,
             sharding=batch_sharding(),
-            decision=self.decision,
+            decision=self.decision._replace(
+                confidence=confidence, chosen=tuple(chosen)
+            ),
             accum_dtype=self.accum_dtype,
             progress=progress,
         )
@@ -252,24 +200,6 @@ def with_options(config: InferenceConfig, options: Mapping) -> InferenceConfig:
     return dataclasses.replace(config, **options)
 
 
-def load_scan(
-    path: str | Path, *, modality: str = "CT", whole: bool = True
-) -> "Volume":
-    """Read a CT: a NIfTI file, or a folder with a DICOM series.
-
-    Voxels are rounded to int16 unless `whole` is false; then they are float32.
-
-    Raises:
-        UserError: as `nifti.load_ct` and `dicom.load_series`.
-    """
-    from swinsmt_jax.data import dicom, nifti
-
-    path = absolute(path)
-    if path.is_dir():
-        return dicom.load_series(path)
-    return nifti.load_ct(path, modality=modality, whole=whole)
-
-
 def save(
     path: str | Path, labels: np.ndarray, *, like: str | Path, names: dict | None = None
 ) -> None:
@@ -299,7 +229,7 @@ def save(
     nifti.write(path, labels, scan.source_affine, header=scan.header, description=table)
 
 
-def segment(
+def decide(
     predict: Predict,
     view: "NetworkView",
     *,
@@ -310,11 +240,12 @@ def segment(
     decision: Decision = LARGEST,
     accum_dtype: str = "float32",
     progress: Progress | None = None,
-) -> np.ndarray:
-    """Return the labels of a scan on its own grid, uint8 `[X, Y, Z]`.
+) -> Decided:
+    """Return the labels of a scan on its own grid, and what is known of them.
 
     Where the network sees the scan resampled, its probabilities are interpolated to the
-    scan's grid and become labels there. Outside the foreground is background.
+    scan's grid and become labels there. Outside the foreground is background, without
+    probabilities.
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
@@ -323,9 +254,9 @@ def segment(
         num_classes: K.
         inference: overlap, blending, batch and place of the sums.
         sharding: of the batches of windows, whose size is rounded up to fill it.
-        decision, accum_dtype, progress: as in `predict_labels`.
+        decision, accum_dtype, progress: as in `sliding_window.decide`.
     """
-    labels = predict_labels(
+    decided = sliding_window.decide(
         predict,
         view.image,
         window=window,
@@ -342,7 +273,7 @@ def segment(
         accumulate=inference.accumulate_on,
         progress=progress,
     )
-    return view.on_scan(labels)
+    return decided.each(view.on_scan)
 
 
 @jax.jit

@@ -6,6 +6,7 @@ another window gives other results than the patch that the network was trained w
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,18 @@ def sliding_window(
 def predict_labels(
     predict: Predict,
     volume: np.ndarray,
+    **options: Any,
+) -> np.ndarray:
+    """Class of the largest averaged logit of each voxel, uint8 `[D, H, W]`.
+
+    Arguments as in `decide`.
+    """
+    return decide(predict, volume, **options).labels
+
+
+def decide(
+    predict: Predict,
+    volume: np.ndarray,
     *,
     window: Sequence[int],
     num_classes: int,
@@ -79,8 +92,8 @@ def predict_labels(
     accum_dtype: str = "float32",
     accumulate: str = "auto",
     progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Class of the largest averaged logit of each voxel, uint8 `[D, H, W]`.
+) -> grid.Decided:
+    """Label of each voxel, and what else `decision` keeps of it, `[D, H, W]`.
 
     Arguments as in `sliding_window`. Windows come in layers along the axis with the
     smallest cross-section. Logits are kept only where a further window can touch them:
@@ -92,7 +105,8 @@ def predict_labels(
             volume's, in voxels and rising. Given, probabilities are interpolated
             linearly to that grid, layer by layer, and the labels are its.
         fill: of what a volume smaller than the window is padded with.
-        decision: how logits become labels, if not the class of the largest.
+        decision: how logits become labels, if not the class of the largest, and what
+            else is kept of them.
         accum_dtype: "float16" halves the memory of the logits kept, at their precision.
         accumulate: where they are kept: "host"; "device", of which only labels come
             back; "auto" takes an accelerator if it has room. Equal up to rounding.
@@ -112,13 +126,15 @@ def predict_labels(
     if progress is not None:
         found = _counted(found, len(windows.starts), progress)
     if positions is None:
-        labels = np.empty(volume.shape[:3], np.uint8)
-        for box, block in place.labels(
+        decided = decision.empty(volume.shape[:3])
+        swept = decided.each(windows.swept)
+        for box, part in place.labels(
             windows, found, num_classes, accum_dtype, decision
         ):
-            windows.swept(labels)[box] = block
-        return labels
-    labels = np.empty(tuple(len(axis) for axis in positions), np.uint8)
+            swept.put(box, part)
+        return decided
+    decided = decision.empty([len(axis) for axis in positions])
+    swept, logits = decided.each(windows.swept), decision.interpolate == "logits"
     depth, *sides = (
         grid.neighbours(positions[axis], size)
         for axis, size in zip(windows.order, windows.shape, strict=True)
@@ -126,8 +142,8 @@ def predict_labels(
     numpy = jnp if place is device_sums else np
     planes = place.planes(windows, found, num_classes, accum_dtype, decision, sides)
     for z, plane in grid.between(planes, depth):
-        windows.swept(labels)[z] = np.asarray(decision.labels(numpy, plane))
-    return labels
+        swept.put(z, decision.decide(numpy, plane, logits=logits))
+    return decided
 
 
 def _fits_on_device(windows, num_classes, dtype):

@@ -22,8 +22,9 @@ from scipy import ndimage
 from swinsmt_jax import checks
 from swinsmt_jax.convert import nnunet_folder
 from swinsmt_jax.data.volume import Volume
+from swinsmt_jax.inference.grid import Decided, Decision
 from swinsmt_jax.inference.nnunet import load_nnunet
-from swinsmt_jax.inference.segmenter import Progress, Scans
+from swinsmt_jax.inference.scan_reader import Progress, Scans
 from swinsmt_jax.labels import CLASS_IDS, CLASS_NAMES, GROUPS, names_by_id
 from swinsmt_jax.runtime.files import absolute
 
@@ -88,24 +89,43 @@ class TotalSegmentator(Scans):
         first = self.parts[0].made_by
         return first | {"network": [part.made_by["network"] for part in self.parts]}
 
-    def segment_volume(
-        self, volume: Volume, *, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z].
+    def decide_volume(
+        self,
+        volume: Volume,
+        *,
+        confidence: bool = False,
+        chosen: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> Decided:
+        """Return labels, and what is known of them; as `Scans.decide_volume`.
 
-        Only one of the networks is in memory at a time.
+        Only one of the networks is in memory at a time. A probability is that of the
+        network whose label stands, among its own classes.
         """
         image = resampled(volume.array, volume.sides, spacing=self.spacing)
         affine = np.diag([self.spacing] * 3 + [1.0])
         scan = Volume(image, affine, affine, image.shape, volume.path)
-        merged = np.zeros(image.shape, np.uint8)
+        merged = Decision(confidence=confidence, chosen=(*chosen,)).empty(image.shape)
+        for array in filter(lambda x: x is not None, merged):
+            array[...] = 0
         for number, part in enumerate(self.parts):
             segmenter = load_nnunet(part.folder, **part.options)
             told = progress and _shifted(progress, number, len(self.parts))
-            found = part.ids[segmenter.segment_volume(scan, progress=told)]
-            np.copyto(merged, found, where=found > 0)
+            asked = {i: k for k, i in enumerate(chosen) if i in part.ids}
+            own = [part.ids.tolist().index(i) for i in asked]
+            found = segmenter.decide_volume(
+                scan, confidence=confidence, chosen=own, progress=told
+            )
+            found = found._replace(labels=part.ids[found.labels])
+            stands = found.labels > 0
+            for whole, own_part in zip(merged[:3], found[:3], strict=True):
+                if whole is not None:
+                    np.copyto(whole, own_part, where=stands)
+            for k, place in enumerate(asked.values()):
+                merged.chosen[..., place] = found.chosen[..., k]
         for axis, side in enumerate(volume.array.shape):
-            merged = merged.take(_nearest(merged.shape[axis], side), axis)
+            nearest = _nearest(merged.labels.shape[axis], side)
+            merged = merged.each(lambda array, n=nearest, a=axis: array.take(n, a))
         return merged
 
 

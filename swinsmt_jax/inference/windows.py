@@ -211,19 +211,22 @@ class Windows:
         return sorted(tiles, key=lambda tile: not tile[1])
 
     def inside(
-        self, first: Sequence[int], block: np.ndarray
-    ) -> Iterator[tuple[Box, np.ndarray]]:
-        """Yield (box, part) of a block that begins at `first`, without the padding."""
+        self, first: Sequence[int], shape: Sequence[int]
+    ) -> Iterator[tuple[Box, Box]]:
+        """Yield (box, part) of a block that begins at `first`, without the padding.
+
+        The box is of the volume, the part of the block.
+        """
         box, part = [], []
         for start, side, pad, size in zip(
-            first, block.shape, self.pad, self.shape, strict=False
+            first, shape, self.pad, self.shape, strict=False
         ):
             low, high = max(start - pad, 0), min(start + side - pad, size)
             if low >= high:
                 return
             box.append(slice(low, high))
             part.append(slice(low + pad - start, high + pad - start))
-        yield tuple(box), block[tuple(part)]
+        yield tuple(box), tuple(part)
 
 
 def _spans(starts, side):

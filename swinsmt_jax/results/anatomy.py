@@ -56,12 +56,16 @@ def check(result: Result) -> list[QualityWarning]:
 
 
 def as_json(result: Result) -> str:
-    """Return the warnings as JSON, with those structures that are not there."""
+    """Return the warnings as JSON, and which structures are not there.
+
+    "with_usual_volume" counts those whose volume could be compared.
+    """
     names = result.names
     content = {
         "scan": str(result.volume.path),
         "warnings": [found._asdict() for found in check(result)],
         "absent": [names[i] for i in names if i not in result.boxes],
+        "with_usual_volume": len(set(names.values()) & set(result.usual_ml)),
     }
     return json.dumps(content, indent=1) + "\n"
 
@@ -135,8 +139,8 @@ def _volumes(result) -> Iterator[QualityWarning]:
             yield QualityWarning(
                 "volume",
                 name,
-                f"{name} has {volume:.1f} ml; 98 % of the training set's have from "
-                f"{low:.1f} to {high:.1f} ml.",
+                f"{name} has {volume:.1f} ml; 98 % of those of the training set have "
+                f"from {low:.1f} to {high:.1f} ml.",
             )
 
 

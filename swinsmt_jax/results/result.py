@@ -20,14 +20,18 @@ class Result:
         names: of the label ids that are written.
         usual_ml: {structure: (1st percentile, 99th percentile)} of its volume in the
             training set; {} if unknown.
+        probability: of each voxel's label, float16 [X, Y, Z]; None if unknown.
+        close: whether the second class is within 0.1 of it, bool [X, Y, Z].
+        chosen: {class: its probability in steps of 1/255, uint8 [X, Y, Z]}.
     """
 
     volume: Volume
     labels: np.ndarray
     names: Mapping[int, str]
-    usual_ml: Mapping[str, tuple[float, float]] = dataclasses.field(
-        default_factory=dict
-    )
+    usual_ml: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    probability: np.ndarray | None = None
+    close: np.ndarray | None = None
+    chosen: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def voxel_ml(self) -> float:

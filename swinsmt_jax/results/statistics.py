@@ -11,6 +11,7 @@ from swinsmt_jax.runtime import csv_text
 PERCENTILES = (5, 25, 50, 75, 95)
 BANDS = (-np.inf, -190, -30, 150, np.inf)  # air and lung, fat, soft tissue, dense; HU
 AXES = ("right", "front", "head")
+CONFIDENCE = ("mean_probability", "p5_probability", "share_within_0.1_of_second")
 
 
 def measure(result: Result) -> dict[str, dict[str, float | None]]:
@@ -19,10 +20,12 @@ def measure(result: Result) -> dict[str, dict[str, float | None]]:
     Volumes are in ml. Masses are in g, at a density of 1 + HU / 1000 g/ml and at least
     0, which is exact for air and water and an approximation elsewhere. Boxes reach to
     the outer edges of voxels, in mm to the right, front and head. The diameter is the
-    largest distance between the centres of two voxels. A structure that is not there
+    largest distance between the centres of two voxels. Where they are known,
+    probabilities (0 to 1) of the voxels' label follow, their 5th percentile, and the
+    share of voxels whose second class is within 0.1. A structure that is not there
     has 0 voxels and None for what needs one.
     """
-    empty = dict.fromkeys(_columns())
+    empty = dict.fromkeys(_columns(result))
     return {
         name: _measure(result, number)
         if number in result.boxes
@@ -37,7 +40,7 @@ def as_csv(result: Result) -> str:
         [name, *("" if x is None else x for x in row.values())]
         for name, row in measure(result).items()
     ]
-    return csv_text.as_csv([["class", *_columns()], *rows])
+    return csv_text.as_csv([["class", *_columns(result)], *rows])
 
 
 def as_json(result: Result) -> str:
@@ -50,7 +53,14 @@ def as_json(result: Result) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def _columns():
+def confidence(probability: np.ndarray, close: np.ndarray) -> list[float]:
+    """Return the values of `CONFIDENCE` of a structure's voxels, [n]."""
+    share = probability.astype(np.float64)
+    found = share.mean(), np.percentile(share, 5), close.mean()
+    return np.round(found, 4).tolist()
+
+
+def _columns(result):
     return [
         *("voxels", "volume_ml", "mean_hu", "sd_hu"),
         *(f"p{p}_hu" for p in PERCENTILES),
@@ -58,6 +68,7 @@ def _columns():
         *(f"mass_g_{_band(*pair)}" for pair in zip(BANDS, BANDS[1:], strict=False)),
         *(f"{axis}_{end}_mm" for axis in AXES for end in ("min", "max")),
         "largest_diameter_mm",
+        *(() if result.probability is None else CONFIDENCE),
     ]
 
 
@@ -93,8 +104,15 @@ def _measure(result, number):
         *np.round([grams.sum(), *bands], 3).tolist(),
         *np.round(sides, 2).tolist(),
         round(_diameter(result, mask, start), 2),
+        *_confidence(result, box, mask),
     ]
-    return dict(zip(_columns(), values, strict=True))
+    return dict(zip(_columns(result), values, strict=True))
+
+
+def _confidence(result, box, mask):
+    if result.probability is None:
+        return []
+    return confidence(result.probability[box][mask], result.close[box][mask])
 
 
 def _diameter(result, mask, start):

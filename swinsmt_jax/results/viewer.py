@@ -16,7 +16,7 @@ import numpy as np
 
 from swinsmt_jax import checks
 from swinsmt_jax.data.label_table import colour
-from swinsmt_jax.results import statistics
+from swinsmt_jax.results import anatomy, statistics
 from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime import html
 
@@ -32,11 +32,12 @@ def require() -> None:
     )
 
 
-def write(path: Path, result: Result) -> None:
-    """Write an HTML page with CT, labels, names, colours and statistics.
+def write(path: Path, result: Result, *, truth: np.ndarray | None = None) -> None:
+    """Write an HTML page with CT, labels, names, colours, statistics and warnings.
 
-    Of a scan of more than `MAX_VOXELS` every second, third, ... voxel is shown, which
-    the page says; statistics are of all voxels.
+    With `truth`, label ids [X, Y, Z], it is shown beside the result. Of a scan of more
+    than `MAX_VOXELS` every second, third, ... voxel is shown, which the page says;
+    statistics are of all voxels.
 
     Raises:
         UserError: as `require`.
@@ -46,9 +47,13 @@ def write(path: Path, result: Result) -> None:
     step = next(n for n in range(1, 99) if np.prod(-(-shape // n)) <= MAX_VOXELS)
     affine = result.volume.affine @ np.diag([step, step, step, 1])
     thin = (slice(None, None, step),) * 3
-    labels = result.labels[thin].astype(np.int16)
-    labels[labels > 0] += 1  # renderers that round let id 1 shine through where 0 is
+    maps = {"labels": result.labels}
+    shown = Result(result.volume, result.labels, result.names)
+    if truth is not None:
+        maps = {"truth": truth, **maps}
+        shown = Result(result.volume, truth, result.names)
     measured = statistics.measure(result)
+    numbers = sorted({*result.boxes, *shown.boxes})
     page = html.render(
         "viewer.html",
         title=result.volume.path.name,
@@ -56,16 +61,23 @@ def write(path: Path, result: Result) -> None:
         version=f"{LIBRARY} {metadata.version(LIBRARY)}",
         step=step,
         ct=_packed(result.volume.array[thin].astype(np.int16), affine),
-        labels=_packed(labels, affine),
+        maps=[
+            {"title": title, "nifti": _packed(_shifted(labels[thin]), affine)}
+            for title, labels in maps.items()
+        ],
+        beside=truth is not None,
+        confident=result.probability is not None,
+        warnings=[found.reason for found in anatomy.check(result)],
         structures=[
             {
                 "id": number + 1,
                 "name": result.names[number],
                 "rgb": [round(255 * part) for part in colour(number)],
-                "centre": np.round(_inside(result, number), 2).tolist(),
+                "centre": _inside(result if number in result.boxes else shown, number),
+                "truth_ml": _millilitres(shown, number),
                 **measured[result.names[number]],
             }
-            for number in result.boxes
+            for number in numbers
         ],
     )
     path.write_text(page, encoding="utf-8")
@@ -77,12 +89,22 @@ def _packed(array, affine):
     return base64.b64encode(gzip.compress(image.to_bytes(), 6)).decode()
 
 
+def _shifted(labels):
+    """Return ids from 2 on: renderers that round let id 1 shine through where 0 is."""
+    return np.where(labels > 0, labels.astype(np.int16) + 1, 0).astype(np.int16)
+
+
+def _millilitres(result, number):
+    there = number in result.boxes
+    return np.count_nonzero(result.mask(number)) * result.voxel_ml if there else 0.0
+
+
 def _inside(result, number):
     """Return the place in mm of the voxel nearest to a structure's centre."""
     voxels = np.argwhere(result.mask(number))
     nearest = voxels[np.abs(voxels - voxels.mean(0)).sum(1).argmin()]
     start = [part.start for part in result.boxes[number]]
-    return result.to_mm((nearest + start)[None])[0]
+    return np.round(result.to_mm((nearest + start)[None])[0], 2).tolist()
 
 
 def _niivue():

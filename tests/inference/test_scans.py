@@ -302,7 +302,7 @@ def test_every_kind_of_output_is_made_of_cleaned_labels(tmp_path, hu):
     scan = write(tmp_path / "s.nii.gz", hu, np.diag([2.0, 2.0, 2.5, 1]))
     kinds = {
         name: kind.choices[-1] if kind.choices else True for name, kind in KINDS.items()
-    }
+    } | {"probabilities": ("spleen",)}
     del kinds["seg"]  # of DICOM series
     out, plain = tmp_path / "out", tmp_path / "plain"
     options = OutputOptions(**kinds, clean=True)

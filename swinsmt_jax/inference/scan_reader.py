@@ -1,0 +1,122 @@
+"""What segments scans, whatever network it has: files or arrays in, labels out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+
+from swinsmt_jax import checks
+from swinsmt_jax.inference.grid import Decided
+from swinsmt_jax.runtime.files import absolute
+
+if TYPE_CHECKING:
+    from swinsmt_jax.data.volume import Volume
+
+Progress = Callable[[int, int], None]
+
+
+class Scans(Protocol):
+    """What segments scans, whether they come as files or as arrays."""
+
+    whole: ClassVar[bool] = True  # whether voxels are rounded to whole HU
+
+    @property
+    def modality(self) -> str:
+        """Of the scans, for what is said of their values."""
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of the label ids that are given, background left out."""
+
+    @property
+    def made_by(self) -> dict[str, object]:
+        """What decides the labels of a scan, for the record."""
+
+    @property
+    def usual_ml(self) -> Mapping[str, tuple[float, ...]]:
+        """Usual volumes of classes, as in `config.Seen`; {} if unknown."""
+        return {}
+
+    def segment_volume(
+        self, volume: "Volume", *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
+        return self.decide_volume(volume, progress=progress).labels
+
+    def decide_volume(
+        self,
+        volume: "Volume",
+        *,
+        confidence: bool = False,
+        chosen: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> Decided:
+        """Return the labels of a CT in RAS orientation, and what is known of them.
+
+        Args:
+            volume: the scan.
+            confidence: keep the probability of each label, and whether it is close.
+            chosen: label ids whose probabilities are kept.
+            progress: as in `sliding_window.decide`.
+        """
+        raise NotImplementedError
+
+    def read(self, path: str | Path) -> "Volume":
+        """Read a scan as the network is to see it; raises as `load_scan`."""
+        return load_scan(path, modality=self.modality, whole=self.whole)
+
+    def segment(
+        self, path: str | Path, *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a NIfTI file, uint8, in the axes of the file.
+
+        Of a folder with a DICOM series: columns, rows and slices.
+
+        Raises:
+            UserError: as `load_scan`.
+        """
+        from swinsmt_jax.data import nifti
+
+        volume = self.read(path)
+        with checks.named(path):
+            labels = self.segment_volume(volume, progress=progress)
+        return nifti.in_file_axes(labels, volume)
+
+    def segment_array(
+        self, hu: np.ndarray, affine: np.ndarray, *, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Return the labels of a CT, uint8, on its grid.
+
+        Args:
+            hu: [X, Y, Z] Hounsfield units, its axes in any order and direction.
+            affine: [4, 4], voxel indices to millimetres to the right, front and head.
+            progress: as in `sliding_window.decide`.
+
+        Raises:
+            UserError: for arrays that are not 3-D or not finite, and an affine that
+                cannot be inverted.
+        """
+        from swinsmt_jax.data import nifti
+
+        volume = nifti.from_array(hu, affine, modality=self.modality, whole=self.whole)
+        labels = self.segment_volume(volume, progress=progress)
+        return nifti.in_file_axes(labels, volume)
+
+
+def load_scan(
+    path: str | Path, *, modality: str = "CT", whole: bool = True
+) -> "Volume":
+    """Read a CT: a NIfTI file, or a folder with a DICOM series.
+
+    Voxels are rounded to int16 unless `whole` is false; then they are float32.
+
+    Raises:
+        UserError: as `nifti.load_ct` and `dicom.load_series`.
+    """
+    from swinsmt_jax.data import dicom, nifti
+
+    path = absolute(path)
+    if path.is_dir():
+        return dicom.load_series(path)
+    return nifti.load_ct(path, modality=modality, whole=whole)

@@ -1,6 +1,7 @@
 """Whatever the data of the training and of the use, each way gives the same labels."""
 
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -9,6 +10,7 @@ from absl import flags
 
 from swinsmt_jax import load
 from swinsmt_jax.commands import evaluate, inspect, plan
+from swinsmt_jax.commands import preprocess as preprocess_command
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import pipeline, store
 from swinsmt_jax.data.preprocess import preprocess
@@ -16,8 +18,11 @@ from swinsmt_jax.data.sample import foreground_box
 from swinsmt_jax.inference import export, portable
 from swinsmt_jax.inference.outputs import OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
+from swinsmt_jax.runtime import startup
 from swinsmt_jax.training import loop
 from swinsmt_jax.training.checkpoint import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 CLASSES = ["liver", "spleen"]
 SPACING = (6.0, 6.0, 8.0)  # of the store; scans have 4 mm
@@ -132,9 +137,41 @@ def test_what_a_folder_is_is_said(data):
     assert f"a store made of {data / 'raw'}" in told and "voxels 6,6,8 mm" in told
     told = "\n".join(inspect.lines_of(data / "raw"))
     assert "described by a JSON file" in told and "1 train, 0 val, 1 test" in told
+
+
+def test_a_plan_proposes_commands_and_says_what_a_step_takes(data, tmp_path):
     told = plan.plan(str(data / "raw"))
     assert "4.00 x 4.00 x 4.00" in told and "--spacing=4" in told
     assert "--config.model.out_channels=3" in told and '"(32, 32, 32)"' in told
+    assert "a step of nnunet_plain on 2 crops: 0.08" in told and "--measure" in told
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs import nnunet_plain\n\n\ndef get_config():\n"
+        "    config = nnunet_plain.get_config()\n"
+        f"    config.model = {MODEL | {'out_channels': 9}}\n    return config\n"
+    )
+    told = plan.plan(str(data / "raw"), config=str(file), measure=True)
+    assert f"--config={file}" in told and '"(30, 26, 24)"' in told
+    assert re.search(
+        r"one device of this machine: a step takes .* GB .* s to comp", told
+    )
+
+
+def test_a_store_takes_its_spacing_from_the_config_that_will_train(data, tmp_path):
+    values = flags.FlagValues()
+    preprocess_command.define_flags(values)
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs import demo\n\n\ndef get_config():\n"
+        "    config = demo.get_config()\n    config.data.spacing = (6.0, 6.0, 8.0)\n"
+        "    return config\n"
+    )
+    given = [f"--source={data / 'raw'}", "--store=x", f"--config={file}"]
+    startup.parse(["preprocess.py", *given], values)
+    assert preprocess_command.spacing_of(values) == SPACING
+    startup.parse(["preprocess.py", *given, "--spacing=6"], values)
+    with pytest.raises(ValueError, match="--spacing is 6, but .* is 6,6,8"):
+        preprocess_command.spacing_of(values)
 
 
 def test_a_network_and_data_of_other_classes_are_refused_with_both_lists(data):

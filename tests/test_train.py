@@ -143,6 +143,22 @@ def test_a_group_of_augmentations_is_named_by_its_whole_path(parse):
         parse(*given, "--config.zoom.probability=0.2")
 
 
+@pytest.mark.parametrize("base", ["demo", "real_scan", "nnunet_plain", "file"])
+@pytest.mark.parametrize(
+    ("given", "sides"),
+    [("1.5,1.5,3", (1.5, 1.5, 3.0)), ("(2, 2.0, 4)", (2.0, 2.0, 4.0)), ("2", 2.0)],
+)
+def test_a_voxel_has_one_side_or_three(parse, tmp_path, base, given, sides):
+    where = f"configs/{base}.py"
+    if base == "file":
+        where = tmp_path / "mine.py"
+        text = (ROOT / "swinsmt_jax/configs/swin_smt_paper.py").read_text()
+        assert "config_dict.FieldReference(1.5, object)" in text
+        where.write_text(text.replace("config_dict.FieldReference(1.5, object)", "1.5"))
+    flags = parse(f"--config={where}", "--workdir=x", f"--config.data.spacing={given}")
+    assert from_config_dict(flags.config).data.spacing == sides
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_helps_against_lack_of_memory_can_be_given(parse, devices):
     given = [f"--config={ROOT}/configs/demo.py", "--workdir=x"]

@@ -23,7 +23,7 @@ from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import store_report
 from swinsmt_jax.data.preprocess import preprocess
 from swinsmt_jax.data.resampling import LABEL_RULES
-from swinsmt_jax.data.spacing import parse, text
+from swinsmt_jax.data.spacing import Sides, parse, text
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.files import absolute
 
@@ -59,7 +59,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         flags.mark_flag_as_required(name, flag_values=values)
 
 
-def _spacing(options):
+def spacing_of(options: flags.FlagValues) -> Sides:
     """Return the spacing of --spacing, --config or --nnunet, which may not differ."""
     given = None if options.spacing is None else parse("--spacing", options.spacing)
     where = options.nnunet or options.config
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
     startup.only_flags(arguments)
     options = flags.FLAGS
     root = absolute(options.store)
-    spacing = _spacing(options)
+    spacing = spacing_of(options)
     failed = preprocess(
         options.source,
         root,

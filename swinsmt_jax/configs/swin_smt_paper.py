@@ -44,7 +44,8 @@ def get_config() -> config_dict.ConfigDict:
                 "root": "data/Totalsegmentator_dataset_v201",
                 "patch_shape": (128, 128, 128),
                 "batch_size": batch_size,
-                "spacing": 1.5,  # mm, that of the dataset
+                # mm, that of the dataset; three sides may take its place
+                "spacing": config_dict.FieldReference(1.5, object),
                 "hu_range": (-1024.0, 1024.0),
                 "foreground_ratio": 0.5,
                 "augmentations": {

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from swinsmt_jax.checks import UserError, did_you_mean, printable, require
-from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
+from swinsmt_jax.config import DataConfig, ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.data.augmentation import Augmentations
 from swinsmt_jax.runtime import processes, signals
 from swinsmt_jax.runtime.files import absolute, read_json
@@ -99,7 +99,14 @@ def _config_file(text: str) -> Path:
 
 
 def _with_groups(config, cls):
-    """Add groups that a config file leaves out, so that flags can set their keys."""
+    """Add groups that a config file leaves out, so that flags can set their keys.
+
+    A flag may set `data.spacing` to one number or three, whatever the file has.
+    """
+    if cls is DataConfig and isinstance(config, ConfigDict) and "spacing" in config:
+        spacing = config.spacing
+        del config.spacing
+        config.spacing = FieldReference(spacing, object)
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind) and isinstance(config, ConfigDict):
             config[name] = config.get(name, ConfigDict())
@@ -113,7 +120,9 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
         values.set_gnu_getopt()  # `--compare a b --split=val`
         rest = values([_with_new_name(argument) for argument in arguments])
         if "config" in values and values["config"].value is not None:
-            values.config.lock()  # raises if there was no such file
+            config = values.config  # raises if there was no such file
+            if not isinstance(config, str):  # preprocess and plan have its name alone
+                config.lock()
         return rest
     except SystemExit:  # of --help, which absl ends with status 1
         sys.exit(0)

@@ -58,7 +58,8 @@ class DataConfig:
     Attributes:
         root: folder of a dataset, or a store of preprocess.py.
         patch_shape: training crop (D, H, W) in voxels.
-        batch_size: crops per step over all devices and processes.
+        batch_size: crops per step over all devices and processes; 0 where
+            `batch_per_device` says how many.
         spacing: voxel side in mm to which scans are resampled, or three sides, to the
             right, front and head; 0 keeps the scan's own. A training on a store takes
             the store's, and refuses another one than 0.
@@ -77,13 +78,14 @@ class DataConfig:
         description: JSON file that describes a dataset in `root`, if not its own.
         fold: of a cross-validation, from 0 on; -1 takes the splits of the data.
         seen: of the training; not for users to set.
+        batch_per_device: crops per step on each device, instead of `batch_size`.
     """
 
     root: str
     patch_shape: Annotated[
         Positives, Rule("have 3 sides", lambda sides: len(sides) == 3)
     ]
-    batch_size: Positive
+    batch_size: Count = 0
     spacing: Spacing = 0.0
     orientation: Annotated[str, Among(("RAS",))] = "RAS"
     hu_range: Annotated[
@@ -107,12 +109,26 @@ class DataConfig:
     description: str = ""
     fold: Annotated[int, Within(-1, 100)] = -1
     seen: Seen = field(default_factory=Seen)
+    batch_per_device: Count = 0
 
     def __post_init__(self):
         checks.typed_fields("data", self)
+        checks.require(
+            (self.batch_size > 0) != (self.batch_per_device > 0),
+            f"data.batch_size is {self.batch_size} and data.batch_per_device "
+            f"{self.batch_per_device}, but exactly one of them must be above 0: crops "
+            "per step over all devices, or on each.",
+        )
         object.__setattr__(self, "spacing", plain(self.spacing))
         if self.root.startswith("~"):
             object.__setattr__(self, "root", str(absolute(self.root)))
+
+    def on_devices(self, devices: int) -> "DataConfig":
+        """Return the config with the batch size over so many devices."""
+        if not self.batch_per_device:
+            return self
+        size = self.batch_per_device * devices
+        return dataclasses.replace(self, batch_size=size, batch_per_device=0)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -268,11 +284,12 @@ class ExperimentConfig:
             f"optimizer.layer_decay is {optimizer.layer_decay}, but this network has "
             "no encoder stages that it could act on; leave it at 1.",
         )
+        each = self.data.batch_per_device
         checks.divides(
             "training.accumulate",
             training.accumulate,
-            of="data.batch_size",
-            number=self.data.batch_size,
+            of="data.batch_per_device" if each else "data.batch_size",
+            number=each or self.data.batch_size,
         )
         checks.divides(  # without experts any mesh will do
             "mesh.expert",

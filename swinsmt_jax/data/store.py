@@ -93,6 +93,12 @@ class StoredCase:
         return [self.folder / CASE]
 
     @property
+    def shards(self) -> list[Path]:
+        """The files of voxels; a label without any may have none."""
+        found = (self.folder / part / volume_file.SHARD for part in VOLUMES)
+        return [file for file in found if file.exists()]
+
+    @property
     def affine(self) -> np.ndarray:
         """[4, 4], voxel indices to world millimetres, RAS."""
         return np.array(self.facts["affine"])

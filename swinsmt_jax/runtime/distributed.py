@@ -1,14 +1,15 @@
 """How several processes find each other: the flags, and joining by them."""
 
-import ipaddress
+import dataclasses
 import os
-import socket
+from pathlib import Path
 
 import jax
 from absl import flags, logging
 
 from swinsmt_jax import checks
-from swinsmt_jax.runtime import processes
+from swinsmt_jax.runtime import gate, launchers, processes
+from swinsmt_jax.runtime.files import absolute
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 
@@ -45,26 +46,48 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "with auto under SLURM and Open MPI, else all",
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "join_timeout",
+        300,
+        "seconds to wait for the other processes",
+        lower_bound=1,
+        flag_values=values,
+    )
 
 
-def start(values: flags.FlagValues = flags.FLAGS) -> None:
+def start(folder: str | Path, values: flags.FlagValues = flags.FLAGS) -> None:
     """Join the other processes, as the flags say. Call before any use of a device.
+
+    Args:
+        folder: of the run, which all processes share; see `gate`.
+        values: with the flags.
 
     Raises:
         UserError: for flags that do not fit together, no cluster to detect, a port in
-            use, and processes that differ in their number of devices.
+            use or of another run, processes that do not come in time, a folder that is
+            not shared, and processes that differ in their number of devices.
     """
-    arguments = arguments_of(values)
-    if arguments is None:
+    place = place_of(values)
+    if place is None and values.distributed == "off":
         return
-    if arguments.get("process_id") == 0:
-        _require_free(arguments["coordinator_bind_address"])
+    # JAX listens for SIGTERM alone: see `signals`
+    jax.config.update("jax_enable_preemption_service", False)
+    arguments = {
+        "local_device_ids": _device_ids(values.local_device_ids),
+        "initialization_timeout": values.join_timeout,
+    }
+    if place is not None:
+        arguments |= _join(
+            place, absolute(folder), arguments["local_device_ids"], values.join_timeout
+        )
     try:
         jax.distributed.initialize(**arguments)
     except ValueError as error:
         raise checks.UserError(
-            "--distributed=auto found no cluster; start the script by srun, "
-            f"mpirun or on every host of a TPU pod, or give {_listing(EXPLICIT)}."
+            "--distributed=auto found no cluster: no variables of SLURM, Open MPI, "
+            "Kubernetes or a TPU pod. Start the script by srun, Open MPI's mpirun or "
+            f"on every host of a TPU pod, or give {_listing(EXPLICIT)}; under another "
+            "MPI these are a free port of the first host, $PMI_SIZE and $PMI_RANK."
         ) from error
     _require_equal_devices(values)
     if not processes.is_first():
@@ -76,8 +99,26 @@ def start(values: flags.FlagValues = flags.FLAGS) -> None:
     )
 
 
-def arguments_of(values: flags.FlagValues) -> dict | None:
-    """Return the arguments of `jax.distributed.initialize`; None for one process.
+def _join(place, folder, device_ids, within):
+    """Meet the others, and return what JAX needs to know of them."""
+    address, bound = gate.join(place, folder, within=within)
+    if device_ids is None and place.local_index is not None:
+        device_ids = [place.local_index]
+    return {
+        "coordinator_address": address,
+        "coordinator_bind_address": bound,
+        "num_processes": place.count,
+        "process_id": place.index,
+        "local_device_ids": device_ids,
+        # else SLURM's variables would restrict the process to one device
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def place_of(values: flags.FlagValues) -> launchers.Place | None:
+    """Return where the flags, or with them the launcher, place this process.
+
+    None for one process, and where JAX has to find the others, as on a TPU pod.
 
     Raises:
         UserError: for flags that do not fit together or are out of range.
@@ -90,8 +131,10 @@ def arguments_of(values: flags.FlagValues) -> dict | None:
         "leave out one or the other.",
     )
     ids = _device_ids(values.local_device_ids)
+    bind = os.environ.get(BIND_ADDRESS, "")
     if auto:
-        return {"local_device_ids": ids}
+        place = launchers.find()
+        return place and dataclasses.replace(place, bind=bind)
     if not given:
         checks.require(
             ids is None,
@@ -109,16 +152,9 @@ def arguments_of(values: flags.FlagValues) -> dict | None:
     checks.in_range("--process_id", values.process_id, 0, values.num_processes - 1)
     _check_address(values.coordinator_address)
     address = values.coordinator_address
-    return {
-        "coordinator_address": address,
-        # else JAX opens the port on all interfaces
-        "coordinator_bind_address": os.environ.get(BIND_ADDRESS, address),
-        "num_processes": values.num_processes,
-        "process_id": values.process_id,
-        "local_device_ids": ids,
-        # else SLURM's variables would restrict the process to one device
-        "cluster_detection_method": "deactivate",
-    }
+    return launchers.Place(
+        (address,), values.num_processes, values.process_id, bind=bind
+    )
 
 
 def _device_ids(texts):
@@ -144,31 +180,6 @@ def _check_address(address):
         f"--coordinator_address is {address!r}, but must be host:port of process 0, "
         "such as node001:12345.",
     )
-
-
-def _require_free(address):
-    """Refuse a port that cannot be opened, for which JAX would crash."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    try:
-        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(place[:2], family=family).close()
-    except OSError as error:
-        raise checks.UserError(
-            f"--coordinator_address is {address}, but its port cannot be opened here, "
-            f"in process 0: {error.strerror}; choose another port, or an address of "
-            f"this host, the same in all processes. {BIND_ADDRESS} names an interface "
-            "to listen on where the others know this host by another address."
-        ) from error
-    if ipaddress.ip_address(place[0]).is_loopback and host not in (
-        "localhost",
-        place[0],
-    ):
-        logging.warning(
-            "%s is %s here: processes on other hosts cannot reach it; give the address "
-            "of an interface",
-            *(host, place[0]),
-        )
 
 
 def _require_equal_devices(values):

@@ -3,10 +3,12 @@
 import contextlib
 import enum
 import errno
+import functools
 import glob
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from swinsmt_jax import checks
 PARTIAL = ".partial-"  # begins the names of what a killed process left half-written
 BEFORE = ".before"  # a folder that is being replaced
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+LEASE = 60.0  # seconds without renewal after which a holder counts as dead
 LITTER = ("thumbs.db", "desktop.ini", ".ds_store")  # that systems leave in folders
 NO_FLUSH = (errno.EINVAL, errno.EOPNOTSUPP)  # of folders, on some network drives
 
@@ -79,6 +82,18 @@ def absolute(path: str | Path) -> Path:
 def is_litter(path: Path) -> bool:
     """Whether a file is one that Windows or macOS leaves in any folder."""
     return path.name.lower() in LITTER or path.name.startswith("._")
+
+
+def end_of(path: Path, size: int = 4096) -> bytes:
+    """Return the last bytes of a file; a `UserError` if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read()
+    except OSError as error:
+        raise checks.UserError(
+            f"{path} cannot be read: {error.strerror}; mend it or its permissions."
+        ) from error
 
 
 def make_folder(path: Path) -> None:
@@ -184,7 +199,8 @@ def read_json(path: Path) -> Any:
 def locked(file: Path, *, what: str, remedy: str) -> Iterator[None]:
     """Hold a lock file against other processes until the end, or until killed.
 
-    On a file system without locks this only warns.
+    On a file system without locks, such as Lustre without flock, it is held by a file
+    beside it that is there as long as its time is renewed; a warning says so.
 
     Args:
         file: made if missing; it names who holds it.
@@ -194,21 +210,27 @@ def locked(file: Path, *, what: str, remedy: str) -> Iterator[None]:
     Raises:
         UserError: if another process holds it, or it cannot be written.
     """
-    lock = filelock.FileLock(file, blocking=False, fallback_to_soft=False)
+    lock: filelock.BaseFileLock = _lock(file)
     with writable(file):
         try:
-            lock.acquire()
-            file.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            try:
+                lock.acquire()
+                file.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                logging.warning(
+                    "%s is on a file system without locks; %s holds it instead, for "
+                    "others who look after %g s without a sign of life",
+                    *(what, lease_of(file), LEASE),
+                )
+                lock = _lease(file)
+                lock.acquire(timeout=LEASE + LEASE / 2)
         except filelock.Timeout:
-            holder = file.read_text(errors="replace").strip() or "unknown"
             raise checks.UserError(
-                f"{what} is in use by a live run ({holder}); wait for it or end it, "
-                f"or {remedy}."
+                f"{what} is in use by a live run ({_holder(file, lock)}); wait for it "
+                f"or end it, or {remedy}."
             ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logging.warning("%s cannot be locked; start one run at a time.", what)
     try:
         yield
     finally:
@@ -220,7 +242,7 @@ def claimed(file: Path, *, wait: bool = False) -> Iterator[Claim]:
     """Hold a lock file that is there only as long as it is held.
 
     One that was there although nobody held it is of a process that was killed.
-    On a file system without locks nobody else is seen.
+    On a file system without locks one is held as in `locked`, but without a warning.
 
     Args:
         file: made, and removed at the end.
@@ -229,24 +251,59 @@ def claimed(file: Path, *, wait: bool = False) -> Iterator[Claim]:
     Raises:
         OSError: if it cannot be written.
     """
-    lock = filelock.FileLock(file, blocking=wait, fallback_to_soft=False)
+    lock: filelock.BaseFileLock = _lock(file, wait=wait)
     try:
-        lock.acquire()
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            lock = _watched_lease(file)
+            lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         yield Claim.BUSY
         return
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        yield Claim.FREE
-        return
     try:
-        left = file.stat().st_size > 0
+        left = file.exists() and file.stat().st_size > 0
         file.write_text(f"process {os.getpid()} on {platform.node()}\n")
         yield Claim.LEFT if left else Claim.FREE
     finally:
         file.unlink(missing_ok=True)
         lock.release()
+
+
+def lease_of(file: Path) -> Path:
+    """Return the file that holds a lock where the file system has none."""
+    return file.with_name(f"{file.name}.lease")
+
+
+def _lock(file, wait=False):
+    return filelock.FileLock(file, blocking=wait, fallback_to_soft=False)
+
+
+def _lease(file):
+    def tell(lost):
+        logging.error(
+            "%s was lost (%s): another run may hold it now", lost.lock_file, lost.reason
+        )
+
+    return filelock.SoftFileLease(
+        lease_of(file), lease_duration=LEASE, on_compromise=tell
+    )
+
+
+@functools.cache  # it is taken over once one lock has seen it unchanged for long
+def _watched_lease(file):
+    return _lease(file)
+
+
+def _holder(file, lock):
+    """Say who holds a lock."""
+    if isinstance(lock, filelock.SoftFileLease):
+        said = lease_of(file).read_text(errors="replace")
+        known = dict(re.findall(r"^(pid|host)=(.*)$", said, re.MULTILINE))
+        return f"process {known.get('pid')} on {known.get('host')}"
+    return file.read_text(errors="replace").strip() or "unknown"
 
 
 def _flush(path):

@@ -4,6 +4,7 @@ Each process runs the same script. What concerns a file or the screen is done by
 first one; what may fail on one alone runs in `run_on_all`, so that none waits in vain.
 """
 
+import contextlib
 import itertools
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -106,17 +108,24 @@ def run_on_all(function: Callable[[], T]) -> T:
     Raises:
         SharedError: in all processes, what the first one that failed has to say. A
             single process raises its own `UserError`.
+        Interrupted: in all, if one has raised it.
     """
     if jax.process_count() == 1:
         return function()
-    result, message = None, None
+    result, message, ended = None, None, None
     try:
         result = function()
     except checks.UserError as error:
         message = str(error)
-    failed = [text for text in gather(message) if text is not None]
-    if failed:
-        raise SharedError(failed[0])
+    except statuses.Interrupted as error:
+        ended = {"number": int(error.number), "step": error.step, "stop": error.stop}
+    found = gather((message, ended))
+    for text, _ in found:
+        if text is not None:
+            raise SharedError(text)
+    for _, signal in found:
+        if signal is not None:
+            raise statuses.Interrupted(**signal)
     return cast(T, result)
 
 
@@ -161,6 +170,22 @@ def abandon(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def leave(status: int, *, within: float = 30) -> NoReturn:
+    """End this process together with the others: a launcher ends the slower ones.
+
+    One that the others do not follow within so many seconds goes alone.
+    """
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        coordination().wait_at_barrier("swinsmt_jax.leave", int(within * 1000))
+        jax.distributed.shutdown()
+    abandon(status)
+
+
+def coordination() -> Any:
+    """Return JAX's client of its coordinator, which knows keys and barriers."""
+    return distributed.global_state.client
 
 
 def several() -> bool:

@@ -18,13 +18,14 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 from swinsmt_jax.checks import UserError, did_you_mean, printable, require
 from swinsmt_jax.config import DataConfig, ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.data.augmentation import Augmentations
-from swinsmt_jax.runtime import processes, signals
+from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.files import absolute, read_json
-from swinsmt_jax.runtime.statuses import REFUSED
+from swinsmt_jax.runtime.statuses import REFUSED, Interrupted
 
 flags.disclaim_key_flags()  # so that --help of a script lists what is defined here
 
 CACHE = Path("~/.cache/swinsmt_jax")
+ALONE = 5  # seconds that a process waits for the others to fail too
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs"
 RENAMED_FLAGS = {"accumulate": "accumulate_on"}  # earlier name: name of today
@@ -122,6 +123,7 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
         if "config" in values and values["config"].value is not None:
             config = values.config  # raises if there was no such file
             if not isinstance(config, str):  # preprocess and plan have its name alone
+                _take_batch(config, arguments)
                 config.lock()
         return rest
     except SystemExit:  # of --help, which absl ends with status 1
@@ -138,6 +140,25 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
             f"unknown config group {group!r}; the groups are "
             f"{', '.join(groups.values())}.{near or did_you_mean(group, groups)}"
         ) from None
+
+
+def _take_batch(config, arguments):
+    """Let the batch that the command line gives, by device or in all, be the one."""
+    names = ("batch_size", "batch_per_device")
+    flags_of = {name: f"--config.data.{name}" for name in names}
+    given = [
+        name
+        for name, flag in flags_of.items()
+        if any(argument.split("=")[0] == flag for argument in arguments)
+    ]
+    require(
+        len(given) < 2,
+        f"{' and '.join(flags_of.values())} were both given; give one of them: crops "
+        "per step over all devices, or on each.",
+    )
+    for name in given:
+        (other,) = set(names) - {name}
+        config.data[other] = 0
 
 
 def _with_new_name(argument):
@@ -183,19 +204,21 @@ def exit_on_user_error(script: str) -> Iterator[None]:
     """
     try:
         yield
-    except signals.Interrupted as error:
+    except (Interrupted, processes.SharedError) as error:
         if processes.is_first():
             print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except processes.SharedError as error:
-        if processes.is_first():
-            print(f"{script}: {error}", file=sys.stderr)
+        if processes.several():
+            processes.leave(error.status)
         sys.exit(error.status)
     except (UserError, OSError) as error:
         print(f"{script}: {_words(error)}", file=sys.stderr)
         if processes.several():
-            processes.abandon(REFUSED)
+            processes.leave(REFUSED, within=ALONE)
         sys.exit(REFUSED)
+    except SystemExit as error:  # of a signal outside of a training's steps
+        if processes.several() and error.code:
+            processes.leave(int(error.code), within=ALONE)
+        raise
     except Exception as error:
         if processes.several():
             traceback.print_exception(error)

@@ -18,6 +18,25 @@ STATUS = {  # 75: EX_TEMPFAIL, "try again"
 }
 
 
+class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt
+    """A run ended by a signal, after its state was saved.
+
+    Attributes:
+        number: of the signal.
+        step: after which it stopped.
+        stop: number of steps of the run.
+        status: exit status of the script.
+    """
+
+    def __init__(self, number: int, *, step: int, stop: int):
+        self.number, self.step, self.stop = signal.Signals(number), step, stop
+        super().__init__(
+            f"{self.number.name} received: stopped after step {step} of {stop}, which "
+            "is saved; the same command continues."
+        )
+        self.status = STATUS[self.number]
+
+
 def default(number: int) -> None:
     """Let the next signal of this number act as if nobody listened."""
     usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL

@@ -19,13 +19,14 @@ from swinsmt_jax.config import ExperimentConfig, TrainingConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.runtime import cost, memory, processes, record, signals
 from swinsmt_jax.runtime.profile import Profile
+from swinsmt_jax.runtime.statuses import Interrupted
 from swinsmt_jax.training import logs, setup
 from swinsmt_jax.training.checkpoint import Checkpoints, open_checkpoints, origin_of
 from swinsmt_jax.training.checkpoint_folder import AHEAD, METRIC, crops_until
 from swinsmt_jax.training.continuing import continued
 from swinsmt_jax.training.logs import Clock, open_log
 from swinsmt_jax.training.state import TrainState
-from swinsmt_jax.training.workdir import CHECKPOINTS, locked, open_workdir
+from swinsmt_jax.training.workdir import CHECKPOINTS, locked, open_workdir, requeued
 
 Validate = Callable[..., dict]
 
@@ -56,26 +57,32 @@ def train(
             and a workdir of another run or in use; then for a step that does not fit
             into memory; later for bad files, labels unknown to the network, checkpoints
             that cannot be written, and losses that are not finite.
-        Interrupted: after SIGTERM or SIGINT, once the state is saved.
+        Interrupted: after SIGTERM, SIGUSR1 or SIGINT, once the state is saved.
     """
     checks.require(
         not jax.config.values["jax_enable_x64"],
         "JAX_ENABLE_X64 is set, but networks are trained in float32; unset it.",
     )
     training, num_classes = config.training, config.model.out_channels
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.require_divisible(
-        mesh,
-        batch_size=config.data.batch_size,
-        accumulate=training.accumulate,
+    mesh = processes.run_on_all(lambda: sharding.make_mesh(config.mesh))
+    settled = config.data.on_devices(mesh.size)
+    processes.run_on_all(
+        lambda: sharding.require_divisible(
+            mesh, batch_size=settled.batch_size, accumulate=training.accumulate
+        )
     )
     data, cases, held_out = processes.run_on_all(
         lambda: setup.find_cases(
-            config.data, num_classes=num_classes, validated=validate is not None
+            settled, num_classes=num_classes, validated=validate is not None
         )
     )
     fingerprint = data.seen.fingerprint
-    processes.require_same({"the fingerprint of the training cases": fingerprint})
+    setup.require_same_data(
+        *(cases, held_out),
+        classes=data.class_names,
+        groups=data.seen.groups,
+        spacing=data.spacing,
+    )
     config = dataclasses.replace(config, data=data)
     validate = validate if held_out else None
     held_out = held_out[: training.eval_cases or None]
@@ -95,7 +102,11 @@ def train(
             )
         )
         scored_on = pipeline.fingerprint(held_out)
-        with open_checkpoints(workdir, cases=scored_on) as checkpoints, remedies:
+        with (
+            requeued(workdir),
+            open_checkpoints(workdir, cases=scored_on) as checkpoints,
+            remedies,
+        ):
             origin = origin_of(config, data=fingerprint)
             state = checkpoints.restore_latest(abstract, origin=origin)
             done = 0 if state is None else int(state.step)
@@ -237,8 +248,7 @@ def _take_steps(run, state, train_step, *, batches, measure, profile_steps):
             # Stop.
             if signal and (validates or step < stop):
                 run.checkpoints.wait()
-                processes.barrier()  # the launcher may end all with the first one
-                raise signals.Interrupted(signal, step=step, stop=stop)
+                raise Interrupted(signal, step=step, stop=stop)
             run.checkpoints.check()
 
             # Next.
@@ -342,7 +352,7 @@ def _validate(run, log, listener, state, values):
     poll = functools.partial(listener.poll, step, run.training.num_steps)
     try:
         result = run.validate(state.evaluated_params, poll)
-    except signals.Interrupted:
+    except Interrupted:
         _record(run, log, step, values)
         run.checkpoints.wait()
         raise

@@ -56,6 +56,24 @@ def find_cases(
         return data, cases, ()
 
 
+def require_same_data(training: Cases, validation: Cases, **facts: object) -> None:
+    """Raise `SharedError` unless all processes have the same cases, and these facts."""
+    if jax.process_count() == 1:
+        return
+
+    def digests():
+        both = {"training": training, "validation": validation}
+        return {
+            f"the fingerprint of the {name} cases": pipeline.fingerprint(
+                own, whole=True
+            )
+            for name, own in both.items()
+        }
+
+    facts = {f"the data's {name}": value for name, value in facts.items()}
+    processes.require_same(processes.run_on_all(digests) | facts)
+
+
 def trained_on(data: DataConfig, cases: Cases) -> dict:
     """Return what run.json says of the data."""
     known = (

@@ -8,21 +8,28 @@
 <workdir>/profile/            traces of `--profile`
 <workdir>/damaged/            checkpoints that could not be read
 <workdir>/lock                held while a run is alive
+<workdir>/requeue             left by a run that was saved since its time was up
 """
 
 import contextlib
+import secrets
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+
 from swinsmt_jax import checks
 from swinsmt_jax.config import ExperimentConfig, from_config_dict, to_dict
 from swinsmt_jax.runtime import files, processes
+from swinsmt_jax.runtime.statuses import STATUS, Interrupted
 from swinsmt_jax.training.checkpoint_folder import steps_of
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"
+REQUEUE = "requeue"
 FOLDERS = (CHECKPOINTS, "tensorboard", "profile", "damaged")
 
 # Keys, or the beginnings of some, that decide what is learnt or how it is validated,
@@ -83,14 +90,41 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
     keys = _flat(to_dict(config)).items()
     processes.require_same({k: v for k, v in keys if k not in MAY_DIFFER})
     processes.on_first(lambda: _claim(workdir, config))
+    _require_shared(workdir)
+    return workdir
+
+
+def _require_shared(workdir):
+    """Have all processes see what the first one has just written."""
+    if jax.process_count() == 1:
+        return
+    token = workdir / f".shared-{processes.gather(secrets.token_hex(8))[0]}"
+    processes.on_first(lambda: files.write_text(token, ""))
     processes.run_on_all(
         lambda: checks.require(
-            (workdir / CONFIG).exists(),
+            token.exists(),
             f"the workdir {workdir} is not the same folder for all processes; give a "
             "--workdir on a file system that all hosts share.",
         )
     )
-    return workdir
+    processes.on_first(lambda: token.unlink(missing_ok=True))
+
+
+@contextlib.contextmanager
+def requeued(workdir: Path) -> Iterator[None]:
+    """Leave the file `REQUEUE` where a signal announced the end of the time.
+
+    Whoever started the run may look whether it is there; the next start removes it.
+    """
+    mark = workdir / REQUEUE
+    processes.on_first(lambda: mark.unlink(missing_ok=True))
+    try:
+        yield
+    except Interrupted as error:
+        if error.status == STATUS[signal.SIGTERM] and processes.is_first():
+            files.write_text(mark, f"{error}\n")
+        processes.barrier()  # the launcher may end all with the first one
+        raise
 
 
 @contextlib.contextmanager

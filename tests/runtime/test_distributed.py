@@ -4,7 +4,7 @@ import pytest
 from absl import flags
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.runtime import distributed, processes
+from swinsmt_jax.runtime import distributed, launchers, processes
 
 EXPLICIT = (
     "--coordinator_address=node1:1234",
@@ -22,25 +22,17 @@ def parse(*arguments):
 
 @pytest.mark.parametrize("arguments", [(), ("--distributed=off",)])
 def test_one_process_is_the_default(arguments):
-    assert distributed.arguments_of(parse(*arguments)) is None
-    distributed.start(parse(*arguments))
+    assert distributed.place_of(parse(*arguments)) is None
+    distributed.start("run", parse(*arguments))
     assert not processes.several() and processes.is_first()
 
 
-def test_flags_become_arguments():
-    auto = distributed.arguments_of(parse("--distributed=auto"))
-    assert auto == {"local_device_ids": None}
-    node = parse("--distributed=auto", "--local_device_ids=0,1,5")
-    assert distributed.arguments_of(node) == {"local_device_ids": [0, 1, 5]}
-    explicit = distributed.arguments_of(parse(*EXPLICIT, "--local_device_ids=2"))
-    assert explicit == {
-        "coordinator_address": "node1:1234",
-        "coordinator_bind_address": "node1:1234",
-        "num_processes": 4,
-        "process_id": 3,
-        "local_device_ids": [2],
-        "cluster_detection_method": "deactivate",
-    }
+def test_flags_become_a_place(monkeypatch):
+    assert distributed.place_of(parse("--distributed=auto")) is None
+    explicit = distributed.place_of(parse(*EXPLICIT, "--local_device_ids=2"))
+    assert explicit == launchers.Place(("node1:1234",), 4, 3)
+    monkeypatch.setenv(distributed.BIND_ADDRESS, "0.0.0.0:1234")
+    assert distributed.place_of(parse(*EXPLICIT)).bind == "0.0.0.0:1234"
 
 
 @pytest.mark.parametrize(
@@ -62,19 +54,23 @@ def test_flags_become_arguments():
         ([*EXPLICIT, "--local_device_ids=1,1"], "is 1,1, but must name each"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(arguments, words):
+def test_flags_that_do_not_fit_are_refused(tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):
-        distributed.start(parse(*arguments))
+        distributed.start(tmp_path, parse(*arguments))
 
 
-def test_an_address_of_another_host_is_refused():
+def test_an_address_of_another_host_is_refused(tmp_path):
     address = "--coordinator_address=192.0.2.1:12345"  # of documents, never given out
     with pytest.raises(UserError, match="cannot be opened here.*BIND_ADDRESS names"):
-        distributed.start(parse(address, "--num_processes=2", "--process_id=0"))
+        distributed.start(
+            tmp_path, parse(address, "--num_processes=2", "--process_id=0")
+        )
 
 
-def test_a_port_in_use_is_refused():
+def test_a_port_in_use_is_refused(tmp_path):
     with socket.create_server(("", 0)) as taken:
         address = f"--coordinator_address=localhost:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match="cannot be opened here.*in use"):
-            distributed.start(parse(address, "--num_processes=2", "--process_id=0"))
+            distributed.start(
+                tmp_path, parse(address, "--num_processes=2", "--process_id=0")
+            )

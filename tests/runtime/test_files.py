@@ -1,6 +1,8 @@
 import errno
 import fcntl
 import os
+import platform
+import re
 import subprocess
 import sys
 
@@ -119,16 +121,55 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
         assert file.read_text().startswith(f"process {os.getpid()} on ")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
-def test_a_file_system_without_locks_is_warned_of(
-    tmp_path, monkeypatch, caplog, number
-):
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system as Lustre without flock; short leases."""
+
     def flock(*_):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with files.locked(tmp_path / "lock", what="the run", remedy="give up"):
-        assert "the run cannot be locked; start one run at a time" in caplog.text
+    monkeypatch.setattr(files, "LEASE", 0.4)
+
+
+def hold(file):
+    return files.locked(file, what="the run", remedy="give up")
+
+
+def test_a_file_holds_a_lock_where_the_file_system_has_none(tmp_path, no_locks, caplog):
+    file = tmp_path / "lock"
+    for _ in range(2):
+        with hold(file):
+            assert "is on a file system without locks" in caplog.text
+            words = (
+                rf"in use by a live run \(process {os.getpid()} on {platform.node()}"
+            )
+            with pytest.raises(UserError, match=words), hold(file):
+                pass
+        assert not files.lease_of(file).exists()
+
+
+def test_a_lock_that_nobody_renews_is_taken_over(tmp_path, no_locks):
+    file = tmp_path / "lock"
+    with hold(file):
+        left = files.lease_of(file).read_text()
+    left = re.sub("host=.*", "host=elsewhere", left)  # whose processes nobody knows
+    files.lease_of(file).write_text(left)
+    with hold(file):
+        assert f"host={platform.node()}" in files.lease_of(file).read_text()
+    for name in (files.lease_of(file), file):
+        name.write_text(left)
+    claims = []
+    while files.Claim.BUSY in claims or not claims:
+        with files.claimed(file) as claim:
+            claims = [*claims, claim] if claim is files.Claim.BUSY else [claim]
+    assert claims == [files.Claim.LEFT]
+
+
+def test_claims_exclude_each_other_without_locks(tmp_path, no_locks):
+    with hold(file := tmp_path / "a"), files.claimed(tmp_path / "b") as claim:
+        assert claim is files.Claim.FREE and files.lease_of(file).exists()
+    assert not (tmp_path / "b").exists()
 
 
 def test_paths_of_users_are_made_absolute_and_have_a_name(tmp_path, monkeypatch):

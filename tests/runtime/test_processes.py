@@ -1,10 +1,12 @@
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.runtime import processes
+from swinsmt_jax.runtime import processes, statuses
 
 
 def test_one_process_has_all_of_the_work():
@@ -44,11 +46,19 @@ def test_shared_items_come_back_in_order(as_process, count):
 
 
 def test_an_error_of_one_process_is_raised_in_all(as_process):
-    as_process(1, [None, None, "bad file in the last"])
+    fine = (None, None)
+    as_process(1, [fine, fine, ("bad file in the last", None)])
     with pytest.raises(processes.SharedError, match="bad file in the last"):
         processes.run_on_all(lambda: 3)
-    as_process(1, [None, None, None])
+    as_process(1, [fine, fine, fine])
     assert processes.run_on_all(lambda: 3) == 3
+
+
+def test_a_signal_that_ends_one_process_ends_all(as_process):
+    ended = {"number": signal.SIGINT, "step": 4, "stop": 9}
+    as_process(1, [(None, None), (None, None), (None, ended)])
+    with pytest.raises(statuses.Interrupted, match="SIGINT received: .* step 4 of 9"):
+        processes.run_on_all(lambda: 3)
 
 
 def test_processes_with_other_values_are_refused(as_process):

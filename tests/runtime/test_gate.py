@@ -83,7 +83,7 @@ def test_a_job_whose_folder_is_not_shared_ends_in_all_processes(tmp_path, start)
 
 def test_waiting_is_told_and_ends(tmp_path, start, caplog, monkeypatch):
     monkeypatch.setattr(gate, "SAID_EVERY", 0.3)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")
     address = free_address()
     words = f"process 0 did not answer at {address} within 1 s; look whether"
     with pytest.raises(UserError, match=words):

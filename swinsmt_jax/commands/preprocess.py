@@ -21,6 +21,7 @@ from absl import flags
 from swinsmt_jax import checks
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data import store_report
+from swinsmt_jax.data.nifti import OVERLAPS
 from swinsmt_jax.data.preprocess import preprocess
 from swinsmt_jax.data.resampling import LABEL_RULES
 from swinsmt_jax.data.spacing import Sides, parse, text
@@ -44,7 +45,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("classes", [], help, flag_values=values)
     help = "processes; each needs some 20 bytes a voxel"
     flags.DEFINE_integer("workers", 1, help, 1, flag_values=values)
-    help = "ids of cases to leave out, such as those with known wrong labels"
+    help = "ids of cases to leave out; known: those of TotalSegmentator v2 that public"
+    help = f"{help} reports name"
     flags.DEFINE_list("exclude", [], help, flag_values=values)
     help = "read the cases of the store whole, and make damaged ones again"
     flags.DEFINE_bool("verify", False, help, flag_values=values)
@@ -55,6 +57,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "which class a resampled voxel gets; docs/data.md says what each keeps"
     rules = list(LABEL_RULES)
     flags.DEFINE_enum("label_resampling", "most", rules, help, flag_values=values)
+    help = "who wins where masks overlap: the later class, or the smaller mask"
+    flags.DEFINE_enum("overlaps", "order", OVERLAPS, help, flag_values=values)
     for name in ("source", "store"):
         flags.mark_flag_as_required(name, flag_values=values)
 
@@ -101,6 +105,7 @@ def main(arguments: list[str]) -> None:
         progress=True,
         verify=options.verify,
         label_resampling=options.label_resampling,
+        overlaps=options.overlaps,
         prune=options.prune,
         check=options.check,
     )

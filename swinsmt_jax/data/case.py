@@ -122,18 +122,23 @@ def require_files(case: Case) -> Case:
 
 
 def load_case(
-    case: Case, *, classes: ClassMap | None = None, kept: ClassMap | None = None
+    case: Case,
+    *,
+    classes: ClassMap | None = None,
+    kept: ClassMap | None = None,
+    overlaps: str = "order",
 ) -> Sample:
     """Read the CT and the labels of a case, reoriented to RAS.
 
     Masks are merged in the order of the class map; where they overlap, the later class
-    wins, as in TotalSegmentator's own converter. Masks of classes that are not kept
-    take part as background, if they are there.
+    wins, as in TotalSegmentator's own converter, unless `overlaps` says else. Masks of
+    classes that are not kept take part as background, if they are there.
 
     Args:
         case: its files.
         classes: that the files hold, if not `case.classes`.
         kept: a subset of these, if others are to become background.
+        overlaps: one of `nifti.OVERLAPS`.
 
     Raises:
         UserError: as `nifti.load_ct`; for a missing mask unless `case.absent`, no mask
@@ -145,7 +150,7 @@ def load_case(
     classes = classes or case.classes
     kept = kept or classes
     if CLASS in str(case.segmentation):
-        merged, absent = _merge_masks(case, ct, classes, kept)
+        merged, absent = _merge_masks(case, ct, classes, kept, overlaps)
         label, overlapping, notes, voxels = merged
     else:
         found = nifti.load_labels(case.segmentation, classes=classes, on=ct)
@@ -170,7 +175,7 @@ def load_case(
 
 
 def _merge_masks(
-    case: Case, ct: nifti.Volume, classes: ClassMap, kept: ClassMap
+    case: Case, ct: nifti.Volume, classes: ClassMap, kept: ClassMap, overlaps: str
 ) -> tuple[nifti.Merged, list[str]]:
     first, last = str(case.segmentation).split(CLASS)
     ids, found, foreign = classes.ids_by_key(), {}, []
@@ -199,10 +204,11 @@ def _merge_masks(
         f"{_title(classes)} has an empty mask, so download the case again. "
         f"{' '.join(foreign[:3])}".rstrip(),
     )
-    # Background on background changes nothing.
+    # In order, background on background changes nothing.
     start = min(number for number, new in own.items() if new)
+    start = 0 if overlaps == "smaller" else start
     files = {f: own[k] for k, f in sorted(found.items()) if k >= start}
-    merged = nifti.load_masks(files, on=ct)
+    merged = nifti.load_masks(files, on=ct, overlaps=overlaps)
     return merged._replace(notes=merged.notes + tuple(foreign)), missing
 
 

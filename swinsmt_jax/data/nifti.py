@@ -24,6 +24,7 @@ from swinsmt_jax.data.volume import (
 from swinsmt_jax.runtime.files import absolute, replacing, writable
 
 WRITTEN = (".nii", ".nii.gz", ".nrrd", ".mha")
+OVERLAPS = ("order", "smaller")  # who wins where masks overlap
 ROUNDING = 1e-3  # of label ids that a file stores with a slope
 
 
@@ -169,16 +170,25 @@ class Merged(NamedTuple):
     voxels: dict[int, int]
 
 
-def load_masks(values: Mapping[Path, int] | Mapping[str, int], *, on: Volume) -> Merged:
-    """Merge masks; where they overlap, the later one wins.
+def load_masks(
+    values: Mapping[Path, int] | Mapping[str, int],
+    *,
+    on: Volume,
+    overlaps: str = "order",
+) -> Merged:
+    """Merge masks.
 
     Args:
-        values: {file: label id of its voxels}.
+        values: {file: label id of its voxels}, of which there are 255 at most.
         on: what the masks must lie on.
+        overlaps: one of `OVERLAPS`: the later mask wins, or the one of fewer voxels,
+            and of equal ones the later.
     """
     label, claimed, notes = None, 0, tuple[str, ...]()
     found: dict[int, int] = {}
-    for file, value in values.items():
+    ids, sizes = np.zeros(256, np.uint8), np.zeros(256, np.int64)  # by number of mask
+    masks: list[tuple[Path | str, int]] = [*values.items()]
+    for number, (file, value) in enumerate(masks, start=1):
         volume = load_mask(file, on=on)
         mask, notes = volume.array, notes + volume.notes
         if label is None:
@@ -188,10 +198,14 @@ def load_masks(values: Mapping[Path, int] | Mapping[str, int], *, on: Volume) ->
         order = np.argsort(np.abs(mask.strides))[::-1]
         dense, inside = label.transpose(order), mask.transpose(order)
         before = dense[inside]
-        claimed += int(np.count_nonzero(before))
+        claimed += int(np.count_nonzero(ids[before]))
         found[value] = before.size
-        dense[inside] = value
-    return Merged(np.ascontiguousarray(label), claimed, notes, found)
+        ids[number], sizes[number] = value, before.size
+        smaller = (before > 0) & (sizes[before] < before.size)
+        keep = smaller if overlaps == "smaller" else False
+        dense[inside] = np.where(keep, before, np.uint8(number))
+    assert label is not None
+    return Merged(ids[np.ascontiguousarray(label)], claimed, notes, found)
 
 
 def save_labels(

@@ -33,6 +33,7 @@ from swinsmt_jax.runtime import files
 from swinsmt_jax.runtime.workers import end_with
 
 Cases = Sequence[Case] | Sequence[StoredCase]
+USUAL = 20  # cases from which on percentiles of a volume are known
 WORKER_BUFFER = 2  # crops that each worker process holds ready
 
 
@@ -248,8 +249,32 @@ def seen(config: DataConfig, cases: Cases, *, groups: ClassMap) -> Seen:
         tuple(np.min(sides, axis=0).round(4).tolist()) if sides else (),
         tuple(np.max(sides, axis=0).round(4).tolist()) if sides else (),
         groups.names_by_group(),
-        store.usual_ml(cases, groups.names),
+        usual_ml(cases, groups.names),
     )
+
+
+def usual_ml(cases: Sequence, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Return {class: (1st, 99th percentile of its volume in ml)} of stored cases.
+
+    Of the classes that `USUAL` cases or more have whole; structures that their scan
+    cuts do not count. {} for cases that are not of a
+
+    Args:
+        cases: of the training.
+        names: of the label ids.
+    """
+    found: dict[str, list[float]] = {}
+    for case in cases if all(isinstance(c, StoredCase) for c in cases) else ():
+        facts = case.facts
+        voxel = abs(float(np.linalg.det(np.array(facts["affine"])[:3, :3]))) / 1000
+        for number, count in enumerate(facts["counts"]):
+            if number and count and number not in facts.get("cut", ()):
+                found.setdefault(names[number], []).append(count * voxel)
+    return {
+        name: tuple(np.percentile(own, (1, 99)).round(3).tolist())
+        for name, own in found.items()
+        if len(own) >= USUAL
+    }
 
 
 def groups_of(config: DataConfig) -> dict[str, tuple[int, ...]]:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
-from swinsmt_jax.data import meta, origin, store
+from swinsmt_jax.data import known_bad_cases, meta, origin, store
 from swinsmt_jax.data.case import Case, Dataset, load_case, lost_note, resampled
 from swinsmt_jax.data.dataset import open_dataset
+from swinsmt_jax.data.nifti import OVERLAPS
 from swinsmt_jax.data.resampling import LABEL_RULES
 from swinsmt_jax.data.spacing import Sides
 from swinsmt_jax.data.store import Options
@@ -42,6 +43,7 @@ def preprocess(
     progress: bool = False,
     verify: bool = False,
     label_resampling: str = "most",
+    overlaps: str = "order",
     prune: bool = False,
     check: bool = False,
 ) -> dict[str, str]:
@@ -54,10 +56,12 @@ def preprocess(
         description: of the dataset, as in `dataset.open_dataset`.
         classes: names of those to keep; empty keeps all.
         workers: processes, each of which holds one scan; one is this process itself.
-        exclude: ids of cases to leave out, such as those with known wrong labels.
+        exclude: ids of cases to leave out; "known" stands for those of
+            `known_bad_cases`.
         progress: show a bar.
         verify: read finished cases whole; those that are damaged are made again.
         label_resampling: one of `resampling.LABEL_RULES`.
+        overlaps: one of `nifti.OVERLAPS`, who wins where masks overlap.
         prune: remove what was made of cases that the source no longer lists, and let
             another source take the store.
         check: say what would be done, and do nothing.
@@ -75,6 +79,11 @@ def preprocess(
     source, root = files.absolute(source), files.absolute(root)
     checks.positive("workers", workers)
     found = open_dataset(source, description=description)
+    if known_bad_cases.KNOWN in exclude and known_bad_cases.KNOWN not in found.splits:
+        listed = {*found.splits, *found.refused}
+        known = known_bad_cases.in_dataset(listed, found.classes)
+        others = (name for name in exclude if name != known_bad_cases.KNOWN)
+        exclude = [*dict.fromkeys([*others, *known])]
     for name in exclude:
         checks.require(
             name in found.splits or name in found.refused,
@@ -83,7 +92,8 @@ def preprocess(
         )
     kept = found.classes.subset(classes) if classes else found.classes
     checks.one_of("label_resampling", label_resampling, LABEL_RULES)
-    options = Options(spacing, kept, label_resampling)
+    checks.one_of("overlaps", overlaps, OVERLAPS)
+    options = Options(spacing, kept, label_resampling, overlaps)
     if check:
         print(plan(found, root, options, exclude, verify=verify, prune=prune))
         return {}
@@ -310,7 +320,9 @@ def write(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked
-            sample = load_case(case, classes=classes, kept=options.classes)
+            sample = load_case(
+                case, classes=classes, kept=options.classes, overlaps=options.overlaps
+            )
         facts = {
             "name": case.name,
             "source_shape": sample.source_shape,

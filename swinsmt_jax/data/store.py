@@ -37,7 +37,6 @@ INDEX, CASE, VOXELS = "store.json", "case.json", "voxels.npz"
 VOLUMES = ("image", "label")
 LOCK = ".lock"
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile)
-USUAL = 20  # cases from which on percentiles of a volume are known
 SAMPLES = 20_000  # voxels of a kind kept at most
 # HU above which the boxes of the foreground are found beforehand
 FOREGROUND_THRESHOLDS_HU = (-1024, -1000, -500, -300, -200)
@@ -51,11 +50,13 @@ class Options:
         spacing: voxel side in mm, or three sides; 0 keeps each scan's own.
         classes: of the label ids.
         label_resampling: one of `resampling.LABEL_RULES`.
+        overlaps: one of `nifti.OVERLAPS`.
     """
 
     spacing: Sides
     classes: ClassMap = class_map.V2
     label_resampling: str = "most"
+    overlaps: str = "order"
 
     def to_json(self) -> dict:
         """Return what the index of the store says of these options."""
@@ -63,6 +64,7 @@ class Options:
             "spacing": self.spacing,
             "classes": class_map.to_json(self.classes),
             "label_resampling": self.label_resampling,
+            "overlaps": self.overlaps,
         }
 
 
@@ -182,30 +184,6 @@ class StoredCase:
         return {}
 
 
-def usual_ml(cases: Sequence, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Return {class: (1st, 99th percentile of its volume in ml)} of stored cases.
-
-    Of the classes that `USUAL` cases or more have whole; structures that their scan
-    cuts do not count. {} for cases that are not of a store.
-
-    Args:
-        cases: of the training.
-        names: of the label ids.
-    """
-    found: dict[str, list[float]] = {}
-    for case in cases if all(isinstance(c, StoredCase) for c in cases) else ():
-        facts = case.facts
-        voxel = abs(float(np.linalg.det(np.array(facts["affine"])[:3, :3]))) / 1000
-        for number, count in enumerate(facts["counts"]):
-            if number and count and number not in facts.get("cut", ()):
-                found.setdefault(names[number], []).append(count * voxel)
-    return {
-        name: tuple(np.percentile(own, (1, 99)).round(3).tolist())
-        for name, own in found.items()
-        if len(own) >= USUAL
-    }
-
-
 def is_store(root: str | Path) -> bool:
     """Whether a folder is a store."""
     return (Path(root) / INDEX).is_file()
@@ -249,6 +227,7 @@ def require_options(root: Path, options: Options) -> None:
     for flag, made, wanted in (
         ("spacing", text(found.spacing), text(options.spacing)),
         ("label_resampling", found.label_resampling, options.label_resampling),
+        ("overlaps", found.overlaps, options.overlaps),
     ):
         checks.require(
             made == wanted,
@@ -275,7 +254,8 @@ def read_options(root: Path) -> Options:
         options = found["options"]
         classes = class_map.from_json(options["classes"], where=str(root / INDEX))
         rule = options.get("label_resampling", "most")
-        return Options(plain(options["spacing"]), classes, rule)
+        overlaps = options.get("overlaps", "order")
+        return Options(plain(options["spacing"]), classes, rule, overlaps)
 
 
 def find_cases(

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from swinsmt_jax.data import label_table, meta, store
+from swinsmt_jax.class_map import V2
+from swinsmt_jax.data import known_bad_cases, label_table, meta, store
 from swinsmt_jax.data.store import StoredCase
 from swinsmt_jax.data.volume import ras_spacing, spacing_of
 from swinsmt_jax.runtime import files, html
 
 SHOWN = 4  # cases drawn
+RULES = {"order": "the later class wins", "smaller": "the smaller mask wins"}
 CUT = "made before grids covered scans, it ends before its scan; preprocess it again."
 
 
@@ -36,6 +38,7 @@ def _summary(report):
     count, run = sum(report["cases"].values()), report["run"]
     size = report["bytes"] / 1e6
     speed = 60 * run["cases"] / max(run["seconds"], 1e-3)
+    claimed, rule = report["overlapping_voxels"], RULES[report["overlaps_rule"]]
     cut, lost = len(report["ends_before_scan"]), len(report["lost"])
     return (
         f"{count} cases ({_splits(report)}), {size:.1f} MB, "
@@ -45,6 +48,7 @@ def _summary(report):
         f"{run['cases']} written now, {speed:.1f} cases/minute"
         + (f"; {cut} end before their scan" if cut else "")
         + (f"; {lost} lack classes that their files have" if lost else "")
+        + (f"; {claimed:,} voxels claimed by several masks, {rule}" if claimed else "")
     )
 
 
@@ -72,6 +76,7 @@ def _collect(root, cases, index):
         "bytes_per_voxel": size / max(1, voxels),
         "shapes": each(lambda f: f["shape"]),
         "source_spacings": each(spacing),
+        "overlaps_rule": store.read_options(root).overlaps,
         "overlapping_voxels": sum(f["overlapping_voxels"] for f in facts),
         "overlaps": each(lambda f: f["overlapping_voxels"]),
         "notes": each(lambda f: f.get("notes")),
@@ -94,7 +99,13 @@ def _page(report, cases):
         title="Preprocessed cases",
         report=report,
         splits=_splits(report),
-        excluded=dict.fromkeys(report["excluded"], "--exclude"),
+        excluded={
+            name: known_bad_cases.reasons().get(name, "--exclude")
+            if len(report["classes"]) == len(V2.names) - 1
+            else "--exclude"
+            for name in report["excluded"]
+        },
+        rule=RULES[report["overlaps_rule"]],
         notes=notes,
         lost={
             n: ", ".join(f"{name} ({count:,} voxels)" for name, count in own.items())

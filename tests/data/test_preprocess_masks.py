@@ -1,13 +1,14 @@
 """Cases of one mask per structure: what is merged, and what is refused alone."""
 
 import gzip
+import json
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from swinsmt_jax import labels
-from swinsmt_jax.data import meta, preprocess, store
+from swinsmt_jax import checks, labels
+from swinsmt_jax.data import known_bad_cases, meta, preprocess, store, store_report
 
 
 def save(path, array, affine=None):
@@ -38,6 +39,67 @@ def test_overlapping_masks_are_counted(tmp_path):
     (case,) = store.find_cases(tmp_path / "store", split="train")
     assert case.facts["overlapping_voxels"] == 36
     assert (case.read().label[2:4] == labels.CLASS_IDS["liver"]).all()
+
+
+@pytest.mark.parametrize(
+    ("kept", "winners"),
+    [
+        # voxels of plane 0, 1, ... 5; liver 2 planes, spleen 3, kidney_right 3
+        ((), ["spleen", "spleen", "liver", "liver", "kidney_right", "background"]),
+        (("spleen",), ["spleen", "spleen", *["background"] * 4]),
+    ],
+    ids=["all classes", "one class"],
+)
+def test_the_smaller_of_overlapping_masks_wins_if_asked(tmp_path, kept, winners):
+    folder = write_masks(tmp_path / "source", "s1") / "segmentations"
+    planes = {"spleen": (0, 3), "kidney_right": (2, 5), "liver": (2, 4)}
+    for name, (first, end) in planes.items():
+        mask = np.zeros((6, 6, 6), np.uint8)
+        mask[first:end] = 1
+        save(folder / f"{name}.nii.gz", mask)
+    source, root = tmp_path / "source", tmp_path / "store"
+    options = {"overlaps": "smaller", "classes": kept}
+    assert preprocess.preprocess(source, root, **options) == {}
+    (case,) = store.find_cases(root, split="train")
+    names = store.read_options(root).classes.names
+    found = case.read().label
+    assert [names[i] for i in found[:, 0, 0]] == winners
+    assert (found == found[:, :1, :1]).all()
+    summary = store_report.write(root)
+    report = json.loads((root / "report.json").read_text())
+    assert report["overlaps_rule"] == "smaller"
+    if not kept:
+        assert report["overlapping_voxels"] == 36 + 72
+        assert "108 voxels claimed by several masks, the smaller mask wins" in summary
+    with pytest.raises(checks.UserError, match="--overlaps=smaller, but now order"):
+        preprocess.preprocess(source, root, classes=kept)
+
+
+def test_known_bad_cases_are_left_out_with_reason_and_source(tmp_path, caplog):
+    source, root = tmp_path / "source", tmp_path / "store"
+    for name in ("s0001", "s0513", "s0864"):
+        write_masks(source, name)
+    assert preprocess.preprocess(source, root, exclude=["known"]) == {}
+    assert [c.name for c in store.find_cases(root, split="train")] == ["s0001"]
+    store_report.write(root)
+    report = json.loads((root / "report.json").read_text())
+    assert report["excluded"] == ["s0513", "s0864"]
+    page = (root / "report.html").read_text()
+    assert "humerus_right: the mask is wrong" in page and "issues/245" in page
+    for reason in known_bad_cases.reasons().values():
+        assert "https://github.com/wasserth/TotalSegmentator/issues/" in reason
+
+
+def test_known_bad_cases_are_those_of_totalsegmentator_alone(tmp_path):
+    root = tmp_path / "other"
+    write_masks(root, "s0513")
+    (root / "meta.csv").rename(root / "splits.csv")
+    content = {"image": "{case}/ct.nii.gz", "classes": ["liver", "spleen"]}
+    content |= {"masks": "{case}/segmentations/{class}.nii.gz"}
+    content |= {"splits": {"train": ["s0513"]}}
+    (root / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(checks.UserError, match="exclude is 'known'.*of TotalSegm"):
+        preprocess.preprocess(root, tmp_path / "store", exclude=["known"])
 
 
 @pytest.mark.parametrize(

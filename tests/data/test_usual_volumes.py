@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax.config import from_config_dict, to_dict
-from swinsmt_jax.data import preprocess, store
+from swinsmt_jax.data import pipeline, preprocess
 from swinsmt_jax.inference.outputs import OutputOptions
 from swinsmt_jax.inference.scans import segment_scans
 from swinsmt_jax.inference.segmenter import Segmenter
@@ -73,7 +73,7 @@ def test_percentiles_are_those_of_whole_structures_of_enough_cases(trained):
 
 
 def test_cases_without_a_store_tell_no_volumes(root):
-    assert store.usual_ml(["a case"], CLASSES) == {}
+    assert pipeline.usual_ml(["a case"], CLASSES) == {}
 
 
 @jax.jit

@@ -5,11 +5,13 @@ are seeded per record. So it does not depend on the number of threads, workers o
 processes, and a resumed run starts at its step without replaying what came before.
 """
 
+import atexit
 import functools
 import hashlib
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,7 @@ from swinsmt_jax.runtime.workers import end_with
 
 Cases = Sequence[Case] | Sequence[StoredCase]
 USUAL = 20  # cases from which on percentiles of a volume are known
+_OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
 WORKER_BUFFER = 2  # crops that each worker process holds ready
 
 
@@ -97,7 +100,16 @@ def training_batches(
     # Batches are formed after the workers: before them, records were lost
     # (google/grain#1129) and the stream would depend on the number of workers.
     batches = crops.batch(config.batch_size // process_count, drop_remainder=True)
-    return _batches(iter(batches))
+    stream = _batches(iter(batches))
+    _OPEN.add(stream)
+    return stream
+
+
+@atexit.register
+def _close_streams():
+    """Close what a script left open; later the memory that workers share would leak."""
+    for stream in list(_OPEN):
+        stream.close()
 
 
 def _start_worker(worker: int, workers: int, *, parent: int) -> None:

@@ -98,11 +98,9 @@ def crops_until(folder: Path) -> int:
 
 def require_same_parameters(folder: Path, params: Mapping, *, part: str) -> None:
     """Raise `UserError` unless part of the state has these shapes and dtypes."""
-    with ocp.PyTreeCheckpointer() as reader:
-        tree = read(
-            folder,
-            lambda: reader.metadata(folder / STATE).item_metadata.tree.get(part, {}),
-        )
+    # By the handler: a checkpointer looks for metadata of a step, and warns of none.
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = read(folder, lambda: handler.metadata(folder / STATE).tree.get(part, {}))
     saved, wanted = _shapes(tree), _shapes(params)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, "

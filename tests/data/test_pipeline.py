@@ -411,3 +411,28 @@ def test_worker_processes_end_with_a_parent_that_is_killed(linked, tmp_path):
     while any(Path(f"/proc/{child}").exists() for child in listed.split()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+OPEN_STREAM = """
+import sys
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import pipeline
+
+if __name__ == "__main__":
+    config = DataConfig(sys.argv[1], (96, 96, 96), batch_size=2, num_workers=2)
+    cases = pipeline.find_cases(config, split="train")
+    stream = pipeline.training_batches(config, cases, seed=0)
+    next(stream)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_ends_with_an_open_stream_leaks_nothing(config, tmp_path):
+    (tmp_path / "script.py").write_text(OPEN_STREAM)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", config.root],
+        **{"capture_output": True, "text": True},
+    )
+    assert done.returncode == 3
+    assert done.stderr == ""

@@ -381,3 +381,12 @@ def test_parameters_that_are_not_finite_are_refused(tmp_path, make_config):
         checkpoints.save(state, origin=origin_of(config, data="abc"))
     with pytest.raises(UserError, match="checkpoints/4 has .* infinite, such as stem"):
         load_model(tmp_path)
+
+
+def test_reading_a_checkpoint_warns_of_nothing(tmp_path, make_config, caplog):
+    config = make_config()
+    write(tmp_path, config, {1: None})
+    load_model(tmp_path)
+    restore(tmp_path, config, states(config)[1])
+    assert "etadata file" not in caplog.text
+    assert [r for r in caplog.records if r.levelname != "INFO"] == []

@@ -18,6 +18,7 @@ $(VENV)/installed: pyproject.toml requirements.txt
 lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh
 
 types: install
 	$(BIN)/python -m mypy

@@ -1,11 +1,11 @@
 #!/bin/bash
 # Train on whole nodes of 8 GPUs, one process for each GPU:
 #
-#     sbatch --nodes=2 launch/slurm_process_per_gpu.sh --config.data.batch_size=16
+#     sbatch --nodes=2 launch/slurm_process_per_gpu.sh --config.data.batch_per_device=1
 #
 # What stands after the script's name goes to train.py. Submit from the repository's
-# root, on a file system that all nodes share. See docs/multi_node.md; not yet run on a
-# cluster.
+# root, on a file system that all nodes share. docs/multi_node.md lists the variables;
+# not yet run on a cluster.
 
 #SBATCH --job-name=swinsmt
 #SBATCH --nodes=2
@@ -24,7 +24,7 @@ set -euo pipefail
 
 CONFIG=${CONFIG:-configs/swin_smt_paper.py}
 WORKDIR=${WORKDIR:-runs/$(basename "$CONFIG" .py)} # on the shared file system
-DATA=${DATA:-data/Totalsegmentator_dataset_v201}
+DATA=${DATA:-data/store} # made by preprocess.py
 PYTHON=${PYTHON:-.venv/bin/python}
 
 # Compiled programs, kept between runs. Process 0 alone writes them, so a folder that all
@@ -38,6 +38,12 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-12}
 
 mkdir -p "$JAX_COMPILATION_CACHE_DIR"
 
+for argument in "$@"; do
+    case $argument in --workdir=*) WORKDIR=${argument#*=} ;; esac
+done
+# An older mark of a run that does not get as far as to remove it asks for nothing.
+rm -f "$WORKDIR/requeue"
+
 # --kill-on-bad-exit: when one process fails, the others wait for it; end them at once.
 # --gpu-bind=none: some sites bind a GPU to each process unless told not to.
 status=0
@@ -49,6 +55,7 @@ srun --kill-on-bad-exit=1 --gpu-bind=none \
     --config.data.root="$DATA" \
     --config.data.num_threads="$SRUN_CPUS_PER_TASK" \
     "$@" || status=$?
-# 75: a signal ended the run after it was saved. The job waits for its turn again.
-if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# The run leaves this file where a signal ended it after it was saved: the job waits for
+# its turn again. The status says less: srun's is that of a process that it killed.
+if [ -e "$WORKDIR/requeue" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

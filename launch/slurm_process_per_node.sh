@@ -1,11 +1,11 @@
 #!/bin/bash
 # Train on nodes of 8 GPUs, one process for each node, which drives all its GPUs:
 #
-#     sbatch --nodes=2 launch/slurm_process_per_node.sh --config.data.batch_size=16
+#     sbatch --nodes=2 launch/slurm_process_per_node.sh --config.data.batch_per_device=1
 #
 # What stands after the script's name goes to train.py. Submit from the repository's
-# root, on a file system that all nodes share. See docs/multi_node.md; not yet run on a
-# cluster.
+# root, on a file system that all nodes share. docs/multi_node.md lists the variables;
+# not yet run on a cluster.
 
 #SBATCH --job-name=swinsmt
 #SBATCH --nodes=2
@@ -22,7 +22,7 @@ set -euo pipefail
 
 CONFIG=${CONFIG:-configs/swin_smt_paper.py}
 WORKDIR=${WORKDIR:-runs/$(basename "$CONFIG" .py)} # on the shared file system
-DATA=${DATA:-data/Totalsegmentator_dataset_v201}
+DATA=${DATA:-data/store} # made by preprocess.py
 PYTHON=${PYTHON:-.venv/bin/python}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8} # of this job, the same on every node
 NUM_THREADS=${NUM_THREADS:-32}    # that read and cut crops, for all GPUs of the node
@@ -42,6 +42,12 @@ mkdir -p "$JAX_COMPILATION_CACHE_DIR"
 # 0 among the GPUs that the process sees, whichever GPUs of the node these are.
 DEVICE_IDS=$(seq -s, 0 $((GPUS_PER_NODE - 1)))
 
+for argument in "$@"; do
+    case $argument in --workdir=*) WORKDIR=${argument#*=} ;; esac
+done
+# An older mark of a run that does not get as far as to remove it asks for nothing.
+rm -f "$WORKDIR/requeue"
+
 # --kill-on-bad-exit: when one process fails, the others wait for it; end them at once.
 status=0
 srun --kill-on-bad-exit=1 \
@@ -53,6 +59,7 @@ srun --kill-on-bad-exit=1 \
     --config.data.root="$DATA" \
     --config.data.num_threads="$NUM_THREADS" \
     "$@" || status=$?
-# 75: a signal ended the run after it was saved. The job waits for its turn again.
-if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# The run leaves this file where a signal ended it after it was saved: the job waits for
+# its turn again. The status says less: srun's is that of a process that it killed.
+if [ -e "$WORKDIR/requeue" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

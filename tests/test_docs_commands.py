@@ -37,8 +37,31 @@ STAND_INS = {
     "sbatch": 'shift; exec bash "$@"',  # --nodes=2
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@" $SMALL',
     "gcloud": 'eval "${!##--command=} $(printf "%q " $SMALL)"',
+    "mpirun": """
+shift 2  # -n 2; the variables are those of Open MPI 5.0.11
+export OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_SIZE=2
+export PMIX_NAMESPACE=prterun-localhost-$$@1
+for rank in 0 1; do
+    OMPI_COMM_WORLD_RANK=$rank OMPI_COMM_WORLD_LOCAL_RANK=$rank "$@" $SMALL &
+done
+wait -n && wait -n""",
 }
-pytestmark = pytest.mark.slow
+# What runs the commands of a page; a page with others is not there.
+RUN_BY = {
+    "data.md": "tests/data/test_preprocess_howto.py",
+    "multi_node.md": "tests/test_docs_commands.py",
+    "networks.md": "tests/test_docs_commands.py",
+    "own_data.md": "tests/test_own_data.py",
+    "prediction.md": "tests/test_docs_commands.py",
+    "training.md": "tests/test_docs_commands.py",
+}
+# Commands that no test runs as they stand: by what they begin with, and why.
+NOT_RUN = {
+    "pip install": "takes packages from the network",
+    "python -m benchmarks.": "tests/test_benchmarks.py runs each with --quick",
+    "python embed.py": "needs weights from the network; tests/models/ makes the file",
+}
+slow = pytest.mark.slow
 
 
 def blocks(page, language):
@@ -109,6 +132,7 @@ def slurm(small):
     }
 
 
+@slow
 def test_a_run_from_training_to_comparison(run, folder):
     small = f"{RUN} {SWIN}".format(steps=4)
     training = lines("training.md", "python")
@@ -135,22 +159,41 @@ def test_a_run_from_training_to_comparison(run, folder):
     assert "('" in run(f"python -c {shlex.quote(snippet)}")
 
 
+@slow
 def test_jobs_on_a_cluster(run, folder):
+    each = RUN.replace("--config.data.batch_size=1 ", "").format(steps=1)
+    small = f"{each} {SWIN} --workdir=runs/{{}}"
     (training,) = lines("training.md", "sbatch")
     per_gpu, per_node = lines("multi_node.md", "sbatch")
     assert training == per_gpu
     for number, command in enumerate((per_gpu, per_node)):
-        small = f"{RUN} {SWIN} --workdir=runs/job{number}".format(steps=1)
-        run(command, **slurm(small))
+        run(command, **slurm(small.format(f"job{number}")))
     (pod,) = lines("multi_node.md", "gcloud")
-    run(pod, **slurm(f"{RUN} {SWIN} --workdir=runs/pod".format(steps=1)))
-    hosts = lines("multi_node.md", "python")
-    assert [command.count("--process_id=") for command in hosts] == [1, 1]
-    small = f"{RUN} {SWIN} --num_processes=1 --coordinator_address=localhost:4712"
-    small += " --workdir=runs/hosts"
-    run(hosts[0], small.format(steps=1))
+    run(pod, **slurm(small.format("pod")))
+    (mpi,) = lines("multi_node.md", "mpirun")
+    run(mpi, SMALL=small.format("mpi"))
+    first, second = lines("multi_node.md", "python")
+    address = f" {small.format('hosts')} --coordinator_address=localhost:4712"
+    run(f"{first + address} & {second + address} && wait $!")
+    for name in ("job0", "job1", "pod", "mpi", "hosts"):
+        assert (folder / "runs" / name / "checkpoints" / "1").is_dir(), name
 
 
+def test_a_test_runs_each_command():
+    """Or it is among those that none can, with the reason."""
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        left = [
+            line
+            for block in blocks(page.name, "sh")
+            for line in block.splitlines()
+            if line and not line.startswith(tuple(NOT_RUN))
+        ]
+        assert not left or page.name in RUN_BY, (page.name, left)
+    for test in RUN_BY.values():
+        assert "docs" in (ROOT / test).read_text()
+
+
+@slow
 def test_another_network(run):
     train, *_ = lines("networks.md", "python train.py")
     (evaluate,) = lines("networks.md", "python evaluate.py")

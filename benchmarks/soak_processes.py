@@ -1,0 +1,261 @@
+"""Disturb a training of two and four processes at random, and look at what it left.
+
+    python -m benchmarks.soak_processes --folder=FOLDER [--lives=60] [--quick]
+        [--json=FILE]
+
+The processes meet over loopback. Each number of them trains undisturbed first; then
+again and again in one workdir until the training ends, and something happens in each
+life: SIGKILL to one or to all, SIGTERM, SIGUSR1 or SIGINT to one or to all, SIGSTOP of
+one for 30 s, one that starts late, a second run on the port, a second run in the
+workdir. After it all losses must be those of the undisturbed training; nothing may be
+lost after a signal that asks to end, and no more than the steps since the last
+checkpoint after SIGKILL; statuses must be those that are documented; and no process may
+be there after its limit.
+
+The same command continues a soak that was ended: FOLDER keeps its lives.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from benchmarks import ROOT, run, save, show
+from benchmarks.soak import CONFIG
+from swinsmt_jax.runtime import files
+from swinsmt_jax.training.checkpoint_folder import steps_of
+from swinsmt_jax.training.logs import read_rows
+
+COUNTS = (2, 4)
+STEPS, EVERY = 60, 6  # of a training, and between its checkpoints
+LIMIT = 180  # seconds until all processes have ended
+STOPPED, LATE = 30, 15  # seconds
+STATUS = {"TERM": 75, "USR1": 75, "INT": 130}
+EVENTS = (
+    *("KILL one", "KILL all", "TERM one", "TERM all", "USR1 one", "INT one"),
+    *("INT all", "STOP one", "late start", "second on the port", "second in workdir"),
+)
+
+
+class Processes:
+    """The processes of one training; what they say goes to files."""
+
+    def __init__(self, folder: Path, workdir: Path, count: int, port: int):
+        self._folder, self._workdir, self._port = folder, workdir, port
+        self.count, self._started = count, {}
+
+    def start(self, index: int) -> None:
+        """Start one of them."""
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
+        }
+        line = [
+            *("train.py", f"--config={self._folder}/config.py"),
+            f"--config.data.root={self._folder}/data",
+            *(f"--workdir={self._workdir}", "--config.data.batch_size=4"),
+            *(f"--num_processes={self.count}", f"--process_id={index}"),
+            f"--coordinator_address=127.0.0.1:{self._port}",
+        ]
+        with self.said(index).open("w") as said:
+            self._started[index] = subprocess.Popen(
+                [sys.executable, *line],
+                **{"cwd": ROOT, "env": environment, "stdout": said, "stderr": said},
+            )
+
+    def said(self, index: int) -> Path:
+        """Return the file of what a process says."""
+        return self._folder / f"{self._workdir.name}.{self._port}.{index}.txt"
+
+    def send(self, number: int, indices: list[int]) -> None:
+        """Send a signal to those that are there."""
+        for index in indices:
+            self._started[index].send_signal(number)
+
+    def ended(self) -> bool:
+        """Whether one of them is there no more."""
+        return any(p.poll() is not None for p in self._started.values())
+
+    def wait(self, limit: float) -> tuple[list[int | None], float]:
+        """Wait for all; return their statuses, None after the limit, and the seconds.
+
+        Those that are still there are killed.
+        """
+        start = time.monotonic()
+        statuses: list[int | None] = []
+        for index in sorted(self._started):
+            left = max(0.1, start + limit - time.monotonic())
+            try:
+                statuses.append(self._started[index].wait(left))
+            except subprocess.TimeoutExpired:
+                statuses.append(None)
+        for process in self._started.values():
+            process.kill()
+            process.wait()
+        return statuses, time.monotonic() - start
+
+
+def begin(folder: Path, workdir: Path, count: int, late: int | None = None):
+    """Start all processes of a training but a late one, at a port that is free."""
+    from swinsmt_jax.runtime.gate import free_port
+
+    started = Processes(folder, workdir, count, free_port("127.0.0.1"))
+    for index in range(count):
+        if index != late:
+            started.start(index)
+    return started
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Return the loss of each step that is logged."""
+    rows = read_rows(workdir / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def prepare(folder: Path) -> None:
+    """Make scans, a config, and the losses of undisturbed trainings."""
+    from swinsmt_jax.phantoms import dataset as phantom
+
+    if not (folder / "config.py").exists():
+        phantom.write_dataset(
+            folder / "data", train=6, val=1, test=1, spacing=12.0, seed=0
+        )
+        files.write_text(folder / "config.py", CONFIG)
+    for count in COUNTS:
+        known = folder / f"whole{count}.json"
+        if not known.exists():
+            workdir = folder / f"whole{count}"
+            files.remove(workdir) if workdir.exists() else None
+            started = begin(folder, workdir, count)
+            statuses, _ = started.wait(900)
+            assert statuses == [0] * count, started.said(0).read_text()
+            files.write_json(known, losses(workdir))
+
+
+def live(folder: Path, number: int) -> dict:
+    """Live one life; return what it was and what is wrong after it."""
+    chance = random.Random(number)
+    count, event = COUNTS[number % len(COUNTS)], chance.choice(EVENTS)
+    workdir, one = folder / f"run{count}", chance.randrange(count)
+    before = steps_of(workdir / "checkpoints")
+    done = max(before, default=0)
+    first = begin(folder, workdir, count, one if event == "late start" else None)
+    if event == "late start":
+        time.sleep(chance.uniform(1, LATE))
+        first.start(one)
+    else:
+        logged = len(losses(workdir))
+        until = min(logged + chance.randint(0, 12), STEPS - 2) if logged < STEPS else 0
+        deadline = time.monotonic() + LIMIT
+        while len(losses(workdir)) < until and not first.ended():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 1))
+    wrong, found = [], {}
+    name, _, whom = event.partition(" ")
+    who = list(range(count)) if whom == "all" else [one]
+    if name == "second":
+        found["second"] = second(folder, workdir, first, wrong, whom)
+    elif name == "STOP":
+        first.send(signal.SIGSTOP, who)
+        time.sleep(STOPPED)
+        first.send(signal.SIGCONT, who)
+    elif name != "late":
+        first.send(getattr(signal, f"SIG{name}"), who)
+    statuses, seconds = first.wait(LIMIT)
+    said = first.said(one).read_text()[-300:]
+    wanted = {0, STATUS.get(name, 0)}
+    if None in statuses:
+        wrong.append(f"there after {LIMIT} s: {statuses}")
+    elif name not in ("KILL", "STOP") and not (
+        set(statuses) <= wanted and len(set(statuses)) == 1
+    ):
+        wrong.append(f"statuses {statuses}: {said}")
+    known = json.loads((folder / f"whole{count}.json").read_text())
+    now, steps = losses(workdir), steps_of(workdir / "checkpoints")
+    unlike = [s for s, v in now.items() if not np.isclose(v, known[str(s)], 1e-4)]
+    wrong += [f"losses of steps {unlike} differ"] if unlike else []
+    last, logged = max(steps, default=0), max(now, default=0)
+    kept = logged if name in STATUS and 0 not in statuses else (logged - 1) // EVERY
+    kept = kept if name in STATUS and 0 not in statuses else (kept - 1) * EVERY
+    if last < max(kept, done):
+        wrong.append(f"checkpoints end at {last} after step {logged}, before {done}")
+    whole = statuses == [0] * count
+    if whole:
+        if last != STEPS or sorted(now) != list(range(1, STEPS + 1)):
+            wrong.append(f"ended with checkpoint {last} and {len(now)} rows")
+        files.remove(workdir)
+    found |= {"processes": count, "event": event, "statuses": statuses}
+    return found | {
+        **{"seconds": round(seconds, 1), "lost": 0 if whole else logged - last},
+        **{"ended": whole, "wrong": wrong},
+    }
+
+
+def second(folder, workdir, first, wrong, whom):
+    """Start a second run beside the first; it is refused."""
+    if whom == "on the port":
+        other = Processes(folder, folder / "other", first.count, first._port)
+        for index in range(first.count):
+            other.start(index)
+    else:
+        other = begin(folder, workdir, first.count)
+    statuses, _ = other.wait(LIMIT)
+    if set(statuses) != {2} and not first.ended():
+        wrong.append(f"second run: {statuses}: {other.said(0).read_text()[-300:]}")
+    return statuses
+
+
+def main(options: flags.FlagValues) -> None:
+    """Live so many lives, print what was wrong, and write the report."""
+    folder = Path(options.folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder)
+    record = folder / "lives.jsonl"
+    known = record.read_text().splitlines() if record.exists() else []
+    lives = [json.loads(line) for line in known]
+    while len(lives) < (2 if options.quick else options.lives):
+        lives.append(live(folder, len(lives)))
+        with record.open("a") as lines:
+            lines.write(json.dumps(lives[-1]) + "\n")
+        print(len(lives), json.dumps(lives[-1]), flush=True)
+    headline = summary(lives)
+    show(headline)
+    save(headline)
+
+
+def summary(lives: list[dict]) -> dict:
+    """Count lives by what happened in them, and what was wrong."""
+    events = Counter(one["event"] for one in lives)
+    killed = [one for one in lives if one["event"].startswith("KILL")]
+    asked = [one for one in lives if one["event"].split()[0] in STATUS]
+    stopped = [one for one in lives if one["event"].startswith("STOP")]
+    return {
+        "lives": len(lives),
+        **{
+            f"of_{count}": sum(o["processes"] == count for o in lives)
+            for count in COUNTS
+        },
+        **{event.replace(" ", "_"): events[event] for event in EVENTS},
+        "most_lost_killed": max((one["lost"] for one in killed), default=0),
+        "most_lost_asked": max((one["lost"] for one in asked), default=0),
+        "longest_end_s": max((o["seconds"] for o in killed + asked), default=0),
+        "went_on_after_STOP": sum(one["ended"] for one in stopped),
+        "wrong": sum(bool(one["wrong"]) for one in lives),
+    }
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("folder", None, "that keeps the soak", required=True)
+    flags.DEFINE_integer("lives", 60, "of the trainings together", lower_bound=1)
+    run(main, quick="two lives")

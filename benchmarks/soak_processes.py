@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,16 @@ from absl import flags
 
 from benchmarks import ROOT, run, save, show
 from benchmarks.soak import CONFIG
+from swinsmt_jax.phantoms import dataset as phantom
 from swinsmt_jax.runtime import files
+from swinsmt_jax.runtime.gate import free_port
 from swinsmt_jax.training.checkpoint_folder import steps_of
 from swinsmt_jax.training.logs import read_rows
 
 COUNTS = (2, 4)
-STEPS, EVERY = 60, 6  # of a training, and between its checkpoints
+STEPS, EVERY = 36, 6  # of a training, and between its checkpoints
 LIMIT = 180  # seconds until all processes have ended
-STOPPED, LATE = 30, 15  # seconds
+STOPPED, LATE, JOIN = 30, 15, 90  # seconds
 STATUS = {"TERM": 75, "USR1": 75, "INT": 130}
 EVENTS = (
     *("KILL one", "KILL all", "TERM one", "TERM all", "USR1 one", "INT one"),
@@ -45,36 +48,58 @@ EVENTS = (
 )
 
 
+def _hear_ctrl_c():
+    """Hear SIGINT, which a shell has its background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment of each process: one device of a CPU."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    }
+
+
+def command(folder: Path, workdir: Path) -> list[str]:
+    """Return the command line of a training, but for what each process adds."""
+    return [
+        *(sys.executable, "train.py", f"--config={folder}/config.py"),
+        *(f"--config.data.root={folder}/data", "--config.data.batch_size=4"),
+        f"--config.training.num_steps={STEPS}",
+        *(f"--workdir={workdir}", f"--join_timeout={JOIN}"),
+    ]
+
+
 class Processes:
     """The processes of one training; what they say goes to files."""
 
-    def __init__(self, folder: Path, workdir: Path, count: int, port: int):
-        self._folder, self._workdir, self._port = folder, workdir, port
-        self.count, self._started = count, {}
+    def __init__(
+        self, folder: Path, workdir: Path, count: int, port: int, flags: Sequence[str]
+    ):
+        self._folder, self._workdir, self._flags = folder, workdir, flags
+        self.count, self.port = count, port
+        self._started: dict[int, subprocess.Popen] = {}
 
-    def start(self, index: int) -> None:
+    def start(self, index: int, *flags: str) -> None:
         """Start one of them."""
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
-        }
         line = [
-            *("train.py", f"--config={self._folder}/config.py"),
-            f"--config.data.root={self._folder}/data",
-            *(f"--workdir={self._workdir}", "--config.data.batch_size=4"),
+            *(*command(self._folder, self._workdir), *self._flags, *flags),
             *(f"--num_processes={self.count}", f"--process_id={index}"),
-            f"--coordinator_address=127.0.0.1:{self._port}",
+            f"--coordinator_address=127.0.0.1:{self.port}",
         ]
         with self.said(index).open("w") as said:
             self._started[index] = subprocess.Popen(
-                [sys.executable, *line],
-                **{"cwd": ROOT, "env": environment, "stdout": said, "stderr": said},
+                line,
+                **{"cwd": ROOT, "stdout": said, "stderr": said},
+                env=environment(self._folder),
+                preexec_fn=_hear_ctrl_c,
             )
 
     def said(self, index: int) -> Path:
         """Return the file of what a process says."""
-        return self._folder / f"{self._workdir.name}.{self._port}.{index}.txt"
+        return self._folder / f"{self._workdir.name}.{self.port}.{index}.txt"
 
     def send(self, number: int, indices: list[int]) -> None:
         """Send a signal to those that are there."""
@@ -104,14 +129,32 @@ class Processes:
         return statuses, time.monotonic() - start
 
 
-def begin(folder: Path, workdir: Path, count: int, late: int | None = None):
-    """Start all processes of a training but a late one, at a port that is free."""
-    from swinsmt_jax.runtime.gate import free_port
+def begin(
+    folder: Path,
+    workdir: Path,
+    count: int,
+    *,
+    late: int | None = None,
+    port: int = 0,
+    flags: Sequence[str] = (),
+    of_last: Sequence[str] = (),
+) -> Processes:
+    """Start all processes of a training but a late one.
 
-    started = Processes(folder, workdir, count, free_port("127.0.0.1"))
+    Args:
+        folder: with config and data.
+        workdir: of the training.
+        count: of the processes.
+        late: is not started.
+        port: at which they meet; 0 takes a free one.
+        flags: more of them.
+        of_last: more of the last process alone.
+    """
+    port = port or free_port("127.0.0.1")
+    started = Processes(folder, workdir, count, port, flags)
     for index in range(count):
         if index != late:
-            started.start(index)
+            started.start(index, *(of_last if index == count - 1 else ()))
     return started
 
 
@@ -121,15 +164,18 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def prepare(folder: Path) -> None:
-    """Make scans, a config, and the losses of undisturbed trainings."""
-    from swinsmt_jax.phantoms import dataset as phantom
-
+def make_data(folder: Path) -> None:
+    """Make scans and a config, if they are not there."""
     if not (folder / "config.py").exists():
         phantom.write_dataset(
             folder / "data", train=6, val=1, test=1, spacing=12.0, seed=0
         )
         files.write_text(folder / "config.py", CONFIG)
+
+
+def prepare(folder: Path) -> None:
+    """Make scans, a config, and the losses of undisturbed trainings."""
+    make_data(folder)
     for count in COUNTS:
         known = folder / f"whole{count}.json"
         if not known.exists():
@@ -148,7 +194,8 @@ def live(folder: Path, number: int) -> dict:
     workdir, one = folder / f"run{count}", chance.randrange(count)
     before = steps_of(workdir / "checkpoints")
     done = max(before, default=0)
-    first = begin(folder, workdir, count, one if event == "late start" else None)
+    late = one if event == "late start" else None
+    first = begin(folder, workdir, count, late=late)
     if event == "late start":
         time.sleep(chance.uniform(1, LATE))
         first.start(one)
@@ -156,12 +203,14 @@ def live(folder: Path, number: int) -> dict:
         logged = len(losses(workdir))
         until = min(logged + chance.randint(0, 12), STEPS - 2) if logged < STEPS else 0
         deadline = time.monotonic() + LIMIT
-        while len(losses(workdir)) < until and not first.ended():
-            if time.monotonic() > deadline:
+        while len(losses(workdir)) < until or ("second" in event and not begun(first)):
+            if first.ended() or time.monotonic() > deadline:
                 break
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 1))
     wrong, found = [], {}
+    # before, one may end alone, and the others wait for it in vain
+    ready = event == "late start" or begun(first)
     name, _, whom = event.partition(" ")
     who = list(range(count)) if whom == "all" else [one]
     if name == "second":
@@ -177,8 +226,10 @@ def live(folder: Path, number: int) -> dict:
     wanted = {0, STATUS.get(name, 0)}
     if None in statuses:
         wrong.append(f"there after {LIMIT} s: {statuses}")
-    elif name not in ("KILL", "STOP") and not (
-        set(statuses) <= wanted and len(set(statuses)) == 1
+    elif (
+        begun
+        and name not in ("KILL", "STOP")
+        and not (set(statuses) <= wanted and len(set(statuses)) == 1)
     ):
         wrong.append(f"statuses {statuses}: {said}")
     known = json.loads((folder / f"whole{count}.json").read_text())
@@ -186,8 +237,8 @@ def live(folder: Path, number: int) -> dict:
     unlike = [s for s, v in now.items() if not np.isclose(v, known[str(s)], 1e-4)]
     wrong += [f"losses of steps {unlike} differ"] if unlike else []
     last, logged = max(steps, default=0), max(now, default=0)
-    kept = logged if name in STATUS and 0 not in statuses else (logged - 1) // EVERY
-    kept = kept if name in STATUS and 0 not in statuses else (kept - 1) * EVERY
+    saved = ready and name in STATUS
+    kept = logged if saved else ((logged - 1) // EVERY - 1) * EVERY
     if last < max(kept, done):
         wrong.append(f"checkpoints end at {last} after step {logged}, before {done}")
     whole = statuses == [0] * count
@@ -195,21 +246,24 @@ def live(folder: Path, number: int) -> dict:
         if last != STEPS or sorted(now) != list(range(1, STEPS + 1)):
             wrong.append(f"ended with checkpoint {last} and {len(now)} rows")
         files.remove(workdir)
-    found |= {"processes": count, "event": event, "statuses": statuses}
+    found |= {"processes": count, "event": event, "begun": ready}
+    found["statuses"] = statuses
     return found | {
         **{"seconds": round(seconds, 1), "lost": 0 if whole else logged - last},
         **{"ended": whole, "wrong": wrong},
     }
 
 
+def begun(first: Processes) -> bool:
+    """Whether all have met, and steps are about to be taken."""
+    said = first.said(0).read_text() if first.said(0).exists() else ""
+    return "the first one compiles" in said or "continuing after" in said
+
+
 def second(folder, workdir, first, wrong, whom):
     """Start a second run beside the first; it is refused."""
-    if whom == "on the port":
-        other = Processes(folder, folder / "other", first.count, first._port)
-        for index in range(first.count):
-            other.start(index)
-    else:
-        other = begin(folder, workdir, first.count)
+    port = first.port if whom == "on the port" else 0
+    other = begin(folder, folder / "other" if port else workdir, first.count, port=port)
     statuses, _ = other.wait(LIMIT)
     if set(statuses) != {2} and not first.ended():
         wrong.append(f"second run: {statuses}: {other.said(0).read_text()[-300:]}")
@@ -238,7 +292,7 @@ def summary(lives: list[dict]) -> dict:
     """Count lives by what happened in them, and what was wrong."""
     events = Counter(one["event"] for one in lives)
     killed = [one for one in lives if one["event"].startswith("KILL")]
-    asked = [one for one in lives if one["event"].split()[0] in STATUS]
+    asked = [o for o in lives if o["event"].split()[0] in STATUS and o["begun"]]
     stopped = [one for one in lives if one["event"].startswith("STOP")]
     return {
         "lives": len(lives),
@@ -251,6 +305,7 @@ def summary(lives: list[dict]) -> dict:
         "most_lost_asked": max((one["lost"] for one in asked), default=0),
         "longest_end_s": max((o["seconds"] for o in killed + asked), default=0),
         "went_on_after_STOP": sum(one["ended"] for one in stopped),
+        "before_it_began": sum(not one["begun"] for one in lives),
         "wrong": sum(bool(one["wrong"]) for one in lives),
     }
 

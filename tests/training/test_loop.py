@@ -201,7 +201,10 @@ def test_a_signal_saves_and_the_run_continues(
             loop.train(config, workdir=tmp_path / "cut")
     assert error.value.status == (130 if number == signal.SIGINT else 75)
     assert list(by_step(tmp_path / "cut")) == [1, 2, 3, 4]
+    mark = tmp_path / "cut" / "requeue"
+    assert mark.exists() == (number != signal.SIGINT)
     assert_equal_states(whole, loop.train(config, workdir=tmp_path / "cut"))
+    assert not mark.exists()
     assert by_step(tmp_path / "cut") == by_step(tmp_path / "whole")
     starts = record_file(tmp_path / "cut")
     assert [start["first_step"] for start in starts] == [1, 5]

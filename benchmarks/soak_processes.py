@@ -227,7 +227,7 @@ def live(folder: Path, number: int) -> dict:
     if None in statuses:
         wrong.append(f"there after {LIMIT} s: {statuses}")
     elif (
-        begun
+        ready
         and name not in ("KILL", "STOP")
         and not (set(statuses) <= wanted and len(set(statuses)) == 1)
     ):

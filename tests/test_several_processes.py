@@ -1,5 +1,6 @@
 """What two processes of a training do at signals, and with others who come."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ def begin(folder, request):
     started = []
 
     def begin(*flags, **options):
-        workdir = folder / request.node.name
+        workdir = folder / re.sub(r"\W", "_", request.node.name)  # no brackets
         started.append(soak.begin(folder, workdir, 2, flags=flags, **options))
         return workdir, started[-1]
 

@@ -48,6 +48,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "of --nnunet, such as 0,1; or all; every fold that is there by default"
     flags.DEFINE_list("folds", [], help, flag_values=values)
     flags.DEFINE_list("input", None, "files and folders", flag_values=values)
+    help = "of folders with many DICOM series, in folders in them too: a UID, or all"
+    text("series", help)
     text("output", "folder for the results")
     text("step", "checkpoint: best (if there was validation), latest or a number")
     help = "write only these classes; others become background"
@@ -121,7 +123,7 @@ def main(arguments: list[str]) -> None:
     overlap = 0.25 if options.fast else options.overlap
     names = ("blend", "window_batch", "accumulate_on")
     given = {"overlap": overlap, **{name: getattr(options, name) for name in names}}
-    scans = find_scans(options.input)
+    scans = find_scans(options.input, series=options.series)
     segmenter = _load(
         options,
         accum_dtype="float16" if options.half else "float32",

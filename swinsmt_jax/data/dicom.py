@@ -8,10 +8,18 @@ import collections
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.data import nifti
-from swinsmt_jax.data.dicom_files import AGAIN, Slice, dicom_files, look
+from swinsmt_jax.data.dicom_files import (
+    AGAIN,
+    Slice,
+    dicom_files,
+    look,
+    one_of_many,
+    series_in,
+)
 from swinsmt_jax.runtime import host_memory
 from swinsmt_jax.runtime.files import absolute
 
@@ -28,6 +36,7 @@ def is_series(folder: Path) -> bool:
 def load_series(folder: str | Path) -> nifti.Volume:
     """Read the CT of a folder as int16 Hounsfield units in RAS orientation.
 
+    Of a name of `dicom_files.one_of_many`, the CT of that series.
     The distance and direction between slices are those of their positions, so that a
     tilted gantry gives a sheared affine, as NIfTI has it. Each slice, or frame of an
     enhanced CT, is rescaled by its own slope and intercept. What lies beside the slices
@@ -49,6 +58,54 @@ def load_series(folder: str | Path) -> nifti.Volume:
     return nifti.noted(nifti.from_array(hu, affine, path=folder), *notes)
 
 
+def chosen_series(folder: Path, series: str) -> dict[str, Path]:
+    """Return {UID: scan} of series in a folder, and the folders in it.
+
+    Args:
+        folder: that is searched.
+        series: a UID, or "all" for every series that has slices of a CT.
+
+    Raises:
+        UserError: without the extra, for a folder that is none, a UID that is not
+            there, and a folder without a CT.
+    """
+    _require_extra(folder)
+    checks.require(
+        folder.is_dir(),
+        f"--series is {series}, but {folder} is not a folder of DICOM files; leave "
+        "--series out for other scans.",
+    )
+    there = series_in(folder)
+    scans = {uid: one_of_many(folder, uid) for uid in there}
+    if series != "all":
+        counts = [f"{uid} ({len(files)} files)" for uid, files in there.items()]
+        checks.require(
+            series in there,
+            f"--series is {series}, but {folder} and the folders in it hold "
+            f"{checks.few(counts) if counts else 'no DICOM files'}.",
+        )
+        return {series: scans[series]}
+    found = {uid: scan for uid, scan in scans.items() if _is_ct(there[uid])}
+    checks.require(
+        bool(found),
+        f"{folder} and the folders in it hold {len(there)} DICOM series, none of them "
+        "with slices of a CT.",
+    )
+    if others := len(there) - len(found):
+        logging.info("%s: %d series without slices of a CT", folder, others)
+    return found
+
+
+def _is_ct(files):
+    for file in files:
+        try:
+            if not isinstance(look(file), str):
+                return True
+        except checks.UserError:  # a CT that will be refused by name
+            return True
+    return False
+
+
 def slices(folder: str | Path) -> list[Slice]:
     """Return the slices of the series in a folder in the order of `load_series`.
 
@@ -58,7 +115,7 @@ def slices(folder: str | Path) -> list[Slice]:
     return _sorted_slices(absolute(folder))[0]
 
 
-def _sorted_slices(folder):
+def _require_extra(folder):
     try:
         import pydicom  # noqa: F401
         import SimpleITK  # noqa: F401
@@ -67,6 +124,10 @@ def _sorted_slices(folder):
             f"{folder} holds DICOM files, which need SimpleITK and pydicom: "
             'pip install "swinsmt_jax[dicom]", or convert them to NIfTI.'
         ) from error
+
+
+def _sorted_slices(folder):
+    _require_extra(folder)
     found, notes = _series(folder)
     return _in_order(folder, found), notes
 
@@ -77,10 +138,14 @@ def _series(folder):
     for file in dicom_files(folder):
         found = look(file)
         if isinstance(found, str):
-            others[file.name] = found
+            others[file] = found
         else:
             by_series[found[0].series].extend(found)
-    damaged = [f"{n}: {what}" for n, what in others.items() if what.startswith("damag")]
+    damaged = [
+        f"{file.name}: {what}"
+        for file, what in others.items()
+        if what.startswith("damag")
+    ]
     checks.require(
         not damaged,
         f"{folder}: {len(damaged)} DICOM files are damaged: {'; '.join(damaged[:5])}. "
@@ -101,7 +166,7 @@ def _series(folder):
     checks.require(
         len(by_series) == 1,
         f"{folder} holds {len(by_series)} DICOM series, but must hold one: {counts}. "
-        "Put each into a folder of its own.",
+        "Put each into a folder of its own, or choose by --series=UID or all.",
     )
     (slices,) = by_series.values()
     note = f"{len(others)} DICOM files are not slices and were passed over: {said}."

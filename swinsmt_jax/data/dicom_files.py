@@ -5,6 +5,7 @@ Facts of the standard: PS3.3 C.7.6.2 (image plane), C.8.15 (enhanced CT), PS3.6 
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ LEGACY_CT = "1.2.840.10008.5.1.4.1.1.2.2"
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # also what converters call slices
 HU_TYPES = ("", "HU", "US")  # of RescaleType; US is "unspecified"
 UNCOMPRESSED = {"", *(f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".2"))}
+MARK = "#"  # between a folder and the UID of one of its series
 AGAIN = "Export the series again."
 
 
@@ -51,9 +53,63 @@ class Slice:
     rescale: tuple[float, float]
 
 
-def dicom_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder that are DICOM by content, with preamble or not."""
-    for file in sorted(filter(Path.is_file, folder.iterdir())):
+def one_of_many(folder: Path, series: str) -> Path:
+    """Return the name of a series whose files lie somewhere in a folder: folder#UID."""
+    return folder.parent / f"{folder.name}{MARK}{series}"
+
+
+def is_dicom(scan: Path) -> bool:
+    """Whether a scan is a folder, or a series of one as `one_of_many` names it."""
+    return scan.is_dir() or _parted(scan) is not None
+
+
+def _parted(scan):
+    """Return folder and UID of a series that `one_of_many` named, or None."""
+    name, mark, series = scan.name.rpartition(MARK)
+    folder = scan.parent / name
+    return (folder, series) if mark and not scan.exists() and folder.is_dir() else None
+
+
+def series_in(folder: Path) -> dict[str, list[Path]]:
+    """Return {UID: DICOM files} of all series in a folder and the folders in it."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+    return _series_of(tuple(found), tuple(stamps))
+
+
+@functools.lru_cache(maxsize=2)  # each series of a folder asks for it
+def _series_of(files, stamps):
+    import pydicom
+
+    found: dict[str, list[Path]] = {}
+    with _quiet():
+        for file in _of_dicom(files):
+            try:
+                tags = ["SeriesInstanceUID", "DirectoryRecordSequence"]
+                header = pydicom.dcmread(
+                    file, force=True, stop_before_pixels=True, specific_tags=tags
+                )
+            except Exception:  # pydicom raises whatever parsing runs into
+                continue
+            series = str(header.get("SeriesInstanceUID") or "")
+            if "DirectoryRecordSequence" not in header:
+                found.setdefault(series, []).append(file)
+    return found
+
+
+def dicom_files(scan: Path) -> Iterator[Path]:
+    """Yield the files that are DICOM by content, with preamble or not.
+
+    Of a folder, those in it; of a series of `one_of_many`, its own, wherever they lie.
+    """
+    if (parted := _parted(scan)) is not None:
+        yield from series_in(parted[0]).get(parted[1], ())
+        return
+    yield from _of_dicom(sorted(filter(Path.is_file, scan.iterdir())))
+
+
+def _of_dicom(files):
+    for file in files:
         with file.open("rb") as stream:
             head = stream.read(PREAMBLE + 4)
         bare = head[:2] in (b"\2\0", b"\10\0") and head[4:6].isupper()

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from swinsmt_jax import checks
-from swinsmt_jax.data.dicom_files import dicom_files
+from swinsmt_jax.data.dicom_files import dicom_files, is_dicom
 
 if TYPE_CHECKING:
     from swinsmt_jax.inference.outputs import Targets
@@ -19,7 +19,7 @@ KEY = "made_by"  # of a scan in the summary: {name of labels: what made them}
 
 def digest_of_scan(path: Path) -> str:
     """Return a hash of a file, or of the files of a DICOM series; "" if unreadable."""
-    files = dicom_files(path) if path.is_dir() else [path]
+    files = dicom_files(path) if is_dicom(path) else [path]
     try:
         parts = []
         for file in files:

@@ -107,16 +107,16 @@ class Scans(Protocol):
 def load_scan(
     path: str | Path, *, modality: str = "CT", whole: bool = True
 ) -> "Volume":
-    """Read a CT: a NIfTI file, or a folder with a DICOM series.
+    """Read a CT: a NIfTI file, or a folder with a DICOM series, or folder#UID.
 
     Voxels are rounded to int16 unless `whole` is false; then they are float32.
 
     Raises:
         UserError: as `nifti.load_ct` and `dicom.load_series`.
     """
-    from swinsmt_jax.data import dicom, nifti
+    from swinsmt_jax.data import dicom, dicom_files, nifti
 
     path = absolute(path)
-    if path.is_dir():
+    if dicom_files.is_dicom(path):
         return dicom.load_series(path)
     return nifti.load_ct(path, modality=modality, whole=whole)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.data import dicom, nifti_file
+from swinsmt_jax.data.dicom_files import MARK
 from swinsmt_jax.data.label_files import load_prediction
 from swinsmt_jax.inference import outputs, provenance, shared
 from swinsmt_jax.inference.outputs import OutputOptions
@@ -31,24 +32,40 @@ ENDED = (
 TRUTH = "segmentations"  # stem of the labels beside a ct.nii.gz of TotalSegmentator's
 
 
-def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
+def find_scans(
+    inputs: Sequence[str | Path], *, series: str | None = None
+) -> dict[str, Path]:
     """Return {name: file} of NIfTI files and of those in folders, sorted by folder.
 
     In folders, hidden files and TotalSegmentator's `segmentations.nii.gz` are left out.
     A folder without any that holds a DICOM series is a scan itself. The name is that of
     the file without its suffix, or of its folder for `ct.nii.gz` and where several
-    files have one name.
+    files have one name. With `series`, a UID or "all", the inputs are folders that are
+    searched with the folders in them for DICOM series, whose names are their UIDs.
 
     Raises:
         UserError: for an input that does not exist, is no NIfTI file or a folder
             without any, and for scans that would have one name.
     """
+    if series:
+        chosen = [
+            pair
+            for given in inputs
+            for pair in dicom.chosen_series(files.absolute(given), series).items()
+        ]
+        names = [uid or scan.name.removesuffix(MARK) for uid, scan in chosen]
+        return _named(names, [scan for _, scan in chosen])
     found = [file for given in inputs for file in _files(files.absolute(given))]
     stems = [nifti_file.stem(file) for file in found]
     names = [
         stem if stems.count(stem) == 1 and stem != "ct" else file.parent.name
         for file, stem in zip(found, stems, strict=True)
     ]
+    return _named(names, found)
+
+
+def _named(names, found):
+    """Return {name: scan}; a `UserError` for scans of one name."""
     for name in names:
         same = [str(f) for f, n in zip(found, names, strict=True) if n == name]
         checks.require(
@@ -286,6 +303,6 @@ def _files(path: Path) -> list[Path]:
     checks.require(
         bool(found),
         f"the folder {path} holds no {', '.join(nifti_file.ENDINGS)} or DICOM files; "
-        "folders in it are not searched.",
+        "folders in it are searched for DICOM series with --series=all alone.",
     )
     return found

@@ -214,12 +214,12 @@ def save(
     Raises:
         UserError: for another suffix, dtype, value or shape.
     """
-    from swinsmt_jax.data import dicom, label_table, nifti, voxels
+    from swinsmt_jax.data import dicom, dicom_files, label_table, nifti, voxels
 
     labels = voxels.label_ids(path, labels)
     path, like = absolute(path), absolute(like)
-    directory = like.is_dir()
-    scan = dicom.load_series(like) if directory else nifti.grid_of(like)
+    series = dicom_files.is_dicom(like)
+    scan = dicom.load_series(like) if series else nifti.grid_of(like)
     checks.require(
         labels.shape == scan.source_shape,
         f"labels for {path} have shape {labels.shape}, but {like} has "

@@ -18,7 +18,7 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import class_key
 from swinsmt_jax.data import dicom, nifti
-from swinsmt_jax.data.dicom_files import AGAIN
+from swinsmt_jax.data.dicom_files import AGAIN, is_dicom
 from swinsmt_jax.data.label_table import colour
 from swinsmt_jax.results.result import Result
 
@@ -128,7 +128,7 @@ def codes() -> dict[str, dict[str, str]]:
 def require(scan: Path) -> None:
     """Raise `UserError` for a scan that is not a DICOM series, or without the extra."""
     checks.require(
-        scan.is_dir(),
+        is_dicom(scan),
         f"a DICOM segmentation needs the DICOM series that it belongs to, but {scan} "
         "is a file; give the folder of the series as --input.",
     )

@@ -217,6 +217,71 @@ def test_a_real_series_is_segmented_onto_the_grid_of_its_labels(shared, tmp_path
     assert own.array[bones].mean() > 0.3 > 10 * own.array[truth.array == 0].mean()
 
 
+@pytest.fixture
+def study(tmp_path):
+    """Three series of a CT over three folders, two of them mixed, beside others."""
+    root = tmp_path / "study"
+    for uid, folders, value in (
+        ("1.9.1", ("a", "b"), 1100),
+        ("1.9.2", ("a",), 1500),
+        ("1.9.3", ("c/deep",), 1700),
+    ):
+        for number in range(1, 5):
+            tags = {"SeriesInstanceUID": uid, "SOPInstanceUID": f"{uid}.{number}"}
+            pixels = np.full((6, 8), value + number, np.uint16)
+            file = root / folders[number % len(folders)] / f"{value}_{number}.dcm"
+            write(file, dataset(number, pixels=pixels, **tags))
+    report = dataset(9, sop="1.2.840.10008.5.1.4.1.1.88.11", pixels=None)
+    report.SeriesInstanceUID, report.Modality = "1.9.4", "SR"
+    write(root / "report.dcm", report)
+    (root / "notes.txt").write_text("not DICOM")
+    return root
+
+
+def test_each_series_of_many_folders_is_a_scan(study, tmp_path):
+    found = scans.find_scans([study], series="all")
+    assert set(found) == {"1.9.1", "1.9.2", "1.9.3"}
+    for uid, stored in (("1.9.1", 1100), ("1.9.2", 1500), ("1.9.3", 1700)):
+        volume = segmenter.load_scan(found[uid])
+        assert volume.array.shape == (8, 6, 4)
+        wanted = stored - 1024 + np.arange(1, 5)
+        np.testing.assert_array_equal(volume.array[0, 0], wanted)
+    config = SimpleNamespace(data=DataConfig("", (32, 32, 32), batch_size=1))
+    out, bright = tmp_path / "out", Bright(config, None, 0)
+    for _ in range(2):
+        done = scans.segment_scans(bright, found, out, scans.OutputOptions())
+    assert not any("error" in entry or "seconds" in entry for entry in done.values())
+    volume = segmenter.load_scan(found["1.9.2"])
+    assert nifti.load_labels(out / "1.9.2.nii.gz", on=volume).array.all()
+    assert not nifti.load_labels(out / "1.9.1.nii.gz").array.any()
+
+
+def test_one_series_of_many_is_chosen_or_named(study):
+    assert list(scans.find_scans([study], series="1.9.2")) == ["1.9.2"]
+    with pytest.raises(UserError, match=r"--series is 1.9.7.*1.9.1 \(4 files\)"):
+        scans.find_scans([study], series="1.9.7")
+    with pytest.raises(UserError, match="holds 2 DICOM series.*--series=UID or all"):
+        dicom.load_series(study / "a")
+    with pytest.raises(UserError, match="is not a folder of DICOM files"):
+        scans.find_scans([study / "notes.txt"], series="all")
+    for file in study.rglob("1*.dcm"):
+        file.unlink()
+    with pytest.raises(UserError, match="hold 1 DICOM series, none of them with sl"):
+        scans.find_scans([study], series="all")
+
+
+def test_a_damaged_series_does_not_stop_the_others(study, tmp_path):
+    file = study / "c/deep/1700_2.dcm"
+    file.write_bytes(file.read_bytes()[:-20])
+    found = scans.find_scans([study], series="all")
+    config = SimpleNamespace(data=DataConfig("", (32, 32, 32), batch_size=1))
+    done = scans.segment_scans(
+        Bright(config, None, 0), found, tmp_path / "out", scans.OutputOptions()
+    )
+    assert "1700_2.dcm: damaged (cut short" in done["1.9.3"]["error"]
+    assert [uid for uid, entry in done.items() if "error" in entry] == ["1.9.3"]
+
+
 @pytest.mark.slow
 def test_pydicoms_own_files_are_read_or_refused(tmp_path):
     import pydicom.data

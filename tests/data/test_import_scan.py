@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax import checks
-from swinsmt_jax.data import import_scan
+from swinsmt_jax.data import dicom, import_scan, nifti
 from swinsmt_jax.data.case import load_case
 from swinsmt_jax.data.layouts import totalsegmentator
 
@@ -119,3 +119,32 @@ def test_a_kill_leaves_the_scan_that_was_there(tmp_path, root, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         import_scan.import_scan(*files, root=mine, case="s1", splits=["val"])
     assert {f: f.read_bytes() for f in mine.rglob("*.*") if f.is_file()} == before
+
+
+def test_series_of_a_folder_are_imported_with_their_labels(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    source = Path(pydicom.__file__).parent / "data/test_files/CT_small.dcm"
+    for i in (1, 2):
+        part = pydicom.dcmread(source)
+        part.SeriesInstanceUID, part.SOPInstanceUID = f"1.9.{i}", f"1.9.{i}.1"
+        (tmp_path / f"study/{i}").mkdir(parents=True)
+        part.save_as(tmp_path / f"study/{i}/IM1")
+    study, labels = tmp_path / "study", tmp_path / "labels"
+    labels.mkdir()
+    scans = dicom.chosen_series(study, "all")
+    for i, (uid, scan) in enumerate(scans.items(), start=1):
+        volume = dicom.load_series(scan)
+        array = np.full(volume.array.shape, i, np.uint8)
+        nifti.save_labels(labels / f"{uid}.nii.gz", array, like=volume)
+    options = {"root": tmp_path / "mine", "case": "s", "splits": ["train"]}
+    names = import_scan.import_scan(study, labels, **options, series="all")
+    assert names == ("s_1", "s_2")
+    cases = totalsegmentator.find_cases(tmp_path / "mine", split="train")
+    assert [int(load_case(case).label.max()) for case in cases] == [1, 2]
+    file = labels / "1.9.2.nii.gz"
+    options["case"] = "t"
+    assert import_scan.import_scan(study, file, **options, series="1.9.2") == ("t",)
+    options["case"] = "u"
+    assert import_scan.import_scan(study / "2", file, **options) == ("u",)
+    with pytest.raises(checks.UserError, match="labels of none of the 2 series"):
+        import_scan.import_scan(study, tmp_path, **options, series="all")

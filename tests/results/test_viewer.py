@@ -16,14 +16,19 @@ NAMES = {1: "spleen", 3: "<b>liver", 255: "part of my own"}
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
+@pytest.fixture(scope="module", params=["alone", "beside"])
+def page(tmp_path_factory, request):
+    """A page of labels, or of labels beside a truth that has a liver more."""
     labels = np.zeros((24, 20, 16), np.uint8)
     labels[4:9, 4:9, 4:9], labels[12:20, 8:16, 6:10] = 1, 3
     affine = np.diag([2.0, 2.0, 3.0, 1.0])
     volume = nifti.from_array(np.where(labels > 0, 60.0, -900.0), affine)
     path = tmp_path_factory.mktemp("view") / "scan_view.html"
-    viewer.write(path, Result(volume, labels, NAMES))
+    if request.param == "alone":
+        viewer.write(path, Result(volume, labels, NAMES))
+        return path
+    found = np.where(labels == 3, 0, labels).astype(np.uint8)
+    viewer.write(path, Result(volume, found, NAMES), truth=labels)
     return path
 
 
@@ -32,6 +37,7 @@ def test_a_page_holds_names_and_numbers_and_escapes_them(page):
     assert "spleen" in text and "&lt;b&gt;liver" in text and "<b>liver" not in text
     assert "part of my own" not in text  # not in the scan
     assert f"{125 * 12 / 1000:.1f}" in text and ">60<" in text
+    assert (">truth<" in text) == (text.count('<canvas id="canvas') == 2)
     assert not re.search(
         r"<(script|link|img)[^>]+(src|href)=", text
     )  # needs no network
@@ -47,6 +53,8 @@ def test_a_browser_shows_it_and_moves_to_a_structure(page):
             "document.querySelector('[data-id=\"2\"]').click();\n"
             "document.body.dataset.alpha = nv.volumes[1].colormapLabel.lut"
             ".filter((x, i) => i % 4 == 3);\n"
+            "document.body.dataset.places = all.map(one => "
+            "Array.from(one.scene.crosshairPos, x => x.toFixed(3)).join(' '));\n"
             "document.body.dataset.ready",
         )
     )
@@ -61,5 +69,8 @@ def test_a_browser_shows_it_and_moves_to_a_structure(page):
     assert not [line for line in said if not re.search("niivue-(info|warn)", line)]
     assert 'data-ready="2"' in found.stdout
     assert 'data-alpha="0,0,0,0,255"' in found.stdout  # the spleen was switched off
+    places = re.search('data-places="([^"]*)', found.stdout)[1].split(",")
+    assert len(places) == text.count('<canvas id="canvas') and len({*places}) == 1
     place = re.search(r'<span id="place">([^<]*)', found.stdout)[1]
-    assert "liver" in place and place.startswith("3")  # mm; 31 or so to the right
+    assert place.startswith("3")  # mm; 31 or so to the right
+    assert ("liver" in place) == (len(places) == 1)  # which the prediction lacks

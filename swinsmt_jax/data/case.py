@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from swinsmt_jax import checks, labels
-from swinsmt_jax.class_map import V2, ClassMap, class_key
+from swinsmt_jax.class_map import V2, VERSIONS, ClassMap, class_key
 from swinsmt_jax.data import meta, nifti, resampling
 from swinsmt_jax.data.folds import Fold
 from swinsmt_jax.data.sample import Sample
@@ -200,8 +200,7 @@ def _merge_masks(
     checks.require(
         case.absent or not missing,
         f"{Path(first).parent if last else first} lacks {len(missing)} of "
-        f"{len(kept.names) - 1} masks: {checks.few(missing)}; an absent structure of "
-        f"{_title(classes)} has an empty mask, so download the case again. "
+        f"{len(kept.names) - 1} masks: {checks.few(missing)}; {_remedy(classes)}. "
         f"{' '.join(foreign[:3])}".rstrip(),
     )
     # In order, background on background changes nothing.
@@ -216,6 +215,18 @@ def _title(classes):
     if classes == V2:
         return f"TotalSegmentator {labels.VERSION} ({labels.RECORD})"
     return "the dataset"
+
+
+def _remedy(classes):
+    if classes in VERSIONS.values():
+        return (
+            f"an absent structure of {_title(classes)} has an empty mask, so download "
+            "the case again"
+        )
+    return (
+        'write empty masks for absent structures, or take "missing_masks": "refused" '
+        "out of the description"
+    )
 
 
 def lost_note(name: str, lost: Mapping[str, int]) -> str:

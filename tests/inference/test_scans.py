@@ -400,6 +400,10 @@ def test_labels_of_another_scan_or_network_are_never_taken(tmp_path, hu):
     ):
         with pytest.raises(UserError, match=words):
             segment_scans(other, find_scans([scan]), output, statistics)
+    alone = find_scans([write(tmp_path / "b" / "ct2.nii.gz", hu)])
+    words = "ct1.nii.gz beside the results was made by another network"
+    with pytest.raises(UserError, match=words):
+        segment_scans(replace(network, network="x"), alone, output, statistics)
     assert before == {file: file.read_bytes() for file in output.iterdir()}
     (output / "summary.json").unlink()
     with pytest.raises(UserError, match="no summary.json says what made it"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from swinsmt_jax import checks
@@ -150,6 +151,10 @@ def _folds(path, wanted):
     )
     names = [str(name).removeprefix("fold_") for name in wanted] or every
     if names == ["all"] and "all" not in there:
+        logging.warning(
+            "%s has no fold_all; --folds=all takes its folds %s",
+            *(path, checks.listed(every)),
+        )
         names = every
     for name in names:
         checks.require(

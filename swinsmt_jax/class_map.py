@@ -8,7 +8,7 @@ import numpy as np
 
 from swinsmt_jax import checks, labels
 
-MAX_CLASSES = 255  # label ids are uint8
+MAX_CLASSES = labels.IGNORED - 1  # label ids are uint8
 # What a name must not have, to be part of file names and lists.
 UNSAFE = "/\\:;,{}" + "".join(map(chr, (*range(32), *range(127, 160))))
 

@@ -13,6 +13,7 @@ flags.disclaim_key_flags()  # so that --help of a command lists its own
 COMMANDS = {  # name: (module, what it does)
     "preprocess": ("commands.preprocess", "turn a dataset into a store, read in crops"),
     "plan": ("commands.plan", "look at a dataset, and propose what fits it"),
+    "merge": ("commands.merge", "merge stores of different classes"),
     "train": ("commands.train", "train a network, or continue a run"),
     "evaluate": ("commands.evaluate", "score a network or label files, compare two"),
     "inspect": ("commands.inspect", "say what a run, store, dataset or file is"),

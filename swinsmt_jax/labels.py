@@ -13,6 +13,7 @@ from typing import Any
 from swinsmt_jax import checks
 from swinsmt_jax.runtime.files import absolute, read_json
 
+IGNORED = 255  # label of voxels that are not annotated
 VERSION = "v2"
 RECORD = "https://zenodo.org/records/10047292"  # TotalSegmentator-V2, dataset v2.0.1
 

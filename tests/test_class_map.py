@@ -129,14 +129,14 @@ def test_classes_without_names_are_not_exchanged():
 @pytest.mark.parametrize(
     ("names", "groups", "words"),
     [
-        ("liver", {}, "list of 1 to 255 names"),
+        ("liver", {}, "list of 1 to 254 names"),
         (["a", " / "], {}, "must be a name with letters or digits"),
         (["a", 3], {}, "must be a name with letters or digits"),
         (["a", "a"], {}, "'a' more than once"),
         (["background"], {}, "the background, which is id 0"),
         (["a"], {"g": ["b"]}, "a class of the group 'g' is 'b'"),
         (["a"], {"g": "a"}, "must list names"),
-        ([f"c{i}" for i in range(256)], {}, "list of 1 to 255 names"),
+        ([f"c{i}" for i in range(255)], {}, "list of 1 to 254 names"),
     ],
 )
 def test_bad_classes_are_refused(names, groups, words):

@@ -112,7 +112,7 @@ def dice(folder):
 
 @pytest.mark.slow
 def test_the_page_runs_and_says_what_happens(walked):
-    folder, (_, abdomen, thick, masks) = walked
+    folder, (_, abdomen, thick, masks, merged) = walked
     assert "6 cases are made: p0, p1, p2, p3, p4, p5" in abdomen
     scans, files = (
         dice(folder / f"runs/abdomen/{name}") for name in ("scans", "files")
@@ -122,6 +122,8 @@ def test_the_page_runs_and_says_what_happens(walked):
     assert "num_steps grows from 20 to 30: the learning rate stays" in thick
     assert "masks of 5 cases are not there, and count as absent" in masks
     assert re.search(r"^mean \+- deviation +2 ", masks, re.MULTILINE)
+    assert "liver: annotated in 6 cases" in merged
+    assert "aorta: annotated in 6 cases" in merged
     config = json.loads((folder / "runs/thick/config.json").read_text())
     assert config["data"]["spacing"] == [6, 6, 12]
     assert config["data"]["classes"] == list(NAMES)

@@ -99,8 +99,10 @@ def plan(
     for number, name in enumerate(found.classes.names[1:], start=1):
         voxels = int(facts.counts[:, number].sum())
         some = int((facts.counts[:, number] > 0).sum())
+        known = int(facts.annotated[:, number].sum())
+        cases = some if known == len(names) else f"{some}/{known}"
         rare = "  rare" if voxels < dataset_plan.RARE * total else ""
-        row = f"{name:<32}{some:>7}{voxels:>13,}{voxels / total:>12.2%}"
+        row = f"{name:<32}{cases:>7}{voxels:>13,}{voxels / total:>12.2%}"
         lines.append(row + ("  in no case" if not some else rare))
     proposed.model.out_channels = found.classes.num_classes
     stride = np.max(from_config_dict(proposed).model.total_stride)
@@ -108,6 +110,8 @@ def plan(
     proposed.data.update({"patch_shape": patch, "batch_size": BATCH})
     store = f"stores/{absolute(source).name}"
     told = f" --description={description}" if description else ""
+    if not facts.annotated.all():
+        lines.append("cases: those that have the class / those that annotate it")
     return "\n".join(
         [
             *lines,

@@ -146,8 +146,13 @@ class Mirror(Augmentation):
     """
 
     def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
-        swap = left_right_swap(names)
-        return replace(sample, image=sample.image[::-1], label=swap[sample.label[::-1]])
+        swap, known = left_right_swap(names), sample.annotated
+        return replace(
+            sample,
+            image=sample.image[::-1],
+            label=swap[sample.label[::-1]],
+            annotated=known and tuple(swap[list(known)].tolist()),
+        )
 
 
 @functools.cache

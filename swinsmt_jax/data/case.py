@@ -25,6 +25,9 @@ class Case:
     Attributes:
         classes: that its files hold.
         absent: whether a mask that is missing is of an absent structure.
+        unmasked: whether a mask that is missing is of a class that is not annotated.
+        annotated: names of the classes that are annotated; None for all.
+        ignored: value of a label file where nothing is annotated.
     """
 
     name: str
@@ -34,6 +37,33 @@ class Case:
     modality: str = "CT"
     classes: ClassMap = V2
     absent: bool = False
+    unmasked: bool = False
+    annotated: tuple[str, ...] | None = None
+    ignored: int | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some of its classes or voxels may not be annotated."""
+        told = self.annotated is not None or self.ignored is not None
+        return told or (self.unmasked and CLASS in str(self.segmentation))
+
+    def annotates(self, kept: ClassMap | None = None) -> tuple[int, ...] | None:
+        """Return the label ids of the classes that are annotated; None for all.
+
+        Args:
+            kept: the classes that have ids, if not all.
+        """
+        names = self.annotated
+        if names is None and self.is_partial and self.ignored is None:
+            first, last = str(self.segmentation).split(CLASS)
+            files = map(str, _files(self.segmentation, self.ct))
+            names = tuple(f.removeprefix(first).removesuffix(last) for f in files)
+        if names is None:
+            return None
+        keys = {class_key(name) for name in names}
+        own = [*enumerate((kept or self.classes).names)][1:]
+        found = tuple(number for number, name in own if class_key(name) in keys)
+        return None if len(found) == len(own) else found
 
     def read(self) -> Sample:
         """Read scan and labels; see `load_case`."""
@@ -51,9 +81,10 @@ class Case:
         return [self.ct, *(_files(found, self.ct) if CLASS in str(found) else [found])]
 
     @property
-    def facts(self) -> list[int]:
-        """Bytes of the files: they tell one case from another."""
-        return [file.stat().st_size for file in self.files]
+    def facts(self) -> list:
+        """Bytes of the files, and what they annotate: they tell cases apart."""
+        sizes = [file.stat().st_size for file in self.files]
+        return sizes if self.annotated is None else [*sizes, list(self.annotated)]
 
 
 @dataclass(frozen=True)
@@ -133,6 +164,7 @@ def load_case(
     Masks are merged in the order of the class map; where they overlap, the later class
     wins, as in TotalSegmentator's own converter, unless `overlaps` says else. Masks of
     classes that are not kept take part as background, if they are there.
+    Labels of classes that are not annotated are background too.
 
     Args:
         case: its files.
@@ -141,24 +173,31 @@ def load_case(
         overlaps: one of `nifti.OVERLAPS`.
 
     Raises:
-        UserError: as `nifti.load_ct`; for a missing mask unless `case.absent`, no mask
-            at all, and labels that do not lie on the CT's voxel grid.
+        UserError: as `nifti.load_ct`; for a missing mask unless `case.absent` or it is
+            not annotated, no mask at all, and labels that do not lie on the CT's grid.
     """
     ct = nifti.load_ct(case.ct, modality=case.modality)
     overlapping, notes = 0, tuple[str, ...]()
     absent: list[str] = []
     classes = classes or case.classes
     kept = kept or classes
+    annotated = case.annotates(kept)
     if CLASS in str(case.segmentation):
         merged, absent = _merge_masks(case, ct, classes, kept, overlaps)
         label, overlapping, notes, voxels = merged
     else:
-        found = nifti.load_labels(case.segmentation, classes=classes, on=ct)
+        found = nifti.load_labels(
+            case.segmentation, classes=classes, on=ct, ignored=case.ignored
+        )
         label, notes = found.array, found.notes
-        if kept != classes:
+        if kept != classes or annotated is not None:
             ids = {name: i for i, name in enumerate(kept.names)}
-            table = [ids.get(name, 0) for name in classes.names]
-            label = np.array(table, np.uint8)[label]
+            table = np.zeros(256, np.uint8)
+            for number, name in enumerate(classes.names):
+                own = ids.get(name, 0)
+                table[number] = own if annotated is None or own in annotated else 0
+            table[labels.IGNORED] = labels.IGNORED
+            label = table[label]
         voxels = dict(enumerate(np.bincount(label.reshape(-1)).tolist()))
     return Sample(
         ct.array,
@@ -171,6 +210,7 @@ def load_case(
         ct.notes + notes,
         voxels,
         tuple(absent),
+        annotated,
     )
 
 
@@ -196,7 +236,11 @@ def _merge_masks(
         number: kept.names.index(name) if name in kept.names else 0
         for number, name in enumerate(classes.names)
     }
-    missing = [classes.names[k] for k, new in own.items() if new and k not in found]
+    annotated = case.annotates(classes)
+    if annotated is not None:
+        found = {number: found[number] for number in annotated if number in found}
+    wanted = [*range(len(classes.names))] if annotated is None else annotated
+    missing = [classes.names[k] for k in wanted if own[k] and k not in found]
     checks.require(
         case.absent or not missing,
         f"{Path(first).parent if last else first} lacks {len(missing)} of "
@@ -207,6 +251,9 @@ def _merge_masks(
     start = min(number for number, new in own.items() if new)
     start = 0 if overlaps == "smaller" else start
     files = {f: own[k] for k, f in sorted(found.items()) if k >= start}
+    if not files:  # no class that is kept is annotated
+        empty = nifti.Merged(np.zeros(ct.array.shape, np.uint8), 0, tuple(foreign), {})
+        return empty, missing
     merged = nifti.load_masks(files, on=ct, overlaps=overlaps)
     return merged._replace(notes=merged.notes + tuple(foreign)), missing
 

@@ -27,11 +27,13 @@ class Finding:
         sides: of each scan's voxels in mm, to the right, front and head, `[cases, 3]`.
         shapes: of each scan in voxels, `[cases, 3]`.
         counts: labelled voxels of each case and class id, `[cases, K]`.
+        annotated: whether each case annotates each class, bool `[cases, K]`.
     """
 
     sides: np.ndarray
     shapes: np.ndarray
     counts: np.ndarray
+    annotated: np.ndarray
 
     def spacing(self) -> Sides:
         """Return the proposed sides of a voxel in mm."""
@@ -65,12 +67,14 @@ def look_at(cases: Sequence[Case]) -> Finding:
         UserError: as `case.load_case`, for headers and labels.
     """
     grids = [nifti.grid_of(case.ct) for case in cases]
-    counts = [
-        np.bincount(case.read().label.reshape(-1), minlength=case.classes.num_classes)
-        for case in cases
-    ]
+    counts, annotated = [], []
+    for case in cases:
+        sample, number = case.read(), case.classes.num_classes
+        counts.append(np.bincount(sample.label.reshape(-1), minlength=number)[:number])
+        annotated.append(sample.annotated_mask(number))
     return Finding(
         np.array([grid.spacing for grid in grids]),
         np.array([grid.array.shape for grid in grids]),
         np.array(counts),
+        np.array(annotated),
     )

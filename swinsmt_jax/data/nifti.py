@@ -102,12 +102,17 @@ def _doubts(volume: Volume, modality: str) -> tuple[str, ...]:
 
 
 def load_labels(
-    path: str | Path, *, classes: ClassMap = V2, on: Volume | None = None
+    path: str | Path,
+    *,
+    classes: ClassMap = V2,
+    on: Volume | None = None,
+    ignored: int | None = None,
 ) -> Volume:
     """Read a multi-label segmentation as uint8 label ids in RAS orientation.
 
-    Where the header names the ids, they become those of the classes with these names.
-    A map that was cut to a box of `on` is put in its place, and noted; no other notes.
+    Voxels with the value `ignored` become `IGNORED`. Where the header names the ids,
+    they become those of the classes with these names. A map that was cut to a box of
+    `on` is put in its place, and noted; no other notes.
 
     Raises:
         UserError: as `load_ct`, and for values that are not label ids of the classes,
@@ -126,6 +131,8 @@ def load_labels(
         )
     if volume.header is not None:
         array = label_table.ids_by_name(path, array, volume.header, classes)
+    unknown = np.False_ if ignored is None else array == ignored
+    array = np.where(unknown, 0, array) if unknown.any() else array
     low, high = array.min(), array.max()
     checks.require(
         low >= 0 and high <= last,
@@ -137,7 +144,10 @@ def load_labels(
             else f"of the dataset has label ids from 0 to {last}."
         ),
     )
-    return replace(volume, array=np.ascontiguousarray(array.astype(np.uint8)))
+    array = np.ascontiguousarray(array.astype(np.uint8))
+    if unknown.any():
+        array[unknown] = labels.IGNORED
+    return replace(volume, array=array)
 
 
 def load_mask(path: str | Path, *, on: Volume | None = None) -> Volume:

@@ -61,7 +61,8 @@ def training_batches(
     Returns:
         An iterator of dictionaries: `image` float32 [b, D, H, W, 1], `label` uint8
         [b, D, H, W], and `case` int32 [b], the index into `cases`; with
-        b = batch_size / process_count.
+        b = batch_size / process_count. Where a case annotates some of its classes or
+        voxels alone, also `annotated` bool [b, K].
 
     Raises:
         UserError: for no cases, a batch that the processes do not divide, mirroring of
@@ -330,6 +331,7 @@ class _RandomCrop(grain.transforms.RandomMap):
     def __init__(self, config: DataConfig, cases: Cases):
         self._config = config
         self._cases = cases
+        self._partial = any(case.is_partial for case in cases)
         self._start()
 
     def _start(self) -> None:
@@ -342,10 +344,12 @@ class _RandomCrop(grain.transforms.RandomMap):
         self._locks = [threading.Lock() for _ in self._cases]
 
     def __getstate__(self) -> dict:  # workers start with an empty memory
-        return {"config": self._config, "cases": self._cases}
+        names = "config", "cases", "partial"
+        return {name: getattr(self, f"_{name}") for name in names}
 
     def __setstate__(self, state: dict) -> None:
         self._config, self._cases = state["config"], state["cases"]
+        self._partial = state["partial"]
         self._start()
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict:
@@ -363,11 +367,14 @@ class _RandomCrop(grain.transforms.RandomMap):
         sample = augmentation.augment(config.augmentations, seed, sample, self._names)
         scale, air = normalizing(config.hu_range, config.normalization)
         image = sample.image * scale + air if config.normalization else sample.image
-        return {
+        crop = {
             "image": np.ascontiguousarray(image[..., None], np.float32),
             "label": np.ascontiguousarray(sample.label),
             "case": np.int32(element),
         }
+        if self._partial:
+            crop["annotated"] = sample.annotated_mask(len(self._names))
+        return crop
 
     def _sample(self, index: int) -> Sample:
         if not self._config.cache:

@@ -112,6 +112,7 @@ def preprocess(
             if own.get("lost"):
                 logging.warning("%s", lost_note(name, own["lost"]))
         _tell_absent({name: own.get("absent") for name, own in facts.items()})
+        _tell_partial(facts, options.classes)
         index = {
             **{"format": store.FORMAT, "options": options.to_json()},
             "source": {"root": str(source), "description": str(description)},
@@ -134,6 +135,24 @@ def _tell_absent(absent):
             len({name for name, _ in found}),
             checks.few([f"{own} of {name}" for name, own in found]),
         )
+
+
+def _tell_partial(facts, classes):
+    """Say how many cases do not annotate each class that some do not."""
+    partial = [own["annotated"] for own in facts.values() if "annotated" in own]
+    ignored = sum("ignored" in own for own in facts.values())
+    without = {
+        name: sum(number not in own for own in partial)
+        for number, name in [*enumerate(classes.names)][1:]
+    }
+    if partial:
+        logging.info(
+            "%d of %d cases annotate some classes alone; without annotation are %s",
+            *(len(partial), len(facts)),
+            checks.few([f"{name} in {n}" for name, n in without.items() if n]),
+        )
+    if ignored:
+        logging.info("%d of %d cases have ignored voxels", ignored, len(facts))
 
 
 def _tell_untrained(root, rows, failed, classes):
@@ -159,6 +178,7 @@ class Plan:
         refused: {entry: reason} of entries of the source that cannot be used.
         new: cases to make.
         again: {case: why} of those to make again.
+        partial: cases that may annotate some classes or voxels alone.
         gone: cases of the store that the source no longer lists, or that are excluded.
         prune: whether what was made of these is removed.
     """
@@ -167,6 +187,7 @@ class Plan:
     refused: Mapping[str, str]
     new: Sequence[str]
     again: Mapping[str, str]
+    partial: Sequence[str]
     gone: Sequence[str]
     prune: bool
 
@@ -197,6 +218,9 @@ class Plan:
         lines = [f"{same} cases stay as they are"]
         if self.new:
             lines.append(f"{len(self.new)} cases are made: {', '.join(self.new)}")
+        if self.partial:
+            some = checks.few(self.partial)
+            lines.append(f"{len(self.partial)} may be annotated in part: {some}")
         lines += self._lines()
         lines += [f"{name} is left out: {why}" for name, why in self.refused.items()]
         return "\n".join(lines)
@@ -233,7 +257,11 @@ def plan(
             continue
         damage = store.damage(root / name, whole=verify)
         read = verify or other
-        differing = [] if damage else _changes(found, root, name, rows[name], read)
+        differing = (
+            []
+            if damage
+            else _changes(found, root, name, rows[name], read, options.classes)
+        )
         if damage or differing:
             changed += [name] if differing else []
             again[name] = damage or f"its files changed: {checks.few(differing)}"
@@ -248,18 +276,29 @@ def plan(
             "this one to the new source.",
         )
     new = [name for name in rows if name not in there]
-    return Plan(rows, refused, new, again, gone, prune)
+    partial = [name for name in rows if _is_partial(found, name, rows[name])]
+    return Plan(rows, refused, new, again, partial, gone, prune)
 
 
-def _changes(found, root, name, split, whole):
+def _is_partial(found, name, split):
+    try:
+        return found.find(name, split).is_partial
+    except checks.UserError:  # which is told when its turn comes
+        return False
+
+
+def _changes(found, root, name, split, whole, kept):
     """Return what changed of the files that a case of the store was made from."""
     made = root / name / store.CASE
     try:
-        case = found.find(name, split)
+        case = found.case(name, split)
     except checks.UserError as error:
         return [str(error)]
+    facts, annotated = store.read_json(made), case.annotates(kept)
+    if facts.get("annotated") != (None if annotated is None else list(annotated)):
+        return ["which classes it annotates"]
     return origin.changes(
-        store.read_json(made),
+        facts,
         case.files,
         root=found.root,
         made=made.stat().st_mtime_ns,

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from swinsmt_jax.labels import IGNORED
+
 DRAWS = 256  # voxels tried at random before all voxels are searched
 
 
@@ -14,7 +16,7 @@ class Sample:
 
     Attributes:
         image: [X, Y, Z], int16 HU; float32 once scaled.
-        label: [X, Y, Z], uint8 label ids.
+        label: [X, Y, Z], uint8 label ids; `IGNORED` where nothing is annotated.
         affine: [4, 4], voxel indices to world millimetres.
         name: the case's id.
         overlapping: claims of masks to voxels that another mask has too.
@@ -23,6 +25,7 @@ class Sample:
         notes: what a user should know about the CT's file.
         source_voxels: {label id: voxels} of the files, before masks were merged.
         absent: classes without a mask, which count as absent.
+        annotated: label ids of the classes that are annotated; None for all.
     """
 
     image: np.ndarray
@@ -35,6 +38,18 @@ class Sample:
     notes: tuple[str, ...] = ()
     source_voxels: Mapping[int, int] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    annotated: tuple[int, ...] | None = None
+
+    @property
+    def top(self) -> int:
+        """The largest label id."""
+        return int(np.where(self.label == IGNORED, 0, self.label).max())
+
+    def annotated_mask(self, num_classes: int) -> np.ndarray:
+        """Return which label ids are annotated, bool [K]; the background always is."""
+        found = np.full(num_classes, self.annotated is None)
+        found[[0, *(self.annotated or ())]] = True
+        return found
 
     def bounds(self, air: float) -> tuple[slice, ...]:
         """Return the box in which crops lie: all of it."""
@@ -46,8 +61,10 @@ class Sample:
         """Draw a labelled voxel, or another with image > air; None without any."""
 
         def wanted(where):
-            found = self.label[where] > 0
-            return found if labelled else ~found & (self.image[where] > air)
+            label = self.label[where]
+            if labelled:
+                return (label > 0) & (label != IGNORED)
+            return (label == 0) & (self.image[where] > air)
 
         shape = self.label.shape
         tries = rng.integers(shape, size=(DRAWS, 3))
@@ -61,9 +78,10 @@ class Sample:
 
     def lost(self, names: Sequence[str]) -> dict[str, int]:
         """Return {class: voxels of the files} of those that have no voxel left."""
-        left = np.bincount(self.label.reshape(-1), minlength=len(names))
-        voxels = self.source_voxels.items()
-        return {names[i]: n for i, n in voxels if i > 0 and n > 0 and left[i] == 0}
+        left = np.bincount(self.label.reshape(-1), minlength=256)
+        ids = range(1, len(names))
+        found = {i: self.source_voxels.get(i, 0) for i in ids if left[i] == 0}
+        return {names[i]: voxels for i, voxels in found.items() if voxels}
 
     def read(self, box: Sequence[slice]) -> "Sample":
         """Return the voxels of a box."""

@@ -30,6 +30,7 @@ from swinsmt_jax.data.resampling import covering_grid
 from swinsmt_jax.data.sample import Sample, foreground_box, voxel_step
 from swinsmt_jax.data.spacing import Sides, plain, text
 from swinsmt_jax.data.volume import spacing_of
+from swinsmt_jax.labels import IGNORED
 from swinsmt_jax.runtime import files
 
 FORMAT = 1
@@ -116,6 +117,12 @@ class StoredCase:
         return tuple(self.facts["shape"])
 
     @property
+    def is_partial(self) -> bool:
+        """Whether some of its classes or voxels are not annotated."""
+        facts = self.facts
+        return "annotated" in facts or "ignored" in facts
+
+    @property
     def lacks_end(self) -> bool:
         """Whether its voxels end before its scan does, as those made before could."""
         facts = self.facts
@@ -155,7 +162,8 @@ class StoredCase:
             facts = self.facts
             _require_whole(self.folder, facts, volumes)
             affine = facts["affine"] @ voxel_step([part.start or 0 for part in box])
-        return Sample(image, label, affine, self.name)
+            annotated = tuple(facts["annotated"]) if "annotated" in facts else None
+        return Sample(image, label, affine, self.name, annotated=annotated)
 
     def bounds(self, air: float) -> tuple[slice, slice, slice]:
         """Return the smallest box around the voxels with HU > air: crops lie in it.
@@ -317,8 +325,9 @@ def damage(folder: Path, *, whole: bool) -> str | None:
                     members.read(name)
             if whole:
                 _, label = (volume.read().result() for volume in volumes)
-                counts = np.bincount(label.reshape(-1), minlength=len(facts["counts"]))
-                if counts.tolist() != facts["counts"]:
+                if _counts(label, len(facts["counts"])) != {
+                    key: facts[key] for key in ("counts", "ignored") if key in facts
+                }:
                     raise ValueError(f"its labels are not those that {CASE} counts")
     except checks.UserError as error:
         return str(error)
@@ -380,19 +389,28 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
         for name, array in (("image", sample.image), ("label", sample.label)):
             volume_file.write(partial / name, array)
         np.savez(partial / VOXELS, **_voxels(sample))
-        counts = np.bincount(sample.label.reshape(-1), minlength=num_classes)
         content = {
             **facts,
             "shape": sample.image.shape,
             "affine": sample.affine.tolist(),
-            "counts": counts.tolist(),
+            **_counts(sample.label, num_classes),
             "cut": _cut(sample.label),
             "boxes": {
                 f"{air:g}": _box(sample, air) for air in FOREGROUND_THRESHOLDS_HU
             },
         }
+        if sample.annotated is not None:
+            content["annotated"] = list(sample.annotated)
         (partial / CASE).write_text(json.dumps(content, indent=1) + "\n")
     return content
+
+
+def _counts(label, num_classes):
+    """Return voxels of each label id, and the number of those that are ignored."""
+    found = np.bincount(label.reshape(-1), minlength=IGNORED + 1).tolist()
+    last = max(num_classes, max(np.flatnonzero(found[:IGNORED]), default=0) + 1)
+    ignored = {"ignored": found[IGNORED]} if found[IGNORED] else {}
+    return {"counts": found[:last], **ignored}
 
 
 def _voxels(sample):
@@ -410,7 +428,7 @@ def _voxels(sample):
 
     rest = drawn(sample.label == 0)
     return {
-        "foreground": drawn(sample.label > 0),
+        "foreground": drawn((sample.label > 0) & (sample.label != IGNORED)),
         "background": rest,
         "background_hu": sample.image[tuple(rest.T)],
     }
@@ -425,7 +443,7 @@ def _cut(label):
         if label.shape[axis] > 1
     ]
     found = set().union(*(np.unique(face).tolist() for face in faces))
-    return sorted(found - {0})
+    return sorted(found - {0, IGNORED})
 
 
 def _box(sample, air):

@@ -55,6 +55,9 @@ def _summary(report):
 def _collect(root, cases, index):
     facts = [case.facts for case in cases]
     names = store.read_options(root).classes.names
+    ids = list(range(len(names)))
+    known = [number for f in facts for number in f.get("annotated", ids)]
+    partial = any("annotated" in f for f in facts)
     counts = np.array([f["counts"] for f in facts], int).reshape(-1, len(names))
     size = sum(f.stat().st_size for case in cases for f in case.folder.rglob("*"))
     voxels = sum(int(np.prod(f["shape"])) for f in facts)
@@ -83,8 +86,12 @@ def _collect(root, cases, index):
         "lost": each(lambda f: f.get("lost")),
         "ends_before_scan": [case.name for case in cases if case.lacks_end],
         "classes": {
-            name: {"voxels": int(own.sum()), "cases": int((own > 0).sum())}
-            for name, own in list(zip(names, counts.T, strict=True))[1:]
+            name: {
+                "voxels": int(own.sum()),
+                "cases": int((own > 0).sum()),
+                **({"annotated_in": known.count(number)} if partial else {}),
+            }
+            for number, name, own in list(zip(ids, names, counts.T, strict=True))[1:]
         },
     }
 

@@ -1,7 +1,7 @@
 """What was measured in a case, and the evaluation of many cases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -118,20 +118,42 @@ def score(
 ) -> Segmented:
     """Compare a prediction `[X, Y, Z]` with a scan's labels.
 
+    Classes and voxels that are not annotated have no score: both are background there.
     Arguments as in `Pair` and `CaseResult`; `metrics` as from `chosen_metrics`, with
     the same `surface_rule`.
     """
+    scan, prediction, known = _annotated(scan, prediction, num_classes)
     counts = overlap_counts(prediction, scan.label, num_classes=num_classes)
     spacing = spacing_of(scan.affine)
     pair = Pair(prediction, scan.label, counts, spacing, workers, *confidence)
     scores = measured(pair, metrics, surface_rule=surface_rule)
+    notes = list(scan.notes)
+    if not known.all():
+        scores = {name: np.where(known, own, np.nan) for name, own in scores.items()}
+        notes.append(f"it annotates {known.sum() - 1} of {num_classes - 1} classes")
     grid = [*scan.label.shape, *(round(side, 3) for side in spacing)]
-    labels, places = scan.label.reshape(-1), np.arange(scan.label.size, dtype=float)
-    truth = np.bincount(labels, places, minlength=num_classes)
+    places = np.arange(scan.label.size, dtype=float)
+    truth = np.bincount(scan.label.reshape(-1), places, minlength=num_classes)
     result = CaseResult(
         *(scan.name, counts, seconds, scores),
         grid=grid,
         truth=truth,
-        notes=list(scan.notes),
+        notes=notes,
     )
     return Segmented(scan, prediction, result)
+
+
+def _annotated(scan, prediction, num_classes):
+    """Return scan and prediction without what is not annotated, and which classes are.
+
+    Without it they are background; a prediction keeps ids that there are not, for the
+    message.
+    """
+    known, ignored = scan.annotated_mask(num_classes), scan.label == labels.IGNORED
+    if known.all() and not ignored.any():
+        return scan, prediction, known
+    table = np.arange(256, dtype=np.uint8)
+    table[:num_classes][~known] = 0
+    prediction = np.where(ignored, 0, table[prediction])
+    label = np.where(ignored, 0, table[scan.label])
+    return replace(scan, label=label), prediction, known

@@ -108,7 +108,7 @@ def segment_case(
         UserError: for bad files, or labels that the network has no output for.
     """
     scan = case.read()
-    top, scored = int(scan.label.max()), num_classes
+    top, scored = scan.top, num_classes
     if to_data is not None:
         scored = to_data.num_classes
     checks.require(

@@ -1,6 +1,13 @@
 """What training minimises: cross-entropy plus a loss of the overlap of each class.
 
 A new loss is a function of three sums by class and a line in `LOSSES`.
+
+Of a case that annotates some classes alone, a voxel labelled background may be of any
+other. There a softmax is of the annotated classes and of one that is the background or
+any of the others, whose probabilities are added: the marginal loss of Shi et al. (2021,
+Medical Image Analysis 70, 101979) and, as the target adaptive loss, of Fang and Yan
+(2020, IEEE TMI 39, 3619). Sigmoids of each class leave the others out altogether (Liu
+et al. 2023, masked back-propagation). Voxels with the label `IGNORED` count nowhere.
 """
 
 import functools
@@ -13,9 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from swinsmt_jax import checks
+from swinsmt_jax.labels import IGNORED
 
 SMOOTH = 1e-5  # added to numerator and denominator of an overlap, as in MONAI
 SPATIAL_AXES = (1, 2, 3)
+NOTHING = -1e30  # the logit of what cannot be
+OUT = 2**30  # the label of voxels that do not count, beyond all classes
 BLOCK = 2**23  # logits of a sample that `Loss.of_features` holds at once
 
 Overlap = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -94,6 +104,7 @@ class Loss:
     The truth is never expanded to `[B, D, H, W, K]`: sums by class are taken over the
     probability of each voxel's true class. The backward pass recomputes probabilities.
     A label outside [0, K) makes the loss NaN; data are checked where they are read.
+    With `annotated` the averages are over the voxels and pairs that are.
 
     Attributes:
         overlap: of (predicted, intersection, truth), see `soft_dice`.
@@ -107,15 +118,22 @@ class Loss:
     overlap: Overlap
     one_vs_all: bool = False
 
-    def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        logits: jax.Array,
+        labels: jax.Array,
+        annotated: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the loss, a float32 scalar.
 
         Args:
             logits: `[B, D, H, W, K]`, any float dtype.
             labels: `[B, D, H, W]`, integers in [0, K).
+            annotated: bool `[B, K]`, the classes that each sample annotates; a label
+                may then also be `IGNORED`. None where all voxels are annotated.
         """
-        labels = _class_ids(labels, "logits", logits, logits.shape[-1])
-        return _loss(self, logits.astype(jnp.float32), None, labels)
+        truth = _class_ids(labels, "logits", logits, logits.shape[-1], annotated)
+        return _loss(self, logits.astype(jnp.float32), None, *truth)
 
     def of_features(
         self,
@@ -123,6 +141,7 @@ class Loss:
         kernel: jax.Array,
         bias: jax.Array,
         labels: jax.Array,
+        annotated: jax.Array | None = None,
     ) -> jax.Array:
         """Return the loss of the logits `features @ kernel + bias` without the logits.
 
@@ -134,21 +153,28 @@ class Loss:
             features: `[B, D, H, W, F]`, any float dtype, which the products have too.
             kernel: `[F, K]`.
             bias: `[K]`.
-            labels: `[B, D, H, W]`, integers in [0, K).
+            labels, annotated: as in a call.
         """
         head = kernel.astype(features.dtype), bias.astype(features.dtype)
-        return self.of_head(features, _Dense(*head), labels)
+        return self.of_head(features, _Dense(*head), labels, annotated)
 
-    def of_head(self, features: jax.Array, head: Head, labels: jax.Array) -> jax.Array:
+    def of_head(
+        self,
+        features: jax.Array,
+        head: Head,
+        labels: jax.Array,
+        annotated: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the loss of the logits `head(features)` likewise.
 
         Args:
             features: `[B, D, H, W, F]`.
             head: what makes logits of some planes of the features.
-            labels: `[B, D, H, W]`, integers in [0, K).
+            labels, annotated: as in a call.
         """
-        labels = _class_ids(labels, "features", features, head.num_classes)
-        return _loss(self, features, head, labels)
+        number = head.num_classes
+        truth = _class_ids(labels, "features", features, number, annotated)
+        return _loss(self, features, head, *truth)
 
 
 LOSSES = {
@@ -175,8 +201,11 @@ def make(name: str) -> Loss:
     return loss
 
 
-def _class_ids(labels, name, array, num_classes):
-    """Return labels as int32 in [0, K], where K stands for all that is out of range."""
+def _class_ids(labels, name, array, num_classes, annotated):
+    """Return labels as int32 in [0, K], K for what is out of range, and `annotated`.
+
+    With `annotated`, classes that are not become background, what is ignored `OUT`.
+    """
     checks.require(
         array.ndim == 5 and labels.shape == array.shape[:-1],
         f"labels have shape {labels.shape} and {name} {array.shape}, but {name} must "
@@ -187,7 +216,18 @@ def _class_ids(labels, name, array, num_classes):
         f"labels have dtype {labels.dtype}, but must be integer class ids.",
     )
     labels = labels.astype(jnp.int32)
-    return jnp.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+    ids = jnp.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+    if annotated is None:
+        return ids, None
+    annotated = jnp.asarray(annotated, bool)
+    checks.require(
+        annotated.shape == (len(labels), num_classes),
+        f"annotated has shape {annotated.shape}, but must be [B, K], here "
+        f"{(len(labels), num_classes)}.",
+    )
+    unknown = ~jnp.pad(annotated, ((0, 0), (0, 1)), constant_values=True)
+    ids = jnp.where(_gain_of_label(unknown, ids), 0, ids)
+    return jnp.where(labels == IGNORED, OUT, ids), annotated
 
 
 @functools.partial(
@@ -224,32 +264,61 @@ class _Dense:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(loss, features, head, labels):
+def _loss(loss, features, head, labels, annotated):
     """The loss of features and a head, or of logits and None."""
-    return _forward(loss, features, head, labels)[0]
+    return _forward(loss, features, head, labels, annotated)[0]
 
 
-def _forward(loss, features, head, labels):
+def _forward(loss, features, head, labels, annotated):
     terms = _one_vs_all if loss.one_vs_all else _softmax
+    overlap = loss.overlap
+    if annotated is not None:
+        pairs = annotated.at[:, 0].set(True)[:, int(loss.one_vs_all) :]
+        overlap = functools.partial(_over_pairs, overlap, pairs)
 
     def block(features, labels):
-        return terms(_logits(features, head), labels)
+        return terms(_logits(features, head), labels, annotated)
 
     (kept, cost), sums = _over_blocks(block, (features, labels), head)
-    value, slopes = jax.value_and_grad(loss.overlap, argnums=(0, 1))(*sums)
+    value, slopes = jax.value_and_grad(overlap, argnums=(0, 1))(*sums)
     # Row by row, since a long float32 sum on CPU is sequential and loses digits.
-    value = value + cost.mean(3).mean(2).mean()
-    return value, (features, head, labels, kept, slopes)
+    if annotated is None:
+        value = value + cost.mean(3).mean(2).mean()
+    else:
+        value = value + cost.sum(3).sum(2).sum() * _of_voxel(labels, annotated)
+    return value, (features, head, labels, annotated, kept, slopes)
+
+
+def _of_voxel(labels, annotated):
+    """Return the weight of a voxel in the average of the cross-entropy."""
+    if annotated is None:
+        return 1 / labels.size
+    return 1 / jnp.maximum((labels != OUT).sum(dtype=jnp.float32), 1)
+
+
+def _over_pairs(overlap, pairs, *sums):
+    """Return a loss of the overlap averaged over some (sample, class) pairs alone.
+
+    The others are given sums of 0, and what a mean over all has of these is taken off.
+    """
+    share = pairs.mean(dtype=jnp.float32)
+    absent = jnp.zeros_like(sums[0])
+    value = overlap(*(jnp.where(pairs, part, 0) for part in sums))
+    value = value - (1 - share) * overlap(absent, absent, absent)
+    return value / jnp.maximum(share, 1 / pairs.size)
 
 
 def _backward(loss, saved, cotangent):
-    features, head, labels, kept, slopes = saved
+    features, head, labels, annotated, kept, slopes = saved
     gradient = _one_vs_all_gradient if loss.one_vs_all else _softmax_gradient
-    of_voxel = 1 / labels.size  # in the average of the cross-entropy
+    of_voxel = _of_voxel(labels, annotated)
 
     def block(features, labels, kept):
         logits = _logits(features, head)
-        g = cotangent * gradient(logits, labels, kept, slopes, of_voxel)
+        g = gradient(logits, labels, annotated, kept, slopes, of_voxel)
+        if annotated is not None:
+            g = _counted(g, labels, annotated)
+        g = cotangent * g
         if head is None:
             return g, None
         with jax.named_scope("head"):
@@ -258,27 +327,52 @@ def _backward(loss, saved, cotangent):
     dfeatures, dhead = _over_blocks(block, (features, labels, kept), head)
     if head is not None:  # sums stay apart by sample, so by device, until here
         dhead = head.sum_samples(dhead)
-    return dfeatures, dhead, None
+    return dfeatures, dhead, None, None
 
 
 _loss.defvjp(_forward, _backward)
 
 
-def _softmax(logits, labels):
+def _counted(values, labels, annotated):
+    """Return values of voxels `[B, D, H, W, ...]`, 0 where they are ignored."""
+    if annotated is None:
+        return values
+    labels = labels.reshape(labels.shape + (1,) * (values.ndim - labels.ndim))
+    return jnp.where(labels != OUT, values, 0)
+
+
+def _joined(logits, annotated):
+    """Return logits of which the background's is of all classes not annotated too.
+
+    The others' probability is 0. And which they are, bool `[B, 1, 1, 1, K]`, the
+    background among them.
+    """
+    others = ~annotated.at[:, 0].set(False)[:, None, None, None, :]
+    joint = jax.nn.logsumexp(jnp.where(others, logits, NOTHING), axis=-1)
+    logits = jnp.where(others, NOTHING, logits)
+    return logits.at[..., 0].set(joint), others
+
+
+def _softmax(logits, labels, annotated):
     """Return (kept for the gradient, cross-entropy) of voxels, and the sums."""
+    if annotated is not None:
+        logits, _ = _joined(logits, annotated)
     log_total = jax.nn.logsumexp(logits, axis=-1)  # [B, planes, H, W]
     log_true = _at_label(logits, labels) - log_total
-    predicted = jnp.exp(logits - log_total[..., None]).sum(SPATIAL_AXES)  # [B, K]
+    probability = jnp.exp(logits - log_total[..., None])
+    predicted = _counted(probability, labels, annotated).sum(SPATIAL_AXES)  # [B, K]
     sums = _sums_by_class(jnp.exp(log_true), labels, logits.shape[-1])
-    return (log_total, -log_true), (predicted, *sums)
+    return (log_total, _counted(-log_true, labels, annotated)), (predicted, *sums)
 
 
-def _softmax_gradient(logits, labels, log_total, slopes, of_voxel):
+def _softmax_gradient(given, labels, annotated, log_total, slopes, of_voxel):
     """Return the gradient in the logits.
 
     With p the probabilities and y the label, g_k = d overlap / d p_k is slope_k +
-    [k = y] gain_y; the softmax turns it into p_k (g_k - sum_j p_j g_j).
+    [k = y] gain_y; the softmax turns it into p_k (g_k - sum_j p_j g_j). That of the
+    joint background is divided among its classes by their shares.
     """
+    logits = given if annotated is None else _joined(given, annotated)[0]
     slope, gain = slopes  # through the sizes of the prediction and of the intersection
     slope, log_total = slope[:, None, None, None, :], log_total[..., None]
     p = jnp.exp(logits - log_total)
@@ -286,27 +380,44 @@ def _softmax_gradient(logits, labels, log_total, slopes, of_voxel):
     pull = p_true * _gain_of_label(gain, labels)[..., None]  # [B, planes, H, W, 1]
     mean_g = (p * slope).sum(-1, keepdims=True) + pull
     is_true = labels[..., None] == jnp.arange(logits.shape[-1])
-    return p * (slope - mean_g + of_voxel) + is_true * (pull - of_voxel)
+    g = p * (slope - mean_g + of_voxel) + is_true * (pull - of_voxel)
+    if annotated is None:
+        return g
+    joint, (_, others) = logits[..., :1], _joined(given, annotated)
+    return jnp.where(others, g[..., :1] * jnp.exp(given - joint), g)
 
 
-def _one_vs_all(logits, labels):
+def _one_vs_all(logits, labels, annotated):
     """As `_softmax`, with binary cross-entropies; nothing is kept."""
-    background, classes = logits[..., 0], logits.shape[-1] - 1
+    background = logits[..., 0]
     z = logits[..., 1:] - background[..., None]
     z_true = _at_label(logits, labels) - background  # 0 in the background
-    cost = (jax.nn.softplus(z).sum(-1) - z_true) / classes
-    sums = _sums_by_class(jax.nn.sigmoid(z_true), labels, classes + 1)
-    predicted = jax.nn.sigmoid(z).sum(SPATIAL_AXES)  # [B, K - 1]
+    wanted, classes = _classes_of(annotated, logits)
+    cost = ((jax.nn.softplus(z) * wanted).sum(-1) - z_true) / classes
+    sums = _sums_by_class(jax.nn.sigmoid(z_true), labels, logits.shape[-1])
+    probability = _counted(jax.nn.sigmoid(z), labels, annotated)
+    predicted = probability.sum(SPATIAL_AXES)  # [B, K - 1]
+    cost = _counted(cost, labels, annotated)
     return (None, cost), (predicted, *(part[:, 1:] for part in sums))
 
 
-def _one_vs_all_gradient(logits, labels, _, slopes, of_voxel):
+def _classes_of(annotated, logits):
+    """Return the weight of each class but the background, and the sum of them."""
+    if annotated is None:
+        return 1, logits.shape[-1] - 1
+    wanted = annotated[:, None, None, None, 1:].astype(logits.dtype)
+    return wanted, jnp.maximum(wanted.sum(-1), 1)
+
+
+def _one_vs_all_gradient(logits, labels, annotated, _, slopes, of_voxel):
     """As `_softmax_gradient`; with p the sigmoids, g_k is turned into p (1 - p) g."""
     slope, gain = (part[:, None, None, None, :] for part in slopes)
     p = jax.nn.sigmoid(logits[..., 1:] - logits[..., :1])
     is_true = labels[..., None] == jnp.arange(1, logits.shape[-1])
     g = p * (1 - p) * (slope + is_true * gain)
-    g = g + (p - is_true) * of_voxel / p.shape[-1]
+    wanted, classes = _classes_of(annotated, logits)
+    classes = classes if annotated is None else classes[..., None]
+    g = g + (p - is_true) * wanted * of_voxel / classes
     return jnp.concatenate([-g.sum(-1, keepdims=True), g], axis=-1)
 
 

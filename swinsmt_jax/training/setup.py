@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
@@ -14,6 +15,7 @@ from swinsmt_jax.config import DataConfig, OptimizerConfig, TrainingConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.meta import EmptySplitError
 from swinsmt_jax.data.pipeline import Cases
+from swinsmt_jax.labels import IGNORED
 from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.training import losses
@@ -184,7 +186,10 @@ def batches_after(
     with contextlib.closing(batches):
         for batch in batches:
             names = [cases[i].name for i in batch["case"]]
-            _require_known_labels(batch["label"], names, num_classes)
+            labels = batch["label"]
+            if "annotated" in batch:
+                labels = np.where(labels == IGNORED, 0, labels)
+            _require_known_labels(labels, names, num_classes)
             yield sharding.place_batch(batch, mesh), names
 
 

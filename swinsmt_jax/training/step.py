@@ -57,7 +57,8 @@ def make_train_step(
             most (1 + t) / (10 + t), so that the first parameters are soon forgotten.
 
     Returns:
-        The step. Its batch holds `image` [B, D, H, W, C] and `label` [B, D, H, W];
+        The step. Its batch holds `image` [B, D, H, W, C] and `label` [B, D, H, W], and
+        of cases that are annotated in part `annotated` [B, K], see `losses.Loss`;
         its metrics are the scalars `loss`, `grad_norm` (before clipping),
         `learning_rate`, `accuracy`, the share of the labelled voxels on every
         `SPARSE`th plane, row and column that got their label, and the counts `skipped`
@@ -68,7 +69,7 @@ def make_train_step(
         model = nnx.merge(graphdef, models.merge_buffers(params, buffers))
         image, label, rngs = batch["image"], batch["label"], nnx.Rngs(dropout=key)
         value, counts = loss_and_accuracy_counts(
-            model, image, label, loss=loss, rngs=rngs
+            model, image, label, batch.get("annotated"), loss=loss, rngs=rngs
         )
         return value, (counts, models.split_buffers(*models.split(model))[1])
 
@@ -135,7 +136,7 @@ def _averaged_over_parts(gradient, accumulate, state, batch, key):
     parts = {
         name: array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
         for name, array in batch.items()
-        if name in ("image", "label")
+        if name in ("image", "label", "annotated")
     }
 
     def add(carried, part):
@@ -182,6 +183,7 @@ def loss_and_accuracy_counts(
     model: Network,
     image: jax.Array,
     label: jax.Array,
+    annotated: jax.Array | None = None,
     *,
     loss: Loss,
     rngs: nnx.Rngs | None = None,
@@ -196,6 +198,7 @@ def loss_and_accuracy_counts(
         model: a network.
         image: [B, D, H, W, C].
         label: [B, D, H, W].
+        annotated: [B, K], the classes of each sample that are; None for all.
         loss: that is minimised.
         rngs: of dropout and drop path; without it there is none.
 
@@ -207,17 +210,19 @@ def loss_and_accuracy_counts(
     if hasattr(model, "features_and_head"):
         features, head = model.features_and_head(image, rngs=rngs)
         with jax.named_scope("loss"):
-            value = loss.of_head(features, head, label)
+            value = loss.of_head(features, head, label, annotated)
             return value, _counts(head(_sparse(features)), _sparse(label))
     if not _has_head(model):
         logits = model(image, rngs=rngs)
         with jax.named_scope("loss"):
-            return loss(logits, label), _counts(_sparse(logits), _sparse(label))
+            value = loss(logits, label, annotated)
+            return value, _counts(_sparse(logits), _sparse(label))
     features = model.features(image, rngs=rngs)
     head = cast(Conv, model.head)
     with jax.named_scope("loss"):
         parameters = head.kernel[0, 0, 0], head.bias[...]
-        value = loss.of_features(features.astype(head.dtype), *parameters, label)
+        features = features.astype(head.dtype)
+        value = loss.of_features(features, *parameters, label, annotated)
         return value, _counts(head(_sparse(features)), _sparse(label))
 
 
@@ -236,7 +241,7 @@ def _sparse(array):
 
 
 def _counts(logits, labels):
-    labelled = labels > 0
+    labelled = (labels > 0) & (labels < logits.shape[-1])
     right = labelled & (logits.argmax(-1) == labels)
     return jnp.stack([right.sum(), labelled.sum()]).astype(jnp.float32)
 

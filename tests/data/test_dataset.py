@@ -173,7 +173,7 @@ def test_what_a_fold_of_nnunet_says_of_cases_is_kept(tmp_path):
         ({"channel_names": {"0": "T2"}}, "channel 'T2', but a CT in Hounsfield units"),
         ({"labels": {"background": 0, "a": [1, 2]}}, "regions made of several labels"),
         ({"labels": {"background": 0, "a": 2}}, "must be 0 for the background"),
-        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "'ignore' is not support"),
+        ({"labels": {"background": 0, "a": 1, "ignore": 1}}, "'ignore' is 1, but must"),
         ({"file_ending": ".png"}, "file_ending is '.png'"),
     ],
 )

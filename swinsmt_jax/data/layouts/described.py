@@ -5,7 +5,8 @@
  "image": "{case}/ct.nii.gz",
  "labels": "{case}/labels.nii.gz",           one file of label ids, or
  "masks": "{case}/{class}.nii.gz",           one file for each class
- "missing_masks": "absent",                  or "refused"; of masks that are not there
+ "missing_masks": "absent",                  or "refused", or "unannotated"
+ "annotated": ["liver"],                     the classes that are; or {case: [classes]}
  "modality": "CT",                           another is not expected to be in HU
  "splits": {"train": ["a", "b"], "val": ["c"], "test": []}}   or "meta.csv"
 
@@ -16,13 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from swinsmt_jax import checks, class_map
+from swinsmt_jax.class_map import class_key
 from swinsmt_jax.data import meta
 from swinsmt_jax.data.case import CLASS, Case, Dataset, require_files
 
 TITLE = "described by a JSON file of its own"
 KEYS = ["classes", "groups", "image", "labels", "masks", "splits", "modality"]
-KEYS += ["missing_masks"]
-MISSING = ("absent", "refused")
+KEYS += ["missing_masks", "annotated"]
+MISSING = ("absent", "refused", "unannotated")
 
 
 def fits(root: Path, content: dict) -> bool:
@@ -48,18 +50,45 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
     missing = content.get("missing_masks", MISSING[0])
     checks.one_of(f"{where}: missing_masks", missing, MISSING)
 
+    annotated = _annotated(content.get("annotated"), classes, where)
+
     def path(key, name):
         return root / patterns[key].replace("{case}", name)
 
     def find(name, split):
         segmentation = path("labels" if patterns["labels"] else "masks", name)
         image = path("image", name)
-        case = Case(name, image, split, segmentation, modality)
-        return require_files(replace(case, absent=missing == MISSING[0]))
+        case = Case(name, image, split, segmentation, modality, classes)
+        case = replace(case, absent=missing == "absent", annotated=annotated(name))
+        return require_files(replace(case, unmasked=missing == "unannotated"))
 
     refused: dict[str, str] = {}
     splits = _splits(root, content["splits"], refused, where=where)
     return Dataset(root, classes, splits, find, refused)
+
+
+def _annotated(found, classes, where):
+    """Return the function from a case to the names of its classes, None for all."""
+    lists = found if isinstance(found, dict) else {} if found is None else {"": found}
+    keys = classes.ids_by_key()
+    for case, names in lists.items():
+        checks.require(
+            isinstance(names, list) and all(isinstance(name, str) for name in names),
+            f"{where}: annotated is {found!r}, but must list classes, or be "
+            '{"case": [classes]}.',
+        )
+        for name in names:
+            checks.require(
+                keys.get(class_key(name), 0) > 0,
+                f"{where}: annotated{f' of {case!r}' if case else ''} names {name!r}, "
+                f"but the classes are {checks.few(classes.names[1:])}.",
+            )
+
+    def of(case):
+        names = lists.get(case if isinstance(found, dict) else "")
+        return None if names is None else tuple(names)
+
+    return of
 
 
 def _patterns(content, where):

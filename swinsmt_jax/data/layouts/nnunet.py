@@ -4,7 +4,8 @@ Images are named <case>_0000.nii.gz (version 2), or <case>.nii.gz as in the Medi
 Segmentation Decathlon (version 1). Training and validation cases are those of the first
 fold of splits_final.json if the folder has that file, and otherwise every fifth case in
 the order of names is for validation. Test cases are those of imagesTs that have labels
-in labelsTs. A training case that lacks its image or its labels is refused.
+in labelsTs. A training case that lacks its image or its labels is refused. Voxels with
+the label "ignore" are not annotated.
 """
 
 from pathlib import Path
@@ -37,7 +38,7 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
         UserError: for several channels, regions, ids with gaps, files that are not
             NIfTI, and a folder without labels.
     """
-    classes = _classes(content["labels"], where)
+    classes, ignored = _classes(content["labels"], where)
     channels: Any = content.get("channel_names", content.get("modality"))
     checks.require(
         isinstance(channels, dict | list) and len(channels) == 1,
@@ -54,7 +55,7 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
         old = root / images / f"{name}{ending}"
         image = old if old.is_file() and not new.is_file() else new
         label = root / segmentations / f"{name}{ending}"
-        return require_files(Case(name, image, split, label))
+        return require_files(Case(name, image, split, label, ignored=ignored))
 
     refused: dict[str, str] = {}
     folds = _folds(root / SPLITS_FILE, _names(root, "train", ending))
@@ -84,17 +85,19 @@ def _classes(found, where):
         f"{where}: labels are {found}, but each must be one number; regions made of "
         "several labels are not supported: name the labels themselves.",
     )
-    checks.require(
-        "ignore" not in found,
-        f"{where}: the label 'ignore' is not supported: every voxel must be labelled.",
-    )
+    ignored = found.get("ignore")
+    found = {name: number for name, number in found.items() if name != "ignore"}
     names = sorted(found, key=found.get)
     checks.require(
         sorted(found.values()) == list(range(len(found))),
         f"{where}: labels have the ids {sorted(found.values())}, but must be 0 for the "
         f"background and then 1, 2, ..., {len(found) - 1}.",
     )
-    return class_map.make(names[1:], {}, where=where)
+    checks.require(
+        ignored is None or ignored >= len(found),
+        f"{where}: the label 'ignore' is {ignored}, but must be above all others.",
+    )
+    return class_map.make(names[1:], {}, where=where), ignored
 
 
 def _splits(root, ending, folds, refused):

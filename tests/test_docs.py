@@ -74,6 +74,7 @@ BACKED = {  # each row of docs/formats.md, and a test of what it says
     "a single slice": "test_a_single_slice_is_as_thick_as_its_tags_say",
     "the lists of the first fold": "test_what_a_fold_of_nnunet_says_of_cases_is_kept",
     "a channel that is not a CT": "test_what_of_nnunet_is_not_supported_is_said",
+    "nnU-Net's ignore label": "test_the_ignore_label_of_nnunet",
     "class names with": "test_names_become_safe_file_names",
 }
 

@@ -208,6 +208,7 @@ def test_another_annotation_makes_a_case_again(labelled, tmp_path, capsys):
     assert samples(tmp_path / "store")["b"].annotated is None
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_plan_counts_the_cases_that_annotate_a_class(labelled):
     said = plan(str(labelled))
     assert "2/2" in said and "those that annotate it" in said

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+import swinsmt_jax
 from swinsmt_jax.commands import evaluate, train
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.phantoms.dataset import write_dataset
@@ -105,7 +106,9 @@ def test_every_row_is_here():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_trains_continues_and_is_evaluated(name, phantoms, tmp_path, monkeypatch):
+def test_a_row_trains_continues_is_evaluated_and_predicts(
+    name, phantoms, tmp_path, monkeypatch
+):
     command = [
         "train.py",
         f"--config={ROOT}/configs/{name}.py",
@@ -136,5 +139,11 @@ def test_a_row_trains_continues_and_is_evaluated(name, phantoms, tmp_path, monke
     evaluate.define_flags(options)
     options(["evaluate.py", f"--workdir={tmp_path}", "--overlap=0"])
     assert "Dice (%)" in evaluate.evaluate(options)
-    (case,) = json.loads((tmp_path / "eval_test/results.json").read_text())["cases"]
-    assert case
+    cases = json.loads((tmp_path / "eval_test/results.json").read_text())["cases"]
+    ((case, scores),) = cases.items()
+
+    segmenter = swinsmt_jax.load(tmp_path, overlap=0)
+    found = np.unique(segmenter.segment(phantoms / case / "ct.nii.gz"))
+    names = {segmenter.class_names[i] for i in found if i}
+    assert names - scores["truth"].keys() == set(scores["false_positives"])
+    assert names

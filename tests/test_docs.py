@@ -72,6 +72,12 @@ BACKED = {  # each row of docs/formats.md, and a test of what it says
     "many series in one folder": "test_one_series_of_many_is_chosen_or_named",
     "slices that differ": "test_bad_series_are_refused",
     "a single slice": "test_a_single_slice_is_as_thick_as_its_tags_say",
+    "labels, `.nii.gz`": "test_simpleitk_reads_label_files_in_their_places",
+    "probabilities, `.nii.gz`": "test_simpleitk_scales_probabilities",
+    "DICOM-SEG, LABELMAP": "test_dcmqi_reads_117_segments_in_their_places",
+    "DICOM-SEG, BINARY": "test_highdicom_reads_117_segments_in_their_places",
+    "surfaces, `.stl`": "test_vtk_reads_surfaces_with_outward_faces",
+    "RTSTRUCT is not written": "test_rt_utils_exchanges_the_sides_of_pixels",
     "the lists of the first fold": "test_what_a_fold_of_nnunet_says_of_cases_is_kept",
     "a channel that is not a CT": "test_what_of_nnunet_is_not_supported_is_said",
     "nnU-Net's ignore label": "test_the_ignore_label_of_nnunet",
@@ -79,10 +85,13 @@ BACKED = {  # each row of docs/formats.md, and a test of what it says
 }
 
 
+ENDS = ("| elsewhere |", "is done |", "| rt-utils |")  # of headings
+
+
 def test_a_test_stands_behind_each_row_of_the_formats():
     lines = (ROOT / "docs/formats.md").read_text().splitlines()
     rows = [line[2:] for line in lines if line.startswith("| ")]
-    rows = [row for row in rows if not row.endswith(("| elsewhere |", "is done |"))]
+    rows = [row for row in rows if not row.endswith(ENDS)]
     tests = "".join(f.read_text() for f in (ROOT / "tests").rglob("test_*.py"))
     for row in rows:
         assert [start for start in BACKED if row.startswith(start)], row

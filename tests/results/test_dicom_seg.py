@@ -1,8 +1,4 @@
-"""DICOM segmentations, read back by highdicom (and, marked, by dcmqi)."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""DICOM segmentations, read back by highdicom; by others in test_readers.py."""
 
 import nibabel as nib
 import numpy as np
@@ -148,19 +144,3 @@ def test_what_cannot_be_a_segmentation_is_refused(tmp_path):
             Result(empty.volume, 0 * empty.labels, NAMES),
             "binary",
         )
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("orientation", ORIENTATIONS, ids=str)
-def test_dcmqi_reads_the_same_ids_in_the_same_places(tmp_path, orientation):
-    pytest.importorskip("dcmqi")
-    result = result_of(series(tmp_path / "ct", orientation))
-    dicom_seg.write(tmp_path / "seg.dcm", result, "labelmap")
-    reader = Path(sys.executable).with_name("segimage2itkimage")
-    command = [reader, "--inputDICOM", tmp_path / "seg.dcm"]
-    command += ["--outputDirectory", tmp_path, "--outputType", "nii"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    (file,) = tmp_path.glob("*.nii.gz")
-    image = nib.load(file)
-    found = places(image.affine, np.asarray(image.dataobj))
-    assert found == places(result.volume.affine, result.labels)

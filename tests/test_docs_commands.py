@@ -194,6 +194,28 @@ def test_a_test_runs_each_command():
 
 
 @slow
+def test_stores_and_one_scan(run, folder):
+    raw = folder / "data" / "Totalsegmentator_dataset_v201"
+    raw.symlink_to(folder / "data" / "totalsegmentator")
+    make, train = lines("data.md", "python")[:2]
+    run(make, "--spacing=12 --workers=1")
+    size = "--config.data.batch_size=1 --config.training.num_steps=1 "
+    size += "--config.optimizer.warmup_steps=1 --config.model.remat=()"
+    run(train, f"{size} {SWIN} --workdir=runs/of_store")
+    case = next((folder / "data" / "totalsegmentator").glob("s*"))
+    shutil.copy(case / "ct.nii.gz", folder / "ct.nii.gz")
+    shutil.copy(case / "segmentations.nii.gz", folder / "labels.nii.gz")
+    (scan,) = lines("data.md", "python -m swinsmt_jax.data.import_scan")
+    run(scan)
+    train, evaluate = (
+        next(c for c in lines("data.md", f"python {name}.py") if "real_scan" in c)
+        for name in ("train", "evaluate")
+    )
+    run(train, f"{size} {SWIN}")
+    assert "Dice (%)" in run(evaluate)
+
+
+@slow
 def test_another_network(run):
     train, *_ = lines("networks.md", "python train.py")
     (evaluate,) = lines("networks.md", "python evaluate.py")

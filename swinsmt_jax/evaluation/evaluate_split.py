@@ -134,6 +134,9 @@ def evaluate_split(
 
     cases = processes.run_on_all(find)
     processes.require_same({"cases": [case.name for case in cases]})
+    if processes.several():
+        whole = processes.run_on_all(lambda: pipeline.fingerprint(cases, whole=True))
+        processes.require_same({"the fingerprint of the cases": whole})
     results, views = kept.scores_of(processes.unshard(processes.run_on_all(segment)))
     if to_data is not None:
         names, num_classes = to_data.names, to_data.num_classes

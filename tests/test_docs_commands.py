@@ -18,7 +18,7 @@ import pytest
 from swinsmt_jax.phantoms.dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train.py", "evaluate.py", "predict.py")
+SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "predict.py")
 RUN = (
     "--config.data.root=data/totalsegmentator --config.data.spacing=0 "
     "--config.data.batch_size=1 --config.optimizer.warmup_steps=1 "
@@ -201,7 +201,7 @@ def test_stores_and_one_scan(run, folder):
     run(make, "--spacing=12 --workers=1")
     size = "--config.data.batch_size=1 --config.training.num_steps=1 "
     size += "--config.optimizer.warmup_steps=1 --config.model.remat=()"
-    run(train, f"{size} {SWIN} --workdir=runs/of_store")
+    run(train, f"{size} {SWIN} --config.data.spacing=0 --workdir=runs/of_store")
     case = next((folder / "data" / "totalsegmentator").glob("s*"))
     shutil.copy(case / "ct.nii.gz", folder / "ct.nii.gz")
     shutil.copy(case / "segmentations.nii.gz", folder / "labels.nii.gz")

@@ -76,7 +76,12 @@ def start(folder: str | Path, values: flags.FlagValues = flags.FLAGS) -> None:
         "local_device_ids": _device_ids(values.local_device_ids),
         "initialization_timeout": values.join_timeout,
     }
-    if place is not None:
+    if place is None:
+        logging.info(
+            "waiting for the other processes as JAX finds them, for up to %d s",
+            values.join_timeout,
+        )
+    else:
         arguments |= _join(
             place, absolute(folder), arguments["local_device_ids"], values.join_timeout
         )

@@ -58,7 +58,7 @@ RUN_BY = {
 # Commands that no test runs as they stand: by what they begin with, and why.
 NOT_RUN = {
     "pip install": "takes packages from the network",
-    "python -m benchmarks.": "tests/test_benchmarks.py runs each with --quick",
+    "python -m benchmarks.": "take long; tests/test_docs.py asks for their flags",
     "python embed.py": "needs weights from the network; tests/models/ makes the file",
 }
 slow = pytest.mark.slow

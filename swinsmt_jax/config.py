@@ -199,6 +199,8 @@ class TrainingConfig:
             evaluated; 0 has none.
         max_skipped: steps in a row that may be left out, because loss or gradient is
             not finite, before the run stops.
+        deterministic: on a GPU, run only kernels that add up in the same order each
+            time, which takes longer; elsewhere all are.
     """
 
     num_steps: Positive
@@ -214,6 +216,7 @@ class TrainingConfig:
         Rule("lie in [0, 1); 0 keeps no average", lambda decay: 0 <= decay < 1),
     ] = 0.0
     max_skipped: Positive = 10
+    deterministic: bool = False
 
     def __post_init__(self):
         checks.typed_fields("training", self)

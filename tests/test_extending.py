@@ -18,6 +18,7 @@ from swinsmt_jax.configs import demo
 from swinsmt_jax.convert import files
 from swinsmt_jax.data import store
 from swinsmt_jax.models import registry
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.training import checkpoint, loop, losses
 from tests import recipes
@@ -54,7 +55,7 @@ def test_a_network_trains_and_gives_its_weights(phantoms, tmp_path):
 
 def test_a_loss(rng, monkeypatch):
     monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
-    monkeypatch.setattr(losses, "BLOCK", 1)  # a plane at a time
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 1)  # a plane at a time
     exec(recipes.code("A loss"), {})
     loss = losses.make("jaccard_ce")
     features = rng.normal(size=(2, 4, 4, 4, 3)).astype(np.float32)

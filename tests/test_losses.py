@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.training import losses
 from swinsmt_jax.training.losses import sums_by_comparison, sums_by_scatter
 
@@ -120,7 +121,7 @@ def test_a_label_out_of_range_shows_as_nan_on_cpu_and_gpu(
 
 def test_an_overlap_loss_of_ones_own_has_its_gradient(rng, monkeypatch):
     """In blocks of planes, and as jax derives it from a one-hot."""
-    monkeypatch.setattr(losses, "BLOCK", 1)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 1)
 
     def jaccard(predicted, intersection, truth):
         return (1 - intersection / (predicted + truth - intersection + 1e-5)).mean()
@@ -167,7 +168,7 @@ def plain_one_vs_all(features, kernel, bias, labels):
 
 @pytest.mark.parametrize("planes", [1, 6])
 def test_one_vs_all_equals_what_jax_derives(rng, monkeypatch, planes):
-    monkeypatch.setattr(losses, "BLOCK", planes * 5 * 4 * 7)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", planes * 5 * 4 * 7)
     loss, arguments = losses.make("one_vs_all"), sample_of_features(rng)
     value, found = gradients_of(loss.of_features)(*arguments)
     expected, gradients = gradients_of(plain_one_vs_all)(*arguments)
@@ -252,7 +253,7 @@ def sample_of_features(rng, shape=(2, 6, 5, 4), channels=3, classes=7):
 
 @pytest.mark.parametrize("planes", [1, 2, 4, 6])  # of 4, blocks have 3
 def test_the_loss_of_features_equals_that_of_logits(rng, monkeypatch, planes):
-    monkeypatch.setattr(losses, "BLOCK", planes * 5 * 4 * 7)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", planes * 5 * 4 * 7)
     arguments = sample_of_features(rng)
     value, found = gradients_of(dice_cross_entropy_of_features)(*arguments)
     expected, gradients = gradients_of(of_logits)(*arguments)
@@ -264,7 +265,7 @@ def test_the_loss_of_features_equals_that_of_logits(rng, monkeypatch, planes):
 
 def test_the_loss_of_bfloat16_features_is_near_float32(rng, monkeypatch):
     """In bfloat16, jax 0.12 sums the kernel gradient of logits 3 % off on a CPU."""
-    monkeypatch.setattr(losses, "BLOCK", 2 * 5 * 4 * 7)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 2 * 5 * 4 * 7)
     features, *others = sample_of_features(rng)
     features = jnp.asarray(features, jnp.bfloat16)
     value, found = gradients_of(dice_cross_entropy_of_features)(features, *others)
@@ -280,7 +281,7 @@ def test_the_loss_of_bfloat16_features_is_near_float32(rng, monkeypatch):
 
 def test_the_loss_of_features_makes_no_logits(monkeypatch):
     shape, channels, classes = (1, 16, 24, 24), 4, 118
-    monkeypatch.setattr(losses, "BLOCK", 24 * 24 * classes)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 24 * 24 * classes)
     types = {"features": (*shape, channels), "kernel": (channels, classes)}
     types = [
         jax.ShapeDtypeStruct(s, jnp.float32) for s in (*types.values(), (classes,))

@@ -7,6 +7,7 @@ import pytest
 
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.labels import IGNORED
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.training import losses
 
 CLASSES = 5
@@ -61,7 +62,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_it_equals_a_naive_sum_over_what_is_annotated(sample, monkeypatch, name):
     """Value and gradient, of logits and of features in blocks of planes."""
-    monkeypatch.setattr(losses, "BLOCK", 4 * 5 * CLASSES)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 4 * 5 * CLASSES)
     loss, (logits, labels) = losses.make(name), sample
     found = graded(loss)(logits, labels, ANNOTATED)
     expected = graded(lambda z: naive(loss, z, labels))(logits)

@@ -16,12 +16,13 @@ import dataclasses
 import functools
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.convert import nnunet_finetune, starting_point
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import pictures, validation
-from swinsmt_jax.runtime import distributed, signals, startup
+from swinsmt_jax.runtime import distributed, signals, startup, xla_flags
 from swinsmt_jax.training import loop
 
 
@@ -56,6 +57,9 @@ def _start_from(path, config):
 def main(arguments: list[str]) -> None:
     """Train as the flags say."""
     startup.start(arguments)
+    training = flags.FLAGS.config.get("training")
+    if isinstance(training, ConfigDict) and training.get("deterministic"):
+        xla_flags.set_deterministic()
     distributed.start(flags.FLAGS.workdir)
     if nnunet_finetune.is_of_plan(flags.FLAGS.config):
         planned = nnunet_finetune.planned

@@ -4,6 +4,7 @@
 
 `swinsmt_jax.inference.portable` reads it. The program takes
 `inference.window_batch` windows of the training patch at a time, on CPU, CUDA and TPU.
+It has cuDNN's attention for CUDA only if it is made on a machine that has cuDNN.
 """
 
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import flags
+from absl import flags, logging
 from flax import nnx
 
 from swinsmt_jax.config import ExperimentConfig
 from swinsmt_jax.inference import portable
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.ops import by_platform
+from swinsmt_jax.ops.gpu import cudnn_attention
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.files import absolute, make_folder, replacing
 from swinsmt_jax.training.checkpoint import load_model
@@ -46,9 +48,14 @@ def export(
     shape = (batch, *window, config.model.in_channels)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
     windows = jax.ShapeDtypeStruct(shape, jnp.float32)
-    with by_platform.for_every_platform():
-        lowered = jax.export.export(program, platforms=portable.PLATFORMS)
+    allowed = map(jax.export.DisabledSafetyCheck.custom_call, cudnn_attention.TARGETS)
+    with by_platform.for_every_platform(), by_platform.noting() as attention:
+        lowered = jax.export.export(
+            program, platforms=portable.PLATFORMS, disabled_checks=[*allowed]
+        )
         exported = lowered(shapes, windows)
+    for name, how in attention.items():
+        logging.info("attention of %s, where CUDA runs the network: %s", name, how)
     about = {
         "window": list(window),
         "window_batch": batch,
@@ -64,6 +71,7 @@ def export(
         "overlap": config.inference.overlap,
         "blend": config.inference.blend,
         "step": step,
+        "attention_on_cuda": attention,
         "jax": jax.__version__,
     }
     with replacing(path) as partial:

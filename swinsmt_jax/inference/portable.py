@@ -28,6 +28,7 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.data import voxels
 from swinsmt_jax.inference.sliding_window import predict_labels
+from swinsmt_jax.ops.gpu import cudnn_attention
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 NEEDED = {"window", "window_batch", "hu_range", "num_classes", "overlap", "blend"}
@@ -113,8 +114,8 @@ def save(
 def load(path: str | Path) -> Portable:
     """Read an exported network; open only files that you trust.
 
-    Code of the host that a program would call is refused, for no network needs it; what
-    a program computes, and how long, is not looked at.
+    Code of the host that a program would call is refused, but for cuDNN's attention,
+    since no network needs it; what a program computes, and how long, is not looked at.
 
     Raises:
         UserError: for a file that is missing, damaged, or none of `inference.export`.
@@ -149,10 +150,13 @@ def _require_known(about):
 
 
 def _require_no_calls(exported):
-    """Raise `ValueError` for custom calls: code of the host, which no export needs."""
+    """Raise `ValueError` for custom calls, code of the host, other than of cuDNN."""
     calls = re.findall(r"custom_call\W*([\w$.]*)", exported.mlir_module())
-    if calls:
-        raise ValueError(f"it calls {calls[0]}, which no network of this package does")
+    strange = [call for call in calls if call not in cudnn_attention.TARGETS]
+    if strange:
+        raise ValueError(
+            f"it calls {strange[0]}, which no network of this package does"
+        )
 
 
 def _require_fit(exported, arrays, about):

@@ -198,9 +198,9 @@ def _table(window_size, num_heads, *, rngs):
 
 def _attend(q, k, v, *, bias, regions=None, rate=0.0, key=None):
     """Attention within windows: q, k and v are [B, W, n, h, C / h]."""
-    regions = None if regions is None else jnp.asarray(regions)
     if not rate or key is None:
         return by_platform.attend_within_windows(q, k, v, bias, regions)
+    regions = None if regions is None else jnp.asarray(regions)
     weights = window_attention.weights(q, k, bias, regions)
     weights = dropout(weights, rate=rate, key=key)
     return window_attention.average(weights, v)

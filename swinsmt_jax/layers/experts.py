@@ -8,10 +8,11 @@ from jax.sharding import PartitionSpec
 from swinsmt_jax import checks
 from swinsmt_jax.layers import initializers
 from swinsmt_jax.layers.linear import dropout, fold_in, gelu
+from swinsmt_jax.ops import by_platform
 
 DATA, EXPERT = "data", "expert"  # the axes of the mesh
 BATCH = PartitionSpec((DATA, EXPERT))
-HIDDEN = 2**21  # hidden activations that recomputed experts hold at a time
+HIDDEN = 4  # recomputed experts hold a fourth of the entries that a device takes
 
 
 class Experts(nnx.Module):
@@ -91,7 +92,9 @@ class Experts(nnx.Module):
 
     def _few_at_a_time(self, x, weights, key):
         b, e, s, c = x.shape
-        groups = _divisor(e, at_least=b * e * s * weights[0].shape[-1] / HIDDEN)
+        hidden = b * e * s * weights[0].shape[-1]
+        most = by_platform.entries_at_a_time() / HIDDEN
+        groups = _divisor(e, at_least=hidden / most)
 
         @jax.checkpoint
         def of_group(part):

@@ -171,14 +171,14 @@ class SoftMoE(nnx.Module):
             return soft_routing.combine(weights.combine, outputs), weights
 
     def _streaming(self, tokens, slots, key):
-        cudnn = self.routing == "cudnn"
+        fused = self.routing != "streaming"
         with jax.named_scope("dispatch"):
             values = tokens.astype(self.dtype)
-            inputs = soft_routing.dispatch_streaming(tokens, slots, values, cudnn=cudnn)
+            inputs = soft_routing.dispatch_streaming(tokens, slots, values, fused=fused)
         with jax.named_scope("experts"):
             outputs = self.experts(inputs, key=key, recompute=True)
         with jax.named_scope("combine"):
-            return soft_routing.combine_streaming(tokens, slots, outputs, cudnn=cudnn)
+            return soft_routing.combine_streaming(tokens, slots, outputs, fused=fused)
 
     def _check(self, x, return_routing):
         checks.require(

@@ -1,8 +1,9 @@
 """The form of each operation that a platform gets: the one place where it is chosen.
 
 The choice is made when a program is lowered, so one exported program serves several
-platforms. The forms of an operation are equal up to rounding, but for cuDNN's
-attention, which has to be asked for.
+platforms. The forms of an operation are equal up to rounding. That of cuDNN's attention
+is bfloat16's, and it is chosen when a program is traced: networks that compute in
+bfloat16 get it where its limits allow.
 """
 
 import contextlib
@@ -13,7 +14,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-from absl import logging
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from swinsmt_jax.ops import (
@@ -26,6 +28,7 @@ from swinsmt_jax.ops.cpu import conv3x3x3 as conv3x3x3_on_cpu
 from swinsmt_jax.ops.cpu import depthwise_conv as depthwise_conv_on_cpu
 from swinsmt_jax.ops.cpu import strided_conv as strided_conv_on_cpu
 from swinsmt_jax.ops.gpu import cudnn_attention
+from swinsmt_jax.ops.gpu.cudnn_attention import Implementation
 from swinsmt_jax.ops.manual_axes import vary_alike
 from swinsmt_jax.ops.tracing import traced_once
 
@@ -40,6 +43,10 @@ WINDOWS_BLOCK = {"cpu": 2**20, "default": 2**26}
 # tokens with dynamic slots, from where on streaming is faster (benchmarks/soft_moe.py);
 # on an accelerator those of 4,096 tokens, a 64^3 patch: not measured.
 DENSE = {"cpu": 2**21, "default": 2**24}
+# Entries of an array of which a program holds a few at a time, in place of one that is
+# larger: a CPU wants them in its cache, an accelerator fewer kernels. Where it has N
+# bytes, N / 2,048 entries of float32 take a 512th of its memory.
+ENTRIES_ON_CPU, BYTES_PER_ENTRY = 2**23, 2048
 # Largest depthwise kernel that is not convolved by Fourier transforms. On a CPU a
 # channel of 24^3 voxels takes 24 ms by 21^3 shifted sums and 2 ms by transforms; on an
 # accelerator it is not measured.
@@ -47,6 +54,12 @@ SHIFTED_KERNEL = 7
 
 
 _for_every_platform = contextvars.ContextVar("for_every_platform", default=False)
+_fused: contextvars.ContextVar[Implementation | None] = contextvars.ContextVar(
+    "fused", default="cudnn"
+)
+_notes: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+    "notes", default=None
+)
 
 
 class Form(NamedTuple):
@@ -121,22 +134,25 @@ def _convolution(convolve, kernel_gradient=None):
     return Form(lambda *operands: (convolve(*operands), ()), backward)
 
 
-def blocked(attention: ModuleType, blocks: dict[str, Any]) -> Callable:
+def blocked(attention: ModuleType, blocks: dict[str, Any], **default: Any) -> Callable:
     """Return an attention that is made in blocks of a size for each platform.
 
     Args:
         attention: module with `forward` and `backward`, which take a block first.
         blocks: of the platforms "cpu" and "default".
+        default: further arguments on platforms other than "cpu".
     """
-    operation = choose(
-        **{
-            platform: Form(
-                functools.partial(attention.forward, block),
-                functools.partial(attention.backward, block),
-            )
-            for platform, block in blocks.items()
-        }
+    forms = {
+        platform: Form(
+            functools.partial(attention.forward, block),
+            functools.partial(attention.backward, block),
+        )
+        for platform, block in blocks.items()
+    }
+    forms["default"] = Form(
+        *(functools.partial(f, **default) for f in forms["default"])
     )
+    operation = choose(**forms)
     return lambda *operands: operation(*vary_alike(*operands))
 
 
@@ -167,6 +183,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 _attend = blocked(blockwise_attention, ATTENTION_BLOCK)
+_attend_by_parts = blocked(
+    blockwise_attention, ATTENTION_BLOCK, precision=blockwise_attention.BY_PARTS
+)
 _attend_within_windows = blocked(window_attention, WINDOWS_BLOCK)
 
 
@@ -200,39 +219,100 @@ def attend_within_windows(
     k: jax.Array,
     v: jax.Array,
     bias: jax.Array | None = None,
-    regions: jax.Array | None = None,
+    regions: np.ndarray | None = None,
 ) -> jax.Array:
-    """Attention of each window's tokens to one another: see `window_attention`."""
-    return _attend_within_windows(q, k, v, bias, regions)
+    """Attention of each window's tokens to one another: see `window_attention`.
+
+    By cuDNN's kernel, whose logits are of bfloat16, where q is bfloat16 and its limits
+    allow.
+    """
+
+    def in_blocks(q, k, v, bias):
+        numbers = None if regions is None else jnp.asarray(regions)
+        return _attend_within_windows(q, k, v, bias, numbers)
+
+    def by_cudnn(implementation, q, k, v, bias):
+        return cudnn_attention.attend_within_windows(
+            q, k, v, bias, regions, implementation=implementation
+        )
+
+    return _fused_or("windows", by_cudnn, in_blocks, q, k, v, bias)
 
 
 def attend(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, *, cudnn: bool = False
+    queries: jax.Array, keys: jax.Array, values: jax.Array, *, fused: bool = False
 ) -> jax.Array:
     """Average values [B, K, V] with weights softmax over keys of (queries . keys).
 
     Memory grows with Q + K, forward and backward: see `blockwise_attention`. With
-    `cudnn`, cuDNN's kernel with bfloat16 logits is taken where its limits allow, else
-    the log says once why not.
+    `fused` and values of bfloat16, cuDNN's kernel with logits of bfloat16 is taken
+    where its limits allow. Elsewhere the logits are float32, on accelerators of three
+    products of bfloat16, which err by some 3e-4.
 
     Args:
         queries: [B, Q, C].
         keys: [B, K, C].
         values: [B, K, V].
-        cudnn: see above.
+        fused: see above.
 
     Returns:
         [B, Q, V] in the values' dtype.
     """
-    if cudnn:
-        device = cudnn_attention.this_device()
-        reason = cudnn_attention.refusal(queries, keys, values, device=device)
-        if reason is None:
-            return cudnn_attention.attend(queries, keys, values)
-        logging.log_first_n(
-            logging.WARNING, "routing=cudnn streams instead: %s", 1, reason
-        )
-    return _attend(queries, keys, values)
+    if not fused:
+        return _attend(queries, keys, values)
+
+    def by_cudnn(implementation, *operands):
+        return cudnn_attention.attend(*operands, implementation=implementation)
+
+    rounded = values.dtype == jnp.bfloat16
+    in_blocks = _attend_by_parts if rounded else _attend
+    return _fused_or("routing", by_cudnn, in_blocks, queries, keys, values)
+
+
+def _fused_or(what, by_cudnn, in_blocks, *operands):
+    """Call cuDNN's form on (queries, keys, values, ...) if it can be, and note it."""
+    implementation = _fused.get()
+    if implementation is None:
+        reason = "deterministic kernels are asked for"
+    else:
+        known = cudnn_attention.Device("gpu", "9.0")  # has the form "xla"
+        own = cudnn_attention.this_device() if implementation == "cudnn" else known
+        reason = cudnn_attention.refusal(*operands[:3], device=own)
+    notes = _notes.get()
+    if notes is not None:
+        notes[what] = implementation if reason is None else f"in blocks, since {reason}"
+    if reason is not None:
+        return in_blocks(*operands)
+    by_cudnn = functools.partial(by_cudnn, implementation)
+    if _for_every_platform.get():
+        return lax.platform_dependent(*operands, cuda=by_cudnn, default=in_blocks)
+    return by_cudnn(*operands)
+
+
+@contextlib.contextmanager
+def fused_attention(implementation: Implementation | None) -> Iterator[None]:
+    """Trace programs whose fused attention is another.
+
+    None leaves it out: cuDNN's gradients add up in another order each time. "xla"
+    rounds as cuDNN does on any platform, in the memory of the whole matrix, to measure
+    what the rounding does.
+    """
+    token = _fused.set(implementation)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[str, str]]:
+    """Yield what fills with {"routing" or "windows": how its attention is computed}."""
+    notes: dict[str, str] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
 
 
 def attend_with_softmax(
@@ -255,6 +335,14 @@ def for_every_platform() -> Iterator[None]:
         yield
     finally:
         _for_every_platform.reset(token)
+
+
+def entries_at_a_time() -> int:
+    """Return of how many entries this host's programs make large arrays at a time."""
+    if jax.default_backend() == "cpu":
+        return ENTRIES_ON_CPU
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return max(ENTRIES_ON_CPU, stats.get("bytes_limit", 0) // BYTES_PER_ENTRY)
 
 
 def dense_or_streaming(

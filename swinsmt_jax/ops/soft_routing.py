@@ -99,7 +99,7 @@ def dispatch_streaming(
     slot_embeddings: jax.Array,
     values: jax.Array,
     *,
-    cudnn: bool = False,
+    fused: bool = False,
 ) -> jax.Array:
     """Do `dispatch_weights` and `dispatch` in memory that grows with N + E S.
 
@@ -107,12 +107,12 @@ def dispatch_streaming(
         tokens: [B, N, C], of which the logits are made.
         slot_embeddings: [B, E, S, C].
         values: [B, N, V], what the slots average.
-        cudnn: see `by_platform.attend`.
+        fused: see `by_platform.attend`.
 
     Returns:
         [B, E, S, V] in the values' dtype.
     """
-    out = by_platform.attend(_flat(slot_embeddings), tokens, values, cudnn=cudnn)
+    out = by_platform.attend(_flat(slot_embeddings), tokens, values, fused=fused)
     return out.reshape(*slot_embeddings.shape[:3], -1)
 
 
@@ -121,7 +121,7 @@ def combine_streaming(
     slot_embeddings: jax.Array,
     outputs: jax.Array,
     *,
-    cudnn: bool = False,
+    fused: bool = False,
 ) -> jax.Array:
     """Do `combine_weights` and `combine` in memory that grows with N + E S.
 
@@ -129,13 +129,13 @@ def combine_streaming(
         tokens: [B, N, C].
         slot_embeddings: [B, E, S, C].
         outputs: of the experts, [B, E, S, V].
-        cudnn: see `by_platform.attend`.
+        fused: see `by_platform.attend`.
 
     Returns:
         [B, N, V] in the outputs' dtype.
     """
     slots, outputs = _flat(slot_embeddings), _flat(outputs)
-    return by_platform.attend(tokens, slots, outputs, cudnn=cudnn)
+    return by_platform.attend(tokens, slots, outputs, fused=fused)
 
 
 def statistics(tokens: jax.Array, slot_embeddings: jax.Array) -> RoutingStatistics:

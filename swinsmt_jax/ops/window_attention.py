@@ -24,7 +24,8 @@ def weights(
     """
     q = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("bwihc,bwjhc->bwhij", q, k, **IN_FLOAT32)
-    logits = logits if bias is None else logits + bias
+    # else XLA writes the bias once for each window, to hand it to cuBLAS's product
+    logits = logits if bias is None else lax.optimization_barrier(logits) + bias
     if regions is not None:
         apart = regions[:, None, :, None] != regions[:, None, None, :]
         logits = logits + jnp.where(apart, windows.DIFFERENT_REGION, 0.0)

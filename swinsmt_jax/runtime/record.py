@@ -6,6 +6,7 @@ packages, on which data and devices, from which step.
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -40,12 +41,20 @@ def add_start(workdir: Path, facts: dict) -> None:
         "host": platform.node(),
         "processes": jax.process_count(),
         "device": device.device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "revision": revision(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         **facts,
     }
     write_json(file, {"starts": [*starts, entry]})
+
+
+def add(workdir: Path, facts: dict) -> None:
+    """Add facts to the entry of the latest start."""
+    file = workdir / FILE
+    *before, last = read(file)
+    write_json(file, {"starts": [*before, last | facts]})
 
 
 def read(file: Path) -> list[dict]:

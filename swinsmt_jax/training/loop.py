@@ -17,7 +17,8 @@ from absl import logging
 from swinsmt_jax import checks, sharding
 from swinsmt_jax.config import ExperimentConfig, TrainingConfig
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.runtime import cost, memory, processes, record, signals
+from swinsmt_jax.ops import by_platform
+from swinsmt_jax.runtime import cost, memory, processes, record, signals, xla_flags
 from swinsmt_jax.runtime.profile import Profile
 from swinsmt_jax.runtime.statuses import Interrupted
 from swinsmt_jax.training import logs, setup
@@ -65,6 +66,9 @@ def train(
     )
     training, num_classes = config.training, config.model.out_channels
     mesh = processes.run_on_all(lambda: sharding.make_mesh(config.mesh))
+    if training.deterministic:
+        platform = mesh.devices.flat[0].platform
+        processes.run_on_all(lambda: xla_flags.require_deterministic(platform))
     settled = config.data.on_devices(mesh.size)
     processes.run_on_all(
         lambda: sharding.require_divisible(
@@ -216,7 +220,10 @@ def _take_steps(run, state, train_step, *, batches, measure, profile_steps):
         if start == stop:
             return state
         batch, names = _next(run, batches, state)
-        train_step = processes.compiled(train_step, state, batch)
+        with by_platform.noting() as attention:
+            train_step = processes.compiled(train_step, state, batch)
+        log.say("attention: %s", attention or "none")
+        processes.on_first(lambda: record.add(run.workdir, {"attention": attention}))
         step_cost = measure(train_step)
         log.say("%s", step_cost)
         cost.require_fit(step_cost)

@@ -21,12 +21,12 @@ from jax import lax
 
 from swinsmt_jax import checks
 from swinsmt_jax.labels import IGNORED
+from swinsmt_jax.ops import by_platform
 
 SMOOTH = 1e-5  # added to numerator and denominator of an overlap, as in MONAI
 SPATIAL_AXES = (1, 2, 3)
 NOTHING = -1e30  # the logit of what cannot be
 OUT = 2**30  # the label of voxels that do not count, beyond all classes
-BLOCK = 2**23  # logits of a sample that `Loss.of_features` holds at once
 
 Overlap = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -436,7 +436,8 @@ def _over_blocks(block, arrays, head):
     _, depth, height, width, _ = features.shape
     count = depth
     if head is not None:
-        most = max(1, BLOCK // (height * width * head.width))
+        entries = by_platform.entries_at_a_time()
+        most = max(1, entries // (height * width * head.width))
         count = max(n for n in checks.divisors(depth) if n <= most)
     if count == depth:
         return block(*arrays)

@@ -121,6 +121,7 @@ def make_network(
         mesh=mesh,
         accumulate=training.accumulate,
         ema_decay=training.ema_decay,
+        deterministic=training.deterministic,
     )
 
     def start(change):

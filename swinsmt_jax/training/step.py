@@ -1,5 +1,6 @@
 """One compiled update of the parameters."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
@@ -14,6 +15,7 @@ from swinsmt_jax import models, sharding
 from swinsmt_jax.layers import recompute
 from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.models.network import Network
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.ops.tracing import traced_once, without_collection
 from swinsmt_jax.training.losses import Loss
 from swinsmt_jax.training.optimizer import Optimizer
@@ -36,6 +38,7 @@ def make_train_step(
     mesh: Mesh,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    deterministic: bool = False,
 ) -> TrainStep:
     """Return the jitted function (state, batch) -> (state, metrics).
 
@@ -55,6 +58,7 @@ def make_train_step(
             one part, and the gradient of the whole. Divides the batch of a device.
         ema_decay: of `abstract.ema_params`, if it has one. The decay after step t is at
             most (1 + t) / (10 + t), so that the first parameters are soon forgotten.
+        deterministic: leave out kernels that add up in another order each time.
 
     Returns:
         The step. Its batch holds `image` [B, D, H, W, C] and `label` [B, D, H, W], and
@@ -79,7 +83,7 @@ def make_train_step(
     @without_collection()
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with sharding.within(mesh):
+        with sharding.within(mesh), _attention(deterministic):
             found, buffers = _averaged_over_parts(
                 gradient, accumulate, state, batch, key
             )
@@ -118,6 +122,13 @@ def make_train_step(
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
     )
+
+
+def _attention(deterministic):
+    """Leave fused attention to the platform, or leave it out."""
+    if deterministic:
+        return by_platform.fused_attention(None)
+    return contextlib.nullcontext()
 
 
 def _averaged_over_parts(gradient, accumulate, state, batch, key):

@@ -58,6 +58,7 @@ MAY_CHANGE = (
     "training.checkpoint_every",
     "training.accumulate",
     "training.max_skipped",
+    "training.deterministic",
     "mesh.data",
     "mesh.expert",
     "model.remat",

@@ -87,6 +87,12 @@ def test_an_exported_network_needs_jax_and_numpy_alone(config, tmp_path, rng):
         overlap=0.25,
         window_batch=2,
     )
+    # made where cuDNN is not, it has none of its attention
+    about = portable.load(files[0]).about
+    assert set(about["attention_on_cuda"]) == {"windows"}  # routing is dense
+    assert all(
+        how.startswith("in blocks") for how in about["attention_on_cuda"].values()
+    )
     labels = np.load(files[2])
     assert (labels == expected).mean() > 0.999 and len(np.unique(expected)) > 1
 

@@ -10,15 +10,15 @@ from flax import nnx
 from swinsmt_jax import sharding
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import MeshConfig
-from swinsmt_jax.layers import experts as experts_layer
 from swinsmt_jax.layers.experts import Experts
 from swinsmt_jax.layers.soft_moe import SoftMoE, SoftMoEConfig
+from swinsmt_jax.ops import by_platform
 
 COLLECTIVE = r" (all-to-all|all-gather|all-reduce|collective-permute)(?:-start)?\("
 
 
 def test_sparing_changes_only_the_memory(rng, monkeypatch):
-    monkeypatch.setattr(experts_layer, "HIDDEN", 2**8)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 2**10)
     graphdef, params = nnx.split(Experts(6, num_experts=6, hidden=24, rngs=nnx.Rngs(0)))
     slots = jnp.asarray(rng.standard_normal((2, 6, 5, 6)), jnp.float32)
 

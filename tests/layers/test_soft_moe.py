@@ -123,7 +123,7 @@ def test_streaming_equals_dense_for_any_shape_and_logits(seed, tokens, slots, sc
     with pytest.MonkeyPatch.context() as patch:
         blocks = {"cpu": (8, 16), "default": (8, 16)}
         attend = by_platform.blocked(blockwise_attention, blocks)
-        patch.setattr(by_platform, "attend", lambda *a, cudnn: attend(*a))
+        patch.setattr(by_platform, "attend", lambda *a, fused: attend(*a))
         ours, theirs = run("streaming"), run("dense")
     assert all(bool(jnp.isfinite(a).all()) for a in (*ours, *theirs))
     if scale < 100:

@@ -19,6 +19,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.labels import CLASS_NAMES
 from swinsmt_jax.models import registry, universal_model
 from swinsmt_jax.models.universal_model import ClassHeads, UniversalModelConfig
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.training import losses
 
 NAMES = ("background", "liver", "spleen", "aorta")
@@ -66,7 +67,7 @@ def test_the_loss_of_heads_in_blocks_equals_that_of_their_logits(
     loss = losses.make(name)
     run = jax.jit(jax.value_and_grad(loss.of_head, argnums=(0, 1)))
     whole = jax.value_and_grad(lambda x, h: loss(h(x), labels), argnums=(0, 1))
-    monkeypatch.setattr(losses, "BLOCK", 2 * 3 * 4 * head.width)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 2 * 3 * 4 * head.width)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         run(features, head, labels),
@@ -77,7 +78,7 @@ def test_the_loss_of_heads_in_blocks_equals_that_of_their_logits(
 def test_no_hidden_layer_of_all_classes_exists(monkeypatch):
     """Nor logits: in the loss and its gradient, of 117 classes."""
     shape, classes = (1, 32, 32, 32), 117
-    monkeypatch.setattr(losses, "BLOCK", 32 * 32 * classes * 8)
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 32 * 32 * classes * 8)
     hidden = 4 * np.prod(shape) * classes * 8
     kernels = jax.ShapeDtypeStruct((1, classes, 153), jnp.float32)
     features = jax.ShapeDtypeStruct((*shape, 8), jnp.float32)

@@ -1,9 +1,15 @@
+import functools
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swinsmt_jax.ops import by_platform
+from swinsmt_jax.ops import by_platform, windows
 from swinsmt_jax.ops.gpu import cudnn_attention
+
+BFLOAT16 = jnp.bfloat16
 
 
 def operands(rng, *, channels=16, dtype="bfloat16"):
@@ -14,22 +20,107 @@ def operands(rng, *, channels=16, dtype="bfloat16"):
     return q / 2, k / 2, v.astype(dtype)
 
 
-def test_elsewhere_it_streams_with_one_log_line(rng, caplog):
+def distance(ours, theirs):
+    """Relative L2 distance of two arrays."""
+    ours, theirs = (np.asarray(a, np.float32) for a in (ours, theirs))
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def with_gradients(function, cotangent, *operands):
+    """Return a function's result and the gradients of all its operands."""
+
+    @jax.jit
+    def both(*operands):
+        out, pullback = jax.vjp(function, *operands)
+        return out, *pullback(cotangent)
+
+    return both(*operands)
+
+
+def test_elsewhere_it_streams_and_says_why(rng):
     q, k, v = operands(rng)
-    found = [by_platform.attend(q, k, v, cudnn=True) for _ in range(2)]
-    lines = [r for r in caplog.records if "routing=cudnn streams" in r.getMessage()]
-    assert len(lines) == 1 and "the platform is cpu" in lines[0].getMessage()
-    expected = by_platform.attend(q, k, v)
-    for out in found:
-        np.testing.assert_array_equal(out, expected)
+    with by_platform.noting() as notes:
+        out = by_platform.attend(q, k, v, fused=True)
+    assert notes == {"routing": "in blocks, since the platform is cpu, not gpu"}
+    np.testing.assert_array_equal(out, by_platform.attend(q, k, v))
+
+
+def test_deterministic_kernels_are_never_fused(rng):
+    q, k, v = operands(rng)
+    with by_platform.fused_attention(None), by_platform.noting() as notes:
+        out = by_platform.attend(q, k, v, fused=True)
+    assert "deterministic" in notes["routing"]
+    np.testing.assert_array_equal(out, by_platform.attend(q, k, v))
 
 
 def test_its_arithmetic_differs_by_the_rounding_of_bfloat16(rng):
     q, k, v = operands(rng)
-    out = cudnn_attention.attend(q, k, v, implementation="xla")
-    exact = np.asarray(by_platform.attend(q, k, v), np.float32)
-    error = np.linalg.norm(np.asarray(out, np.float32) - exact)
-    assert out.dtype == v.dtype and 0 < error < 0.02 * np.linalg.norm(exact)
+
+    cotangent = jnp.asarray(rng.standard_normal(q.shape), v.dtype)
+
+    def both():
+        attend = functools.partial(by_platform.attend, fused=True)
+        return with_gradients(attend, cotangent, q, k, v)
+
+    expected = both()
+    with by_platform.fused_attention("xla"), by_platform.noting() as notes:
+        found = both()
+    assert notes == {"routing": "xla"}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and 0 < distance(ours, theirs) < 0.02
+
+
+GRIDS = {  # grid, window and shift, each with its patterns of regions
+    "not shifted": ((4, 4, 4), (2, 2, 2), (0, 0, 0)),
+    "shifted": ((6, 6, 6), (3, 3, 3), (1, 1, 1)),
+    "one axis": ((6, 3, 6), (3, 3, 3), (1, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_windows_by_patterns_are_those_in_blocks(rng, grid, batch):
+    """Values and all gradients, for odd windows too (27 tokens)."""
+    sides, window, shift = GRIDS[grid]
+    regions = windows.shift_regions(sides, window, shift) if any(shift) else None
+    count, tokens, heads = math.prod(sides) // math.prod(window), math.prod(window), 3
+    shape = (batch, count, tokens, heads, 8)
+    q, k, v, cotangent = (jnp.asarray(rng.normal(size=shape), BFLOAT16) for _ in "qkvg")
+    bias = jnp.asarray(rng.normal(size=(heads, tokens, tokens)), jnp.float32)
+
+    def both():
+        @jax.checkpoint  # as networks do it
+        def attend(q, k, v, bias):
+            return by_platform.attend_within_windows(q, k, v, bias, regions)
+
+        return with_gradients(attend, cotangent, q, k, v, bias)
+
+    expected = both()
+    with by_platform.fused_attention("xla"), by_platform.noting() as notes:
+        found = both()
+    assert notes == {"windows": "xla"}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and 0 < distance(ours, theirs) < 0.02
+
+
+def test_windows_of_different_regions_see_nothing_of_one_another(rng):
+    regions = windows.shift_regions((6, 6, 6), (3, 3, 3), (1, 1, 1))
+    q, k = (jnp.asarray(rng.normal(size=(1, 8, 27, 1, 8)), BFLOAT16) for _ in "qk")
+    numbers = jnp.asarray(regions[None, :, :, None, None], BFLOAT16)
+    v = jnp.broadcast_to(numbers, q.shape)
+    attend = functools.partial(
+        cudnn_attention.attend_within_windows, regions=regions, implementation="xla"
+    )
+    out = jax.jit(attend)(q, k, v)
+    np.testing.assert_allclose(*np.asarray([out, v], np.float32), rtol=0.01)
+
+
+def test_windows_without_a_bias(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, 5, 2, 8)), BFLOAT16) for _ in "qkv")
+    exact = jax.jit(by_platform.attend_within_windows)(q, k, v)
+    fused = cudnn_attention.attend_within_windows
+    out = jax.jit(functools.partial(fused, implementation="xla"))(q, k, v)
+    assert distance(out, exact) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -54,5 +145,72 @@ def test_knows_the_limits_of_cudnn(rng, options, capability, words):
     assert found is None if words is None else words in found
 
 
+# Swin SMT of the paper at 128^3: tokens and channels of the Soft MoE of each stage,
+# windows and heads of 16 channels of each stage.
+@pytest.mark.parametrize(
+    "tokens, channels, capability, fits",
+    [
+        (32**3, 96, "8.0", True),
+        (16**3, 192, "8.0", False),  # dense there anyway
+        (16**3, 192, "9.0", True),
+        (8**3, 384, "9.0", False),
+    ],
+)
+def test_the_papers_routing(tokens, channels, capability, fits):
+    shape = (1, tokens, channels)
+    tokens, values = (jax.ShapeDtypeStruct(shape, d) for d in (jnp.float32, BFLOAT16))
+    device = cudnn_attention.Device("gpu", capability)
+    found = cudnn_attention.refusal(tokens, tokens, values, device=device)
+    assert (found is None) == fits
+
+
+@pytest.mark.parametrize(
+    "count, tokens, heads", [(1000, 343, 3), (125, 343, 6), (27, 343, 12), (8, 343, 24)]
+)
+def test_the_papers_windows(count, tokens, heads):
+    windows = jax.ShapeDtypeStruct((1, count, tokens, heads, 16), BFLOAT16)
+    for capability in ("8.0", "9.0", "10.0"):
+        device = cudnn_attention.Device("gpu", capability)
+        assert cudnn_attention.refusal(windows, windows, windows, device=device) is None
+
+
+def test_float32_networks_are_never_rounded(rng):
+    q, k, v = operands(rng, dtype="float32")
+    with by_platform.fused_attention("xla"), by_platform.noting() as notes:
+        out = by_platform.attend(q, k, v, fused=True)
+    assert "values are float32" in notes["routing"]
+    np.testing.assert_array_equal(out, by_platform.attend(q, k, v))
+
+
+def test_an_accelerator_makes_logits_of_three_products(rng):
+    """In a bfloat16 network that streams, and of float32 for `routing="streaming"`."""
+    q, k, v = operands(rng)
+
+    def program(fused, platform):
+        attend = functools.partial(by_platform.attend, fused=fused)
+        traced = jax.jit(attend).trace(q, k, v)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    for platform in ("cuda", "tpu"):
+        assert "num_primitive_operations = 3" in program(True, platform)
+        assert "num_primitive_operations = 3" not in program(False, platform)
+        assert "precision = [HIGHEST, HIGHEST]" in program(False, platform)
+    assert "num_primitive_operations = 3" not in program(True, "cpu")
+
+
 def test_sees_the_device_that_jax_computes_on():
     assert cudnn_attention.this_device() == ("cpu", None)
+
+
+def test_a_gpu_runs_cudnns_kernels_forward_and_backward(rng):
+    device = cudnn_attention.this_device()
+    q, k, v = operands(rng)
+    reason = cudnn_attention.refusal(q, k, v, device=device)
+    if reason is not None:
+        pytest.skip(f"cuDNN's attention cannot be lowered here: {reason}")
+
+    def loss(q, k, v):
+        return by_platform.attend(q, k, v, fused=True).astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().as_text()
+    assert "__cudnn$fmhaSoftmax" in program and "Backward" in program

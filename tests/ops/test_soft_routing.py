@@ -51,7 +51,7 @@ def test_routing_follows_a_naive_loop_under_strict_promotion(rng, dtype):
 def test_streaming_equals_dense(rng, monkeypatch):
     blocks = {"cpu": (4, 8), "default": (4, 8)}
     attend = by_platform.blocked(blockwise_attention, blocks)
-    monkeypatch.setattr(by_platform, "attend", lambda *a, cudnn: attend(*a))
+    monkeypatch.setattr(by_platform, "attend", lambda *a, fused: attend(*a))
     x = jnp.asarray(rng.standard_normal((2, 11, 6)), jnp.float32)
     slots = jnp.asarray(rng.standard_normal((2, 3, 4, 6)), jnp.float32)
     logits = soft_routing.logits(x, slots)

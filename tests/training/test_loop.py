@@ -50,6 +50,7 @@ def test_a_run_learns_validates_and_keeps_its_best(tmp_path, make_config):
     assert seen.groups["organs"][0] == "spleen"
     (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
     assert start["trained_on"]["fingerprint"] == seen.fingerprint
+    assert start["attention"] == {}  # this network has none
     data = dataclasses.replace(found.data, seen=config.data.seen)
     assert dataclasses.replace(found, data=data) == config
     assert info["metrics"]["val_dice"] > 0.5

@@ -13,6 +13,7 @@ from swinsmt_jax import SwinSMTConfig, sharding
 from swinsmt_jax.config import MeshConfig, OptimizerConfig, from_config_dict
 from swinsmt_jax.layers.conv import Conv
 from swinsmt_jax.models import registry
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.training import losses, packing
 from swinsmt_jax.training.optimizer import make_optimizer, make_schedule
 from swinsmt_jax.training.state import abstract_state, initialize, shardings_of
@@ -170,7 +171,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("kind", [Bare, Headed])
 def test_any_last_layer_is_trained_on(rng, monkeypatch, name, kind):
-    monkeypatch.setattr(losses, "BLOCK", 1)  # a plane at a time
+    monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 1)  # a plane at a time
     model = kind(HEADS[name](nnx.Rngs(0)))
     batch = random_batch(rng, batch=2, side=8, classes=4)
     run = functools.partial(loss_and_accuracy_counts, model, loss=LOSS)

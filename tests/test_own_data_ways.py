@@ -191,6 +191,9 @@ def test_a_store_takes_its_spacing_from_the_config_that_will_train(data, tmp_pat
     given = [f"--source={data / 'raw'}", "--store=x", f"--config={file}"]
     startup.parse(["preprocess.py", *given], values)
     assert preprocess_command.spacing_of(values) == SPACING
+    free = [*given[:2], "--config=demo", "--spacing=2"]  # takes the store's
+    startup.parse(["preprocess.py", *free], values)
+    assert preprocess_command.spacing_of(values) == 2.0
     startup.parse(["preprocess.py", *given, "--spacing=6"], values)
     with pytest.raises(ValueError, match="--spacing is 6, but .* is 6,6,8"):
         preprocess_command.spacing_of(values)

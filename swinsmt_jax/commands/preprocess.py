@@ -64,7 +64,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def spacing_of(options: flags.FlagValues) -> Sides:
-    """Return the spacing of --spacing, --config or --nnunet, which may not differ."""
+    """Return the spacing of --spacing, --config or --nnunet, which may not differ.
+
+    That of a config may be 0, which takes the store's.
+    """
     given = None if options.spacing is None else parse("--spacing", options.spacing)
     where = options.nnunet or options.config
     if where is None:
@@ -81,11 +84,11 @@ def spacing_of(options: flags.FlagValues) -> Sides:
     else:
         wanted = from_config_dict(startup.config_of(options.config)).data.spacing
     checks.require(
-        given is None or text(given) == text(wanted),
+        given is None or text(wanted) in ("0", text(given)),
         f"--spacing is {options.spacing}, but the spacing of {where} is "
         f"{text(wanted)}; leave one of them out.",
     )
-    return wanted
+    return wanted if given is None else given
 
 
 def main(arguments: list[str]) -> None:

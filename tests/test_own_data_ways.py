@@ -293,3 +293,14 @@ def test_files_of_the_truth_score_one(data, tmp_path, folder):
     save(tmp_path / "out" / "b.nii.gz", ids, like=data / "raw" / "b.nii", names=names)
     files = (f"--predictions={tmp_path / 'out'}", f"--data_root={data / 'raw'}")
     assert set(scores(tmp_path, *files).values()) == {1}
+
+
+def test_a_run_finds_its_description_from_any_folder(data, monkeypatch):
+    monkeypatch.chdir(data)
+    given = DataConfig("raw", (16,) * 3, 1, description="turned/dataset.json")
+    found = pipeline.settled(given, num_classes=3)
+    monkeypatch.chdir("/")
+    assert pipeline.class_map(found).names[1:] == tuple(CLASSES[::-1])
+    named = DataConfig("/", (16,) * 3, 1, description="v2")
+    with pytest.raises(ValueError, match="meta.csv does not exist"):
+        pipeline.settled(named, num_classes=118)

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags, logging
 
 from swinsmt_jax import checks
-from swinsmt_jax.class_map import V2, ClassMap
+from swinsmt_jax.class_map import V2, VERSIONS, ClassMap
 from swinsmt_jax.config import DataConfig, Seen
 from swinsmt_jax.data import augmentation, store, transforms
 from swinsmt_jax.data.case import Case, lost_note, resampled
@@ -199,7 +199,7 @@ def _existing(root):
 
 
 def settled(config: DataConfig, *, num_classes: int) -> DataConfig:
-    """Return the config with what its data say: spacing and classes, and their path.
+    """Return the config with what its data say, spacing and classes, and whole paths.
 
     Raises:
         UserError: for a config that says otherwise, and if `num_classes`, background
@@ -231,8 +231,15 @@ def settled(config: DataConfig, *, num_classes: int) -> DataConfig:
         f"model.out_channels is {num_classes}, but must be {len(names) + 1}: {root} "
         f"has the background and the classes {checks.few(names)}.",
     )
+    description = config.description
+    if description and description not in VERSIONS:
+        description = str(files.absolute(description))
     return replace(
-        config, root=str(root), spacing=spacing, classes=() if odd else names
+        config,
+        root=str(root),
+        description=description,
+        spacing=spacing,
+        classes=() if odd else names,
     )
 
 

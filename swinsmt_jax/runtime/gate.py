@@ -10,6 +10,7 @@ reason, and the run goes on. Only lines of JSON are sent.
 import contextlib
 import hmac
 import ipaddress
+import itertools
 import json
 import platform
 import secrets
@@ -29,6 +30,7 @@ from swinsmt_jax.runtime.launchers import Place
 TOKEN = ".run-"  # begins the name of the file that all processes read
 SAID_EVERY = 30.0  # seconds between two lines about waiting
 PATIENCE = 20.0  # seconds for an answer of the other side
+ANSWER = 5.0  # seconds for its host to answer at all
 VISIBLE = 10.0  # seconds in which a new file is seen by all hosts
 LONGEST = 10_000  # bytes of a line
 PAUSE = 0.3  # seconds between two tries
@@ -195,21 +197,22 @@ class _Gate:
 
 def _join_first(place, folder, deadline, within):
     """Come to process 0 and wait for the others; return the address of JAX."""
-    first, said = place.addresses[0], 0.0
-    while True:
+    said, reason = 0.0, ""
+    for address in itertools.cycle(place.addresses):
         if time.monotonic() > said + SAID_EVERY or not said:
             said = time.monotonic()
             logging.info(
-                "process %d: waiting for process 0 at %s, for up to %d s",
-                *(place.index, first, max(0, round(deadline - said))),
+                "process %d: waiting for process 0 at %s, for up to %d s%s",
+                *(place.index, address, max(0, round(deadline - said)), reason),
             )
-        for address in place.addresses:
-            with contextlib.suppress(OSError):
-                port = _come(address, place, folder, deadline, within)
-                if port is not None:
-                    return _joined(_split(address)[0], port)
+        try:
+            port = _come(address, place, folder, deadline, within)
+            if port is not None:
+                return _joined(_split(address)[0], port)
+        except OSError as error:
+            reason = f" ({error.strerror or checks.one_line(error)})"
         if time.monotonic() > deadline:
-            _too_late(first, within, "process 0 did not answer")
+            _too_late(address, within, "process 0 did not answer", reason)
         time.sleep(PAUSE)
 
 
@@ -222,9 +225,10 @@ def _come(address, place, folder, deadline, within):
     """
     only = len(place.addresses) == 1
     with (
-        socket.create_connection(_split(address), timeout=PATIENCE) as connection,
+        socket.create_connection(_split(address), timeout=ANSWER) as connection,
         connection.makefile("rb") as lines,
     ):
+        connection.settimeout(PATIENCE)
         hello = {
             **{"process": place.index, "processes": place.count},
             **{"launcher": place.launcher, "host": platform.node()},
@@ -254,10 +258,11 @@ def _wait_for(connection, address, deadline, within):
         logging.info("waiting for the other processes at %s", address)
 
 
-def _too_late(address, within, what) -> NoReturn:
+def _too_late(address, within, what, reason="") -> NoReturn:
     raise checks.UserError(
-        f"{what} at {address} within {within:g} s; look whether it has started, and "
-        "whether this is an address of its host that can be reached from here. "
+        f"{what} at {address} within {within:g} s{reason}; look whether it has "
+        "started, and whether this is an address of its host that can be reached from "
+        "here. "
         "--join_timeout gives more time."
     )
 

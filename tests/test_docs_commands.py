@@ -162,7 +162,7 @@ def test_a_run_from_training_to_comparison(run, folder):
 @slow
 def test_jobs_on_a_cluster(run, folder):
     each = RUN.replace("--config.data.batch_size=1 ", "").format(steps=1)
-    small = f"{each} {SWIN} --workdir=runs/{{}}"
+    small = f"{each} {SWIN} --config.model.depths=(1,1,1,1) --workdir=runs/{{}}"
     (training,) = lines("training.md", "sbatch")
     per_gpu, per_node = lines("multi_node.md", "sbatch")
     assert training == per_gpu

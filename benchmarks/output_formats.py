@@ -3,7 +3,8 @@
     python -m benchmarks.output_formats [--quick] [--json=FILE]
 
 A phantom's CT is written as a DICOM series, and its 117 structures in each form that
-`predict.py` offers.
+`predict.py` offers, and in others for comparison. RLE and deflating are what
+`predict.py` does with LABELMAP and BINARY.
 """
 
 import tempfile
@@ -57,6 +58,19 @@ def write_series(folder: Path, volume: nifti.Volume) -> None:
         found.save_as(folder / f"{i:04}.dcm", enforce_file_format=True)
 
 
+def in_syntax(path: Path, target: Path, *, deflated: bool) -> None:
+    """Write a DICOM file raw, or deflated as a whole."""
+    import pydicom
+
+    found = pydicom.dcmread(path)
+    if found.file_meta.TransferSyntaxUID.is_encapsulated:
+        found.decompress(generate_instance_uid=False)
+    uid = pydicom.uid
+    syntax = uid.DeflatedExplicitVRLittleEndian if deflated else None
+    found.file_meta.TransferSyntaxUID = syntax or uid.ExplicitVRLittleEndian
+    found.save_as(target)
+
+
 def size_of(path: Path) -> int:
     """Return the bytes of a file or of a folder's files."""
     files = path.iterdir() if path.is_dir() else [path]
@@ -103,13 +117,25 @@ def main(options: flags.FlagValues) -> None:
             seconds = time.perf_counter() - start
             size = size_of(root / form)
             rows.append({"form": form, "megabytes": size / 1e6, "seconds": seconds})
+        for form, source, deflated in (
+            ("labelmap_raw.dcm", "labelmap.dcm", False),
+            ("labelmap_deflated.dcm", "labelmap.dcm", True),
+            ("binary_raw.dcm", "binary.dcm", False),
+        ):  # not written by predict.py
+            in_syntax(root / source, root / form, deflated=deflated)
+            size = size_of(root / form) / 1e6
+            rows.append({"form": form, "megabytes": size, "seconds": None})
         lines = [
-            (r["form"], f"{r['megabytes']:.2f}", f"{r['seconds']:.1f}") for r in rows
+            (r["form"], f"{r['megabytes']:.2f}", _text(r["seconds"])) for r in rows
         ]
         print(f"{len(result.boxes)} structures in {volume.array.shape} voxels\n")
         print(markdown_table(("", "MB", "s"), lines))
         sizes = {f"{r['form']}_mb": r["megabytes"] for r in rows}
         save(sizes, rows=rows, shape=volume.array.shape, structures=len(result.boxes))
+
+
+def _text(seconds):
+    return "" if seconds is None else f"{seconds:.1f}"
 
 
 if __name__ == "__main__":

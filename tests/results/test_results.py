@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -144,3 +145,25 @@ def test_colour_tables_name_every_label():
     rows = color_tables.itk_snap(NAMES).splitlines()
     assert rows[-1].startswith("7 ") and rows[-1].endswith(' 1 1 1 "a vessel"')
     assert slicer[2].split()[2:5] == rows[1].split()[1:4]
+
+
+def test_niivue_gets_every_id_in_order(tmp_path):
+    file = tmp_path / "labels.nii"
+    shuffled = {7: "a vessel", 2: "liver", 1: "spleen"}
+    table = color_tables.niivue(shuffled)
+    assert table["I"] == list(range(8))
+    assert [table["labels"][i] for i in (0, 1, 2, 3, 7)] == [
+        *("", "spleen", "liver", "", "a vessel")
+    ]
+    assert [a > 0 for a in table["A"]] == [i in shuffled for i in range(8)]
+    rows = [line.split() for line in color_tables.slicer(shuffled).splitlines()[2:]]
+    for number, _, *rgba in rows:
+        own = [str(table[c][int(number)]) for c in "RGBA"]
+        assert own == rgba
+    widget = pytest.importorskip("ipyniivue")
+    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), file)
+    volume = widget.Volume(path=str(file))
+    volume.set_colormap_label(table)
+    lut = volume.colormap_label
+    assert lut.labels[int(7 - lut.min)] == "a vessel"
+    assert lut.labels[int(2 - lut.min)] == "liver"

@@ -100,6 +100,7 @@ def main(options: flags.FlagValues) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         for name in ("raw", "preprocessed", "results"):  # nnU-Net warns without them
             os.environ.setdefault(f"nnUNet_{name}", str(root))
         model = Path(options.folder) if options.folder else random_model(root)

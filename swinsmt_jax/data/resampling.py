@@ -173,6 +173,48 @@ def fill_nearest(
     return array
 
 
+def fill_linear(
+    array: np.ndarray,
+    step: Sequence[float],
+    offset: Sequence[float],
+    shape: Sequence[int],
+) -> np.ndarray:
+    """Return for each voxel of another grid the label id that is largest there.
+
+    Each id's mask, the background's among them, is interpolated linearly between voxel
+    centres. Of equals the id of the nearest voxel is taken (of two the one further
+    along), or else the smallest: nnU-Net's rule for labels that it trains on
+    (batchgenerators 0.25.5). Arguments as in `fill_most`.
+    """
+    nearest = fill_nearest(array, step, offset, shape)
+    best, background = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    for _, place, share in _by_class(_linear, array, step, offset, shape):
+        background[place] -= share
+        np.maximum(best[place], share, out=best[place])
+    best = np.maximum(best, background) - np.float32(TIE)
+    found = np.zeros(shape, array.dtype)
+    taken = background >= best
+    for number, place, share in _by_class(_linear, array, step, offset, shape):
+        largest = share >= best[place]
+        wins = largest & (~taken[place] | (nearest[place] == number))
+        found[place][wins], taken[place][wins] = number, True
+    found[(background >= best) & (nearest == 0)] = 0
+    return found
+
+
+def _linear(n, new, step, offset):
+    """Return which share [new, n] each old voxel has in a linear interpolation."""
+    place = np.clip(np.arange(new) * step + offset, 0, n - 1)
+    low = np.minimum(place.astype(int), max(n - 2, 0))
+    part, rows = place - low, np.arange(new)
+    beside = np.minimum(low + 1, n - 1)
+    shares = np.concatenate([1 - part, part]).astype(np.float32)
+    at = np.concatenate([rows, rows]), np.concatenate([low, beside])
+    found = sparse.csr_array((shares, at), shape=(new, n))
+    found.eliminate_zeros()
+    return found
+
+
 def keep_thin(
     array: np.ndarray,
     step: Sequence[float],
@@ -209,7 +251,12 @@ def _thin(touched, kept):
     return touched & ndimage.binary_dilation(thin, BESIDE)
 
 
-LABEL_RULES = {"most": fill_most, "nearest": fill_nearest, "keep_thin": keep_thin}
+LABEL_RULES = {
+    "most": fill_most,
+    "nearest": fill_nearest,
+    "keep_thin": keep_thin,
+    "linear": fill_linear,
+}
 
 
 def _by_class(weights, array, step, offset, shape):

@@ -274,7 +274,9 @@ def test_the_limits_of_all_parts_are_under_eight_minutes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [("scaling",), ("model", "--roofline")])
+@pytest.mark.parametrize(
+    "command", [("scaling",), ("model", "--roofline"), ("finetune",)]
+)
 def test_quick_runs_end_with_a_report(command, tmp_path):
     file = tmp_path / "report.json"
     done = run(*command, "--quick", f"--json={file}")

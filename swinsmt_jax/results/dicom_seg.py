@@ -111,7 +111,7 @@ def write(path: Path, result: Result, kind: str) -> None:
         syntax = pydicom.uid.DeflatedExplicitVRLittleEndian
         segmentation.file_meta.TransferSyntaxUID = syntax
     segmentation.save_as(path)
-    _require_in_place(hd.seg.segread(path), path, slices, frames)
+    _require_in_place(pydicom.dcmread(path), path, slices, frames)
 
 
 @functools.cache

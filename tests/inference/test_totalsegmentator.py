@@ -10,6 +10,7 @@ from swinsmt_jax import load_nnunet, load_totalsegmentator, models, save
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.commands.inspect import lines_of
 from swinsmt_jax.convert import nnunet_writer
+from swinsmt_jax.data import nifti
 from swinsmt_jax.inference.totalsegmentator import TASKS, resampled
 from swinsmt_jax.labels import CLASS_NAMES
 from swinsmt_jax.models.nnunet import PlainConvUNetConfig
@@ -77,6 +78,17 @@ def test_parts_are_merged_as_totalsegmentator_does(weights, tmp_path, fast):
     ours = nib.as_closest_canonical(nib.load(tmp_path / "out.nii.gz"))
     np.testing.assert_array_equal(np.asarray(ours.dataobj), merged)
     assert len(np.unique(labels)) > 10
+    volume, ids = segmenter.read(path), [117, 5, 60]
+    known = segmenter.decide_volume(volume, confidence=True, chosen=ids)
+    np.testing.assert_array_equal(nifti.in_file_axes(known.labels, volume), labels)
+    assert (known.probability[known.labels > 0] > 0).all()
+    assert known.chosen.shape == (*volume.array.shape, 3)
+    assert known.chosen.any((0, 1, 2)).all()
+    for place, number in enumerate(ids):
+        own = known.labels == number  # of a part whose label stands
+        np.testing.assert_allclose(
+            known.chosen[own][:, place] / 255, known.probability[own], atol=3e-3
+        )
     assert segmenter.class_names[117] == CLASS_NAMES[117]
 
 

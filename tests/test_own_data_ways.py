@@ -145,6 +145,9 @@ def test_every_way_gives_the_same_labels(data, tmp_path, trained_on, caplog):
     export.export(load_model(run)[1], segmenter.config, run / "network.npz")
     network = portable.load(run / "network.npz")
     assert network.about["data"] == found.seen.fingerprint
+    told = "\n".join(inspect.lines_of(run / "network.npz"))
+    marked = "trained at scans' own spacings, from 4 to 4 mm" in told
+    assert marked == (trained_on == "raw")
     image, wanted = own.image, native
     if trained_on == "store":
         image, wanted = stored.image, labels

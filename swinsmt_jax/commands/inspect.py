@@ -14,7 +14,7 @@ from pathlib import Path
 from swinsmt_jax import checks
 from swinsmt_jax.data import layouts, meta, nnunet_plan, store
 from swinsmt_jax.data.dataset import description_of, open_dataset
-from swinsmt_jax.data.spacing import text
+from swinsmt_jax.data.spacing import plain, text
 from swinsmt_jax.models import registry
 from swinsmt_jax.runtime.files import absolute
 
@@ -175,6 +175,9 @@ def _exported(path):
     yield f"{path}: an exported network of step {about.get('step')}"
     for key in ("window", "spacing", "orientation", "hu_range", "data"):
         yield f"  {key}: {about.get(key)}"
+    if about.get("least"):
+        low, high = (text(plain(about[key])) for key in ("least", "most"))
+        yield f"  trained at scans' own spacings, from {low} to {high} mm"
     names = about.get("class_names", {}).values()
     yield from _classes(list(names), about.get("groups") or ())
 

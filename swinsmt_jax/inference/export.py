@@ -67,6 +67,8 @@ def export(
         "class_names": names_by_id(names, num_classes=config.model.out_channels),
         "groups": config.data.seen.groups,
         "data": config.data.seen.fingerprint,
+        "least": config.data.seen.least,
+        "most": config.data.seen.most,
         "usual_ml": config.data.seen.usual_ml,
         "overlap": config.inference.overlap,
         "blend": config.inference.blend,

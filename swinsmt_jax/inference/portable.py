@@ -67,8 +67,10 @@ class Portable:
 
         Args:
             hu: Hounsfield units `[X, Y, Z]`, the axes to the right, front and head,
-                with voxels of `about["spacing"]` mm. Leave out the air around the body,
-                as training does: a window of air tells the network nothing.
+                with voxels of `about["spacing"]` mm; where that is 0, with sides such
+                as the network saw, from `about["least"]` to `about["most"]`. Leave out
+                the air around the body, as training does: a window of air tells the
+                network nothing.
 
         Raises:
             UserError: for another rank, and voxels that are not finite numbers.

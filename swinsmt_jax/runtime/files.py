@@ -220,8 +220,8 @@ def locked(file: Path, *, what: str, remedy: str) -> Iterator[None]:
                 if error.errno not in NO_LOCKS:
                     raise
                 logging.warning(
-                    "%s is on a file system without locks; %s holds it instead, for "
-                    "others who look after %g s without a sign of life",
+                    "%s cannot be locked, as its file system has no locks; %s holds it, "
+                    "for others who look after %g s without a sign of life",
                     *(what, lease_of(file), LEASE),
                 )
                 lock = _lease(file)

@@ -70,6 +70,15 @@ def test_a_kill_is_a_life_that_a_signal_ended(tmp_path):
     assert told["minutes"] == 3 and told["things_compared"] == 9
 
 
+def test_the_docs_state_the_figures_of_several_processes():
+    file = ROOT / "benchmarks" / "results" / "soak_processes_cpu.json"
+    told = json.loads(file.read_text())["headline"]
+    text = " ".join((ROOT / "docs" / "multi_node.md").read_text().split())
+    assert f"{told['lives']} lives, {told['of_2']} of two processes" in text
+    assert f"at most {told['most_lost_killed']} steps were lost" in text
+    assert told["most_lost_asked"] == told["wrong"] == 0
+
+
 def test_the_docs_state_the_committed_figures():
     file = ROOT / "benchmarks" / "results" / "soak_cpu.json"
     told = json.loads(file.read_text())["headline"]

@@ -220,7 +220,7 @@ def locked(file: Path, *, what: str, remedy: str) -> Iterator[None]:
                 if error.errno not in NO_LOCKS:
                     raise
                 logging.warning(
-                    "%s cannot be locked, as its file system has no locks; %s holds it, "
+                    "%s cannot be locked: its file system has no locks; %s holds it, "
                     "for others who look after %g s without a sign of life",
                     *(what, lease_of(file), LEASE),
                 )

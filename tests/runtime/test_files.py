@@ -140,7 +140,7 @@ def test_a_file_holds_a_lock_where_the_file_system_has_none(tmp_path, no_locks, 
     file = tmp_path / "lock"
     for _ in range(2):
         with hold(file):
-            assert "cannot be locked, as its file system has no locks" in caplog.text
+            assert "cannot be locked: its file system has no locks" in caplog.text
             words = (
                 rf"in use by a live run \(process {os.getpid()} on {platform.node()}"
             )

@@ -1,6 +1,6 @@
 """Dice of a run that begins with a model folder of nnU-Net, and of one from scratch.
 
-    python -m benchmarks.finetune [--quick] [--folder=MODEL] [--steps=40] [--json=FILE]
+    python -m benchmarks.finetune [--quick] [--folder=MODEL] [--steps=100] [--json=FILE]
 
 Both are of `configs/nnunet_finetune.py` on the same phantoms, for the same steps, and
 are evaluated on others. Without --folder a small network is trained first on phantoms
@@ -138,6 +138,6 @@ def main(options: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("folder", None, "model folder of nnU-Net to begin with")
-    flags.DEFINE_integer("steps", 40, "of both runs")
-    flags.DEFINE_integer("source_steps", 200, "of the folder's own training")
+    flags.DEFINE_integer("steps", 100, "of both runs")
+    flags.DEFINE_integer("source_steps", 500, "of the folder's own training")
     run(main, quick="two steps on two phantoms")

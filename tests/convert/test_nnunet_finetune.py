@@ -18,6 +18,7 @@ from swinsmt_jax.configs import nnunet_finetune as config_file
 from swinsmt_jax.convert import command as conversion
 from swinsmt_jax.convert import nnunet_finetune, nnunet_folder, nnunet_writer, to_torch
 from swinsmt_jax.convert.starting_point import start_from
+from swinsmt_jax.inference import export, portable
 from swinsmt_jax.models.nnunet import PlainConvUNetConfig
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.runtime import distributed, startup
@@ -63,7 +64,7 @@ def command(module, *arguments):
         rest = startup.parse([module.__name__, *arguments], values)
         if module is not inspect:
             patch.setattr(module, "flags", SimpleNamespace(FLAGS=values))
-        patch.setattr(distributed, "start", lambda: None)
+        patch.setattr(distributed, "start", lambda *_: None)
         module.main(rest)
 
 
@@ -179,6 +180,8 @@ def test_a_fine_tuned_run_is_one_like_any(place, tmp_path, rng, caplog, capsys):
     scan = place / "data" / case / "ct.nii.gz"
     out = tmp_path / "out"
     command(predict, f"--workdir={run}", f"--input={scan}", f"--output={out}")
+    command(export, f"--workdir={run}", f"--output={tmp_path / 'network.npz'}")
+    assert portable.load(tmp_path / "network.npz").about["spacing"] == list(SPACING)
     target = tmp_path / "Dataset009_Back"
     arguments = [f"--workdir={run}", "--to=nnunet", f"--output={target}"]
     command(conversion, *arguments)

@@ -70,7 +70,7 @@ from benchmarks import (
 from benchmarks.model_table import line, plot
 from benchmarks.model_worker import CONFIGS, Job, experiment, start
 from swinsmt_jax import checks
-from swinsmt_jax.runtime.cost import PEAK
+from swinsmt_jax.runtime.cost import peak_of
 from swinsmt_jax.runtime.operations import forward_operations
 
 # (network, side, what); the headline's first.
@@ -129,8 +129,7 @@ def operations(job: Job) -> int:
 
 def peak() -> float | None:
     """Return the bfloat16 operations per second of the first device, if known."""
-    kind = jax.devices()[0].device_kind
-    return next((PEAK[name] for name in PEAK if kind.startswith(name)), None)
+    return peak_of(jax.devices()[0].device_kind)
 
 
 def add_rates(row: dict, job: Job) -> None:

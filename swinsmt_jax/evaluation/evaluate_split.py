@@ -10,7 +10,7 @@ from tqdm import tqdm
 from swinsmt_jax import checks, models
 from swinsmt_jax.config import ExperimentConfig, to_dict
 from swinsmt_jax.data import pipeline
-from swinsmt_jax.evaluation import kept
+from swinsmt_jax.evaluation import kept, published_results
 from swinsmt_jax.evaluation.averages import known_groups
 from swinsmt_jax.evaluation.looks import Looks
 from swinsmt_jax.evaluation.metrics import chosen_metrics
@@ -172,6 +172,7 @@ def evaluate_split(
         title=f"{len(results)} cases of the split {split!r}, {made}",
         note=note,
         pages=pages,
+        reported=published_results.are_of(data.root, [case.name for case in cases]),
     )
     processes.on_first(so_far.end)
     return table

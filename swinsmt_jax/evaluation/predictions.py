@@ -14,7 +14,7 @@ from swinsmt_jax.data import nifti, nifti_file, pipeline
 from swinsmt_jax.data.case import Case
 from swinsmt_jax.data.label_files import load_prediction, load_regridded, masks_in
 from swinsmt_jax.data.store import StoredCase
-from swinsmt_jax.evaluation import kept
+from swinsmt_jax.evaluation import kept, published_results
 from swinsmt_jax.evaluation.looks import Looks
 from swinsmt_jax.evaluation.metrics import chosen_metrics
 from swinsmt_jax.evaluation.pictures import views_of
@@ -119,6 +119,7 @@ def evaluate_predictions(
         title=f"{len(results)} cases of the split {split!r}, predictions in {folder}",
         note="\n".join(lines),
         pages=looks.pages(output, cases, views, classes.names),
+        reported=published_results.are_of(root, [case.name for case in cases]),
     )
     so_far.end()
     return table

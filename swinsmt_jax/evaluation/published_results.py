@@ -5,7 +5,14 @@ From the README of MI2DataLab/SwinSMT at commit 0e058b2: millions of parameters,
 published. nnFormer's muscles and vessels are the same figure there, probably a slip.
 """
 
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from swinsmt_jax import checks
+from swinsmt_jax.data import meta
+from swinsmt_jax.runtime import files
 
 SOURCE = "the authors' repository (README of MI2DataLab/SwinSMT)"
 GROUPS = ("organs", "vertebrae", "muscles", "ribs", "vessels", "overall")
@@ -24,6 +31,31 @@ _FIGURES = """
     Universal Model  62.25   39  82.25  84.46  87.58  86.49  76.11  84.02
     Swin SMT        170.78   60  83.70  83.03  88.70  86.60  77.54  85.09
 """
+
+# The public split of TotalSegmentator-V2 (record 10047292), whose ids end with s1429.
+CASES = {"train": 1082, "val": 57, "test": 89}
+LAST_ID = 1429
+
+
+def are_of(root: str | Path, names: Sequence[str]) -> bool:
+    """Whether these cases are the test split of TotalSegmentator-V2 itself.
+
+    So the reported figures are of them. Told by meta.csv of the dataset, or of a store
+    that was made of it: the sizes of the splits, and ids with gaps, which the phantoms
+    do not have.
+    """
+    try:
+        splits = meta.read(files.absolute(root))
+    except checks.UserError:
+        return False
+    found = [re.fullmatch(r"s(\d{4})", name) for name in splits]
+    ids = [int(match[1]) for match in found if match]
+    own = [name for name, split in splits.items() if split == "test"]
+    return (
+        Counter(splits.values()) == CASES
+        and len(ids) == len(splits) < max(ids) <= LAST_ID
+        and sorted(names) == sorted(own)
+    )
 
 
 def _row(line):

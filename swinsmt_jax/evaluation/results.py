@@ -35,6 +35,7 @@ def write_results(
     title: str,
     note: str = "",
     pages: Mapping[str, str] = MappingProxyType({}),
+    reported: bool = False,
 ) -> str:
     """Write the files of an evaluation and return the Dice table, `note` at its end.
 
@@ -47,11 +48,13 @@ def write_results(
         about: plain values that say what was evaluated; copied into the files.
         title, note: of the table.
         pages: {case: file in the folder} in which one looks at it.
+        reported: as in `tables.dice_table`.
     """
     head = "\n".join([title, *_head(about)])
     doubts = [f"To check: {n}" for result in evaluation.results for n in result.notes]
     below = "\n".join([note, *doubts]).strip("\n")
-    table = f"{tables.dice_table(evaluation, title=head)}\n{below}".rstrip()
+    table = tables.dice_table(evaluation, title=head, reported=reported)
+    table = f"{table}\n{below}".rstrip()
 
     def write():
         write_per_class(output / "per_class.csv", evaluation)

@@ -21,14 +21,15 @@ from swinsmt_jax.evaluation.overlap import missed_classes
 from swinsmt_jax.evaluation.scoring import Evaluation
 
 
-def dice_table(evaluation: Evaluation, *, title: str) -> str:
+def dice_table(evaluation: Evaluation, *, title: str, reported: bool = False) -> str:
     """Format Dice by group in per cent, one row for each rule of averaging.
 
     The row of the evaluation's rule comes first and is marked. Below stand how many
     classes of each group have a value, and how many (case, class) pairs were missed
     altogether and, as no average shows, predicted though absent; then the 95 %
     bootstrap interval over cases of the marked row, and the other metrics under the
-    same rule. Where the groups are the paper's, its authors' rows end the table.
+    same rule. With `reported`, the authors' rows end the table, if its groups are those
+    of the paper: figures of TotalSegmentator-V2 stand beside no other data.
     """
     groups, rule = evaluation.groups, evaluation.rule
     scores, wrong = evaluation.scores(DICE), evaluation.false_positives()
@@ -67,7 +68,7 @@ def dice_table(evaluation: Evaluation, *, title: str) -> str:
         notes.append(
             f"No case has {len(absent)} of the classes: {', '.join(names)}{more}"
         )
-    if dict(groups) == labels.GROUPS:
+    if reported and dict(groups) == labels.GROUPS:
         rows += published_results.table_rows(means)
         notes.append(published_results.NOTE)
     return "\n".join([title, *_aligned(rows), *notes])

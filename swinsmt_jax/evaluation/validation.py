@@ -167,18 +167,17 @@ def validate(
 ) -> dict:
     """Score the cases: what the training loop logs and picks the best step by.
 
-    Several processes divide the cases between them, and each gets the whole result, but
-    its own pictures: what `draw` makes of its first `PICTURES` cases.
+    Several processes divide the cases between them, and each gets the whole result.
 
     Returns:
         `dice`, the mean over the cases of each class and then over classes; `groups`,
         the same in each group; `false_positives`, the number of (case, class) pairs
         predicted though absent. NaN where no case has any of the classes. `pictures`,
-        by name.
+        what `draw` makes of the first `PICTURES` cases, by name.
     """
     checks.require(len(cases) > 0, "validation needs at least one case, but has 0.")
 
-    pictures: dict = {}
+    shown = [case.name for case in cases[:PICTURES]] if draw else []
 
     def segment():
         found = []
@@ -191,13 +190,14 @@ def validate(
                 num_classes=num_classes,
                 sharding=sharding,
             )
-            if draw is not None and len(pictures) < PICTURES:
-                pictures[f"validation/{case.name}"] = draw(segmented, data.class_names)
-            found.append(dataclasses.asdict(segmented.result))
+            own = {"result": dataclasses.asdict(segmented.result)}
+            if draw is not None and case.name in shown:
+                own["picture"] = draw(segmented, data.class_names)
+            found.append(own)
         return found
 
     found = processes.unshard(processes.run_on_all(segment))
-    results = [kept.result_of(result) for result in found]
+    results = [kept.result_of(own["result"]) for own in found]
     groups = known_groups(pipeline.groups_of(data), num_classes)
     evaluation = Evaluation(results, groups)
     dice = evaluation.means(DICE)
@@ -205,5 +205,8 @@ def validate(
         "dice": dice.pop("overall"),
         "groups": dice,
         "false_positives": int(evaluation.false_positives().sum()),
-        "pictures": pictures,
+        "pictures": {
+            f"validation/{name}": own["picture"]
+            for name, own in zip(shown, found, strict=False)
+        },
     }

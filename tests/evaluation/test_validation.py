@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import averages, validation
 from swinsmt_jax.inference.segmenter import batch_sharding
+from swinsmt_jax.runtime import processes
 
 CLASSES = 4
 
@@ -143,3 +146,23 @@ def test_a_case_whose_logits_are_not_finite_is_named(cases):
             inference=inference,
             num_classes=CLASSES,
         )
+
+
+def test_pictures_are_of_the_first_cases_whichever_process_has_them(cases, monkeypatch):
+    """Of two processes this is the second, and the first one's share is kept."""
+    two = [replace(case, name=f"{i}{case.name}") for i in (0, 1) for case in cases]
+    parts = []
+
+    def validate(index):
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        draw = lambda case, names: case.scan.name  # noqa: E731
+        return validation.validate(reads_the_image, two, draw=draw, **settings())
+
+    monkeypatch.setattr(processes, "run_on_all", lambda function: function())
+    monkeypatch.setattr(processes, "gather", lambda own: parts.append(own) or [own] * 2)
+    validate(0)
+    monkeypatch.setattr(processes, "gather", lambda own: [parts[0], own])
+    found = validate(1)["pictures"]
+    names = [case.name for case in two[: validation.PICTURES]]
+    assert found == {f"validation/{name}": name for name in names}

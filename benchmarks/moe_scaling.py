@@ -16,7 +16,8 @@ cores: their times tell what dividing costs, not what it gains. --quick leaves o
 must be compiled, for all but the first point.
 
 --train trains the demo's network with the experts and stages of every point for --steps
-on a dataset and adds its Dice by group on the test split. Small networks and short runs
+on a dataset or a store, whose classes it takes, and adds its Dice by group on the test
+split. Small networks and short runs
 on phantoms: a study of the tendency, not of the paper's result. Its crops, --patch,
 have a 16th of a side in tokens in the last stage: more experts need larger ones. The
 runs are kept in --workdir, and the same command goes on where it was stopped.
@@ -35,7 +36,7 @@ from benchmarks import define_file, memory_limit_gb, programs, run, save, scalin
 from swinsmt_jax import models
 from swinsmt_jax.config import ExperimentConfig, from_config_dict
 from swinsmt_jax.configs import demo, swin_smt_paper
-from swinsmt_jax.data.layouts.totalsegmentator import find_cases
+from swinsmt_jax.data import pipeline
 from swinsmt_jax.evaluation import validation
 from swinsmt_jax.inference.segmenter import predict_fn
 from swinsmt_jax.models import abstract_model
@@ -133,6 +134,8 @@ def training_config(
     root: str,
     steps: int,
     patch: tuple[int, ...],
+    description: str = "",
+    num_classes: int = 118,
 ) -> ExperimentConfig:
     """Return the demo's experiment with these experts.
 
@@ -141,7 +144,9 @@ def training_config(
     """
     values = demo.get_config()
     values.model.update({"num_experts": num_experts, "num_moe_stages": num_moe_stages})
-    values.data.update({"root": root, "patch_shape": tuple(patch)})
+    values.model.out_channels = num_classes
+    values.data.update({"root": root, "description": description})
+    values.data.patch_shape = tuple(patch)
     values.training.update({"num_steps": steps, "checkpoint_every": steps})
     return from_config_dict(values)
 
@@ -150,7 +155,7 @@ def trained_dice(config: ExperimentConfig, *, workdir: Path) -> dict[str, float]
     """Train a network, or go on; return its Dice by group on the test split."""
     loop.train(config, workdir=workdir)
     config, model, _ = load_model(workdir)
-    cases = find_cases(config.data.root, split="test")
+    cases = pipeline.find_cases(config.data, split="test")
     scores = validation.validate(
         predict_fn(model),
         cases,
@@ -274,9 +279,11 @@ def main(options):
     to_train = {}
     if options.train:  # all, so that none is found out hours later
         patch = tuple(map(int, options.patch))
-        about = {"root": options.root, "steps": options.steps, "patch": patch}
+        data = {"root": options.root, "description": options.description}
+        _, classes = pipeline.open_data(**data, split="test")
+        about = {**data, "steps": options.steps, "patch": patch}
+        about["num_classes"] = classes.num_classes
         to_train = {key: training_config(*key, **about) for key in points}
-        find_cases(options.root, split="test")
     limit = memory_limit_gb(options.limit_gb)
     rows = []
     for experts, stages in points:
@@ -306,7 +313,8 @@ if __name__ == "__main__":
     define_file("plot", "also draw the figures into this file")
     flags.DEFINE_bool("train", False, "train every point and add its Dice")
     flags.DEFINE_string("workdir", "runs/moe_scaling", "runs of --train, one by point")
-    flags.DEFINE_string("root", "data/phantoms", "dataset of --train")
+    flags.DEFINE_string("root", "data/phantoms", "dataset or store of --train")
+    flags.DEFINE_string("description", "", "of that dataset, as data.description")
     flags.DEFINE_integer("steps", 400, "training steps of --train")
     flags.DEFINE_list("patch", ["32", "32", "64"], "voxels of a crop of --train")
     run(main, quick="compile the first point alone")

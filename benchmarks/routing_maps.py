@@ -1,6 +1,8 @@
 """Which expert looks where, on a scan; see `benchmarks.soft_moe`."""
 
 import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ from matplotlib import colors
 from matplotlib.figure import Figure
 
 from benchmarks import save
-from swinsmt_jax import checks, labels
-from swinsmt_jax.data import nifti, pipeline, transforms
-from swinsmt_jax.data.layouts.totalsegmentator import find_cases
+from swinsmt_jax import checks
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import nifti, pipeline
 from swinsmt_jax.data.meta import SPLITS
+from swinsmt_jax.data.network_view import network_view
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.data.volume import spacing_of
 from swinsmt_jax.evaluation import routing
 from swinsmt_jax.training.checkpoint import load_model
@@ -30,17 +34,38 @@ def choose_case(cases, name):
     return cases[names.index(name)]
 
 
-def group_map(label):
+def case_of(
+    data: DataConfig, *, split: str, name: str | None
+) -> tuple[Sample, Mapping[str, Sequence[int]]]:
+    """Return a case of a dataset or a store as the network sees it, and its groups.
+
+    Where the data have no groups, all their classes are one.
+    """
+    case = choose_case(pipeline.find_cases(data, split=split), name)
+    sample = pipeline.load_foreground(data, case)
+    view = network_view(
+        sample.image,
+        sample.affine,
+        spacing=0.0,
+        hu_range=data.hu_range,
+        normalization=data.normalization,
+    )
+    classes = pipeline.class_map(data)
+    groups = classes.groups or {"structures": range(1, classes.num_classes)}
+    return replace(sample, image=view.image[..., 0]), groups
+
+
+def group_map(label, groups):
     """Return the number of each voxel's group, from 1; 0 is background."""
     numbers = np.zeros_like(label)
-    for number, ids in enumerate(labels.GROUPS.values(), start=1):
+    for number, ids in enumerate(groups.values(), start=1):
         numbers[np.isin(label, list(ids))] = number
     return numbers
 
 
-def draw(path, sample, experts, num_experts):
+def draw(path, sample, experts, num_experts, groups):
     """Draw CT, groups and experts in the planes with most anatomy."""
-    groups = group_map(sample.label)
+    count, groups = len(groups), group_map(sample.label, groups)
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, axis in zip(figure.subplots(2, 3), (1, 2), strict=True):
         others = tuple(a for a in range(3) if a != axis)
@@ -51,7 +76,7 @@ def draw(path, sample, experts, num_experts):
             return a.take(index, axis=axis)[::-1, ::-1].T
 
         grey = rows(sample.image)
-        shown = [("CT", None, 1), ("groups of the truth", rows(groups), 5)]
+        shown = [("CT", None, 1), ("groups of the truth", rows(groups), count)]
         shown += [("expert with the largest share", rows(experts), num_experts)]
         for picture, (title, numbers, count) in zip(axes, shown, strict=True):
             picture.imshow(grey, cmap="gray", aspect=up / across)
@@ -101,14 +126,15 @@ def draw_maps(options) -> None:
     """Write maps, pictures and tables of the run in --maps_of."""
     workdir = Path(options.maps_of)
     config, model, _ = load_model(workdir)
-    root = options.data_root or config.data.root
-    case = choose_case(find_cases(root, split=options.split), options.case)
-    sample = pipeline.load_foreground(config.data, case)
-    sample = transforms.scale_hu(sample, hu_range=config.data.hu_range)
+    data = config.data
+    if options.data_root:  # the training's description is of its own data
+        root, about = options.data_root, options.description
+        data = replace(data, root=root, description=about, fold=-1)
     checks.require(
         config.model.num_experts > 0,
         f"{workdir} holds a network without experts; take a run of a Swin SMT.",
     )
+    sample, groups = case_of(data, split=options.split, name=options.case)
     output = Path(options.output or workdir / "routing")
     output.mkdir(parents=True, exist_ok=True)
     blocks = [options.block] if options.block else list(config.model.moe_strides)
@@ -123,16 +149,16 @@ def draw_maps(options) -> None:
             inference=config.inference,
         )
         experts = (shares.argmax(-1) + 1).astype(np.uint8)
-        stem = f"{case.name}_{block.replace('/', '_')}"
+        stem = f"{sample.name}_{block.replace('/', '_')}"
         nifti.write(output / f"{stem}_experts.nii.gz", experts, sample.affine)
         if options.shares:
             nifti.write(output / f"{stem}_shares.nii.gz", shares, sample.affine)
-        draw(output / f"{stem}.png", sample, experts, config.model.num_experts)
+        draw(output / f"{stem}.png", sample, experts, config.model.num_experts, groups)
         print(block)
-        by_group = routing.shares_by_group(shares, sample.label, groups=labels.GROUPS)
+        by_group = routing.shares_by_group(shares, sample.label, groups=groups)
         write_table(output / f"{stem}.csv", by_group)
         of_groups = {name: np.asarray(s).tolist() for name, s in by_group.items()}
-        rows.append({"block": block, "case": case.name, "shares": of_groups})
+        rows.append({"block": block, "case": sample.name, "shares": of_groups})
     save(headline(rows), rows=rows)
     print(f"written to {output}")
 
@@ -144,5 +170,6 @@ def define_flags() -> None:
     flags.DEFINE_string("case", None, "name of the case; by default the first")
     flags.DEFINE_string("block", None, "such as stage3/block0; by default all")
     flags.DEFINE_string("data_root", None, "data folder, if not the training's")
+    flags.DEFINE_string("description", "", "of --data_root, as data.description")
     flags.DEFINE_string("output", None, "folder; by default <workdir>/routing")
     flags.DEFINE_bool("shares", False, "also write the shares of all experts")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from absl import flags
@@ -27,6 +28,8 @@ from benchmarks import (
 )
 from benchmarks.model_worker import Job
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import DataConfig
+from swinsmt_jax.data import preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -244,6 +247,39 @@ def test_experts_that_nothing_looks_at_are_counted():
     shares = {"ribs": [0.5, 0.5, 0.0], "organs": [0.99, 0.0, 0.0]}
     found = routing_maps.headline([{"block": "stage2/block0", "shares": shares}])
     assert found == {"experts_without_share_stage2_block0": 1}
+
+
+def test_routing_is_drawn_of_stores_and_described_data_as_of_the_scans(tmp_path):
+    """A dataset by nnU-Net's layout of two classes, and a store made of it."""
+    hu, root = np.full((40, 36, 34), -1000, np.int16), tmp_path / "data"
+    hu[4:36, 4:32, 4:30] = 40
+    for folder, array in (("imagesTr", hu), ("labelsTr", np.uint8(hu > 0))):
+        (root / folder).mkdir(parents=True)
+        name = "a_0000.nii.gz" if folder == "imagesTr" else "a.nii.gz"
+        image = nib.Nifti1Image(array, np.diag([-2, -2, 2, 1]))
+        nib.save(image, root / folder / name)
+    about = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "nose": 1}}
+    about |= {"numTraining": 1, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(about))
+    assert not preprocess.preprocess(root, tmp_path / "store")
+    found = []
+    for place in (root, tmp_path / "store"):
+        data = DataConfig(str(place), (32,) * 3, batch_size=1, classes=("nose",))
+        sample, groups = routing_maps.case_of(data, split="train", name=None)
+        assert {name: list(ids) for name, ids in groups.items()} == {"structures": [1]}
+        found.append(sample)
+    assert found[0].image.max() == pytest.approx(1064 / 2048)
+    np.testing.assert_array_equal(found[0].image, found[1].image)
+    np.testing.assert_array_equal(found[0].label, found[1].label)
+    routing_maps.draw(tmp_path / "a.png", sample, sample.label + 1, 4, groups)
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_the_study_takes_the_classes_of_its_data():
+    about = {"root": "x", "steps": 70, "patch": (32, 32, 64)}
+    about |= {"description": "own.json", "num_classes": 4}
+    config = moe_scaling.training_config(4, 2, **about)
+    assert config.model.out_channels == 4 and config.data.description == "own.json"
 
 
 def test_whole_scans_are_measured_as_they_are():

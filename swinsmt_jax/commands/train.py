@@ -37,6 +37,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("start_from", None, help, flag_values=values)
     help = "begin also where little of --start_from fits: another width, no encoder"
     flags.DEFINE_bool("partial", False, help, flag_values=values)
+    help = "noise on experts that --start_from copies, as a share of their deviation"
+    flags.DEFINE_float("upcycle_noise", 0.0, help, 0.0, 1.0, flag_values=values)
     help = "fold of a cross-validation, from 0 on; sets data.fold"
     flags.DEFINE_integer("fold", None, help, lower_bound=0, flag_values=values)
     help = "steps to trace into <workdir>/profile"
@@ -50,7 +52,10 @@ def _start_from(path, config):
     data = pipeline.settled(config.data, num_classes=config.model.out_channels)
     named = dataclasses.replace(config, data=data)
     return starting_point.start_from(
-        path, names=starting_point.names_of(named), partial=flags.FLAGS.partial
+        path,
+        names=starting_point.names_of(named),
+        partial=flags.FLAGS.partial,
+        noise=flags.FLAGS.upcycle_noise,
     )
 
 

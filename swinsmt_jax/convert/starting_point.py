@@ -22,6 +22,7 @@ from swinsmt_jax.convert.torch_state import (
     some,
     to_torch,
 )
+from swinsmt_jax.convert.upcycling import upcycled
 from swinsmt_jax.labels import class_name
 from swinsmt_jax.models.registry import entry_of
 from swinsmt_jax.runtime.files import absolute
@@ -46,6 +47,7 @@ class Report:
         share: of the network's values that were loaded.
         renamed: which prefix was exchanged, in words.
         heads: what became of the outputs of each class, in words.
+        experts: what they were copied from, in words.
     """
 
     loaded: tuple[str, ...]
@@ -55,6 +57,7 @@ class Report:
     share: float
     renamed: str = ""
     heads: str = ""
+    experts: str = ""
 
     def __str__(self) -> str:
         """Say it in lines, one for each kind."""
@@ -70,7 +73,7 @@ class Report:
         ):
             if names:
                 lines.append(f"{len(names)} {words}: {some(names)}")
-        lines += [self.heads] if self.heads else []
+        lines += [words for words in (self.heads, self.experts) if words]
         return "\n".join(lines)
 
 
@@ -81,11 +84,13 @@ def load_what_fits(
     theirs: Sequence[str] = (),
     names: Sequence[str] = (),
     partial: bool = False,
+    noise: float = 0.0,
 ) -> Report:
     """Replace the parameters of `model` that a state dictionary has in the same shape.
 
     Where both know the names of their classes, the last layers are taken class by
-    class, by name; those of new classes keep their values.
+    class, by name; those of new classes keep their values. Experts that the weights
+    lack are copied from their MLPs or experts; see `upcycling.upcycled`.
 
     Args:
         model: made by `models.create`.
@@ -93,6 +98,7 @@ def load_what_fits(
             of MONAI's self-supervised Swin encoder are understood too: no `swinViT.`,
             and `fc1` and `fc2` for `linear1` and `linear2`.
         partial: take also weights of another width, and those without an encoder.
+        noise: of the copies of experts.
         theirs, names: of the label ids of the weights and of the network, the
             background first; empty if they are not known.
 
@@ -102,6 +108,7 @@ def load_what_fits(
     """
     own = to_torch(model)
     given, words = _as_published(state_dict, own, model)
+    given, experts = upcycled(given, own, noise=noise)
     fitting = {n: np.asarray(a) for n, a in given.items() if n in own}
     heads = _heads_by_name(model, fitting, own, theirs, names)
     wrong = {
@@ -132,7 +139,7 @@ def load_what_fits(
     load_torch(model, own | {name: fitting[name] for name in loaded})
     missing = tuple(name for name in own if name not in given)
     unused = tuple(name for name in given if name not in own)
-    return Report(loaded, wrong, missing, unused, share, words, heads)
+    return Report(loaded, wrong, missing, unused, share, words, heads, experts)
 
 
 def _require_encoder(model, loaded):
@@ -209,13 +216,18 @@ def names_of(config: ExperimentConfig) -> tuple[str, ...]:
 
 
 def start_from(
-    path: str | Path, *, names: Sequence[str] = (), partial: bool = False
+    path: str | Path,
+    *,
+    names: Sequence[str] = (),
+    partial: bool = False,
+    noise: float = 0.0,
 ) -> Callable[[nnx.Module], Report]:
     """Read weights; return the function that puts what fits into a network.
 
     Args:
         path: of a file or a workdir.
         names: of the network's label ids, the background first, if they are known.
+        partial, noise: as in `load_what_fits`.
 
     Raises:
         UserError: as `read_weights`, and the function as `load_what_fits`.
@@ -227,6 +239,7 @@ def start_from(
         theirs=theirs,
         names=names,
         partial=partial,
+        noise=noise,
     )
 
 

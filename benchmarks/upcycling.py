@@ -79,7 +79,7 @@ def row_of(seed, name, losses, dice):
         "first_loss": float(losses[0]),
         "last_loss": float(losses[-tail:].mean()),
         "dice": float(dice),
-        "losses": [round(float(loss), 4) for loss in losses],
+        "losses": " ".join(f"{loss:.3f}" for loss in losses),
     }
 
 

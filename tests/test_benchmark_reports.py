@@ -319,3 +319,12 @@ def test_quick_runs_end_with_a_report(command, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     assert found["headline"] and {"machine", "versions", "command"} <= set(found)
+
+
+@pytest.mark.slow
+def test_a_worker_of_dask_that_is_killed_changes_no_file(tmp_path):
+    file = tmp_path / "report.json"
+    done = run("cluster", "--quick", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())["headline"]
+    assert found["preprocess_killed"] == 1 and found["preprocess_equal"] is True

@@ -15,7 +15,7 @@ LAYERS = [  # a file belongs to the longest of these names that its own begins w
         "runtime.host_memory",
         "runtime.workers",
     ],
-    ["models.registry", "labels"],
+    ["models.registry", "labels", "runtime.cluster"],
     ["class_map"],
     ["data.sample", "data.interpolation", "data.spacing"],
     ["data.augmentation"],

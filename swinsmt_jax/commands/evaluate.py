@@ -33,6 +33,7 @@ scored and the exit status is 1; SIGTERM and SIGUSR1 end it with status 75, Ctrl
 """
 
 import dataclasses
+from functools import partial
 
 from absl import flags
 
@@ -110,14 +111,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     text("predictions", None, help)
     help = "resample predictions on another grid than their scan's (nearest voxel)"
     flags.DEFINE_bool("regrid", False, help, flag_values=values)
-    help = "processes for --predictions; 0: one for each CPU core, up to 8"
-    flags.DEFINE_integer("workers", 0, help, lower_bound=0, flag_values=values)
     for name, help in (
         ("confidence", "also say how sure the network is of each class"),
         ("quality", "also check the anatomy of predictions, as predict.py --quality"),
         ("view", "also write pages of the worst cases, truth beside prediction"),
     ):
         flags.DEFINE_bool(name, False, help, flag_values=values)
+    help = "processes that share the cases; 0: this one, but for --predictions one for "
+    startup.define_pool(values, workers=0, help=f"{help}each CPU core, up to 8")
     help = "two runs or folders of results, to compare case by case"
     flags.DEFINE_list("compare", [], help, flag_values=values)
     help = "runs of a cross-validation, each evaluated with --split=val, for a table"
@@ -173,23 +174,25 @@ def scoring(options: flags.FlagValues) -> dict:
 def evaluate(options: flags.FlagValues) -> str:
     """Evaluate as the flags say; write the files and return the table."""
     rules = scoring(options)  # what is wrong with them is said before work begins
+    pool = startup.pool_of(options)
+    checks.require(
+        pool == {"workers": 1, "dask": ""} or not processes.several(),
+        "--workers and --dask share the cases, and so do several processes of "
+        "--distributed; leave one of them out.",
+    )
     inference = ("overlap", "blend", "window_batch", "accumulate_on")
     given = {name: getattr(options, name) for name in inference}
     given = {name: value for name, value in given.items() if value is not None}
     if options.nnunet:
-        return _evaluate_nnunet(options, given, rules)
+        return _evaluate_nnunet(options, given, {**rules, **pool})
     workdirs = workdirs_of(options.workdir)
     checks.require(
         bool(len(workdirs) == 1 or options.output),
         "several --workdir are evaluated as one network; give --output for it.",
     )
 
-    def read(workdir, *, step):
-        config, model, info = load_model(workdir, step=step)
-        network, model = computing_in(options.dtype, config.model, model)
-        return dataclasses.replace(config, model=network), model, info
-
-    config, model, info = load_networks(workdirs, step=options.step, load=read)
+    read = partial(_load_runs, workdirs, step=options.step, dtype=options.dtype)
+    config, model, info = read()
     config = dataclasses.replace(
         config,
         inference=dataclasses.replace(config.inference, **given),
@@ -209,7 +212,29 @@ def evaluate(options: flags.FlagValues) -> str:
         limit=options.limit,
         step=info["step"],
         mirror=options.mirror,
+        load=partial(_model_of, read),
+        **pool,
     )
+
+
+def _load_runs(workdirs, *, step, dtype):
+    """Return config, model and facts of a run, or of several as one network."""
+
+    def load(workdir, *, step):
+        config, model, info = load_model(workdir, step=step)
+        network, model = computing_in(dtype, config.model, model)
+        return dataclasses.replace(config, model=network), model, info
+
+    return load_networks(workdirs, step=step, load=load)
+
+
+def _model_of(read):
+    return read()[1], None
+
+
+def _function_of(read):
+    segmenter = read()
+    return segmenter.predict, segmenter
 
 
 def _evaluate_nnunet(options, inference, rules):
@@ -219,13 +244,15 @@ def _evaluate_nnunet(options, inference, rules):
         "--nnunet needs --data_root, for scans and truth, and --output, and no "
         "--workdir.",
     )
-    segmenter = load_nnunet(
-        options.nnunet,
+    read = partial(
+        load_nnunet,
+        absolute(options.nnunet),
         folds=options.folds,
         mirror=options["mirror"].using_default_value or options.mirror,
         dtype=options.dtype,
         **inference,
     )
+    segmenter = read()
     root = str(absolute(options.data_root))
     data = dataclasses.replace(segmenter.config.data, root=root)
     config = dataclasses.replace(segmenter.config, data=data)
@@ -241,6 +268,7 @@ def _evaluate_nnunet(options, inference, rules):
         output=absolute(options.output),
         limit=options.limit,
         segmenter=segmenter,
+        load=partial(_function_of, read),
     )
 
 
@@ -272,6 +300,7 @@ def main(arguments: list[str]) -> None:
             limit=options.limit,
             regrid=options.regrid,
             workers=options.workers,
+            dask=startup.pool_of(options, jax_in_workers=False)["dask"],
         )
         print(table)
         return

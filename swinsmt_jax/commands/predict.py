@@ -17,12 +17,14 @@ is there is skipped. A scan that fails does not stop the others; the exit status
 """
 
 import sys
+from functools import partial
 
 from absl import flags
 
 from swinsmt_jax import checks
 from swinsmt_jax.checks import DTYPES
 from swinsmt_jax.inference import segmenter as prediction
+from swinsmt_jax.inference.ensemble import workdirs_of
 from swinsmt_jax.inference.nnunet import load_nnunet
 from swinsmt_jax.inference.outputs import FORMATS, KINDS, OutputOptions
 from swinsmt_jax.inference.scans import find_scans, segment_scans
@@ -30,6 +32,7 @@ from swinsmt_jax.inference.sliding_window import ACCUMULATE
 from swinsmt_jax.inference.totalsegmentator import HOME, load_totalsegmentator
 from swinsmt_jax.inference.windows import BLENDS
 from swinsmt_jax.runtime import startup
+from swinsmt_jax.runtime.files import absolute
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -81,12 +84,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("window_batch", None, help, flag_values=values)
     help = "where logits are summed up: in memory of the host or of the device"
     flags.DEFINE_enum("accumulate_on", None, ACCUMULATE, help, flag_values=values)
+    help = "processes on a CPU that share the scans"
+    startup.define_pool(values, workers=1, help=help)
     for name in ("input", "output"):
         flags.mark_flag_as_required(name, flag_values=values)
 
 
-def _load(options, **given):
-    """Load the network that a flag names."""
+def _loader(options, **given):
+    """Return what loads the network that a flag names, here or in another process."""
     names = ("workdir", "nnunet", "totalsegmentator")
     networks = [name for name in names if options[name].value]
     checks.require(
@@ -102,14 +107,13 @@ def _load(options, **given):
         )
         given.pop("overlap", None)
         fast = options.fast or None
-        return load_totalsegmentator(options.totalsegmentator, fast=fast, **given)
+        folder = absolute(options.totalsegmentator)
+        return partial(load_totalsegmentator, folder, fast=fast, **given)
     if networks == ["workdir"]:
-        mirror = bool(options.mirror)
-        return prediction.load(
-            options.workdir, step=options.step, mirror=mirror, **given
-        )
-    mirror = options.mirror is not False
-    return load_nnunet(options.nnunet, folds=options.folds, mirror=mirror, **given)
+        given |= {"step": options.step, "mirror": bool(options.mirror)}
+        return partial(prediction.load, workdirs_of(options.workdir), **given)
+    mirror, folder = options.mirror is not False, absolute(options.nnunet)
+    return partial(load_nnunet, folder, folds=options.folds, mirror=mirror, **given)
 
 
 def main(arguments: list[str]) -> None:
@@ -124,7 +128,8 @@ def main(arguments: list[str]) -> None:
     names = ("blend", "window_batch", "accumulate_on")
     given = {"overlap": overlap, **{name: getattr(options, name) for name in names}}
     scans = find_scans(options.input, series=options.series)
-    segmenter = _load(
+    pool = startup.pool_of(options)
+    load = _loader(
         options,
         accum_dtype="float16" if options.half else "float32",
         dtype=options.dtype,
@@ -139,7 +144,9 @@ def main(arguments: list[str]) -> None:
         confidence=options.confidence,
         **{name: getattr(options, name) for name in KINDS},
     )
-    summary = segment_scans(segmenter, scans, options.output, output_options)
+    summary = segment_scans(
+        load(), scans, options.output, output_options, load=load, **pool
+    )
     failed = {name: s["error"] for name, s in summary.items() if "error" in s}
     done = sum("seconds" in s for s in summary.values())
     skipped = len(summary) - done - len(failed)

@@ -44,7 +44,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "names of the classes to keep; without it all"
     flags.DEFINE_list("classes", [], help, flag_values=values)
     help = "processes; each needs some 20 bytes a voxel"
-    flags.DEFINE_integer("workers", 1, help, 1, flag_values=values)
+    startup.define_pool(values, workers=1, help=help)
     help = "ids of cases to leave out; known: those of TotalSegmentator v2 that public"
     help = f"{help} reports name"
     flags.DEFINE_list("exclude", [], help, flag_values=values)
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
         spacing=spacing,
         description=options.description,
         classes=options.classes,
-        workers=options.workers,
+        **startup.pool_of(options, jax_in_workers=False),
         exclude=options.exclude,
         progress=True,
         verify=options.verify,

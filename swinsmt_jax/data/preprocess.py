@@ -26,7 +26,8 @@ from swinsmt_jax.data.resampling import LABEL_RULES
 from swinsmt_jax.data.spacing import Sides
 from swinsmt_jax.data.store import Options
 from swinsmt_jax.runtime import files
-from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
+from swinsmt_jax.runtime.cluster import run_each
+from swinsmt_jax.runtime.workers import WorkerDiedError
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
 
@@ -46,6 +47,7 @@ def preprocess(
     overlaps: str = "order",
     prune: bool = False,
     check: bool = False,
+    dask: str = "",
 ) -> dict[str, str]:
     """Write the cases of a dataset to a store.
 
@@ -65,6 +67,7 @@ def preprocess(
         prune: remove what was made of cases that the source no longer lists, and let
             another source take the store.
         check: say what would be done, and do nothing.
+        dask: address of a Dask scheduler, whose workers do it instead of processes.
 
     Returns:
         {case: reason} of those that failed, or {line of meta.csv: reason} where a line
@@ -105,7 +108,7 @@ def preprocess(
             write, root, options=options, classes=found.classes, source=found.root
         )
         start = time.monotonic()
-        failed = _run(job, found, todo.waiting, todo.rows, workers, progress)
+        failed = _run(job, found, todo, root, progress, workers=workers, dask=dask)
         done = [name for name in todo.waiting if name not in failed]
         facts = {name: store.read_json(root / name / store.CASE) for name in done}
         for name, own in facts.items():
@@ -306,8 +309,9 @@ def _changes(found, root, name, split, whole, kept):
     )
 
 
-def _run(job, dataset, waiting, rows, workers, progress):
+def _run(job, dataset, todo, root, progress, **pool):
     """Write the cases that are not there; return {case: reason} of failures."""
+    waiting, rows = todo.waiting, todo.rows
     failed, cases, start = {}, [], time.monotonic()
     bar = tqdm(
         total=len(rows),
@@ -330,12 +334,13 @@ def _run(job, dataset, waiting, rows, workers, progress):
                 cases.append(dataset.find(name, rows[name]))
             except Exception as error:
                 end(name, _reason(error))
-        finished = run_each(job, cases, workers=workers)
+        finished = run_each(job, cases, folder=root, **pool)
         for count, (case, future) in enumerate(finished, start=1):
             bar.set_postfix_str(rate(count, time.monotonic() - start), refresh=False)
             try:
                 end(case.name, future.result())
             except WorkerDiedError as error:
+                files.remove_partial(root, of=case.name)
                 end(case.name, str(error))
     return {name: failed[name] for name in rows if name in failed}
 
@@ -356,6 +361,7 @@ def write(
     Raises:
         UserError: if the store cannot be written, which no other case would mend.
     """
+    files.remove_partial(root, of=case.name)  # of a process that died
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is checked

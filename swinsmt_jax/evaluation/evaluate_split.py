@@ -1,11 +1,13 @@
 """Evaluate a split from end to end: predictions, table, files and picture."""
 
+import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from swinsmt_jax import checks, models
 from swinsmt_jax.config import ExperimentConfig, to_dict
@@ -24,6 +26,7 @@ from swinsmt_jax.inference.provenance import digest_of_network as digest
 from swinsmt_jax.inference.segmenter import batch_sharding, left_right_swap, predict_fn
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.runtime.operations import forward_operations
+from swinsmt_jax.runtime.workers import Once
 
 
 def evaluate_split(
@@ -42,6 +45,9 @@ def evaluate_split(
     mirror: bool = False,
     segmenter: NNUNetSegmenter | None = None,
     looks: Looks = Looks(),  # noqa: B008
+    load: Callable[[], tuple[Callable, NNUNetSegmenter | None]] | None = None,
+    workers: int = 1,
+    dask: str = "",
 ) -> str:
     """Segment the cases of a split, write all results, and return the Dice table.
 
@@ -63,6 +69,9 @@ def evaluate_split(
         mirror: average over windows and their mirror images.
         segmenter: of a model folder of nnU-Net; it says how scans are seen.
         looks: what is asked for beside scores.
+        load: returns `model` and `segmenter` in another process; it can be pickled.
+        workers: processes that share the cases by `load`; one is this process itself.
+        dask: address of a Dask scheduler, whose workers do it instead.
 
     Raises:
         SomeFailedError: after all cases, for bad files, and labels unknown to the
@@ -81,18 +90,13 @@ def evaluate_split(
     classes = pipeline.class_map(data)
     to_data = known_classes(data, classes)
     num_classes = config.model.out_channels if segmenter is None else len(names)
+    swap = None
     if segmenter is None:
         swap = left_right_swap(names, num_classes=num_classes) if mirror else None
-        predict, network = predict_fn(model, left_right_swap=swap), digest(model)
-        made, seen = f"checkpoint of step {step}", {}
+        network, made = digest(model), f"checkpoint of step {step}"
     else:
-        predict, network, mirror = model, segmenter.network, segmenter.mirror
+        network, mirror = segmenter.network, segmenter.mirror
         made = f"nnU-Net, {', '.join(segmenter.folds)}"
-        seen = {
-            "view": segmenter.view_of,
-            "decision": segmenter.decision,
-            "channels": segmenter.plan.channels,
-        }
 
     how = about_metrics(chosen, surface_rule=surface_rule, protocol=protocol)
     decides = {**to_dict(config), "mirror": mirror, "metrics": how}
@@ -106,38 +110,34 @@ def evaluate_split(
             so_far.begin()
         return cases[: limit or None]
 
-    def score(case):
-        segmented = segment_case(
-            predict,
-            case,
-            data=data,
-            inference=config.inference,
-            num_classes=num_classes,
-            sharding=batch_sharding(),
-            metrics=chosen,
-            surface_rule=surface_rule,
-            **seen,
-            to_data=to_data,
-        )
-        known = names if to_data is None else to_data.names
-        result = looks.at(segmented, known, output, data.seen.usual_ml)
-        return result, views_of(segmented)
+    known = names if to_data is None else to_data.names
+    settings = {
+        "data": data,
+        "inference": config.inference,
+        "num_classes": num_classes,
+        "metrics": chosen,
+        "surface_rule": surface_rule,
+        "to_data": to_data,
+    }
+    own = _network(lambda: (model, segmenter), swap)
+    elsewhere = functools.partial(_network, load, swap)
 
     def segment():
-        bar = tqdm(
+        return kept.outcomes(
+            _Job(Once(elsewhere, own), so_far, settings, looks, known),
             processes.shard(cases),
-            desc=f"evaluating {split}",
-            unit="case",
-            disable=not processes.is_first(),
+            title=f"evaluating {split}",
+            folder=output,
+            **{"workers": workers, "dask": dask},
         )
-        return [so_far.outcome(case, case.files, score) for case in bar]
 
     cases = processes.run_on_all(find)
     processes.require_same({"cases": [case.name for case in cases]})
     if processes.several():
         whole = processes.run_on_all(lambda: pipeline.fingerprint(cases, whole=True))
         processes.require_same({"the fingerprint of the cases": whole})
-    results, views = kept.scores_of(processes.unshard(processes.run_on_all(segment)))
+    found = processes.unshard(processes.run_on_all(segment))
+    results, views = kept.scores_of(found)
     if to_data is not None:
         names, num_classes = to_data.names, to_data.num_classes
     groups = known_groups(groups, num_classes)
@@ -151,7 +151,7 @@ def evaluate_split(
         "mirror": mirror,
         "spacing": data.spacing,
         "dtype": config.model.dtype,
-        "device": jax.devices()[0].device_kind,
+        "device": ", ".join(sorted({own["device"] for own in found})),
         "parameters": models.count_parameters(config.model),
         # Of a Soft MoE in its dense form.
         "gflop_per_window": forward_operations(config.model, data.patch_shape) / 1e9,
@@ -176,3 +176,40 @@ def evaluate_split(
     )
     processes.on_first(so_far.end)
     return table
+
+
+def _network(load, swap):
+    """Return the function of a network, and how it sees a case, for `segment_case`."""
+    model, segmenter = load()
+    if segmenter is None:
+        return predict_fn(model, left_right_swap=swap), {}
+    return model, {
+        "view": segmenter.view_of,
+        "decision": segmenter.decision,
+        "channels": segmenter.plan.channels,
+    }
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is done with a case, in this process or another."""
+
+    network: Once[tuple[Callable, dict]]
+    so_far: kept.Kept
+    settings: Mapping[str, Any]
+    looks: Looks
+    names: Sequence[str]
+
+    def __call__(self, case):
+        found = self.so_far.outcome(case, case.files, self._score)
+        return found | {"device": jax.devices()[0].device_kind}
+
+    def _score(self, case):
+        predict, seen = self.network()
+        sharding = batch_sharding()
+        segmented = segment_case(
+            predict, case, sharding=sharding, **seen, **self.settings
+        )
+        usual_ml = self.settings["data"].seen.usual_ml
+        result = self.looks.at(segmented, self.names, self.so_far.output, usual_ml)
+        return result, views_of(segmented)

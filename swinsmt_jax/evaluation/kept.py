@@ -5,11 +5,12 @@ What is kept is also what processes exchange: plain values, see `runtime.plain`.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from absl import logging
+from tqdm import tqdm
 
 from swinsmt_jax import checks
 from swinsmt_jax.data.case import Case
@@ -19,6 +20,8 @@ from swinsmt_jax.evaluation.pictures import CaseViews
 from swinsmt_jax.evaluation.scoring import CaseResult
 from swinsmt_jax.inference.pictures import View
 from swinsmt_jax.runtime import files, plain, processes
+from swinsmt_jax.runtime.cluster import run_each
+from swinsmt_jax.runtime.workers import WorkerDiedError
 
 C = TypeVar("C", Case, StoredCase)
 FOLDER = "cases"  # in the output
@@ -74,6 +77,31 @@ class Kept:
     def end(self) -> None:
         """Remove what was kept, as the results are written."""
         files.remove(self.output / FOLDER)
+
+
+def outcomes(
+    job: Callable,
+    cases: Collection,
+    *,
+    title: str,
+    workers: int,
+    dask: str,
+    folder: Path,
+) -> list[dict]:
+    """Return what a job that ends with `Kept.outcome` makes of each case, in order.
+
+    The first process shows a bar with a title; the rest as in `workers.run_each`.
+    """
+    finished = run_each(job, [*cases], workers=workers, dask=dask, folder=folder)
+    quiet, found = not processes.is_first(), {}
+    for case, future in tqdm(
+        finished, title, total=len(cases), unit="case", disable=quiet
+    ):
+        try:
+            found[case.name] = future.result()
+        except WorkerDiedError as error:
+            found[case.name] = {"name": case.name, "error": str(error)}
+    return [found[case.name] for case in cases]
 
 
 def key_of(*parts: object) -> str:

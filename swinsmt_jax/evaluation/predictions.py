@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import loky
-from tqdm import tqdm
 
 from swinsmt_jax import checks, class_map, labels
 from swinsmt_jax.data import nifti, nifti_file, pipeline
@@ -21,7 +20,6 @@ from swinsmt_jax.evaluation.pictures import views_of
 from swinsmt_jax.evaluation.results import about_metrics, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation, score
 from swinsmt_jax.evaluation.surface import SurfaceRule
-from swinsmt_jax.runtime.workers import WorkerDiedError, run_each
 
 MOST_WORKERS = 8  # unless told otherwise: each holds a whole case in memory
 
@@ -42,6 +40,7 @@ def evaluate_predictions(
     regrid: bool = False,
     workers: int = 0,
     looks: Looks = Looks(),  # noqa: B008
+    dask: str = "",
 ) -> str:
     """Compare label files with the truth, write all results, and return the Dice table.
 
@@ -58,6 +57,7 @@ def evaluate_predictions(
         workers: processes that share the cases; 0 takes one for each CPU core, up to
             `MOST_WORKERS`. Cores that are left measure surfaces.
         looks: what is asked for beside scores; files do not tell confidence.
+        dask: address of a Dask scheduler, whose workers do it instead of processes.
 
     Raises:
         SomeFailedError: after all cases, for a prediction that lies on another grid or
@@ -98,13 +98,10 @@ def evaluate_predictions(
         threads=max(1, cores // workers),
         looks=looks,
     )
-    finished, found = run_each(evaluate, cases, workers=workers), {}
-    for case, future in tqdm(finished, "evaluating", total=len(cases), unit="case"):
-        try:
-            found[case.name] = future.result()
-        except WorkerDiedError as error:
-            found[case.name] = {"name": case.name, "error": str(error)}
-    results, views = kept.scores_of([found[case.name] for case in cases])
+    found = kept.outcomes(
+        evaluate, cases, title="evaluating", workers=workers, dask=dask, folder=output
+    )
+    results, views = kept.scores_of(found)
     moved = {result.name: result.note for result in results if result.note}
     about = {"split": split, "predictions": str(folder), "data_root": str(root)}
     about |= how | {"regridded": moved}

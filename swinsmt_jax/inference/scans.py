@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -22,7 +23,9 @@ from swinsmt_jax.inference.scan_reader import Scans
 from swinsmt_jax.results import anatomy
 from swinsmt_jax.results.result import Result
 from swinsmt_jax.runtime import files
+from swinsmt_jax.runtime.cluster import run_each
 from swinsmt_jax.runtime.files import Claim
+from swinsmt_jax.runtime.workers import Once, WorkerDiedError
 
 ENDED = (
     "passed over this time, since the run before was killed while it segmented this "
@@ -99,6 +102,10 @@ def segment_scans(
     scans: Mapping[str, Path],
     output: Path,
     options: OutputOptions,
+    *,
+    load: Callable[[], Scans] | None = None,
+    workers: int = 1,
+    dask: str = "",
 ) -> dict[str, dict]:
     """Segment each scan and write its results to the folder `output`.
 
@@ -107,6 +114,16 @@ def segment_scans(
     labels that are there. Whatever fails on one scan does not stop the others. Several
     processes with one output share the scans. One that was killed passes its scan to
     the next one, which passes over it once.
+
+    Args:
+        segmenter: the network.
+        scans: {name: file}.
+        output: the folder.
+        options: what is written.
+        load: returns `segmenter` in another process; it can be pickled.
+        workers: processes that share the scans by `load`; one is this process itself.
+        dask: address of a Dask scheduler, whose workers do it instead. Of these and of
+            several `workers`, a scan whose process dies has another turn.
 
     Returns:
         {name: {"file", "labels", "made_by", "seconds", "structures"}}, with {"error"}
@@ -138,31 +155,77 @@ def segment_scans(
         record = shared.read(output)
         provenance.require_same(targets, scans, made_by, record)
     files.make_folder(output)
-    work = _Work(segmenter, output, options, names, made_by)
-    before = {name: _stamp(kinds["labels"]) for name, kinds in targets.items()}
+    checks.require(
+        load is not None or not (dask or workers > 1),
+        "other processes segment by what `load` returns; give it.",
+    )
+    make = load or (lambda: segmenter)
+    run = getattr(segmenter, "run", "")
+    work = _Work(Once(make, segmenter), run, output, options, names, made_by)
+    items = {
+        name: _Item(name, file, targets[name], _stamp(targets[name]["labels"]))
+        for name, file in scans.items()
+    }
     summary = {}
-    with contextlib.closing(shared.turns(output, scans)) as turns:
-        for number, (name, claim) in enumerate(turns, start=1):
-            title = f"{name} ({number} of {len(scans)})"
-            anew = options.overwrite and before[name] == _stamp(targets[name]["labels"])
-            summary[name] = work.on(
-                name, scans[name], targets[name], claim=claim, anew=anew, title=title
-            )
+    if dask or workers > 1:
+        summary = _elsewhere(work, items, workers=workers, dask=dask)
+    else:
+        with contextlib.closing(shared.turns(output, scans)) as turns:
+            for number, (name, claim) in enumerate(turns, start=1):
+                title = f"{name} ({number} of {len(scans)})"
+                summary[name] = work.on(items[name], claim=claim, title=title)
     return {name: summary[name] for name in scans}
+
+
+class _Item(NamedTuple):
+    """A scan, what is written of it, and what its labels were before."""
+
+    name: str
+    file: Path
+    targets: Mapping[str, Path]
+    before: tuple | None
+
+
+def _elsewhere(work, items, **pool):
+    """Have other processes do the work; return {name: entry}."""
+    output, summary = work.output, {}
+    found = run_each(work, [*items.values()], folder=output, **pool)
+    for item, future in tqdm(found, "segmenting", total=len(items), unit="scan"):
+        try:
+            summary[item.name] = future.result()
+        except WorkerDiedError as error:
+            for path in item.targets.values():
+                files.remove_partial(output, of=path.name)
+            (output / f"{shared.LOCK}-{item.name}").unlink(missing_ok=True)
+            labels = str(item.targets["labels"])
+            entry = {"file": str(item.file), "labels": labels, "error": str(error)}
+            shared.tell(output, item.name, entry)
+            summary[item.name] = entry
+    shared.settle(output, {name: summary[name] for name in items})
+    return summary
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """What is done with a scan that no other process works on."""
 
-    segmenter: Scans
+    segmenter: Once[Scans]
+    run: str
     output: Path
     options: OutputOptions
     names: Mapping[int, str]
     made_by: Mapping[str, object]
 
-    def on(self, name, file, targets, *, claim, anew, title):
+    def __call__(self, item):
+        """Do it in a worker, which may find what one that died has left."""
+        lock = self.output / f"{shared.LOCK}-{item.name}"
+        with files.claimed(lock, wait=True):
+            return self.on(item, claim=Claim.FREE)
+
+    def on(self, item, *, claim, title=""):
         """Write what is missing of a scan, or all of it again; return its entry."""
+        name, file, targets, stamp = item
+        anew = self.options.overwrite and stamp == _stamp(targets["labels"])
         for path in targets.values():
             files.remove_partial(self.output, of=path.name)
         before, labels = shared.read(self.output).get(name, {}), targets["labels"]
@@ -172,7 +235,7 @@ class _Work:
         kept, made_by = "labels" not in missing, before.get(provenance.KEY, {})
         found = {"file": str(file), "labels": str(labels), provenance.KEY: made_by}
         if not kept:
-            found["run"] = getattr(self.segmenter, "run", "")
+            found["run"] = self.run
 
         def clear():  # nobody may take new labels for the old ones, or mix the two
             nonlocal made_by
@@ -194,7 +257,7 @@ class _Work:
             if missing:
                 source = labels if kept else clear
                 about = missing, self.names, self.options, title
-                found |= _segment(self.segmenter, file, source, *about)
+                found |= _segment(self.segmenter(), file, source, *about)
         except Exception as error:  # also memory, a bug: other scans may do without it
             found["error"] = _reason(name, error)
             if there:
@@ -279,7 +342,8 @@ def _decided(segmenter, volume, options, progress):
 
 @contextlib.contextmanager
 def _bar(title) -> Iterator:
-    with tqdm(desc=title, unit="window", dynamic_ncols=True) as bar:
+    quiet = not title
+    with tqdm(desc=title, unit="window", dynamic_ncols=True, disable=quiet) as bar:
 
         def progress(done, number):
             bar.total = number

@@ -1,7 +1,7 @@
 """An output folder whose scans several processes share, and its summary.json."""
 
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 
 from absl import logging
@@ -34,6 +34,22 @@ def tell(output: Path, name: str, entry: dict) -> None:
     with files.writable(file), files.claimed(output / LOCK, wait=True):
         files.remove_partial(output, of=SUMMARY)
         files.write_json(file, {**read(output), name: entry})
+
+
+def settle(output: Path, entries: Mapping[str, dict]) -> None:
+    """Put the entries of scans in their order, behind those of others.
+
+    One that is there stays; it is missing where the file system has no locks.
+
+    Raises:
+        UserError: if the summary cannot be written.
+    """
+    file = output / SUMMARY
+    with files.writable(file), files.claimed(output / LOCK, wait=True):
+        found = read(output)
+        rest = {name: entry for name, entry in found.items() if name not in entries}
+        own = {name: found.get(name, entry) for name, entry in entries.items()}
+        files.write_json(file, rest | own)
 
 
 def turns(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 import traceback
 import typing
@@ -43,6 +44,37 @@ def start(arguments: Sequence[str] = ()) -> None:
     logging.get_absl_handler().addFilter(_is_for_users)
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE.expanduser())  # of workers
+
+
+def define_pool(values: flags.FlagValues, *, workers: int, help: str) -> None:
+    """Define --workers, with its default and help, and --dask."""
+    flags.DEFINE_integer("workers", workers, help, lower_bound=0, flag_values=values)
+    help = "address of a Dask scheduler, whose workers do the work: tcp://host:8786"
+    flags.DEFINE_string("dask", "", help, flag_values=values)
+
+
+def pool_of(options: flags.FlagValues, *, jax_in_workers: bool = True) -> dict:
+    """Return the arguments of `cluster.run_each` that --workers and --dask stand for.
+
+    Raises:
+        UserError: for both of them, and processes that would take one GPU's memory.
+    """
+    require(
+        not options.dask or options["workers"].using_default_value,
+        f"--workers={options.workers} are processes of this machine, but --dask="
+        f"{options.dask} has workers of its own; leave one of them out.",
+    )
+    if options.dask and jax_in_workers:
+        jax.config.update("jax_platforms", "cpu")  # the GPU is for the workers
+    several = options.workers > 1 and jax_in_workers
+    require(
+        not several or jax.default_backend() == "cpu",
+        f"--workers={options.workers}, but each process takes the memory of all GPUs, "
+        "and one process drives them all; leave it out, or start Dask workers of one "
+        "GPU each for --dask (docs/cluster.md).",
+    )
+    return {"workers": max(1, options.workers), "dask": options.dask}
 
 
 def define_config(values: flags.FlagValues = flags.FLAGS) -> None:

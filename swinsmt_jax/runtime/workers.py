@@ -1,21 +1,58 @@
 """Work that is shared by processes, behind `concurrent.futures.Executor`."""
 
 import concurrent.futures
+import functools
 import os
+import pickle
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
+from typing import Any, Generic, TypeVar
 
 import loky
 
 from swinsmt_jax import checks
 
+T = TypeVar("T")
+
 
 class WorkerDiedError(checks.UserError):
     """A process died while it worked on a case."""
+
+
+class Once(Generic[T]):
+    """What a function makes, once in each process that asks for it.
+
+    Pickled is the function: what it makes, such as a network, does not travel. A
+    process keeps the last one.
+
+    Args:
+        make: the function; it can be pickled.
+        made: what it has made in this process.
+    """
+
+    def __init__(self, make: Callable[[], T], made: T):
+        self._recipe: Any = make
+        self._made: T | None = made
+
+    def __getstate__(self) -> bytes:
+        known = isinstance(self._recipe, bytes)  # it came from another process
+        return self._recipe if known else pickle.dumps(self._recipe)
+
+    def __setstate__(self, recipe: bytes) -> None:
+        self._recipe, self._made = recipe, None
+
+    def __call__(self) -> T:
+        """Return it."""
+        return _made(self._recipe) if self._made is None else self._made
+
+
+@functools.lru_cache(maxsize=1)
+def _made(recipe: bytes) -> Any:
+    return pickle.loads(recipe)()
 
 
 class _Processes(loky.ProcessPoolExecutor):
@@ -36,7 +73,7 @@ def run_each(
     *,
     workers: int,
     executor: Callable[[int], Executor] = processes,
-) -> Iterator[tuple[object, Future]]:
+) -> Iterator[tuple[Any, Future]]:
     """Yield each case with the finished future of `job(case)`, as they end.
 
     One worker is this process itself. Of several, where a process dies, the cases that

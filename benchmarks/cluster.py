@@ -44,7 +44,11 @@ from swinsmt_jax.runtime import workers as local
 
 TASKS = ("preprocess", "predict", "evaluate")
 TIMES = ("seconds", "seconds_per_scan", "run", "device")
-TIME_IN_TEXT = r"[\d.]+ (s a scan|cases/s|cases/minute)|<td>[\d.]+ s</td>|[\d.]+ s\b"
+TIME_IN_TEXT = (  # of both reports: a line, the end of a case's row, and a row
+    r"[\d.]+ (s a scan|cases/s|cases/minute|s\b)"
+    r"|(?<=<td>)[\d.]+$(?=\n<tr><td>|\n\n?</table>)"
+    r"|<tr><td>(seconds_per_scan|device)<td>.*"
+)
 
 
 class Cluster:
@@ -138,7 +142,7 @@ def content(root: Path) -> dict[str, object]:
             lines = path.read_text().splitlines()
             found[name] = [line.rpartition(",")[0] for line in lines]
         elif path.suffix == ".html":
-            found[name] = re.sub(TIME_IN_TEXT, "", path.read_text())
+            found[name] = re.sub(TIME_IN_TEXT, "", path.read_text(), flags=re.M)
         else:
             found[name] = path.read_bytes()
     return found
@@ -207,7 +211,7 @@ def main(options):
         rows = [
             measure(task, place, workdir, output, cases, workers, turns)
             for task, place in zip(TASKS, (fine, data, data), strict=True)
-            if task == "preprocess" or not options.quick
+            if task in (TASKS[:1] if options.quick else options.tasks)
         ]
     found = {}
     for row in rows:
@@ -263,5 +267,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("workers", 4, "processes of each kind", lower_bound=2)
     flags.DEFINE_integer("repeats", 2, "turns of which the shortest counts")
     flags.DEFINE_float("spacing", 12.0, "side of the phantoms' voxels in mm")
-    flags.DEFINE_float("fine", 4.0, "the same for preprocessing")
+    flags.DEFINE_list("tasks", list(TASKS), "which of the three")
+    flags.DEFINE_float("fine", 5.0, "the same for preprocessing")
     run(main, quick="preprocess four phantoms on two workers, of which one is killed")

@@ -78,11 +78,10 @@ def test_the_job_of_training_tells_each_pod_who_it_is():
         assert "--config=swin_smt_paper" in given  # its keys are flags of argv alone
         own = [text for text in given if not text.startswith("--config.")]
         values = parsed(train, own)
-        known = distributed.arguments_of(values)
-        assert known["process_id"] == index
-        assert known["num_processes"] == spec["completions"] == spec["parallelism"]
-        host = f"{job['metadata']['name']}-0.{name}"
-        assert known["coordinator_address"].startswith(f"{host}:")
+        place = distributed.place_of(values)
+        assert place.index == index
+        assert place.count == spec["completions"] == spec["parallelism"]
+        assert place.addresses == (f"{job['metadata']['name']}-0.{name}:12345",)
     statuses = [
         s
         for rule in spec["podFailurePolicy"]["rules"]

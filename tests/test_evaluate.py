@@ -19,6 +19,7 @@ from swinsmt_jax.commands import evaluate
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation import predictions
 from swinsmt_jax.evaluation.evaluate_split import evaluate_split
+from swinsmt_jax.evaluation.looks import Looks
 from swinsmt_jax.evaluation.predictions import evaluate_predictions
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.inference.outputs import OutputOptions
@@ -190,6 +191,7 @@ def test_the_protocol_of_totalsegmentator(dataset):
         "metrics": None,
         "surface_rule": SurfaceRule(3.0, (1.5, 1.5, 1.5), slack=0.0),
         "protocol": "totalseg",
+        "looks": Looks(),
     }
     with pytest.raises(UserError, match="--average=over_pairs was given too"):
         evaluate.scoring(parse("--protocol=totalseg", "--average=over_pairs"))

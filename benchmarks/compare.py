@@ -12,6 +12,10 @@ by group on the test phantoms, in per cent, with 95 % bootstrap intervals over c
 (and seeds, where there are several), and the difference of each network to the first,
 resampled in pairs.
 
+A name may end with how attention rounds: swin_smt+bfloat16 computes in bfloat16 with
+float32 logits in its routing, swin_smt+fused as cuDNN's fused attention does, by its
+plain form.
+
 --quick trains two tiny networks for two steps, to see that it works; flags that are
 given beside it hold.
 
@@ -19,6 +23,7 @@ A study of small networks, short runs and one learning rate on synthetic bodies:
 tendency, not of any published result.
 """
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
@@ -37,6 +42,7 @@ from swinsmt_jax.evaluation import validation
 from swinsmt_jax.evaluation.averages import group_averages, known_groups
 from swinsmt_jax.evaluation.metrics import DICE
 from swinsmt_jax.inference.segmenter import predict_fn
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.phantoms.dataset import write_dataset
 from swinsmt_jax.runtime import operations, startup
 from swinsmt_jax.training import loop
@@ -44,6 +50,7 @@ from swinsmt_jax.training.checkpoint import load_model
 
 REPLICATES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
+ROUTING = {"bfloat16": "streaming", "fused": "cudnn"}
 QUICK = {
     "models": ["nnunet_plain", "unetr"],
     "budget": 2.0,
@@ -62,6 +69,12 @@ def step_gflop(config: ExperimentConfig) -> float:
         model = dataclasses.replace(model, routing="dense")
     one = operations.forward_operations(model, config.data.patch_shape)
     return config.data.batch_size * one / 1e9
+
+
+def attention_of(name: str) -> contextlib.AbstractContextManager:
+    """Return how a network's attention is computed, by the end of its name."""
+    fused = name.endswith("+fused")
+    return by_platform.fused_attention("xla") if fused else contextlib.nullcontext()
 
 
 def steps_of(budget: float, unit: str, config: ExperimentConfig) -> int:
@@ -130,9 +143,13 @@ def difference(scores: np.ndarray, first: np.ndarray) -> dict[str, float]:
 
 def experiment_of(name: str, options) -> ExperimentConfig:
     """Return a network's experiment, as long as the budget allows."""
+    network, _, rounding = name.partition("+")
     values = small_networks.experiment(
-        name, size=options.size, patch_shape=tuple(map(int, options.patch))
+        network, size=options.size, patch_shape=tuple(map(int, options.patch))
     )
+    if rounding:
+        checks.one_of("what follows + in --models", rounding, ROUTING)
+        values.model.update({"dtype": "bfloat16", "routing": ROUTING[rounding]})
     values.data.root = options.root
     values.optimizer.learning_rate = options.learning_rate
     config = from_config_dict(values)
@@ -183,7 +200,8 @@ def compare(options) -> list[dict]:
     )
     rows = []
     for name, config in experiments.items():
-        row = study(name, config, seeds=seeds)
+        with attention_of(name):
+            row = study(name, config, seeds=seeds)
         if rows:
             pair = row["scores"], rows[0]["scores"]
             row["difference"] = difference(*pair)

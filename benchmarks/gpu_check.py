@@ -1,35 +1,41 @@
 """Is this machine's GPU right, how fast is it, and what fits? One command.
 
-    python -m benchmarks.gpu_check [--json=FILE] [--output=runs/gpu_check] [--redo]
+    python -m benchmarks.gpu_check [--minutes=7] [--json=FILE]
+        [--output=runs/gpu_check] [--redo]
 
-Six parts, each a process with a limit of its own, together under eight minutes:
+Parts in the order of what matters most, each a process of its own, so that one program
+is compiled at a time. A part takes what is left of --minutes; one that is not done by
+then, and those after it, are for the next call, which finds their programs compiled.
 
-network: the network, its modules, loss and sliding window against the golden tensors of
+steps: training steps of the paper's Swin SMT in bfloat16, a random crop on each device,
+    at 128^3 and 96^3, on one device and on all: time, memory, how attention is
+    computed. A step that needs too much memory is a row of the table.
+model: against the PyTorch network, if it is installed, eager and compiled: patches/s,
+    TFLOP/s, utilisation, memory (benchmarks/model.py --quick).
+profile: the time of a step by stage: kernels of a profile, by the names that the
+    compiled program has for them.
+parity: the network, its modules, loss and sliding window against the golden tensors of
     PyTorch (benchmarks/parity.py; skipped without --goldens) on this machine's device,
     in float32 with the highest precision of matrix products and in bfloat16. An
     accelerator adds up in another order than a CPU, so it may deviate ten times as
-    much. Before that training steps of the paper's Swin SMT in bfloat16, a random crop
-    on each device, at 96^3 and 128^3, on one device and on all: time and memory. A step
-    that needs too much memory is a row of the table, not the end of it.
-model: against the PyTorch network, if it is installed, eager and compiled: patches/s,
-    TFLOP/s, utilisation, memory (benchmarks/model.py --quick).
+    much.
+commands: phantoms, train.py, evaluate.py and predict.py from end to end, in seconds.
 inference: a whole body with the paper's network (benchmarks/inference.py --quick).
 soft_moe, input_pipeline: the benchmarks of these names, --quick.
 largest_batch: the most patches of a step, ours and PyTorch's (skipped on a CPU).
 
 A part that is done on this device, with this code, these packages and goldens, as
---quick or not, is not done again: a run that was stopped goes on, and
---parts=network,model takes some of them. On a CPU, and with --quick, the network and
-crops of the first part are small, and with --quick those of the second, and no whole
-networks are compared with goldens; the JSON says "small" and shows no GPU as its
-setting. The limits are for a GPU; --limit sets another. Ends with status 1 if a figure
-is beyond its tolerance, a step fails but for memory, or a part fails or runs over its
-limit.
+--quick or not, is not done again, and --parts=steps,model takes some of them. On a CPU,
+and with --quick, the networks, crops and runs are small, and no whole networks are
+compared with goldens; the JSON says "small" and shows no GPU as its setting. Ends with
+status 1 if a figure is beyond its tolerance, a step fails but for memory, or a part
+fails; a part that is left for the next call is no failure.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -50,6 +56,7 @@ from benchmarks import (
     parity,
     programs,
     report,
+    roofline,
     run,
     versions,
     write,
@@ -57,19 +64,14 @@ from benchmarks import (
 from swinsmt_jax import sharding
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.configs import swin_smt_paper
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.runtime import startup
 
-SIDES, SMALL_SIDES = (96, 128), (32, 64)
+SIDES, SMALL_SIDES = (128, 96), (64, 32)
 STEPS = 5
 ON_ACCELERATOR = 10  # times the tolerance of a CPU
-LIMITS = {  # of each part on a GPU, seconds; in the order of what matters most
-    "network": 125,
-    "model": 130,
-    "inference": 65,
-    "soft_moe": 40,
-    "input_pipeline": 30,
-    "largest_batch": 85,
-}
+LEAST = 20  # seconds; with less left, no part is begun
+IN_PROCESS = ("steps", "profile", "parity", "commands")
 COMMANDS = {  # of the parts that are benchmarks; the host's sums are no GPU's figure
     "model": ("model", "--quick"),
     "inference": ("inference", "--quick", "--scans="),
@@ -77,6 +79,9 @@ COMMANDS = {  # of the parts that are benchmarks; the host's sums are no GPU's f
     "input_pipeline": ("input_pipeline", "--quick"),
     "largest_batch": ("model", "--largest_batch"),
 }
+PARTS = ("steps", "model", "profile", "parity", "commands", "inference", "soft_moe")
+PARTS += ("input_pipeline", "largest_batch")
+LEFT = "left for the next call"
 SOURCES = ("swinsmt_jax", "benchmarks")
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
@@ -109,7 +114,9 @@ def step_row(*, side: int, devices: int, small: bool) -> dict:
     """Compile and time the training step; `status` says how it ended."""
     row = {"devices": devices, "side": side, "status": "ok"}
     try:
-        row |= _timed_step(experiment(side=side, devices=devices, small=small))
+        with by_platform.noting() as attention:
+            row |= _timed_step(experiment(side=side, devices=devices, small=small))
+        row["attention"] = attention
     except Exception as error:  # of XLA: what it raises differs by platform
         message = str(error)
         memory = any(words in message for words in OUT_OF_MEMORY)
@@ -117,15 +124,20 @@ def step_row(*, side: int, devices: int, small: bool) -> dict:
     return row
 
 
-def _timed_step(config) -> dict:
+def _compiled_step(config):
+    """Return (compiled step, state, batch, seconds of compilation) of an experiment."""
     mesh = sharding.make_mesh(config.mesh)
     step, like, initialize = programs.training_step(config, mesh)
     shape = (config.data.batch_size, *config.data.patch_shape)
     batch = programs.random_batch(shape, mesh, classes=config.model.out_channels)
     start = time.perf_counter()
     compiled = step.lower(like, batch).compile()
-    compile_seconds = time.perf_counter() - start
-    state, seconds = initialize(), []
+    return compiled, initialize(), batch, time.perf_counter() - start
+
+
+def _timed_step(config) -> dict:
+    compiled, state, batch, compile_seconds = _compiled_step(config)
+    seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
         state, metrics = compiled(state, batch)
@@ -134,7 +146,7 @@ def _timed_step(config) -> dict:
     if not np.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
     median = statistics.median(seconds[1:])
-    peak = (mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use")
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "compile_s": compile_seconds,
         "step_s": median,
@@ -143,6 +155,51 @@ def _timed_step(config) -> dict:
         "peak_gb_so_far": peak and peak / 1e9,
         "loss": loss,
     }
+
+
+def profile_rows(*, small: bool) -> list[dict]:
+    """Return the seconds of each stage in a training step, the longest first."""
+    side = (SMALL_SIDES if small else SIDES)[0]
+    config = experiment(side=side, devices=1, small=small)
+    compiled, state, batch, _ = _compiled_step(config)
+
+    def step():
+        nonlocal state  # which is donated
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    stages, seconds = roofline.profile(step, compiled.as_text())
+    rows = [{"stage": name, "seconds": own} for name, own in stages.items()]
+    rows.sort(key=lambda row: -row["seconds"])
+    return [{"stage": "the step, by the clock", "seconds": seconds}, *rows]
+
+
+def command_rows(folder: Path, *, small: bool) -> list[dict]:
+    """Run the product's own commands; return how long each took and how it ended."""
+    rows = []
+    for line in _command_lines(folder, small=small):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *line], cwd=ROOT)
+        seconds = time.perf_counter() - start
+        name = next(word for word in line if word != "-m")
+        rows.append({"command": name, "seconds": seconds, "status": done.returncode})
+    return rows
+
+
+def _command_lines(folder, *, small):
+    """Yield each command when those before it have ended."""
+    data, run, scans = (folder / name for name in ("phantoms", "run", "predictions"))
+    for path in (data, run, scans):
+        shutil.rmtree(path, ignore_errors=True)
+    phantoms = "-m swinsmt_jax.phantoms --spacing=12 --cases=8 --val=1 --test=2"
+    yield [*phantoms.split(), f"--root={data}"]
+    few = ["--config.training.num_steps=2", "--config.optimizer.warmup_steps=1"]
+    few += ["--config.model.feature_size=12"]
+    train = ["train.py", "--config=configs/demo.py", f"--workdir={run}"]
+    yield [*train, f"--config.data.root={data}", *(few if small else [])]
+    yield ["evaluate.py", f"--workdir={run}", "--split=test"]
+    scan = min(data.glob("*/ct.nii.gz"))
+    yield ["predict.py", f"--workdir={run}", f"--input={scan}", f"--output={scans}"]
 
 
 def step_rows(*, small: bool):
@@ -167,80 +224,84 @@ def step_line(row: dict) -> str:
     )
 
 
-def headline(parity_found: list[dict], steps: list[dict]) -> dict:
-    """Return the figures by flat names; None of parity where nothing was compared."""
-    beyond = sum(not row["ok"] for row in parity_found)
-    figures = {
-        "parity_figures": len(parity_found) or None,
-        "parity_beyond": beyond if parity_found else None,
-    }
-    for row in steps:
-        name = f"step_{row['side']}_{row['devices']}"
+def headline(found: dict) -> dict:
+    """Return the figures of a part by flat names."""
+    figures = {}
+    if found["parity"]:
+        figures["figures"] = len(found["parity"])
+        figures["beyond"] = sum(not row["ok"] for row in found["parity"])
+    for row in found["steps"]:
+        name = f"{row['side']}_{row['devices']}"
         figures[f"{name}_s"] = row.get("step_s")
         figures[f"{name}_gb"] = row.get("compiled_gb")
+    for row in found["profile"]:
+        figures[f"{row['stage']}_s"] = row["seconds"]
+    for row in found["commands"]:
+        figures[f"{row['command']}_s"] = row["seconds"]
     return figures
 
 
-def is_fine(parity_found: list[dict], steps: list[dict]) -> bool:
-    """Tell whether every figure is within tolerance and no step failed."""
-    status = {row["status"] for row in steps}
-    return all(r["ok"] for r in parity_found) and status <= {"ok", "out of memory"}
+def is_fine(found: dict) -> bool:
+    """Tell whether every figure is within tolerance and nothing failed."""
+    steps = {row["status"] for row in found["steps"]}
+    return (
+        all(row["ok"] for row in found["parity"])
+        and steps <= {"ok", "out of memory"}
+        and not any(row["status"] for row in found["commands"])
+    )
 
 
-def check_network(options) -> int:
-    """Do the first part in this process; return the exit status."""
+def check(part: str, options) -> int:
+    """Do a part of `IN_PROCESS` in this process; return the exit status."""
+    commands = []
+    if part == "commands":  # before this process takes the device's memory
+        small = options.quick or not _gpus()
+        commands = command_rows(Path(options.output).resolve(), small=small)
     startup.start()
-    found = report({}, parity=[], steps=[])
-    print("  ".join(f"{k} {v}" for k, v in found["machine"].items()), flush=True)
+    found = report({}, steps=[], profile=[], parity=[], commands=commands)
     small = options.quick or found["machine"]["platform"] == "cpu"
     found["small"] = small
 
     def save():
-        found["headline"] = headline(found["parity"], found["steps"])
+        found["headline"] = headline(found)
         write(options.json, found)
 
-    print("the paper's step, bfloat16" if not small else "a small network's step")
-    for row in step_rows(small=small):
-        found["steps"].append(row)
-        print(step_line(row), flush=True)
-        save()
-    goldens = Path(options.goldens)
-    if goldens.is_dir():
-        found["parity"] = parity_rows(goldens, quick=options.quick)
+    if part == "steps":
+        for row in step_rows(small=small):
+            found["steps"].append(row)
+            print(step_line(row), flush=True)
+            save()
+    if part == "profile":
+        found["profile"] = profile_rows(small=small)
+        for row in found["profile"]:
+            print(f"{row['stage']:24} {row['seconds']:9.4f} s")
+    if part == "parity":
+        found["parity"] = parity_rows(Path(options.goldens), quick=options.quick)
         names = parity.Figure._fields
         parity.print_table(
             [parity.Figure(**{n: row[n] for n in names}) for row in found["parity"]]
         )
-    else:
-        print(f"no parity figures: there is no folder {goldens}; see --goldens")
     save()
-    return 0 if is_fine(found["parity"], found["steps"]) else 1
+    return 0 if is_fine(found) else 1
 
 
 def command_of(part: str, options) -> list[str]:
     """Return the command line of a part, without --json."""
-    if part != "network":
+    if part not in IN_PROCESS:
         name, *arguments = COMMANDS[part]
         if part == "model" and options.quick:
             arguments = ["--smallest"]
         return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    goldens = f"--goldens={Path(options.goldens).resolve()}"
-    quick = ["--quick"] if options.quick else []
-    return [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_check",
-        "--in_process",
-        goldens,
-        *quick,
-    ]
+    paths = {"goldens": options.goldens, "output": options.output}
+    command = [sys.executable, "-m", "benchmarks.gpu_check", f"--in_process={part}"]
+    command += [f"--{name}={Path(path).resolve()}" for name, path in paths.items()]
+    return command + (["--quick"] if options.quick else [])
 
 
 def setting(*, quick: bool, goldens: str | Path) -> dict:
     """Describe what reports must share to be of one run, leaving devices alone."""
-    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     return {
-        "gpus_and_driver": (_output(*query) or "").splitlines(),
+        "gpus_and_driver": _gpus(),
         "platforms": os.environ.get("JAX_PLATFORMS", ""),
         "quick": quick,
         "versions": versions(),
@@ -248,6 +309,11 @@ def setting(*, quick: bool, goldens: str | Path) -> dict:
         "sources": digest(ROOT),
         "goldens": Path(goldens).is_dir(),
     }
+
+
+def _gpus():
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    return (_output(*query) or "").splitlines()
 
 
 def digest(root: Path) -> str:
@@ -271,7 +337,7 @@ def _output(*command):
 def run_part(command: list[str], file: Path, *, limit: float, about: dict) -> dict:
     """Run a part unless its file is there; return its report with how it ended.
 
-    What a part has written before it fails or runs over its limit is kept, under a
+    What a part has written before it fails or its time is over is kept, under a
     name that does not count as done; so is a file whose setting is not `about`.
     """
     known = _read(file)
@@ -296,7 +362,7 @@ def _ended(command, *, limit):
         ended = process.wait(timeout=limit)
         return "ok" if ended == 0 else f"failed with status {ended}"
     except subprocess.TimeoutExpired:
-        return f"stopped after its limit of {limit:g} s"
+        return f"stopped after {limit:.0f} s, {LEFT}"
     finally:
         if process.poll() is None:  # also at Ctrl-C
             os.killpg(process.pid, signal.SIGKILL)
@@ -311,24 +377,38 @@ def _read(file):
         return {}
 
 
+def _skipped(part, about):
+    """Return why a part is not for this machine, or None."""
+    if part == "largest_batch" and not about["gpus_and_driver"]:
+        return "there is no NVIDIA GPU"
+    if part == "parity" and not about["goldens"]:
+        return "there are no goldens; see --goldens"
+    return None
+
+
 def main(options):
     if options.in_process:
-        return check_network(options)
-    folder = Path(options.output).resolve()
+        return check(options.in_process, options)
+    start, folder = time.monotonic(), Path(options.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     parts = {}
     about = setting(quick=options.quick, goldens=options.goldens)
     for part in options.parts:
-        if part == "largest_batch" and not about["gpus_and_driver"]:
-            print(f"== {part}: skipped, there is no NVIDIA GPU", flush=True)
+        reason = _skipped(part, about)
+        if reason:
+            print(f"== {part}: skipped, {reason}", flush=True)
             continue
-        limit = options.limit or LIMITS[part]
-        print(f"== {part}, at most {limit:g} s", flush=True)
         file = folder / f"{part}.json"
         if options.redo:
             file.unlink(missing_ok=True)
+        left = options.minutes * 60 - (time.monotonic() - start)
+        if left < LEAST and _read(file).get("setting") != about:
+            print(f"== {part}: {LEFT}", flush=True)
+            parts[part] = {"status": LEFT}
+            continue
+        print(f"== {part}, {left:.0f} s left", flush=True)
         command = command_of(part, options)
-        parts[part] = run_part(command, file, limit=limit, about=about)
+        parts[part] = run_part(command, file, limit=max(left, LEAST), about=about)
         print(f"== {part}: {parts[part]['status']}", flush=True)
     figures = {}
     for name, part in parts.items():
@@ -345,20 +425,20 @@ def main(options):
         "parts": parts,
     }
     write(options.json, summary)
-    fine = {"ok", "done before"}
-    return 0 if all(part["status"] in fine for part in parts.values()) else 1
+    failed = [name for name, part in parts.items() if "failed" in part["status"]]
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("in_process", False, "the first part alone, in this process")
+    flags.DEFINE_enum("in_process", None, IN_PROCESS, "this part, in this process")
     flags.DEFINE_bool("redo", False, "do parts again that are done")
-    flags.DEFINE_list("parts", list(LIMITS), "parts to do")
+    flags.DEFINE_list("parts", list(PARTS), "parts to do")
     flags.register_validator(
         "parts",
-        lambda parts: set(parts) <= LIMITS.keys(),
-        message=f"must be some of {','.join(LIMITS)}",
+        lambda parts: set(parts) <= set(PARTS),
+        message=f"must be some of {','.join(PARTS)}",
     )
-    flags.DEFINE_float("limit", None, "seconds for each part", lower_bound=1)
+    flags.DEFINE_float("minutes", 7.0, "that the parts may take together")
     flags.DEFINE_string("output", "runs/gpu_check", "folder of the parts' reports")
     flags.DEFINE_string("goldens", "../shared/parity", "folder of golden tensors")
-    run(main, quick="a small network and crops, few goldens")
+    run(main, quick="small networks, crops and runs, few goldens")

@@ -1,10 +1,12 @@
 """Operations, bytes and time of the gradient by stage; see `benchmarks.model`."""
 
 import collections
+import functools
 import gzip
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -45,27 +47,50 @@ def rates() -> tuple[float, float]:
     return 2 * 2048**3 / product_s, 3 * large.nbytes / sum_s
 
 
-def profile(compiled, *arguments) -> tuple[dict[str, float], float]:
-    """Return {stage: seconds} of one run of a compiled program, and all its seconds."""
-    jax.block_until_ready(compiled(*arguments))
+def profile(run: Callable, text: str) -> tuple[dict[str, float], float]:
+    """Return {stage: seconds} of one run of a compiled program, and all its seconds.
+
+    Args:
+        run: calls the program.
+        text: of the compiled program.
+    """
+    jax.block_until_ready(run())
     scopes = {}
-    for line in compiled.as_text().splitlines():
+    for line in text.splitlines():
         name = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
         scope = re.search(r'op_name="([^"]*)"', line)
         if name:
             scopes[name[1]] = scope[1] if scope else ""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            (seconds,) = programs.seconds_of(compiled, *arguments, repeats=1, warm=0)
+            (seconds,) = programs.seconds_of(run, repeats=1, warm=0)
         (file,) = Path(folder).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     found = collections.Counter()
-    for event in events:
-        name = event.get("name")
+    for name, duration in _operations(events):
         # A loop's time is that of what it runs.
-        if event.get("ph") == "X" and name in scopes and "while" not in name:
-            found[stage_of(scopes[name])] += event["dur"] / 1e6
+        if name in scopes and "while" not in name:
+            found[stage_of(scopes[name])] += duration
     return dict(found), seconds
+
+
+def _operations(events):
+    """Yield (operation of the program, seconds) of a trace.
+
+    A CPU's events have the operations' names. A GPU's are kernels that tell theirs, and
+    are taken from its streams alone, since other rows repeat them.
+    """
+    rows = {
+        (event["pid"], event["tid"]): event["args"]["name"]
+        for event in events
+        if event.get("name") == "thread_name"
+    }
+    streams = {row for row, name in rows.items() if "Stream" in name}
+    for event in events:
+        of_stream = not streams or (event.get("pid"), event.get("tid")) in streams
+        if event.get("ph") == "X" and of_stream:
+            name = event.get("args", {}).get("hlo_op", event.get("name"))
+            yield name, event["dur"] / 1e6
 
 
 def measure(options) -> None:
@@ -82,7 +107,9 @@ def measure(options) -> None:
     measured, seconds = {}, None
     if not options.quick:
         arguments = programs.random_arguments(shapes)
-        measured, seconds = profile(program.lower(*shapes).compile(), *arguments)
+        compiled = program.lower(*shapes).compile()
+        run = functools.partial(compiled, *arguments)
+        measured, seconds = profile(run, compiled.as_text())
     rows = []
     for name, found in counts(program.__wrapped__, *shapes).items():
         floor = max(found["operations"] / per_second, found["bytes"] / bytes_per_second)

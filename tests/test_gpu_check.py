@@ -9,6 +9,7 @@ import pytest
 from benchmarks import gpu_check
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTHING = {"steps": [], "profile": [], "parity": [], "commands": []}
 
 
 def test_a_step_without_memory_is_a_row_and_others_go_on(monkeypatch):
@@ -22,8 +23,9 @@ def test_a_step_without_memory_is_a_row_and_others_go_on(monkeypatch):
     assert [r["devices"] for r in rows] == [1, 8, 1, 8]  # the tests' eight devices
     assert [r["status"] for r in rows] == ["out of memory"] * 2 + ["ok"] * 2
     assert "out of memory" in gpu_check.step_line(rows[0])
-    assert gpu_check.is_fine([{"ok": True}], rows)
-    assert gpu_check.headline([{"ok": True}], rows)["step_64_8_s"] == 1.0
+    found = NOTHING | {"parity": [{"ok": True}], "steps": rows}
+    assert gpu_check.is_fine(found)
+    assert gpu_check.headline(found)["32_8_s"] == 1.0
 
 
 def test_other_failures_and_deviations_are_not_fine(monkeypatch):
@@ -32,8 +34,10 @@ def test_other_failures_and_deviations_are_not_fine(monkeypatch):
 
     monkeypatch.setattr(gpu_check, "_timed_step", timed)
     row = gpu_check.step_row(side=32, devices=1, small=True)
-    assert row["status"] == "failed: wrong" and not gpu_check.is_fine([], [row])
-    assert not gpu_check.is_fine([{"ok": False}], [])
+    assert row["status"] == "failed: wrong"
+    assert not gpu_check.is_fine(NOTHING | {"steps": [row]})
+    assert not gpu_check.is_fine(NOTHING | {"parity": [{"ok": False}]})
+    assert not gpu_check.is_fine(NOTHING | {"commands": [{"status": 2}]})
 
 
 def test_the_setting_tells_code_goldens_and_versions(tmp_path):
@@ -80,7 +84,8 @@ def test_a_part_that_runs_over_is_ended_with_what_it_started(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"), [("; raise SystemExit(3)", "status 3"), ("; input()", "limit")]
+    ("more", "said"),
+    [("; raise SystemExit(3)", "status 3"), ("; input()", gpu_check.LEFT)],
 )
 def test_a_part_that_fails_or_runs_over_keeps_what_it_found(tmp_path, more, said):
     file = tmp_path / "part.json"
@@ -94,13 +99,28 @@ def test_a_part_that_fails_or_runs_over_keeps_what_it_found(tmp_path, more, said
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
-def test_the_command_runs_to_its_end(shared, tmp_path):
+def test_two_calls_do_all_that_one_has_no_time_for(shared, tmp_path):
     report = tmp_path / "report.json"
-    command = ["benchmarks/gpu_check.py", "--quick", "--parts=network"]
+    command = ["benchmarks/gpu_check.py", "--quick", "--parts=steps,profile,parity"]
     command += [f"--goldens={shared / 'parity'}", f"--json={report}"]
-    command += [f"--output={tmp_path}", "--limit=1800"]
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    command += [f"--output={tmp_path}"]
+    subprocess.run([sys.executable, *command, "--minutes=0"], check=True, cwd=ROOT)
+    statuses = {
+        part["status"] for part in json.loads(report.read_text())["parts"].values()
+    }
+    assert statuses == {gpu_check.LEFT}
+    subprocess.run([sys.executable, *command, "--minutes=30"], check=True, cwd=ROOT)
     report = json.loads(report.read_text())
-    assert report["headline"]["network_parity_beyond"] == 0
-    assert report["headline"]["network_parity_figures"] > 0
-    assert all(row["step_s"] > 0 for row in report["parts"]["network"]["steps"])
+    assert report["headline"]["parity_beyond"] == 0
+    assert report["headline"]["parity_figures"] > 0
+    steps, profile = (report["parts"][name][name] for name in ("steps", "profile"))
+    assert all(row["step_s"] > 0 and row["attention"]["windows"] for row in steps)
+    stages = {row["stage"]: row["seconds"] for row in profile}
+    assert stages["stage1"] > 0 and stages["decoder1"] > 0
+
+
+@pytest.mark.slow
+def test_the_products_own_commands_run_from_end_to_end(tmp_path):
+    rows = gpu_check.command_rows(tmp_path, small=True)
+    assert [row["status"] for row in rows] == [0, 0, 0, 0]
+    assert len([*(tmp_path / "predictions").glob("*.nii.gz")]) == 1

@@ -304,9 +304,8 @@ def test_the_loss_forms_agree(rng):
         assert float(form(logits, labels)) == pytest.approx(ours, rel=1e-5)
 
 
-def test_the_limits_of_all_parts_are_under_eight_minutes():
-    assert sum(gpu_check.LIMITS.values()) < 8 * 60
-    assert set(gpu_check.LIMITS) == {"network", *gpu_check.COMMANDS}
+def test_every_part_of_the_gpu_check_has_a_command():
+    assert set(gpu_check.PARTS) == {*gpu_check.IN_PROCESS, *gpu_check.COMMANDS}
 
 
 @pytest.mark.slow

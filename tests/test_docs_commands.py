@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ wait -n && wait -n""",
 }
 # What runs the commands of a page; a page with others is not there.
 RUN_BY = {
+    "cluster.md": "tests/test_docs_commands.py",
     "data.md": "tests/data/test_preprocess_howto.py",
     "multi_node.md": "tests/test_docs_commands.py",
     "networks.md": "tests/test_docs_commands.py",
@@ -59,6 +61,7 @@ RUN_BY = {
 NOT_RUN = {
     "pip install": "takes packages from the network",
     "python -m benchmarks.": "take long; tests/test_docs.py asks for their flags",
+    "python launch/dask_slurm.py": "tests/test_manifests.py does, with an sbatch",
     "python embed.py": "needs weights from the network; tests/models/ makes the file",
 }
 slow = pytest.mark.slow
@@ -157,6 +160,43 @@ def test_a_run_from_training_to_comparison(run, folder):
     run(training[-1], f"{RUN} {SWIN}".format(steps=9))
     (snippet,) = blocks("training.md", "python")
     assert "('" in run(f"python -c {shlex.quote(snippet)}")
+
+
+@pytest.fixture
+def start(folder):
+    """The function that starts a command, which ends with the test."""
+    started = []
+
+    def start(command):
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        known = {"PATH": path, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"], cwd=folder, env=os.environ | known
+        )
+        started.append(process)
+
+    yield start
+    for process in reversed(started):
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@slow
+def test_scans_on_workers_of_dask(run, start, folder):
+    run(lines("training.md", "python")[0], f"{RUN} {SWIN}".format(steps=4))
+    scheduler, worker = lines("cluster.md", "dask")
+    (predict,) = lines("cluster.md", "python predict.py")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    start(scheduler.replace("8786", port) + " --host=127.0.0.1 --no-dashboard")
+    place = {"8786": port, "host:": "127.0.0.1:", "/shared/": f"{folder}/dask_"}
+    (folder / "dask_scans").symlink_to(folder / "scans")
+    for before, after in place.items():
+        worker, predict = (c.replace(before, after) for c in (worker, predict))
+    start(worker.replace("--nworkers=4", "--nworkers=1") + " --no-dashboard")
+    assert "1 segmented" in run(predict)
+    assert len(list((folder / "dask_out").glob("*.nii.gz"))) == 1
 
 
 @slow

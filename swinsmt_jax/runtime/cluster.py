@@ -92,31 +92,40 @@ def run_each(
         return
     with _client(dask) as client, _marks(folder) as marks:
         _require_shared(client, marks)
-        pool, attempt = client.get_executor(pure=False), Attempt(job, marks)
-        running = {pool.submit(attempt, i, case): i for i, case in enumerate(cases)}
+        attempt = Attempt(job, marks)
+
+        def begin(number):
+            return client.submit(attempt, number, cases[number], pure=False)
+
+        running = {begin(number): number for number in range(len(cases))}
         blamed = dict.fromkeys(running.values(), 0)
         while running:
             for future in _ended(client, running, dask):
-                number = running.pop(future)
-                blamed[number] += _lost_worker(future)
-                if not _lost_worker(future):
-                    yield cases[number], future
+                number, ended = running.pop(future), _settled(future)
+                blamed[number] += _lost_worker(ended)
+                if not _lost_worker(ended):
+                    yield cases[number], ended
                 elif blamed[number] < MOST_BLAMES:
-                    running[pool.submit(attempt, number, cases[number])] = number
+                    running[begin(number)] = number
                 else:
-                    yield cases[number], _died(future)
+                    yield cases[number], _died(ended)
 
 
 def _ended(client, running, address):
     """Wait until some futures are done; say so where there is nobody to do them."""
+    import distributed
+
     while True:
-        done, _ = concurrent.futures.wait(
-            running,
-            timeout=PATIENCE,
-            return_when=concurrent.futures.FIRST_COMPLETED,
-        )
+        done, lost = (), False
+        try:
+            with client.as_current():
+                done, _ = distributed.wait([*running], PATIENCE, "FIRST_COMPLETED")
+        except TimeoutError:
+            pass
+        except concurrent.futures.CancelledError:
+            lost = True
         checks.require(
-            client.status == "running" and not any(f.cancelled() for f in done),
+            client.status == "running" and not lost,
             f"the scheduler at {address} was lost; what is finished stays, and the "
             "same command continues when there is one.",
         )
@@ -124,6 +133,20 @@ def _ended(client, running, address):
             return done
         if not client.nthreads():
             logging.warning("waiting for workers to join the scheduler at %s", address)
+
+
+def _settled(future):
+    """Return a finished future of Dask as one of `concurrent.futures`.
+
+    Those of Dask's own executor stay undone for ever where a result is lost with its
+    worker and an error comes of making it again (distributed 2026.8).
+    """
+    settled: Future = Future()
+    try:
+        settled.set_result(future.result())
+    except Exception as error:
+        settled.set_exception(error)
+    return settled
 
 
 def _died(future):

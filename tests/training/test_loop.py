@@ -126,8 +126,8 @@ def add_loss(monkeypatch, broken):
     """Add dice_ce, NaN where `broken(loss, labels)`, under the name "broken"."""
 
     class Broken(losses.Loss):
-        def __call__(self, logits, labels):
-            loss = super().__call__(logits, labels)
+        def __call__(self, logits, labels, *annotated):
+            loss = super().__call__(logits, labels, *annotated)
             return jax.numpy.where(broken(loss, labels), jax.numpy.nan, loss)
 
     monkeypatch.setitem(losses.LOSSES, "broken", Broken(losses.soft_dice))

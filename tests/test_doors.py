@@ -104,7 +104,7 @@ def pristine(tmp_path_factory):
 @pytest.fixture
 def house(pristine, tmp_path, monkeypatch):
     """A copy of the folder, which is the working folder."""
-    monkeypatch.setattr(distributed, "start", lambda: None)  # has flags of its own
+    monkeypatch.setattr(distributed, "start", lambda folder: None)  # has flags of its own
     monkeypatch.chdir(shutil.copytree(pristine, tmp_path / "house"))
     return Path.cwd()
 
@@ -318,7 +318,7 @@ def content(folder):
 
 
 def test_an_overlap_that_would_be_passed_over_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "start", lambda: None)
+    monkeypatch.setattr(distributed, "start", lambda folder: None)
     (tmp_path / "a.nii").touch()
     flags = (f"--input={tmp_path / 'a.nii'}", "--output=x", "--overlap=0.5")
     assert call("predict", *flags, "--totalsegmentator=x") == 2

@@ -138,8 +138,8 @@ def _ended(client, running, address):
 def _settled(future):
     """Return a finished future of Dask as one of `concurrent.futures`.
 
-    Those of Dask's own executor stay undone for ever where a result is lost with its
-    worker and an error comes of making it again (distributed 2026.8).
+    Those of Dask's own executor may stay undone for ever when a worker dies
+    (distributed 2026.8).
     """
     settled: Future = Future()
     try:

@@ -37,9 +37,9 @@ def test_each_protocol_gives_the_numbers_of_its_tool(protocol):
             expected = measure(prediction == k, truth == k, spacing=spacing)
             assert expected.keys() == found.keys()
             for name, value in expected.items():
-                # Or by some units of float32, in which MONAI interpolates.
+                # Or by what float32 loses, in which MONAI interpolates.
                 value = np.nan if value is None else value  # the tool refuses
-                close = pytest.approx(value, abs=1e-6, rel=1e-6, nan_ok=True)
+                close = pytest.approx(value, abs=1e-6, rel=3e-6, nan_ok=True)
                 assert found[name][k] == close, (name, k)
                 compared += 1
     assert compared >= 30 * (CLASSES - 1)

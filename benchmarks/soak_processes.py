@@ -50,11 +50,6 @@ EVENTS = (
 )
 
 
-def _hear_ctrl_c():
-    """Hear SIGINT, which a shell has its background jobs ignore."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment of each process: one device of a CPU."""
     return os.environ | {
@@ -91,13 +86,17 @@ class Processes:
             *(f"--num_processes={self.count}", f"--process_id={index}"),
             f"--coordinator_address=127.0.0.1:{self.port}",
         ]
-        with self.said(index).open("w") as said:
-            self._started[index] = subprocess.Popen(
-                line,
-                **{"cwd": ROOT, "stdout": said, "stderr": said},
-                env=environment(self._folder),
-                preexec_fn=_hear_ctrl_c,
-            )
+        # One that ignores Ctrl-C, as jobs in the background do, hands that down.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with self.said(index).open("w") as said:
+                self._started[index] = subprocess.Popen(
+                    line,
+                    **{"cwd": ROOT, "stdout": said, "stderr": said},
+                    env=environment(self._folder),
+                )
+        finally:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
     def said(self, index: int) -> Path:
         """Return the file of what a process says."""

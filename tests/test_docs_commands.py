@@ -213,7 +213,8 @@ def test_jobs_on_a_cluster(run, folder):
     (mpi,) = lines("multi_node.md", "mpirun")
     run(mpi, SMALL=small.format("mpi"))
     first, second = lines("multi_node.md", "python")
-    address = f" {small.format('hosts')} --coordinator_address=localhost:4712"
+    given = shlex.join(small.format("hosts").split())
+    address = f" {given} --coordinator_address=localhost:4712"
     run(f"{first + address} & {second + address} && wait $!")
     for name in ("job0", "job1", "pod", "mpi", "hosts"):
         assert (folder / "runs" / name / "checkpoints" / "1").is_dir(), name

@@ -104,7 +104,9 @@ def pristine(tmp_path_factory):
 @pytest.fixture
 def house(pristine, tmp_path, monkeypatch):
     """A copy of the folder, which is the working folder."""
-    monkeypatch.setattr(distributed, "start", lambda folder: None)  # has flags of its own
+    monkeypatch.setattr(
+        distributed, "start", lambda folder: None
+    )  # has flags of its own
     monkeypatch.chdir(shutil.copytree(pristine, tmp_path / "house"))
     return Path.cwd()
 

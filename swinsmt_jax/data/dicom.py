@@ -91,6 +91,11 @@ def chosen_series(folder: Path, series: str) -> dict[str, Path]:
         f"{folder} and the folders in it hold {len(there)} DICOM series, none of them "
         "with slices of a CT.",
     )
+    if "" in there.keys() - found.keys():
+        logging.warning(
+            "%s: %s tell no series, so one may lack them, such as %s",
+            *(folder, f"{len(there[''])} files", there[""][0]),
+        )
     if others := len(there) - len(found):
         logging.info("%s: %d series without slices of a CT", folder, others)
     return found

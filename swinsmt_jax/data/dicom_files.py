@@ -71,7 +71,11 @@ def _parted(scan):
 
 
 def series_in(folder: Path) -> dict[str, list[Path]]:
-    """Return {UID: DICOM files} of all series in a folder and the folders in it."""
+    """Return {UID: DICOM files} of all series in a folder and the folders in it.
+
+    Raises:
+        UserError: for a file that does not tell its series, which may lack it then.
+    """
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in found]
     return _series_of(tuple(found), tuple(stamps))
@@ -89,8 +93,11 @@ def _series_of(files, stamps):
                 header = pydicom.dcmread(
                     file, force=True, stop_before_pixels=True, specific_tags=tags
                 )
-            except Exception:  # pydicom raises whatever parsing runs into
-                continue
+            except Exception as error:  # pydicom raises whatever parsing runs into
+                raise checks.UserError(
+                    f"{file} is damaged ({checks.one_line(error)}), so nobody knows "
+                    f"which series lacks it. {AGAIN}"
+                ) from error
             series = str(header.get("SeriesInstanceUID") or "")
             if "DirectoryRecordSequence" not in header:
                 found.setdefault(series, []).append(file)

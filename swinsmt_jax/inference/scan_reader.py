@@ -1,5 +1,6 @@
 """What segments scans, whatever network it has: files or arrays in, labels out."""
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -44,6 +45,7 @@ class Scans(Protocol):
         """Return the labels of a CT in RAS orientation, uint8 [X, Y, Z]."""
         return self.decide_volume(volume, progress=progress).labels
 
+    @abc.abstractmethod
     def decide_volume(
         self,
         volume: "Volume",
@@ -60,7 +62,6 @@ class Scans(Protocol):
             chosen: label ids whose probabilities are kept.
             progress: as in `sliding_window.decide`.
         """
-        raise NotImplementedError
 
     def read(self, path: str | Path) -> "Volume":
         """Read a scan as the network is to see it; raises as `load_scan`."""

@@ -282,6 +282,21 @@ def test_a_damaged_series_does_not_stop_the_others(study, tmp_path):
     assert [uid for uid, entry in done.items() if "error" in entry] == ["1.9.3"]
 
 
+def test_a_file_cut_in_its_header_is_named(study):
+    file = study / "c/deep/1700_4.dcm"
+    file.write_bytes(file.read_bytes()[:586])  # in the length of the pixels
+    with pytest.raises(UserError, match=r"1700_4.dcm is damaged.*which series lacks"):
+        scans.find_scans([study], series="all")
+
+
+def test_a_file_that_tells_no_series_is_warned_of(study, caplog):
+    file = study / "c/deep/1700_4.dcm"
+    file.write_bytes(file.read_bytes()[:300])
+    assert set(scans.find_scans([study], series="all")) == {"1.9.1", "1.9.2", "1.9.3"}
+    assert "1 files tell no series, so one may lack them, such as" in caplog.text
+    assert "1700_4.dcm" in caplog.text
+
+
 @pytest.mark.slow
 def test_pydicoms_own_files_are_read_or_refused(tmp_path):
     import pydicom.data

@@ -13,23 +13,12 @@ from swinsmt_jax.data import dicom, nifti
 from swinsmt_jax.labels import CLASS_NAMES
 from swinsmt_jax.results import dicom_seg
 from swinsmt_jax.results.result import Result
+from tests.results.test_dicom_seg import ORIENTATIONS
 
 pytestmark = pytest.mark.reference
 pydicom = pytest.importorskip("pydicom")
 highdicom = pytest.importorskip("highdicom")
 sitk = pytest.importorskip("SimpleITK")
-TURN = np.array([np.cos(0.35), np.sin(0.35)])
-ORIENTATIONS = [
-    (1, 0, 0, 0, 1, 0),
-    (TURN[0], TURN[1], 0, -TURN[1], TURN[0], 0),
-    (-1, 0, 0, 0, -1, 0),
-    (1, 0, 0, 0, -1, 0),
-    (-1, 0, 0, 0, 1, 0),
-    (0, 1, 0, -1, 0, 0),
-    (1, 0, 0, 0, 0, -1),
-    (1, 0, 0, 0, 0, 1),
-    (0, 1, 0, 0, 0, -1),
-]
 NAMES = {2 * i - 1: name for i, name in enumerate(CLASS_NAMES) if i}  # ids with gaps
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

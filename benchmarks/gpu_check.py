@@ -127,11 +127,11 @@ def step_row(*, side: int, devices: int, small: bool) -> dict:
 def _compiled_step(config):
     """Return (compiled step, state, batch, seconds of compilation) of an experiment."""
     mesh = sharding.make_mesh(config.mesh)
-    step, like, initialize = programs.training_step(config, mesh)
+    step, abstract_state, initialize = programs.training_step(config, mesh)
     shape = (config.data.batch_size, *config.data.patch_shape)
     batch = programs.random_batch(shape, mesh, classes=config.model.out_channels)
     start = time.perf_counter()
-    compiled = step.lower(like, batch).compile()
+    compiled = step.lower(abstract_state, batch).compile()
     return compiled, initialize(), batch, time.perf_counter() - start
 
 

@@ -173,14 +173,14 @@ def _step(job):
 
     config = experiment(job)
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-    step, like, start = programs.training_step(config, mesh)
+    step, abstract_state, start = programs.training_step(config, mesh)
     shape = (job.batch, *(job.side,) * 3)
 
     def make():
         classes = config.model.out_channels
         return start(), programs.random_batch(shape, mesh, classes=classes)
 
-    return step.lower(like, programs.abstract_batch(shape, mesh)), make
+    return step.lower(abstract_state, programs.abstract_batch(shape, mesh)), make
 
 
 def _torch(job):

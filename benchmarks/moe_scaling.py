@@ -83,18 +83,20 @@ def mesh_rows(config, side, *, limit_gb):
     for data, expert in scaling.meshes(count) if count > 1 else ():
         if config.num_experts % expert:
             continue
-        compiled, like, mesh = scaling.compile_step(config, data, expert, side=side)
+        compiled, abstract_state, mesh = scaling.compile_step(
+            config, data, expert, side=side
+        )
         gb = programs.gigabytes(compiled)
         row = {"data": data, "expert": expert, "step_gb": gb, "step_seconds": None}
         if shared * gb <= limit_gb:
-            row["step_seconds"] = step_seconds(compiled, like, mesh, side)
+            row["step_seconds"] = step_seconds(compiled, abstract_state, mesh, side)
         yield row
 
 
-def step_seconds(compiled, like, mesh, side):
+def step_seconds(compiled, abstract_state, mesh, side):
     """Return the seconds of a training step, after one that is not counted."""
     state = jax.tree.map(
-        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), like
+        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract_state
     )
     batch = programs.random_batch((mesh.size, side, side, side), mesh, classes=1)
     state, _ = compiled(state, batch)  # the state's memory is given away

@@ -112,10 +112,10 @@ def compile_step(model: NetworkConfig, data: int, expert: int, *, side: int):
         optimizer=OptimizerConfig(1e-3),
         training=TrainingConfig(num_steps=10),
     )
-    step, like, _ = programs.training_step(config, mesh)
+    step, abstract_state, _ = programs.training_step(config, mesh)
     with mock.patch.object(losses, "sums_by_scatter", losses.sums_by_comparison):
-        lowered = step.lower(like, programs.abstract_batch(shape, mesh))
-    return lowered.compile(), like, mesh
+        lowered = step.lower(abstract_state, programs.abstract_batch(shape, mesh))
+    return lowered.compile(), abstract_state, mesh
 
 
 def collectives(text):
@@ -139,10 +139,10 @@ def _bytes(shapes):
     return total
 
 
-def bytes_per_device(like, *, pattern):
+def bytes_per_device(abstract_state, *, pattern):
     """Return the bytes on each device of the leaves whose name the pattern finds."""
     total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state):
         if re.search(pattern, sharding.path_name(path)):
             shape = leaf.sharding.shard_shape(leaf.shape)
             total += int(np.prod(shape)) * leaf.dtype.itemsize
@@ -151,14 +151,16 @@ def bytes_per_device(like, *, pattern):
 
 def measure(model: NetworkConfig, data: int, expert: int, *, side: int) -> dict:
     """Compile a step for a mesh; return what a device sends and holds."""
-    compiled, like, _ = compile_step(model, data, expert, side=side)
-    experts = bytes_per_device(like, pattern="/experts/")
-    state = bytes_per_device(like, pattern="")
+    compiled, abstract_state, _ = compile_step(model, data, expert, side=side)
+    experts = bytes_per_device(abstract_state, pattern="/experts/")
+    state = bytes_per_device(abstract_state, pattern="")
     return {
         "data": data,
         "expert": expert,
         "collectives": collectives(compiled.as_text()),
-        "expert_gradients": bytes_per_device(like.params, pattern="/experts/"),
+        "expert_gradients": bytes_per_device(
+            abstract_state.params, pattern="/experts/"
+        ),
         "expert_bytes_per_device": experts,
         "rest_bytes_per_device": state - experts,
         "state_gb": state / 1e9,

@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
     start_from = None
     if flags.FLAGS.start_from:
         start_from = functools.partial(_start_from, flags.FLAGS.start_from, config)
-    with signals.together():
+    with signals.listening_if_distributed():
         loop.train(
             config,
             workdir=flags.FLAGS.workdir,

@@ -22,25 +22,25 @@ def renamed(weights: Mapping[str, T], own: Collection[str]) -> tuple[dict[str, T
         own: names of the network.
 
     Returns:
-        the weights under names as the network's, and in words what was exchanged, "" if
+        the weights under names as the network's, and in words what was replaced, "" if
         nothing was.
     """
     own = set(own)
 
-    def exchanged(before, after):
+    def renamed(before, after):
         return {
             after + name.removeprefix(before) if name.startswith(before) else name: name
             for name in weights
         }
 
     def known(pair):
-        return len(own & exchanged(*pair).keys())
+        return len(own & renamed(*pair).keys())
 
     pairs = product(
         _prefixes(weights, LEAST["weights"]), _prefixes(own, LEAST["network"])
     )
     best = max(pairs, key=known)  # of equals the first: that without prefixes
-    found = {name: weights[before] for name, before in exchanged(*best).items()}
+    found = {name: weights[before] for name, before in renamed(*best).items()}
     if best[0] == best[1] or len(found) < len(weights):
         return dict(weights), ""
     before, after = best

@@ -201,7 +201,7 @@ def _elsewhere(work, items, **pool):
             entry = {"file": str(item.file), "labels": labels, "error": str(error)}
             shared.tell(output, item.name, entry)
             summary[item.name] = entry
-    shared.settle(output, {name: summary[name] for name in items})
+    shared.finish_summary(output, {name: summary[name] for name in items})
     return summary
 
 

@@ -36,7 +36,7 @@ def tell(output: Path, name: str, entry: dict) -> None:
         files.write_json(file, {**read(output), name: entry})
 
 
-def settle(output: Path, entries: Mapping[str, dict]) -> None:
+def finish_summary(output: Path, entries: Mapping[str, dict]) -> None:
     """Put the entries of scans in their order, behind those of others.
 
     One that is there stays; it is missing where the file system has no locks.

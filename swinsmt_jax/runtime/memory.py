@@ -66,10 +66,10 @@ def what_helps(
         other.append("--config.model.dtype=bfloat16")
     if smaller := _smaller_patch(model, data.patch_shape):
         other.append(f'--config.data.patch_shape="{smaller}"')
-    spread = [n for n in checks.divisors(devices) if n > expert]
-    spread = [n for n in spread if model.num_experts and model.num_experts % n == 0]
-    if spread:
-        same.append(f"--config.mesh.data=-1 --config.mesh.expert={spread[0]}")
+    larger = [n for n in checks.divisors(devices) if n > expert]
+    larger = [n for n in larger if model.num_experts and model.num_experts % n == 0]
+    if larger:
+        same.append(f"--config.mesh.data=-1 --config.mesh.expert={larger[0]}")
     lists = []
     if same:
         lists.append(f"What helps: {', or '.join(same)}")

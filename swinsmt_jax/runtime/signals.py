@@ -111,8 +111,8 @@ def _end_at_once(number):
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Listen already, if there are other processes: all end together."""
+def listening_if_distributed() -> Iterator[None]:
+    """Listen from the start if there are other processes, which all end together."""
     with listening() if processes.several() else contextlib.nullcontext():
         yield
 

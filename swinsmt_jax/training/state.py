@@ -101,10 +101,10 @@ def changed(
     for line in str(processes.run_on_all(lambda: change(model))).splitlines():
         logging.info("%s", line)
     arrays = jax.device_put(models.split(model)[1], shardings_of(state.arrays))
-    average = jax.tree.map(jnp.copy, arrays) if state.ema_params else {}
+    ema_params = jax.tree.map(jnp.copy, arrays) if state.ema_params else {}
     params, buffers = models.split_buffers(graphdef, arrays)
     return dataclasses.replace(
-        state, params=params, buffers=buffers, ema_params=average
+        state, params=params, buffers=buffers, ema_params=ema_params
     )
 
 

@@ -89,16 +89,17 @@ def make_train_step(
             )
         value, counts, grads = found
         with jax.named_scope("optimizer"):
-            average, averaged = models.split_buffers(graphdef, state.ema_params)
-            packed, grads = packing.pack((replace(state, ema_params=average), grads))
+            ema_params, ema_buffers = models.split_buffers(graphdef, state.ema_params)
+            packed, grads = packing.pack((replace(state, ema_params=ema_params), grads))
             grad_norm = optax.tree.norm(grads)
             numbers = jnp.stack([value, grad_norm, optax.tree.norm(buffers)])
             finite = jnp.isfinite(numbers).all()
             updates = _update(optimizer, packed, grads, finite, ema_decay=ema_decay)
-            params, opt_state, average = packing.unpack(updates)
+            params, opt_state, ema_params = packing.unpack(updates)
             buffers = _choose(finite, buffers, state.buffers)
-            moved = _averaged(state, buffers, averaged, ema_decay=ema_decay)
-            average = models.merge_buffers(average, _choose(finite, moved, averaged))
+            moved = _averaged(state, buffers, ema_buffers, ema_decay=ema_decay)
+            ema_buffers = _choose(finite, moved, ema_buffers)
+            ema_params = models.merge_buffers(ema_params, ema_buffers)
         total = state.skipped[0] + ~finite
         in_row = jnp.where(finite, 0, state.skipped[1] + 1)
         rate = schedule(state.step - state.skipped[0])
@@ -112,7 +113,8 @@ def make_train_step(
         }
         skipped = jnp.stack([total, in_row])
         step = state.step + 1
-        return TrainState(step, params, buffers, opt_state, average, skipped), metrics
+        state = TrainState(step, params, buffers, opt_state, ema_params, skipped)
+        return state, metrics
 
     places = shardings_of(abstract)
     return jax.jit(
@@ -173,17 +175,17 @@ def _update(optimizer, state, grads, finite, *, ema_decay):
     params, old = jax.lax.optimization_barrier((params, state.opt_state))
     _, opt_state = update(grads, old, state.params)
     opt_state = _choose(finite, opt_state, old)
-    average = _averaged(state, params, state.ema_params, ema_decay=ema_decay)
-    return params, opt_state, _choose(finite, average, state.ema_params)
+    moved = _averaged(state, params, state.ema_params, ema_decay=ema_decay)
+    return params, opt_state, _choose(finite, moved, state.ema_params)
 
 
-def _averaged(state, arrays, average, *, ema_decay):
+def _averaged(state, arrays, ema, *, ema_decay):
     """Return the running average after a step; an empty one stays empty."""
     step = state.step - state.skipped[0]
     decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
-    if not average:
+    if not ema:
         return {}
-    return jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), average, arrays)
+    return jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), ema, arrays)
 
 
 def _choose(finite, new, old):

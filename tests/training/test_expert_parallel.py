@@ -18,7 +18,7 @@ SMALL = SwinSMTConfig(
 )
 
 
-def blueprint(model, mesh):
+def abstract_state(model, mesh):
     config = OptimizerConfig(1e-3)
     optimizer = make_optimizer(
         config, make_schedule(config, num_steps=10), network=model
@@ -30,7 +30,7 @@ def test_bytes_of_experts_fall_with_the_axis():
     held = {}
     for data, expert in MESHES:
         mesh = sharding.make_mesh(MeshConfig(data, expert))
-        _, abstract = blueprint(SMALL, mesh)
+        _, abstract = abstract_state(SMALL, mesh)
         held[expert] = scaling.bytes_per_device(abstract, pattern="/experts/")
     moe = SMALL.num_experts * sum(
         8 * c * c + 5 * c
@@ -98,7 +98,7 @@ def test_a_step_gathers_no_experts_and_sends_slots_four_times():
 def test_experts_are_born_where_they_live():
     mesh = sharding.make_mesh(MeshConfig(1, 8))
     model = SwinSMTConfig(1, 5, 12, num_experts=64, num_moe_stages=1)
-    _, abstract = blueprint(model, mesh)
+    _, abstract = abstract_state(model, mesh)
 
     def make(key):
         _, params = models.split(models.create(model, rngs=nnx.Rngs(key)))

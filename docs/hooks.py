@@ -2,9 +2,12 @@
 
 import re
 
-LEAVES_DOCS = re.compile(r"(?<!!)\[([^\]]*)\]\(\.\./([^)]+)\)")
+LINK = r"(?<!!)\[([^\]]*)\]\(\.\./([^)]+)\)"
+IN_PARENTHESES = re.compile(rf"\({LINK}\)")
+LEAVES_DOCS = re.compile(LINK)
 
 
 def on_page_markdown(markdown, **_):
     """Replace `[text](../path)` by the text and the path in the repository."""
+    markdown = IN_PARENTHESES.sub(r"(\1: `\2`)", markdown)
     return LEAVES_DOCS.sub(r"\1 (`\2`)", markdown)

@@ -202,6 +202,18 @@ def test_a_bad_description_is_refused_by_key(tmp_path, changes, words):
         open_dataset(described(tmp_path, **changes))
 
 
+def test_a_comma_is_refused_in_names_of_ones_own_and_replaced_in_nnunets(tmp_path):
+    names = ["liver", "vein, portal"]
+    own = described(tmp_path / "own", classes=names, groups={"all, both": ["liver"]})
+    with pytest.raises(checks.UserError) as told:
+        open_dataset(own)
+    for words in (str(own), "'vein, portal'", "split at commas", "to 'vein_portal'"):
+        assert words in str(told.value)
+    given = {"background": 0, **{name: i for i, name in enumerate(names, start=1)}}
+    other = nnunet(tmp_path / "other", labels=given)
+    assert open_dataset(other).classes.names[1:] == ("liver", "vein_portal")
+
+
 def test_bad_cases_of_a_description_are_refused_alone(tmp_path):
     splits = {"train": ["a", "../b", "none"], "val": ["b"], "test": ["b"]}
     root = described(tmp_path / "raw", splits=splits)

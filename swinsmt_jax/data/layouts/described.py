@@ -10,7 +10,8 @@
  "modality": "CT",                           another is not expected to be in HU
  "splits": {"train": ["a", "b"], "val": ["c"], "test": []}}   or "meta.csv"
 
-Paths are relative to the folder of the dataset.
+Paths are relative to the folder of the dataset. Names of classes have no comma, since
+lists on the command line are split there.
 """
 
 from dataclasses import replace
@@ -39,6 +40,7 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
     if isinstance(classes, str):
         classes = class_map.from_json(classes, where=where)
     else:
+        _require_no_commas(classes, where)
         classes = class_map.make(classes, content.get("groups", {}), where=where)
 
     modality = content.get("modality", "CT")
@@ -65,6 +67,17 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
     refused: dict[str, str] = {}
     splits = _splits(root, content["splits"], refused, where=where)
     return Dataset(root, classes, splits, find, refused)
+
+
+def _require_no_commas(names, where):
+    """Refuse names that no list of classes can name; of other types is told later."""
+    for name in names if isinstance(names, list) else ():
+        checks.require(
+            not isinstance(name, str) or "," not in name,
+            f"{where}: classes holds {name!r}, but lists of classes on the command "
+            "line are split at commas. Rename it in the description, and its masks if "
+            f"it has any, such as to {class_map.safe_name(str(name))!r}.",
+        )
 
 
 def _annotated(found, classes, where):

@@ -2,13 +2,13 @@
 
     python -m benchmarks.cluster [--quick] [--json=FILE] [--cases=12] [--workers=4]
 
-Phantoms and a small network with drawn weights. Each of the three is done by one
-process, by --workers local processes, by a Dask scheduler with as many workers on
-loopback, and by such a scheduler of which half the workers are killed while they work.
-All files must be equal to those of one process, but for times.
+It uses phantoms and a small network with random weights. Each command runs in one
+process, in --workers local processes, on a Dask scheduler with as many workers on
+loopback, and on such a scheduler with half of its workers killed while they work. All
+files must equal those of one process, except for times.
 
-Told is the time of all cases, the shortest of --repeats turns, after one that is not
-counted, in which the workers of both kinds start, load the network and compile.
+The table gives the time of all cases: the shortest of --repeats turns. A first turn, in
+which the workers of both kinds start, load the network and compile, is not counted.
 """
 
 import contextlib

@@ -19,8 +19,8 @@ plain form.
 --quick trains two tiny networks for two steps, to see that it works; flags that are
 given beside it hold.
 
-A study of small networks, short runs and one learning rate on synthetic bodies: of
-tendency, not of any published result.
+A study of small networks, short runs and one learning rate on synthetic bodies shows a
+tendency, not a published result.
 """
 
 import contextlib

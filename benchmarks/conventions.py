@@ -1,10 +1,10 @@
-"""What tools of this field make of the same masks, volumes and windows.
+"""Compare what tools of this field compute from the same masks, volumes and windows.
 
     python -m benchmarks.conventions [--quick] [--docs=docs/numbers.md] [--json=FILE]
 
 Prints three tables: metrics of six pairs of masks, one volume through many resamplers,
-and windows. A tool that is not installed is left out, and so is, with --quick, all but
-this package. --docs writes the tables into a page, each between two marks.
+and windows. Tools that are not installed are left out; with --quick, so is everything
+but this package. --docs writes the tables into a page, each between two marks.
 """
 
 import logging

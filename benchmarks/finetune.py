@@ -1,11 +1,11 @@
-"""Dice of a run that begins with a model folder of nnU-Net, and of one from scratch.
+"""Compare a run that starts from a model folder of nnU-Net with one from scratch.
 
     python -m benchmarks.finetune [--quick] [--folder=MODEL] [--steps=100] [--json=FILE]
 
-Both are of `configs/nnunet_finetune.py` on the same phantoms, for the same steps, and
-are evaluated on others. Without --folder a small network is trained first on phantoms
-of another seed and with other classes, two of which are common, and written as a model
-folder: `--source_steps`.
+Both use `configs/nnunet_finetune.py` on the same phantoms for the same steps, and are
+evaluated on others. Without --folder, a small network is first trained for
+--source_steps and written as a model folder. Its phantoms have another seed and other
+classes, except for two.
 """
 
 import functools

@@ -1,11 +1,12 @@
-"""Is this machine's GPU right, how fast is it, and what fits? One command.
+"""Check that this machine's GPU is right, how fast it is, and what fits, in one
+command.
 
     python -m benchmarks.gpu_check [--minutes=7] [--json=FILE]
         [--output=runs/gpu_check] [--redo]
 
-Parts in the order of what matters most, each a process of its own, so that one program
-is compiled at a time. A part takes what is left of --minutes; one that is not done by
-then, and those after it, are for the next call, which finds their programs compiled.
+The most important parts come first. Each is a separate process, so only one program is
+compiled at a time. A part may take what is left of --minutes. The next call continues
+with the unfinished parts and finds their programs compiled.
 
 steps: training steps of the paper's Swin SMT in bfloat16, a random crop on each device,
     at 128^3 and 96^3, on one device and on all: time, memory, how attention is
@@ -17,19 +18,18 @@ profile: the time of a step by stage: kernels of a profile, by the names that th
 parity: the network, its modules, loss and sliding window against the golden tensors of
     PyTorch (benchmarks/parity.py; skipped without --goldens) on this machine's device,
     in float32 with the highest precision of matrix products and in bfloat16. An
-    accelerator adds up in another order than a CPU, so it may deviate ten times as
-    much.
+    accelerator sums in another order than a CPU, so it may deviate ten times as much.
 commands: phantoms, train.py, evaluate.py and predict.py from end to end, in seconds.
 inference: a whole body with the paper's network (benchmarks/inference.py --quick).
 soft_moe, input_pipeline: the benchmarks of these names, --quick.
 largest_batch: the most patches of a step, ours and PyTorch's (skipped on a CPU).
 
-A part that is done on this device, with this code, these packages and goldens, as
---quick or not, is not done again, and --parts=steps,model takes some of them. On a CPU,
-and with --quick, the networks, crops and runs are small, and no whole networks are
-compared with goldens; the JSON says "small" and shows no GPU as its setting. Ends with
-status 1 if a figure is beyond its tolerance, a step fails but for memory, or a part
-fails; a part that is left for the next call is no failure.
+A part is not repeated for the same device, code, packages, goldens and --quick.
+--parts=steps,model selects parts. On a CPU, and with --quick, the networks, crops and
+runs are small, and no whole networks are compared with goldens; the JSON says "small"
+and shows no GPU as its setting. The status is 1 if a figure is beyond its tolerance, a
+step fails for another reason than memory, or a part fails. A part that is left for the
+next call is not a failure.
 """
 
 import hashlib

@@ -1,25 +1,25 @@
-"""Crops per second of the input pipeline, beside MONAI's loader of the released code.
+"""Crops per second of the input pipeline, compared with the released MONAI loader.
 
     python -m benchmarks.input_pipeline [--quick] [--json=FILE]
     python -m benchmarks.input_pipeline --what=formats [--quick] [--json=FILE]
 
 Both read the same phantoms (CT and merged labels, 2.5 mm) with the released recipe:
-HU scaled, foreground cropped, zoom, one crop balanced between labelled and other
-voxels, quarter turns, shift of intensity. Ours reads crops from a store that
-preprocess.py made, each case of which stands there many times under other names, by
-links, so that what is kept for each case shows; MONAI reads the files each time, as the
-released loader does. Each measurement is a process of its own, of which crops/s after
-the start are told, in total and for each worker (a process, or a thread where there are
-none), and memory beyond that after the imports: of the process, its workers and the
-crops in shared memory, at a tenth of the way and at the most. Page cache is not
-counted. Without MONAI its rows are left out, and the ratio is null.
+scaled HU, cropped foreground, zoom, one crop balanced between labelled and other
+voxels, quarter turns, intensity shift. Ours reads crops from a store made by
+preprocess.py. Links repeat each case there under many names, so memory that is kept per
+case becomes visible. MONAI reads the files each time, as the released loader does. Each
+measurement is a separate process. It reports crops/s after the start, in total and for
+each worker (a process, or a thread if there are none). It also reports memory beyond
+that after the imports, at a tenth of the way and at its peak: of the process, its
+workers and the crops in shared memory, without page cache. Without MONAI its rows are
+left out, and the ratio is null.
 
-The headline is of the recommended configuration, two threads and no worker process:
-`worker_peak_mb` is its largest memory, over the sides of crops.
+The headline describes the recommended configuration, two threads and no worker process:
+`worker_peak_mb` is its largest memory over all crop sizes.
 
---what=formats writes a phantom's CT and labels in each format that a store might have;
-then one thread reads random crops of 96^3 of both, one after the other, from the page
-cache. The formats take turns, and the median round is told.
+--what=formats writes a phantom's CT and labels in each candidate format of a store. One
+thread then reads random crops of 96^3 of both, one after the other, from the page
+cache. The formats take turns, and the table gives the median round.
 
 --quick takes coarser phantoms, smaller crops and fewer of them.
 """

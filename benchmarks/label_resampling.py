@@ -1,4 +1,4 @@
-"""What each rule of label resampling keeps of thin structures.
+"""How well each rule of label resampling preserves thin structures.
 
     python -m benchmarks.label_resampling [--quick] [--json=FILE]
 

@@ -1,4 +1,4 @@
-"""Time and memory of scoring a whole-body case, beside DeepMind's package and MONAI.
+"""Time and memory of scoring a whole-body case, compared with DeepMind's and MONAI's.
 
     python -m benchmarks.metrics [--quick] [--json=FILE]
 

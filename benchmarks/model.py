@@ -1,4 +1,4 @@
-"""Time and memory of the network beside the PyTorch network's, in one run.
+"""Time and memory of the network and of the PyTorch network, in one run.
 
     python -m benchmarks.model [--quick] [--json=FILE] [--plot=FILE] [--dtype=bfloat16]
     python -m benchmarks.model --networks=swin_smt_e4 --sides=64,96 --what=gradient \

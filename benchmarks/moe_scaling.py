@@ -12,7 +12,7 @@ devices on the mesh's expert axis, the bytes of parameters and Adam's moments th
 device holds. Where there are several devices, the training step is also compiled for
 every mesh of data x expert of them, one patch on each: memory of a device, and the time
 of a step where it may run. On a CPU --devices=N makes N virtual ones, which share its
-cores: their times tell what dividing costs, not what it gains. --quick leaves out what
+cores: their times show what dividing costs, not what it gains. --quick leaves out what
 must be compiled, for all but the first point.
 
 --train trains the demo's network with the experts and stages of every point for --steps
@@ -20,7 +20,7 @@ on a dataset or a store, whose classes it takes, and adds its Dice by group on t
 split. Small networks and short runs
 on phantoms: a study of the tendency, not of the paper's result. Its crops, --patch,
 have a 16th of a side in tokens in the last stage: more experts need larger ones. The
-runs are kept in --workdir, and the same command goes on where it was stopped.
+runs are kept in --workdir, and the same command continues them.
 """
 
 import dataclasses

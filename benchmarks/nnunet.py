@@ -1,11 +1,11 @@
-"""Time and peak memory of a prediction beside nnU-Net itself, on one scan and CPU.
+"""Time and peak memory of a prediction compared with nnU-Net, on one scan and CPU.
 
     python -m benchmarks.nnunet [--quick] [--folder=MODEL] [--side=200] [--json=FILE]
 
-Each is a process of its own, from file to file: one fold, no mirroring. Programs are
-compiled before, by a run that is not counted. Needs nnunetv2 (extra "reference").
+Each runs in a separate process, from file to file: one fold, no mirroring. An uncounted
+run compiles the programs first. Needs nnunetv2 (extra "reference").
 Times are of whole processes, so imports count. Without --folder a plain U-Net with
-random weights and six classes is taken.
+random weights and six classes is used.
 """
 
 import json

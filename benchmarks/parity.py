@@ -7,13 +7,13 @@ Exits with status 1 if a figure is beyond its tolerance. The goldens hold inputs
 parameters, outputs and gradients of the PyTorch network in float32 on CPU. --quick
 measures modules, loss and sliding window, and no network.
 
---conditioning tells how much of a gradient norm is rounding. For the goldens of Swin
+--conditioning shows how much of a gradient norm is rounding. For the goldens of Swin
 SMT, Swin UNETR and the plain nnU-Net, every parameter's gradient norm is computed by
 PyTorch in double precision, by PyTorch in float32 and by ours in float32, the two also
 with the input times 1 - 1e-7 and 1 + 1e-7, about its last bit. The table has the
 largest relative differences; "guarded" ones are relative to the norm plus 0.1 % of the
-largest. What PyTorch differs from itself by is the least that can be asked of another
-program. --quick takes nnU-Net alone. Needs PyTorch, MONAI, soft-moe-pytorch and
+largest. No program can be asked to agree with PyTorch better than PyTorch with itself.
+--quick takes nnU-Net alone. Needs PyTorch, MONAI, soft-moe-pytorch and
 dynamic-network-architectures.
 """
 

@@ -1,4 +1,4 @@
-"""How many files and functions are entered on the way through the package?
+"""Count the files and functions that training and prediction enter.
 
     python -m benchmarks.paths [--config] [--quick] [--json=FILE] [--root=CHECKOUT]
 

@@ -1,16 +1,16 @@
-"""Kill every command at random moments, again and again, and look at what it left.
+"""Kill every command repeatedly at random moments, and check what it left.
 
     python -m benchmarks.soak --folder=FOLDER [--minutes=60] [--quick] [--json=FILE]
 
-Each command runs undisturbed first. Then it is started again and again on one output
-until it ends, and most of its lives end by a signal: SIGKILL for three of four, else
-SIGTERM or SIGINT. After each life all that counts in the output is compared with that
-of the undisturbed command: what is there must be equal bit by bit, what was there after
-an earlier life must still be there, inputs must be unchanged, and no process may be
-left. When a command ends, all must be there, and nothing half-written. A scan that was
-being segmented at a SIGKILL is passed over once by the next life, which says so.
+Each command first runs undisturbed. Then it is restarted on one output until it
+completes. A signal ends most of its lives: SIGKILL in three of four, else SIGTERM or
+SIGINT. After each life the output is compared with that of the undisturbed command.
+Existing results must be equal bit for bit, results of earlier lives must still exist,
+inputs must be unchanged, and no process may be left. When a command completes, all
+results must exist and none may be partial. If SIGKILL hits while a scan is segmented,
+the next life skips that scan once and logs it.
 
-The same command continues a soak that was ended: FOLDER keeps its rounds.
+The same command continues an interrupted soak: FOLDER keeps its rounds.
 """
 
 import csv
@@ -249,7 +249,7 @@ def live(name: str, folder: Path, moment: random.Random) -> dict:
         status = process.wait(LONGEST)
     wrong = [] if gone(process.pid, PATIENCE) else ["processes are left"]
     said = (folder / "said.txt").read_text()
-    passed_over = status == 1 and "passed over this time" in said
+    passed_over = status == 1 and "skipped this time" in said
     if number is None and status != 0 and not passed_over:
         wrong.append(f"status {status}: {said[-300:]}")
     usual = status in (0, *ENDED.get(number, (status,)), -(number or 0))

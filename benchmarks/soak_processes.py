@@ -1,20 +1,19 @@
-"""Disturb a training of two and four processes at random, and look at what it left.
+"""Disturb training runs of two and four processes at random, and check what they left.
 
     python -m benchmarks.soak_processes --folder=FOLDER [--lives=60] [--quick]
         [--json=FILE]
 
-The processes meet over loopback. Each number of them trains undisturbed first; then
-again and again in one workdir until the training ends, and something happens in each
-life: SIGKILL to one or to all, SIGTERM, SIGUSR1 or SIGINT to one or to all, SIGSTOP of
-one for 30 s, one that starts late, a second run on the port, a second run in the
-workdir. Where it goes on it takes two more steps, and SIGTERM ends it.
+The processes connect over loopback. Two and four of them first train undisturbed. Then
+they restart in one workdir until the training completes, and something happens in each
+life: SIGKILL to one or all, SIGTERM, SIGUSR1 or SIGINT to one or all, SIGSTOP of one
+for 30 s, a process that starts late, a second run on the port, or a second run in the
+workdir. If the run survives, it takes two more steps, and SIGTERM ends it.
 
-After each all losses must be those of the undisturbed training; nothing may be lost
-after a signal that asks to end, and no more than the steps since the last checkpoint
-after SIGKILL; statuses must be those that are documented; and no process may be there
-after its limit.
+After each life all losses must equal those of the undisturbed training. A signal that
+asks to end may lose nothing; SIGKILL may lose only the steps since the last checkpoint.
+Statuses must be the documented ones, and no process may outlive its limit.
 
-The same command continues a soak that was ended: FOLDER keeps its lives.
+The same command continues an interrupted soak: FOLDER keeps its lives.
 """
 
 import json

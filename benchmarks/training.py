@@ -1,4 +1,4 @@
-"""What a run costs beyond its steps, and whether a killed one ends as it should.
+"""Cost of a run beyond its steps, and whether a killed run ends as it should.
 
     python -m benchmarks.training [--quick] [--rounds=3] [--root=FOLDER] [--json=FILE]
     python -m benchmarks.training --killed [--quick] [--folder=F] [--seed=0]

@@ -1,16 +1,16 @@
-"""Does a Swin SMT that begins with a dense network's weights learn faster?
+"""Does a Swin SMT that starts from a dense network's weights learn faster?
 
     python -m benchmarks.upcycling [--quick] [--json=FILE] [--seeds=0,1,2]
 
 Sparse upcycling (Komatsuzaki et al. 2023, arXiv:2212.05055) of small networks on
 phantoms. For each seed a Swin UNETR and a Swin SMT of 4 experts are trained for
---before steps. Then, all with 8 experts, on the same crops in the same order and for
---steps: one from scratch and one from each of the two. Told are the loss of the first
-step, which is that of the weights as they were put together, the mean loss of the last
-tenth of the steps, and the Dice on phantoms that nobody was trained on.
+--before steps. Then three networks of 8 experts are trained for --steps, on the same
+crops in the same order: one from scratch and one from each of the two. The table gives
+the loss of the first step, before any update of the new weights, the mean loss of the
+last tenth of the steps, and the Dice on phantoms that no network was trained on.
 
-The runs are kept in --workdir, and the same command goes on where it was stopped. Small
-networks and short runs on synthetic bodies: a tendency, not the paper's result.
+The runs are kept in --workdir, and the same command continues them. Small networks and
+short runs on synthetic bodies show a tendency, not the paper's result.
 """
 
 import functools

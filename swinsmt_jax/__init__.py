@@ -18,7 +18,7 @@ __all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str):
-    """Import what is asked for, and no more: a model needs no plotting library."""
+    """Import only the requested name: a model needs no plotting library."""
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -16,7 +16,7 @@ import numpy as np
 
 
 class UserError(ValueError):
-    """Bad input that the user can mend; scripts print its message without traceback.
+    """Bad input that the user can fix; scripts print its message without traceback.
 
     What a file or its name holds may enter the message: no terminal obeys it.
     """
@@ -322,8 +322,8 @@ def spatial_shape(
     if exact is not None:
         require(
             tuple(shape) == tuple(exact),
-            f"{name} has shape {tuple(shape)}, but this network takes {exact} alone: "
-            "its parameters are made for the input shape of its config; change one or "
+            f"{name} has shape {tuple(shape)}, but this network accepts only {exact}: "
+            "its parameters depend on the input shape in its config; change one or "
             "the other.",
         )
         return

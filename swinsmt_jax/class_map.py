@@ -106,7 +106,7 @@ class ClassMap:
         checks.require(
             not nameless,
             "right and left cannot be exchanged, since classes without known names, "
-            f"such as {', '.join(nameless[:1])}, may have sides; do without mirroring, "
+            f"such as {', '.join(nameless[:1])}, may have sides; disable mirroring, "
             "or name the classes in data.classes.",
         )
         words = [_words(name) for name in self.names]
@@ -135,7 +135,7 @@ class ClassMap:
             not names,
             "right and left cannot be exchanged, since among the classes the other "
             f"side of {', '.join(names[:4])}{', ...' if len(names) > 4 else ''} is "
-            "missing or there twice; do without mirroring, or name both sides alike "
+            "missing or occurs twice; disable mirroring, or name both sides alike "
             "(kidney_left, kidney_right).",
         )
         return table
@@ -177,7 +177,7 @@ def _mirrored(words):
 
 
 def _may_have_side(words):
-    """Whether a name is of one side by its spelling alone."""
+    """Whether the spelling of a name suggests one side."""
     sided = rf"\w*(left|right)\w*|[apsi][lr]|[lr]({_PAIRED})\w*|({_PAIRED})[lr]"
     return any(re.fullmatch(sided, word) for word in words)
 

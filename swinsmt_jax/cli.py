@@ -1,4 +1,4 @@
-"""One command for all: `swinsmt train`, `swinsmt predict` and so on."""
+"""The command `swinsmt` with its subcommands: train, predict and so on."""
 
 import importlib
 import sys
@@ -31,7 +31,7 @@ def main() -> None:
     if name in ("-h", "--help", "help"):
         lines = [f"  {name:12} {words}" for name, (_, words) in COMMANDS.items()]
         print("usage: swinsmt COMMAND [--flag=value ...]\n", *lines, sep="\n")
-        print("\nswinsmt COMMAND --help tells more.")
+        print("\nFor more: swinsmt COMMAND --help")
         return
     try:
         checks.one_of("the command", name, COMMANDS)

@@ -1,7 +1,7 @@
 """Typed, checked configuration of an experiment. Imports no jax.
 
 A config file returns a `ml_collections.ConfigDict`; `from_config_dict` turns it into
-the frozen dataclasses below, and nothing beneath the scripts sees anything else.
+the frozen dataclasses below. Code below the scripts sees nothing else.
 """
 
 import copy
@@ -67,7 +67,7 @@ class DataConfig:
         hu_range: (low, high) HU, to which scans are clipped; they are mapped to [0, 1].
         normalization: (mean, standard deviation) in HU, by which clipped HU are
             normalised instead, as in nnU-Net.
-        modality: of scans that are read; other values than HU are told of a CT alone.
+        modality: of scans that are read; only a CT is checked for values unlike HU.
         foreground_ratio: share of crops centred on a labelled voxel.
         augmentations: what changes the crops; see `data.augmentation`.
         num_workers: processes that make crops; 0 makes them in threads.
@@ -153,7 +153,7 @@ class OptimizerConfig:
             decoder, for fine-tuning; 1 has none.
         extend: what the schedule does when a run is continued with more steps: it is
             "stretch"ed over all of them, so that the rate rises again; stays "constant"
-            at its last rate; or begins anew, "restart".
+            at its last rate; or begins again, "restart".
         spans: steps at which earlier lengths of an extended run ended; not for users.
     """
 

@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh, batches, and parameters by rules on their names.
 
-The mesh has the axes "data" and "expert". Batches are divided over both, the weights
-of experts over "expert", and everything else stands on every device.
+The mesh has the axes "data" and "expert". Batches are divided over both, expert weights
+over "expert", and everything else is replicated.
 """
 
 import re
@@ -48,12 +48,12 @@ def make_mesh(
     checks.require(
         size <= count,
         f"the mesh asks for mesh.data x mesh.expert = {data} x {config.expert} = "
-        f"{size} devices, but there are {count}; mesh.data=-1 takes what there is.",
+        f"{size} devices, but there are {count}; mesh.data=-1 uses all.",
     )
     checks.require(
         size == count or jax.process_count() == 1,
         f"the mesh takes {size} of {count} devices, but with several processes it must "
-        "take all; mesh.data=-1 does.",
+        "use all; mesh.data=-1 does.",
     )
     return jax.make_mesh(
         (data, config.expert),
@@ -75,8 +75,8 @@ def require_divisible(mesh: Mesh, *, batch_size: int, accumulate: int = 1) -> No
         rest == 0,
         f"data.batch_size is {batch_size}, but must be a multiple of the {mesh.size} "
         f"devices of the mesh (data {mesh.shape[DATA]} x expert {mesh.shape[EXPERT]}); "
-        f"the next valid size is {(share + 1) * mesh.size}. Fewer devices are taken "
-        "with mesh.data; data.batch_per_device counts by device instead.",
+        f"the next valid size is {(share + 1) * mesh.size}. mesh.data can use fewer "
+        "devices; data.batch_per_device counts by device instead.",
     )
     checks.require(
         share % accumulate == 0,
@@ -87,7 +87,7 @@ def require_divisible(mesh: Mesh, *, batch_size: int, accumulate: int = 1) -> No
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """Return this process's part of a mesh, along "data"; the mesh itself if alone."""
+    """Return this process's part of a mesh, along "data"; of one process, the mesh."""
     if jax.process_count() == 1:
         return mesh
     devices = mesh.local_devices
@@ -115,7 +115,7 @@ def copy_to_local(tree: Any, *, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of what stands whole on every device."""
+    """Return the sharding of what is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -178,7 +178,7 @@ def tree_shardings(tree: Any, *, mesh: Mesh, rules: Rules) -> Any:
     shardings = jax.tree_util.tree_map_with_path(sharding_of, tree)
     checks.require(
         not unused,
-        f"sharding rule {next(iter(unused), '')!r} matches no parameter; mend its "
+        f"sharding rule {next(iter(unused), '')!r} matches no parameter; fix its "
         "pattern or remove it.",
     )
     return shardings

@@ -112,5 +112,5 @@ def test_variants_differ_from_the_paper_in_the_network_alone(name):
 def test_a_patch_other_than_the_networks_only_shape_is_refused(name):
     values = load(name).get_config()
     values.data.patch_shape = (64, 64, 64)
-    with pytest.raises(UserError, match="data.patch_shape .* takes .* alone: its"):
+    with pytest.raises(UserError, match="data.patch_shape .* accepts only .*: its"):
         from_config_dict(values)

@@ -120,7 +120,7 @@ def test_the_page_runs_and_says_what_happens(walked):
     assert scans == files
     assert re.search(r"^overall .* \+0\.00 ", abdomen, re.MULTILINE)
     assert "num_steps grows from 20 to 30: the learning rate stays" in thick
-    assert "masks of 5 cases are not there, and count as absent" in masks
+    assert "masks of 5 cases are missing and count as absent" in masks
     assert re.search(r"^mean \+- deviation +2 ", masks, re.MULTILINE)
     assert "liver: annotated in 6 cases" in merged
     assert "aorta: annotated in 6 cases" in merged

@@ -35,7 +35,7 @@ def test_refuses_impossible_meshes(data, expert, words):
 
 def test_several_processes_take_all_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="4 of 8 devices.*must take all"):
+    with pytest.raises(UserError, match="4 of 8 devices.*must use all"):
         sharding.make_mesh(MeshConfig(4, 1))
 
 

@@ -2,16 +2,15 @@
 
     python evaluate.py --workdir=runs/demo --split=test
 
-reads configuration and parameters from the checkpoint, segments every case by a
-sliding window of the training patch's shape, prints the table of Dice, with its 95 %
-bootstrap intervals over cases, and of the other metrics, and writes
-per_class.csv, per_case.csv, results.json, overview.png and report.html to
-<workdir>/eval_<split>.
+reads configuration and parameters from the checkpoint and segments every case with
+sliding windows of the training patch's shape. It prints a table of Dice, with 95 %
+bootstrap intervals over cases, and of the other metrics. It writes per_class.csv,
+per_case.csv, results.json, overview.png and report.html to <workdir>/eval_<split>.
 
     python evaluate.py --predictions=out --data_root=data/x --output=results
 
-evaluates files of labels, or folders of masks, that predict.py or any other tool wrote,
-on the same footing.
+evaluates label files, or folders of masks, from predict.py or any other tool in the
+same way.
 
     python evaluate.py --nnunet=Dataset001_X/nnUNetTrainer__nnUNetPlans__3d_fullres \
         --data_root=data/x --output=results
@@ -20,15 +19,15 @@ evaluates a model folder of nnU-Net v2.
 
     python evaluate.py --fold_runs=runs/f0,runs/f1,runs/f2
 
-sets the runs of a cross-validation side by side.
+puts the runs of a cross-validation side by side.
 
     python evaluate.py --compare runs/a runs/b
 
 compares two evaluations case by case: differences by group with 95 % intervals,
 Wilcoxon's signed-rank test with Holm's correction, and effect sizes.
 
-Scores are kept by case until all are there. Where some cases fail, the others are
-scored and the exit status is 1; SIGTERM and SIGUSR1 end it with status 75, Ctrl-C with
+Scores are kept by case until all are complete. If some cases fail, the others are
+scored and the exit status is 1. SIGTERM and SIGUSR1 end it with status 75, Ctrl-C with
 130. The same command continues.
 """
 
@@ -71,11 +70,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
     text("workdir", None, "folder of the training run; A,B,C averages several")
     text("nnunet", None, "model folder of nnU-Net v2, instead of --workdir")
-    help = "of --nnunet, such as 0,1; or all; every fold that is there by default"
+    help = "of --nnunet, such as 0,1; or all; every existing fold by default"
     flags.DEFINE_list("folds", [], help, flag_values=values)
     choice("split", "test", SPLITS, "cases to evaluate")
     text("step", None, "checkpoint: best (if there was validation), latest or a number")
-    text("data_root", None, "data folder, if not the training's")
+    text("data_root", None, "data folder, if not that of the training")
     text("output", None, "folder for the results; by default <workdir>/eval_<split>")
     choice(
         "average",
@@ -91,10 +90,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     help = "faces where the scan cuts a structure: surface or not"
     choice("cut_faces", "count", ("count", "ignore"), help)
-    help = "give the numbers as another tool gives them"
+    help = "give the numbers that another tool would give"
     text("protocol", None, f"{help}: {', '.join(CONVENTIONS)}")
     text("groups", None, "JSON file {group: [class ids or names]} for the table")
-    flags.DEFINE_integer("limit", 0, "first cases only; 0: all", flag_values=values)
+    flags.DEFINE_integer("limit", 0, "only the first cases; 0: all", flag_values=values)
     flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
     choice("blend", None, BLENDS, "weights of a window's voxels")
     flags.DEFINE_integer(
@@ -106,15 +105,17 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     text("description", "", help)
     help = "average over windows and their mirror images; twice the time"
     flags.DEFINE_bool("mirror", False, help, flag_values=values)
-    choice("dtype", None, DTYPES, "of matrix products, if not the training's")
+    choice(
+        "dtype", None, DTYPES, "dtype of matrix products, if not that of the training"
+    )
     help = "folder of label files <case>.nii.gz, or folders <case> of masks"
     text("predictions", None, help)
     help = "resample predictions on another grid than their scan's (nearest voxel)"
     flags.DEFINE_bool("regrid", False, help, flag_values=values)
     for name, help in (
-        ("confidence", "also say how sure the network is of each class"),
+        ("confidence", "also report the network's confidence in each class"),
         ("quality", "also check the anatomy of predictions, as predict.py --quality"),
-        ("view", "also write pages of the worst cases, truth beside prediction"),
+        ("view", "also write pages of the worst cases, with truth and prediction"),
     ):
         flags.DEFINE_bool(name, False, help, flag_values=values)
     help = "processes that share the cases; 0: this one, but for --predictions one for "

@@ -1,10 +1,10 @@
-"""Say what a folder or a file is: a run, a store, a dataset, a model folder, weights.
+"""Describe a folder or file: a run, a store, a dataset, a model folder, weights.
 
     swinsmt inspect runs/x data/mine_store
     swinsmt inspect Dataset001_X/nnUNetTrainer__nnUNetPlans__3d_fullres
     swinsmt inspect ~/.totalsegmentator/nnunet/results
 
-prints one screen: classes, spacing, cases, steps, scores, and where it came from.
+prints one screen: classes, spacing, cases, steps, scores and origin.
 """
 
 from collections import Counter

@@ -3,8 +3,9 @@
     swinsmt merge --stores=stores/a,stores/b --store=stores/both
 
 The new store has the classes of all, matched by name. A case annotates the classes of
-its own store: a voxel without a label may be of any class that the case does not
-annotate, so the others get no loss there, and no score. Stores must have one spacing.
+its own store. A voxel without a label may belong to any class that the case does not
+annotate, so these classes have no loss and no score there. All stores must have the
+same spacing.
 """
 
 from absl import flags

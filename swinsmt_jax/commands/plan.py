@@ -1,12 +1,12 @@
-"""Look at a dataset before preprocessing: what it holds, and what would fit it.
+"""Inspect a dataset before preprocessing, and propose spacing, patch and commands.
 
     swinsmt plan --source=data/mine
 
-prints spacings, shapes and extents of its scans, voxels of each class and in how many
-cases they are, and proposes the commands that make a store and train on it. All labels
-are read; --limit=20 looks at the first 20 cases alone. --config=configs/x.py proposes
-another network than nnU-Net's. --measure compiles its training step here, and says
-what memory and time it takes on one device of this machine.
+prints the spacings, shapes and extents of its scans and the voxels and cases of each
+class. It proposes the commands that make a store and train on it. All labels are read;
+--limit=20 reads only the first 20 cases. --config=configs/x.py proposes another network
+than nnU-Net's. --measure compiles its training step and prints the memory and time that
+it takes on one device of this machine.
 """
 
 import numpy as np
@@ -30,7 +30,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("source", None, "folder of the dataset", flag_values=values)
     help = "JSON file that describes the source, or v1, v2, total_v3 (TotalSegmentator)"
     flags.DEFINE_string("description", "", help, flag_values=values)
-    flags.DEFINE_integer("limit", 0, "first cases only; 0: all", 0, flag_values=values)
+    flags.DEFINE_integer(
+        "limit", 0, "only the first cases; 0: all", 0, flag_values=values
+    )
     help = "config of the network to propose"
     flags.DEFINE_string("config", CONFIG, help, flag_values=values)
     help = "compile a training step and time it on this machine"
@@ -145,7 +147,7 @@ def _cost(config: ExperimentConfig, measure: bool):
         f"{gigabytes(12 * count)} with AdamW's moments"
     )
     if not measure:
-        yield "  --measure tells memory and time of a step on this machine"
+        yield "  --measure gives memory and time of a step on this machine"
         return
     from swinsmt_jax.training import trial
 

@@ -6,14 +6,14 @@
     python predict.py --nnunet=Dataset001_X/nnUNetTrainer__nnUNetPlans__3d_fullres \
         --input=scan.nii.gz --output=out
 
-An input is a NIfTI file, a folder, of which all .nii and .nii.gz are taken, or a folder
-with a DICOM series, which needs the extra "dicom"; commas separate several. For each
-scan out/<name>.nii.gz holds the label ids on the scan's own grid, with names and
-colours in its header; --masks writes out/<name>/<class>.nii.gz instead. Files appear
-when complete. What is there stays, unless --overwrite is given, and a scan of which all
-is there is skipped. A scan that fails does not stop the others; the exit status is then
-1, and out/summary.json says why. SIGTERM and SIGUSR1 end it with status 75, Ctrl-C with
-130. Several processes with one output share the scans.
+An input is a NIfTI file, a folder of .nii and .nii.gz files, or a folder with a DICOM
+series, which needs the extra "dicom". Commas separate several inputs. For each scan
+out/<name>.nii.gz holds the label ids on the scan's own grid, with names and colours in
+its header; --masks writes out/<name>/<class>.nii.gz instead. Files appear when
+complete. Existing files stay unless --overwrite is given, and a scan with all its
+outputs is skipped. A scan that fails does not stop the others; the exit status is then
+1, and out/summary.json gives the reason. SIGTERM and SIGUSR1 end it with status 75,
+Ctrl-C with 130. Several processes with one output share the scans.
 """
 
 import sys
@@ -48,17 +48,17 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     text("nnunet", "model folder of nnU-Net v2, instead of --workdir")
     help = "folder of TotalSegmentator's weights instead of --workdir, such as"
     text("totalsegmentator", f"{help} {HOME}; its task total, of 1.5 mm or, --fast, 3")
-    help = "of --nnunet, such as 0,1; or all; every fold that is there by default"
+    help = "of --nnunet, such as 0,1; or all; every existing fold by default"
     flags.DEFINE_list("folds", [], help, flag_values=values)
     flags.DEFINE_list("input", None, "files and folders", flag_values=values)
-    help = "of folders with many DICOM series, in folders in them too: a UID, or all"
+    help = "UID of one of many DICOM series below a folder, or all"
     text("series", help)
     text("output", "folder for the results")
     text("step", "checkpoint: best (if there was validation), latest or a number")
     help = "write only these classes; others become background"
     flags.DEFINE_list("roi", [], help, flag_values=values)
     switch("masks", "a file for each class instead of one file of labels")
-    help = "of label files, if not the scan's; nii.gz for NIfTI and DICOM"
+    help = "format of label files, if not the scan's; nii.gz for NIfTI and DICOM"
     flags.DEFINE_enum("format", None, FORMATS, help, flag_values=values)
     switch("clean", "keep the largest piece of organs and bones that are one piece")
     for name, kind in KINDS.items():
@@ -68,8 +68,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             flags.DEFINE_enum(name, None, kind.choices, kind.help, flag_values=values)
         else:
             switch(name, kind.help)
-    switch("confidence", "say in the statistics how sure the network is of each class")
-    switch("overwrite", "segment again what is there")
+    switch("confidence", "add the network's confidence in each class to the statistics")
+    switch("overwrite", "segment again and replace existing results")
     switch("fast", "overlap of windows 0.25: about a third of the time, less smooth")
     help = "average over windows and their mirror images; twice the time. With --nnunet"
     help = f"{help} it is done along the axes that the model allows unless --nomirror"
@@ -78,7 +78,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_float("overlap", None, "overlap of windows", flag_values=values)
     help = "weights of a window's voxels"
     flags.DEFINE_enum("blend", None, BLENDS, help, flag_values=values)
-    help = "of matrix products, if not the training's"
+    help = "dtype of matrix products, if not that of the training"
     flags.DEFINE_enum("dtype", None, DTYPES, help, flag_values=values)
     help = "windows per call, over all devices"
     flags.DEFINE_integer("window_batch", None, help, flag_values=values)
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> None:
     startup.start(arguments)
     checks.require(
         not (options.fast and options.overlap is not None),
-        "--fast stands for --overlap=0.25; give one of them.",
+        "--fast means --overlap=0.25; give only one of them.",
     )
     overlap = 0.25 if options.fast else options.overlap
     names = ("blend", "window_batch", "accumulate_on")

@@ -3,15 +3,15 @@
     python preprocess.py --source=data/Totalsegmentator_dataset_v201 --store=data/ts15 \
         --spacing=1.5 --workers=8
 
-The source is in the TotalSegmentator-V2 layout, or in nnU-Net's (dataset.json), or in
-that of a JSON file given by --description; docs/data.md explains how. Each case becomes
-one folder of the store: CT and merged labels in RAS orientation, resampled if a spacing
-is given (--config=configs/x.py takes that of the config), chunked and compressed. Give
-the store to train.py as --config.data.root. The same command again continues, and tries
-cases again that failed or whose files changed; nothing is removed without --prune.
-A case that cannot be used is named with its reason, the others go on, and the exit
-status is 1. At the end report.html and report.json in the store show what is in it.
-SIGTERM and SIGUSR1 end it with status 75, Ctrl-C with 130.
+The source has the layout of TotalSegmentator-V2, of nnU-Net (dataset.json), or of the
+JSON file given by --description; see docs/data.md. Each case becomes one folder of the
+store: CT and merged labels in RAS orientation, resampled if a spacing is given
+(--config=configs/x.py uses the config's), chunked and compressed. Pass the store to
+train.py as --config.data.root. The same command continues, and retries cases that
+failed or whose files changed; nothing is removed without --prune. A case that cannot be
+used is named with its reason, the others continue, and the exit status is 1. At the end
+report.html and report.json in the store describe its contents. SIGTERM and SIGUSR1 end
+it with status 75, Ctrl-C with 130.
 """
 
 import sys
@@ -35,9 +35,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("store", None, "folder to make", flag_values=values)
     help = "side of voxels in mm, or three: 1.5,1.5,3; 0 keeps each scan's own"
     flags.DEFINE_string("spacing", None, help, flag_values=values)
-    help = "config that will train on the store; its data.spacing is taken"
+    help = "config that will train on the store; uses its data.spacing"
     flags.DEFINE_string("config", None, help, flag_values=values)
-    help = "model folder of nnU-Net to fine-tune on the store; its spacing is taken"
+    help = "model folder of nnU-Net to fine-tune on the store; uses its spacing"
     flags.DEFINE_string("nnunet", None, help, flag_values=values)
     help = "JSON file that describes the source, or v1, v2, total_v3 (TotalSegmentator)"
     flags.DEFINE_string("description", "", help, flag_values=values)
@@ -48,16 +48,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     help = "ids of cases to leave out; known: those of TotalSegmentator v2 that public"
     help = f"{help} reports name"
     flags.DEFINE_list("exclude", [], help, flag_values=values)
-    help = "read the cases of the store whole, and make damaged ones again"
+    help = "read the stored cases completely, and rebuild damaged ones"
     flags.DEFINE_bool("verify", False, help, flag_values=values)
-    help = "say what would be made, made again, kept or removed, and do nothing"
+    help = "only report what would be made, rebuilt, kept or removed"
     flags.DEFINE_bool("check", False, help, flag_values=values)
     help = "remove cases that the source no longer lists; let another source take over"
     flags.DEFINE_bool("prune", False, help, flag_values=values)
     help = "which class a resampled voxel gets; docs/data.md says what each keeps"
     rules = list(LABEL_RULES)
     flags.DEFINE_enum("label_resampling", "most", rules, help, flag_values=values)
-    help = "who wins where masks overlap: the later class, or the smaller mask"
+    help = "which mask wins where masks overlap: the later class, or the smaller"
     flags.DEFINE_enum("overlaps", "order", OVERLAPS, help, flag_values=values)
     for name in ("source", "store"):
         flags.mark_flag_as_required(name, flag_values=values)
@@ -74,7 +74,7 @@ def spacing_of(options: flags.FlagValues) -> Sides:
         return given or 0.0
     checks.require(
         not (options.nnunet and options.config),
-        "--nnunet and --config both tell a spacing; leave one of them out.",
+        "--nnunet and --config both set a spacing; remove one of them.",
     )
     if options.nnunet:
         from swinsmt_jax.convert import nnunet_finetune, nnunet_folder  # they load jax

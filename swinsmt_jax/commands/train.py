@@ -1,15 +1,15 @@
-"""Train a network, or continue a run: the same command again.
+"""Train a network; the same command continues a run.
 
     python train.py --config=configs/demo.py --workdir=runs/demo
 
-Values of the config are changed by name: --config.optimizer.learning_rate=1e-3. The
-files in configs/ say what they train, on what, and what to expect. The workdir then
-holds config.json, run.json, metrics.jsonl, tensorboard/ and checkpoints/, for
+Flags change values of the config by name: --config.optimizer.learning_rate=1e-3. The
+files in configs/ say what they train, on which data, and what to expect. The workdir
+then holds config.json, run.json, metrics.jsonl, tensorboard/ and checkpoints/ for
 evaluate.py.
 
-SIGTERM and Ctrl-C finish the step, save, and exit with status 75 and 130. Status 2 is
-an error that you can mend, said in one line. docs/training.md tells of resuming,
-faults, memory, other weights and profiles, docs/multi_node.md of several hosts.
+SIGTERM and Ctrl-C finish the step, save, and exit with status 75 and 130. Status 2
+means an error that you can fix, described in one line. docs/training.md explains
+resuming, faults, memory, other weights and profiles, docs/multi_node.md several hosts.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     help += ".pth or .safetensors"
     flags.DEFINE_string("start_from", None, help, flag_values=values)
-    help = "begin also where little of --start_from fits: another width, no encoder"
+    help = "also start if little of --start_from fits: another width, no encoder"
     flags.DEFINE_bool("partial", False, help, flag_values=values)
     help = "noise on experts that --start_from copies, as a share of their deviation"
     flags.DEFINE_float("upcycle_noise", 0.0, help, 0.0, 1.0, flag_values=values)

@@ -7,7 +7,7 @@
 Network, spacing, normalisation, patch and batch come from the plan of --start_from,
 classes from the data; what is set here or by a flag wins over the plan. Outputs of
 classes that the folder has too are kept, by name. A tenth of the usual rate, and
-mirroring off, keep what it knows; docs/nnunet.md tells more.
+mirroring off, keep what it knows; see docs/nnunet.md.
 """
 
 from ml_collections import config_dict

@@ -83,7 +83,7 @@ def from_torch(
 
 
 def _with_names(config, classes):
-    """Return a config that names every class of the network as told, or neutrally."""
+    """Return a config that names every class of the network, as given or neutrally."""
     given, count = tuple(classes) or config.data.classes, config.model.out_channels - 1
     if len(given) == 1 and given[0] in class_map.VERSIONS:
         given = class_map.VERSIONS[given[0]].names[1:]
@@ -96,8 +96,8 @@ def _with_names(config, classes):
     )
     if not given:
         logging.warning(
-            "The %d classes are called class_1, class_2 and so on, as weights do not "
-            "tell names; give them as --classes=spleen,liver,..., or --classes=v2 for "
+            "The %d classes are called class_1, class_2 and so on, since weights do "
+            "not name them; pass --classes=spleen,liver,..., or --classes=v2 for "
             "TotalSegmentator's.",
             count,
         )
@@ -114,7 +114,7 @@ def _load(model, found, partial):
         convert.load_torch(model, found)
     except checks.UserError as error:
         raise checks.UserError(
-            f"{error} --partial takes what fits and lists the rest."
+            f"{error} --partial loads what fits and lists the rest."
         ) from error
     known = convert.to_torch(model)
     named, words = renamed(found, known)
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> None:
     given = [*arguments[1:], *([f"to_{options.to}"] if options.to else [])]
     checks.require(
         len(given) == 1 and given[0] in NEEDED,
-        f"say from_torch, to_torch or --to=nnunet; see --help. Got {given}.",
+        f"give from_torch, to_torch or --to=nnunet; see --help. Got {given}.",
     )
     for name in NEEDED[given[0]]:
         checks.require(

@@ -231,7 +231,7 @@ def _require_small_places(content):
 
 
 class _Ignored:
-    """Stands for what is beside the weights, and does nothing."""
+    """Replaces objects beside the weights, and does nothing."""
 
     def __init__(self, *_):
         pass

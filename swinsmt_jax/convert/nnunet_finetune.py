@@ -48,9 +48,9 @@ def planned(values: Mapping, start_from: str | None) -> ExperimentConfig:
     )
     if not folder.plan.reoriented:
         logging.warning(
-            "%s was trained on scans with axes as their files have them, which it does "
-            "not tell; here all scans are shown in RAS orientation. If those were "
-            "others, right and left or front and back are exchanged for it at first.",
+            "%s was trained on scans with the axes of their files, which it does not "
+            "record. Here all scans are in RAS orientation. If the files had another "
+            "one, the network first sees right and left or front and back exchanged.",
             folder.path,
         )
     given = {name: dict(part) for name, part in values.items()}

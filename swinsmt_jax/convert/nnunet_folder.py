@@ -111,7 +111,7 @@ def read(
 
 
 def find(folder: str | Path) -> Path:
-    """Return the model folder that is meant; `UserError` unless there is one."""
+    """Return the model folder; `UserError` unless there is exactly one."""
     path = absolute(folder)
     checks.require(path.is_dir(), f"the model folder {path} does not exist.")
     if (path / nnunet_plan.PLANS).is_file():
@@ -166,18 +166,18 @@ def _folds(path, wanted):
 
 
 def _facts(document, where):
-    """Return configuration and mirroring axes that a checkpoint tells."""
+    """Return the configuration and mirroring axes of a checkpoint."""
     about, trainer = document.get("init_args"), document.get("trainer_name")
     checks.require(
         isinstance(about, Mapping) and isinstance(about.get("configuration"), str),
-        f"{where} does not say of which configuration it is (init_args); it is not a "
+        f"{where} does not name its configuration (init_args); it is not a "
         "checkpoint of nnU-Net v2.",
     )
     checks.require(
         isinstance(trainer, str) and TRAINER.fullmatch(trainer) is not None,
-        f"{where} is of the trainer {trainer!r}, which is not known to train the "
-        "network of the plan; trainers that change only schedule, augmentation, loss "
-        "or mirroring are, such as nnUNetTrainerNoMirroring.",
+        f"{where} comes from the trainer {trainer!r}, which may not train the network "
+        "of the plan. Supported are trainers that change only schedule, augmentation, "
+        "loss or mirroring, such as nnUNetTrainerNoMirroring.",
     )
     axes = document.get("inference_allowed_mirroring_axes") or ()
     checks.require(

@@ -47,7 +47,7 @@ def write(
         names: of the label ids, the background first.
 
     Raises:
-        UserError: for another network, and a folder that is there.
+        UserError: for another network, and an existing folder.
     """
     folder = absolute(folder)
     checks.require(
@@ -56,7 +56,7 @@ def write(
         f"{checks.listed(NETWORKS)}.",
     )
     checks.require(
-        not folder.exists(), f"{folder} is there; give another --output, or remove it."
+        not folder.exists(), f"{folder} exists; give another --output, or remove it."
     )
     config = permuted(model.config, (2, 1, 0))  # nnU-Net reads [z, y, x]
     intensities = {

@@ -28,7 +28,7 @@ from swinsmt_jax.models.registry import entry_of
 from swinsmt_jax.runtime.files import absolute
 from swinsmt_jax.training.checkpoint import load_model
 
-LEAST = 0.5  # share of what must fit, unless less is asked for
+LEAST = 0.5  # share of what must fit, unless less is requested
 UNNAMED = (
     "not both name their classes: the outputs of the weights are taken for the "
     "network's, in their order"
@@ -130,10 +130,10 @@ def load_what_fits(
         name, shapes = next(iter(wrong.items()), ("", ((), ())))
         checks.require(
             misfit <= LEAST * sum(sizes[name] for name in fitting),
-            f"the weights are of another width: {len(wrong)} of {len(fitting)} "
+            f"the weights have another width: {len(wrong)} of {len(fitting)} "
             f"parameters have other shapes, such as {name} {shapes[0]} for {shapes[1]},"
-            f" and {share:.0%} of the network's values would be loaded. Take the "
-            "config of the weights, or ask for what fits with --partial.",
+            f" and {share:.0%} of the network's values would be loaded. Use the "
+            "config of the weights, or pass --partial to load what fits.",
         )
         _require_encoder(model, loaded)
     load_torch(model, own | {name: fitting[name] for name in loaded})
@@ -151,9 +151,9 @@ def _require_encoder(model, loaded):
     ]
     checks.require(
         sum(parts) >= LEAST * len(parts),
-        f"the weights have {sum(parts)} of the {len(parts)} parameters of the encoder, "
-        "which would begin at random. Take weights of this network, or ask for what "
-        "fits with --partial.",
+        f"the weights have only {sum(parts)} of the {len(parts)} parameters of the "
+        "encoder; the others would be random. Use weights of this network, or pass "
+        "--partial to load what fits.",
     )
 
 

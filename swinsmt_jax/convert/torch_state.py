@@ -25,7 +25,7 @@ def load_torch(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
         model: a network made by `models.create`.
         state_dict: arrays (or CPU tensors) under PyTorch's names, in PyTorch's layouts.
             One prefix of the names, such as `module.` or `net.`, and what the network's
-            `NameTable` calls unneeded are passed over. Of tensors that PyTorch writes
+            `NameTable` calls unneeded are skipped. Of tensors that PyTorch writes
             under several names, one will do.
 
     Raises:

@@ -80,7 +80,7 @@ def _words(before, number, noise):
 
 
 def _noisy(array, noise, name):
-    """Return an array with noise that depends on the name alone."""
+    """Return an array with noise that depends only on its name."""
     array = np.asarray(array)
     if not noise:
         return array

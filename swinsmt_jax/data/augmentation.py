@@ -109,7 +109,7 @@ class Rotate(Augmentation):
     """Rotate by 90, 180 or 270 degrees in the axial plane (axes 0 and 1).
 
     A crop that is not square there is only rotated by 180 degrees. The affine of a
-    rotated or mirrored sample is no longer of use and is kept as it was.
+    rotated or mirrored sample is no longer useful and stays as it was.
     """
 
     probability: Share = 0.1

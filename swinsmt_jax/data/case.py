@@ -226,7 +226,7 @@ def _merge_masks(
             found[number] = file
         else:
             near = checks.did_you_mean(name, classes.names[1:])
-            foreign.append(f"{file} is a mask of no class and was passed over.{near}")
+            foreign.append(f"{file} is not a mask of any class and was skipped.{near}")
     checks.require(
         bool(found),
         f"{first}*{last} holds a mask of none of the {len(classes.names) - 1} classes "

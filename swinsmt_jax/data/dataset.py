@@ -46,7 +46,7 @@ def find_cases(
     Args:
         root, description: as in `open_dataset`.
         split: "train", "val" or "test".
-        fold: of a cross-validation, which divides training and validation cases anew;
+        fold: of a cross-validation, which redivides training and validation cases;
             -1 takes the dataset's own splits.
 
     Raises:

@@ -40,7 +40,7 @@ def load_series(folder: str | Path) -> nifti.Volume:
     The distance and direction between slices are those of their positions, so that a
     tilted gantry gives a sheared affine, as NIfTI has it. Each slice, or frame of an
     enhanced CT, is rescaled by its own slope and intercept. What lies beside the slices
-    (scouts, reports, structures, directories) is passed over and named in the notes.
+    (scouts, reports, structures, directories) is skipped and named in the notes.
 
     Raises:
         UserError: without the extra; for a folder without slices of a CT or with those
@@ -93,7 +93,7 @@ def chosen_series(folder: Path, series: str) -> dict[str, Path]:
     )
     if "" in there.keys() - found.keys():
         logging.warning(
-            "%s: %s tell no series, so one may lack them, such as %s",
+            "%s: %s do not name a series, which may therefore lack them, such as %s",
             *(folder, f"{len(there[''])} files", there[""][0]),
         )
     if others := len(there) - len(found):
@@ -138,7 +138,7 @@ def _sorted_slices(folder):
 
 
 def _series(folder):
-    """Return the slices of the only series, and a note on what was passed over."""
+    """Return the slices of the only series, and a note on skipped files."""
     by_series, others = collections.defaultdict(list), {}
     for file in dicom_files(folder):
         found = look(file)
@@ -174,7 +174,7 @@ def _series(folder):
         "Put each into a folder of its own, or choose by --series=UID or all.",
     )
     (slices,) = by_series.values()
-    note = f"{len(others)} DICOM files are not slices and were passed over: {said}."
+    note = f"{len(others)} DICOM files are not slices and were skipped: {said}."
     return slices, (note,) if others else ()
 
 

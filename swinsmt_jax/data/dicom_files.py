@@ -1,4 +1,4 @@
-"""What each DICOM file of a folder is, told from its header before pixels are read.
+"""Classify the DICOM files of a folder by their headers, before pixels are read.
 
 Facts of the standard: PS3.3 C.7.6.2 (image plane), C.8.15 (enhanced CT), PS3.6 (tags).
 """
@@ -95,8 +95,8 @@ def _series_of(files, stamps):
                 )
             except Exception as error:  # pydicom raises whatever parsing runs into
                 raise checks.UserError(
-                    f"{file} is damaged ({checks.one_line(error)}), so nobody knows "
-                    f"which series lacks it. {AGAIN}"
+                    f"{file} is damaged ({checks.one_line(error)}), so its "
+                    f"series is unknown. {AGAIN}"
                 ) from error
             series = str(header.get("SeriesInstanceUID") or "")
             if "DirectoryRecordSequence" not in header:

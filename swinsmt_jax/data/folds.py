@@ -48,7 +48,7 @@ def splits_of(
     checks.require(
         not lost,
         f"the fold {number} lists {len(lost)} cases that are not there, such as "
-        f"{', '.join(lost[:3])}; preprocess them, or mend splits_final.json.",
+        f"{', '.join(lost[:3])}; preprocess them, or fix splits_final.json.",
     )
     return {name: splits[name] for name in names if name in splits}
 

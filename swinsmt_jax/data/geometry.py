@@ -146,7 +146,7 @@ def difference(
     other_shape: Sequence[int],
     other: np.ndarray,
 ) -> str:
-    """Say in mm how a grid lies beside another one, both in RAS orientation.
+    """Describe in mm how two grids differ, both in RAS orientation.
 
     What explains it is named: half a voxel, an axis that runs the other way, slices
     that one has not.

@@ -31,7 +31,7 @@ def import_scan(
 ) -> tuple[str, ...]:
     """Copy a scan into `root` and list it in `meta.csv`; return the new ids.
 
-    A case that is there already is replaced as a whole. Several processes may import
+    An existing case is replaced as a whole. Several processes may import
     into one root. The scan keeps its orientation; its HU
     are rounded to int16.
 

@@ -21,7 +21,7 @@ def is_itk(path: Path) -> bool:
 
 
 def opened(path: Path) -> nib.Nifti1Image:
-    """Return the header of a file as nibabel has it; voxels are read when asked for.
+    """Return the header of a file in nibabel's form; voxels are read on request.
 
     The names of label ids that `write` keeps become the header extension of NIfTI.
 

@@ -18,7 +18,7 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
         path: a file of label ids, or a folder with <class>.nii.gz or <class>.nii for
             each class, as TotalSegmentator and `predict.py --masks` write it. Of masks
             that overlap the later class wins; a class without a mask has no voxels, and
-            masks of other classes are passed over, both with a warning.
+            masks of other classes are skipped, both with a warning.
         classes: the names of the ids.
         like: the scan.
 
@@ -47,7 +47,7 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
         )
     if foreign:
         logging.warning(
-            "%s holds %d masks of none of the classes, which are passed over: %s",
+            "%s holds %d masks of none of the classes, which are skipped: %s",
             path,
             len(foreign),
             checks.few(foreign),

@@ -89,7 +89,7 @@ def ids_by_name(
         checks.require(
             number in names,
             f"{path} has voxels of the label id {number}, which its header does not "
-            "name, though it names others unlike the class map; name it there too.",
+            "name, although its other names differ from the class map; name it there.",
         )
         name, own = names[number], dict(enumerate(classes.names)).get(number)
         checks.require(

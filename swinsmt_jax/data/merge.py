@@ -19,7 +19,15 @@ from swinsmt_jax.data.store import Options, StoredCase
 from swinsmt_jax.labels import IGNORED
 from swinsmt_jax.runtime import files
 
-MADE = ("shape", "affine", "counts", "ignored", "cut", "boxes", "annotated")  # anew
+MADE = (
+    "shape",
+    "affine",
+    "counts",
+    "ignored",
+    "cut",
+    "boxes",
+    "annotated",
+)  # recomputed
 
 
 @dataclass(frozen=True)
@@ -50,13 +58,13 @@ def merge(stores: Sequence[str | Path], root: str | Path) -> dict[str, int]:
     roots, root = [files.absolute(each) for each in stores], files.absolute(root)
     checks.require(
         len(roots) > 1 and len(set(roots)) == len(roots),
-        f"stores is {checks.listed(map(str, stores))}, but two or more different ones "
-        "are merged.",
+        f"stores is {checks.listed(map(str, stores))}, but must be two or more "
+        "different stores.",
     )
     for each in roots:
         checks.require(
             store.is_store(each),
-            f"{each} is no store; make one of each dataset with preprocess.py.",
+            f"{each} is not a store; make one of each dataset with preprocess.py.",
         )
     options = [store.read_options(each) for each in roots]
     for other, where in zip(options, roots, strict=True):
@@ -137,8 +145,8 @@ def _parts(
     renamed = [name for name, part in parts.items() if name != part.case.name]
     if renamed:
         logging.warning(
-            "%d cases have the name of another store's, and get that of their own "
-            "before it: %s",
+            "%d cases have the same name as one of another store; the name of their "
+            "own store is put before it: %s",
             len(renamed),
             checks.few(renamed),
         )

@@ -14,7 +14,7 @@ RESERVED = (META, "store.json", "report.json", "report.html")  # files of a stor
 
 
 class EmptySplitError(checks.UserError):
-    """A dataset or a store has no case of the split asked for."""
+    """A dataset or a store has no case of the requested split."""
 
 
 def collect(

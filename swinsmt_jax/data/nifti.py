@@ -365,7 +365,7 @@ def _checked(path, array, affine) -> Volume:
     checks.require(
         bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine[:3, :3])) > 1e-9,
         f"{path} has the affine {affine[:3].tolist()}, which cannot be inverted, so "
-        "orientation and spacing are unknown; mend its sform and qform.",
+        "orientation and spacing are unknown; fix its sform and qform.",
     )
     in_ras = orientations.apply_orientation(array, orientations.io_orientation(affine))
     ras, _ = ras_grid(affine, array.shape)

@@ -53,7 +53,7 @@ def named(path: Path) -> Iterator[None]:
         reason = checks.one_line(error)
         if isinstance(error, nib.spatialimages.HeaderDataError):
             raise checks.UserError(
-                f"{path} is a NIfTI file with a bad header ({reason}); mend it, or "
+                f"{path} is a NIfTI file with a bad header ({reason}); fix it, or "
                 "export the scan again."
             ) from error
         if isinstance(error, nib.filebasedimages.ImageFileError):
@@ -119,7 +119,7 @@ def proxy(image: nib.Nifti1Pair) -> ArrayProxy:
 
 
 def voxels(image: nib.Nifti1Pair) -> np.ndarray:
-    """Read the voxels; of a gzip file all of it, since its checksum stands at the end.
+    """Read the voxels; a gzip file is read completely, for the checksum at its end.
 
     nibabel itself stops after the last voxel, and misses damage.
     """

@@ -303,7 +303,7 @@ def _resampling(values, what, most):
 
 
 def _network(values):
-    """Return class name and arguments; older plans have them beside the rest."""
+    """Return class name and arguments; older plans keep them at the top level."""
     if "architecture" in values:
         return {
             "class": values["architecture"]["network_class_name"],

@@ -13,7 +13,7 @@ def record(files: Sequence[Path], *, root: Path) -> dict[str, dict]:
 
     Returns:
         `source`, {path: [bytes, hash]}, and `times`, {path: time of its last change in
-        ns}, which tells nothing of the content.
+        ns}, which says nothing about the content.
     """
     names = {os.path.relpath(file, root): file for file in files}
     return {

@@ -186,7 +186,7 @@ def class_map(config: DataConfig) -> ClassMap:
 
 
 def _existing(root):
-    """Return the folder of the data as a path that is there."""
+    """Return the folder of the data as an existing path."""
     given, root = root, files.absolute(root)
     checks.require(
         root.is_dir(),
@@ -253,8 +253,8 @@ def recalled(config: DataConfig) -> DataConfig:
     spacing = store.read_options(Path(config.root)).spacing
     if spacing:
         logging.warning(
-            "the run does not tell its spacing; its store %s has voxels of %s mm, "
-            "which are taken",
+            "the run does not record its spacing; its store %s has voxels of %s mm, "
+            "which are used",
             config.root,
             text(spacing),
         )

@@ -1,7 +1,7 @@
 """From a dataset as it downloads to a store: every case once, in parallel.
 
-A run can be killed and started again: finished cases stay, half-written ones are made
-again. A case that cannot be used is reported by name and reason, and the others go on.
+A run can be killed and started again: finished cases stay, partial ones are made
+again. A case that cannot be used is reported with its reason; the others continue.
 """
 
 import functools
@@ -77,7 +77,7 @@ def preprocess(
         UserError: for a source that is not such a dataset, unknown ids in `exclude` or
             names in `classes`, a store of other options, that another run is writing
             to, or that cannot be written, such as on a full disk. Finished cases stay,
-            half-written ones do not.
+            partial ones do not.
     """
     source, root = files.absolute(source), files.absolute(root)
     checks.positive("workers", workers)
@@ -133,7 +133,7 @@ def _tell_absent(absent):
     found = [(name, own) for name, names in absent.items() for own in names or ()]
     if found:
         logging.warning(
-            "%d masks of %d cases are not there, and count as absent structures: %s",
+            "%d masks of %d cases are missing and count as absent structures: %s",
             len(found),
             len({name for name, _ in found}),
             checks.few([f"{own} of {name}" for name, own in found]),
@@ -150,7 +150,7 @@ def _tell_partial(facts, classes):
     }
     if partial:
         logging.info(
-            "%d of %d cases annotate some classes alone; without annotation are %s",
+            "%d of %d cases annotate only some classes; not annotated: %s",
             *(len(partial), len(facts)),
             checks.few([f"{name} in {n}" for name, n in without.items() if n]),
         )
@@ -210,7 +210,7 @@ class Plan:
             fate = "is removed" if self.prune else "stays; --prune removes it"
             lines.append(
                 f"{len(self.gone)} cases of the store are no longer listed, or are "
-                f"excluded: {', '.join(self.gone)}. They take no part; what was made "
+                f"excluded: {', '.join(self.gone)}. They are not used; what was made "
                 f"of them {fate}"
             )
         return lines
@@ -359,7 +359,7 @@ def write(
     Whatever goes wrong with a case is its reason, such as memory that it lacks.
 
     Raises:
-        UserError: if the store cannot be written, which no other case would mend.
+        UserError: if the store cannot be written, which no other case would fix.
     """
     files.remove_partial(root, of=case.name)  # of a process that died
     try:
@@ -387,7 +387,7 @@ def write(
     except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
         raise checks.UserError(
             f"case {case.name!r} cannot be written to the store {root}: "
-            f"{' '.join(str(error).split())[:600]}; make room or mend its permissions, "
+            f"{' '.join(str(error).split())[:600]}; make room or fix its permissions, "
             "and give the same command again: finished cases stay."
         ) from error
     except Exception as error:
@@ -402,7 +402,7 @@ def _reason(error):
 
 
 def _list_cases(root, todo):
-    """Make the store's meta.csv; remove what it no longer lists only if told to."""
+    """Write the store's meta.csv; remove unlisted cases only on request."""
     for name in todo.gone if todo.prune else ():
         shutil.rmtree(root / name, ignore_errors=True)
     (root / meta.META).unlink(missing_ok=True)

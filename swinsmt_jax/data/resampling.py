@@ -74,7 +74,7 @@ def resample(
         nifti_file.is_possible(shape),
         f"a scan of {array.shape} voxels of {' x '.join(f'{s:g}' for s in sides)} mm "
         f"would have {shape} at {text(spacing)} mm, but may have at most "
-        f"{nifti_file.MAX_VOXELS}, and {nifti_file.MAX_SIDE} along an axis; mend the "
+        f"{nifti_file.MAX_VOXELS}, and {nifti_file.MAX_SIDE} along an axis; fix the "
         "spacing in its header, or leave the scan out.",
     )
     extent = sides * array.shape
@@ -82,7 +82,7 @@ def resample(
         bool(extent.max() <= MAX_EXTENT),
         f"a scan of {array.shape} voxels measures "
         f"{' x '.join(f'{s:,.0f}' for s in extent)} mm by its affine, but a body has "
-        f"at most {MAX_EXTENT:,} along an axis; mend the spacing in its header.",
+        f"at most {MAX_EXTENT:,} along an axis; fix the spacing in its header.",
     )
     size = 4 if order else array.itemsize  # interpolated in float32
     host_memory.require(f"a scan of {shape} voxels", math.prod(shape) * size)

@@ -85,7 +85,7 @@ class StoredCase:
 
     @property  # nothing read is kept: a dataset has thousands of cases
     def facts(self) -> dict:
-        """Return the content of case.json that tells one case from another."""
+        """Return the content of case.json that distinguishes a case from others."""
         found = read_json(self.folder / CASE)
         found.pop("times", None)  # of the files that it was made from
         return found
@@ -201,7 +201,7 @@ def is_store(root: str | Path) -> bool:
 def opened(root: Path, options: Options) -> Iterator[None]:
     """Make the folder with its index, or check that it has these options; lock it.
 
-    What killed runs left half-written is removed.
+    Partial files of killed runs are removed.
 
     Raises:
         UserError: for other options, a folder that holds something else, and one that
@@ -271,7 +271,7 @@ def find_cases(
 ) -> tuple[StoredCase, ...]:
     """List the cases of a split in the order of meta.csv; failed ones are left out.
 
-    A `fold` of a cross-validation, from 0 on, divides training and validation anew.
+    A `fold` of a cross-validation, from 0 on, redivides training and validation.
 
     Raises:
         UserError: for a store that is not finished, or lost a case, and an empty split.
@@ -290,7 +290,7 @@ def find_cases(
         not lost,
         f"the store {root} lacks {len(lost)} cases of its meta.csv, or files of theirs,"
         f" such as {', '.join(lost[:3])}: it is not finished, or lost them. Run "
-        "preprocess.py again with the same flags; what is there is kept.",
+        "preprocess.py again with the same flags; finished cases are kept.",
     )
     if not names:
         raise meta.EmptySplitError(

@@ -70,8 +70,8 @@ def unlike_hounsfield(
         return ()
     return (
         f"{name}: its values lie from {low:g} to {high:g}, unlike Hounsfield units "
-        "(air -1000, fat -100, water 0, bone up to 3000); it is no CT, or was scaled "
-        "or offset: bring it to Hounsfield units, or say which modality it is "
+        "(air -1000, fat -100, water 0, bone up to 3000); it is not a CT, or was "
+        "scaled or offset: convert it to Hounsfield units, or name its modality "
         "(docs/formats.md).",
     )
 

@@ -75,8 +75,8 @@ def compare(
     shared = one["cases"].keys() & other["cases"].keys()
     checks.require(
         len(one["cases"]) == len(shared) == len(other["cases"]),
-        f"{first} and {second} evaluated other cases, so they cannot be paired; they "
-        f"share {len(shared)} of {len(one['cases'])} and {len(other['cases'])}. "
+        f"{first} and {second} evaluated different cases, so they cannot be paired; "
+        f"they share {len(shared)} of {len(one['cases'])} and {len(other['cases'])}. "
         "Evaluate the same split.",
     )
     _require_one_truth(first, one, second, other)
@@ -106,7 +106,7 @@ def compare(
 
 
 def _require_one_truth(first, one, second, other):
-    """Refuse cases that were scored on other grids, or beside other truths."""
+    """Refuse cases that were scored on other grids or against other truths."""
     for entry, what in (("grid", "grids"), ("truth", "truths")):
         differing = [
             name
@@ -219,7 +219,7 @@ def read_results(path: Path, split: str) -> dict:
     """Return results.json of a file, its folder, or that of a run.
 
     Raises:
-        UserError: for files that are no results of an evaluation.
+        UserError: for files that are not results of an evaluation.
     """
     places = path / FILE, path / f"eval_{split}" / FILE, path
     file = next((file for file in places if file.is_file()), path)

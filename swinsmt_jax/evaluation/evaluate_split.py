@@ -68,7 +68,7 @@ def evaluate_split(
         metrics, surface_rule, protocol: as in `metrics.chosen_metrics`.
         mirror: average over windows and their mirror images.
         segmenter: of a model folder of nnU-Net; it says how scans are seen.
-        looks: what is asked for beside scores.
+        looks: what is requested besides scores.
         load: returns `model` and `segmenter` in another process; it can be pickled.
         workers: processes that share the cases by `load`; one is this process itself.
         dask: address of a Dask scheduler, whose workers do it instead.

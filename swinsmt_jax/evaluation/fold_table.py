@@ -18,7 +18,7 @@ def fold_table(folders: Sequence[str | Path], *, split: str = "val") -> str:
         split: that each was evaluated on.
 
     Raises:
-        UserError: for files that are no results, a case that two folds have, and other
+        UserError: for files that are not results, a case that two folds have, and other
             groups or averages.
     """
     found = [read_results(absolute(folder), split) for folder in folders]

@@ -68,7 +68,7 @@ class Kept:
             return {"name": case.name, "error": checks.one_line(error, 1000)}
 
     def begin(self) -> None:
-        """Make the folders, and remove what a killed run left half-written."""
+        """Make the folders, and remove partial files of a killed run."""
         files.require_no_link(self.output / FOLDER)
         for folder in (self.output, self.output / FOLDER):
             files.make_folder(folder)

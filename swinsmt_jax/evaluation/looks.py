@@ -21,7 +21,7 @@ WORST = 5  # cases of which pages are made
 
 
 class Looks(NamedTuple):
-    """What is asked for beside scores.
+    """What is requested besides scores.
 
     Attributes:
         confidence: how sure the network is, by class.

@@ -52,7 +52,7 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Title and unit; per cent are not told, as all of Dice's kind are in them."""
+        """Title and unit; per cent is not shown."""
         return self.title if self.unit == "%" else f"{self.title} ({self.unit})"
 
     def text(self, score: float) -> str:

@@ -96,7 +96,7 @@ def false_positive_classes(counts: Counts) -> np.ndarray:
 
 
 def missed_classes(counts: Counts) -> np.ndarray:
-    """Structures of the truth of which no voxel was predicted, bool `[K]`."""
+    """Structures of the truth without any predicted voxel, bool `[K]`."""
     missed = (counts.truth > 0) & (counts.predicted == 0)
     missed[0] = False
     return missed

@@ -56,7 +56,7 @@ def evaluate_predictions(
             and in results.json.
         workers: processes that share the cases; 0 takes one for each CPU core, up to
             `MOST_WORKERS`. Cores that are left measure surfaces.
-        looks: what is asked for beside scores; files do not tell confidence.
+        looks: what is requested besides scores; label files have no confidence.
         dask: address of a Dask scheduler, whose workers do it instead of processes.
 
     Raises:
@@ -69,7 +69,7 @@ def evaluate_predictions(
     looks.require()
     checks.require(
         not looks.confidence,
-        "--confidence is asked for, but files of labels do not tell probabilities; "
+        "--confidence is requested, but label files contain no probabilities; "
         "evaluate the network itself, by --workdir or --nnunet.",
     )
     chosen = chosen_metrics(metrics, surface_rule=surface_rule, protocol=protocol)

@@ -32,9 +32,9 @@ class CaseResult:
         note: how the prediction's grid lay beside the scan's, if it was resampled.
         grid: shape, and sides of a voxel in mm, on which it was scored.
         truth: of each class `[K]`, the sum of the places of its voxels, counted along
-            the grid: what tells one truth from another.
+            the grid: what distinguishes one truth from another.
         notes: what a user should know about the scan's file.
-        warnings: `anatomy.QualityWarning`s of the prediction as dicts, if asked for.
+        warnings: `anatomy.QualityWarning`s of the prediction as dicts, if requested.
     """
 
     name: str

@@ -67,7 +67,7 @@ def known_classes(data: DataConfig, classes: ClassMap) -> Known | None:
     ]
     if unknown:
         logging.warning(
-            "%d classes of the network are unknown to the data, and count as "
+            "%d classes of the network are unknown to the data and count as "
             "background: %s",
             len(unknown),
             checks.few(unknown),

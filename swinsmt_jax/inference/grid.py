@@ -11,7 +11,7 @@ STEPS = 255  # of a probability that is kept as uint8
 
 
 class Decided(NamedTuple):
-    """What is known of each voxel of a scan; None where it was not asked for.
+    """Decisions for each voxel of a scan; None for those not requested.
 
     Attributes:
         labels: ids, uint8 [...].
@@ -26,7 +26,7 @@ class Decided(NamedTuple):
     chosen: Any = None
 
     def each(self, change: Any) -> "Decided":
-        """Return what a function makes of each array that is there."""
+        """Apply a function to each array that is not None."""
         return Decided(*(None if x is None else change(x) for x in self))
 
     def put(self, box: Any, part: "Decided") -> None:

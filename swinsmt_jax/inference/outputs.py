@@ -1,4 +1,4 @@
-"""What is written of a scan, and what is there before and must not be lost unasked."""
+"""Outputs of a scan, and existing files that must not be lost without request."""
 
 import csv
 import io
@@ -57,7 +57,7 @@ def _text(make):
 
 
 def _write_probabilities(path, result, _):
-    """Write a NIfTI file for each chosen class, of which readers make 0 to 1."""
+    """Write a NIfTI file for each chosen class, which readers scale to 0 to 1."""
     path.mkdir()
     for name, array in result.chosen.items():
         nifti.save(path / f"{name}.nii.gz", array, like=result.volume, slope=1 / STEPS)
@@ -106,7 +106,7 @@ KINDS = {
     "seg": Kind(
         "_seg.dcm",
         dicom_seg.write,
-        "also write a DICOM segmentation, of scans that are DICOM series",
+        "also write a DICOM segmentation for scans that are DICOM series",
         dicom_seg.KINDS,
         dicom_seg.require,
     ),
@@ -120,7 +120,7 @@ KINDS = {
     "view": Kind(
         "_view.html",
         lambda path, result, _: viewer.write(path, result),
-        "also write a page in which one looks at scan and labels, offline",
+        "also write a page that shows scan and labels offline",
         require=lambda scan: viewer.require(),
     ),
 }
@@ -135,7 +135,7 @@ class OutputOptions:
         masks: a file for each class instead of one of labels.
         format: of `FORMATS`; None takes the scan's, and nii.gz for NIfTI and DICOM.
         clean: keep the largest piece of what is one piece by nature.
-        overwrite: segment again and replace what is there.
+        overwrite: segment again and replace existing files.
         confidence: say in the statistics how sure the network is.
         statistics, statistics_json, probabilities, quality, preview, colors, itk_snap,
             seg, mesh, view: of `KINDS`; True, one of the kind's choices, or classes.
@@ -181,7 +181,7 @@ class OutputOptions:
 
     @property
     def of_network(self) -> tuple[str, ...]:
-        """The kinds that labels alone do not give; probabilities are not kept."""
+        """The kinds that need the network, since probabilities are not kept."""
         statistics = ("statistics", "statistics_json") if self.confidence else ()
         return (*statistics, "probabilities")
 
@@ -196,7 +196,7 @@ class OutputOptions:
         return {k: output / file for k, file in {"labels": labels, **rest}.items()}
 
     def require_possible(self, scans: Collection[Path]) -> None:
-        """Raise `UserError` for a scan that cannot have what is asked for."""
+        """Raise `UserError` for a scan that cannot have the requested outputs."""
         for kind, what in KINDS.items():
             for scan in scans if getattr(self, kind) else ():
                 what.require(scan)
@@ -289,8 +289,8 @@ def require_network(targets: Targets, options: OutputOptions) -> None:
             flag = "probabilities" if kind == "probabilities" else "confidence"
             checks.require(
                 _tells(kind, files[kind], options),
-                f"{files['labels']} is there, but not {files[kind]} as --{flag} asks "
-                "for it, and labels do not tell probabilities; give --overwrite.",
+                f"{files['labels']} exists, but not {files[kind]} as --{flag} asks "
+                "for it, and labels contain no probabilities; give --overwrite.",
             )
 
 
@@ -317,8 +317,8 @@ def require_classes(targets: Targets, names: Collection[str]) -> None:
         there = _classes_in(path)
         checks.require(
             there is None or there == set(names),
-            f"{path} is there, of {len(there or ())} classes instead of the "
-            f"{len(names)} wished; give --overwrite or another --output.",
+            f"{path} exists, with {len(there or ())} classes instead of the "
+            f"{len(names)} requested; give --overwrite or another --output.",
         )
 
 

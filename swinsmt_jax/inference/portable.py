@@ -148,7 +148,7 @@ def _require_known(about):
     """Raise `ValueError` unless all is there that `Portable` reads."""
     lacking = NEEDED - about.keys() if isinstance(about, dict) else NEEDED
     if lacking:
-        raise ValueError(f"it does not tell {', '.join(sorted(lacking))}")
+        raise ValueError(f"it does not state {', '.join(sorted(lacking))}")
 
 
 def _require_no_calls(exported):

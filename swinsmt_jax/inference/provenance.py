@@ -71,7 +71,7 @@ def require_same(
         before = entry.get(KEY, {}).get(labels.name)
         checks.require(
             before is not None,
-            f"{labels} is there, and no summary.json says what made it; give "
+            f"{labels} exists, and no summary.json says what made it; give "
             "--overwrite or another --output.",
         )
         now = {"scan": digest_of_scan(file), **made_by}
@@ -82,6 +82,6 @@ def require_same(
         ]
         checks.require(
             not other,
-            f"{labels} is there, made of {entry.get('file')}; for {file} other things "
-            f"hold: {', '.join(other)}. Give --overwrite or another --output.",
+            f"{labels} exists, made of {entry.get('file')}; for {file} these differ: "
+            f"{', '.join(other)}. Give --overwrite or another --output.",
         )

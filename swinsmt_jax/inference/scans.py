@@ -28,9 +28,9 @@ from swinsmt_jax.runtime.files import Claim
 from swinsmt_jax.runtime.workers import Once, WorkerDiedError
 
 ENDED = (
-    "passed over this time, since the run before was killed while it segmented this "
-    "scan, mostly because memory ran out. The same command tries it again; crop the "
-    "scan, or give --half or the process more memory."
+    "skipped this time, since the previous run was killed while it segmented this "
+    "scan, usually because memory ran out. The same command tries it again; crop the "
+    "scan, use --half, or give the process more memory."
 )
 TRUTH = "segmentations"  # stem of the labels beside a ct.nii.gz of TotalSegmentator's
 
@@ -47,7 +47,7 @@ def find_scans(
     searched with the folders in them for DICOM series, whose names are their UIDs.
 
     Raises:
-        UserError: for an input that does not exist, is no NIfTI file or a folder
+        UserError: for an input that does not exist, is not a NIfTI file or a folder
             without any, and for scans that would have one name.
     """
     if series:
@@ -113,7 +113,7 @@ def segment_scans(
     of which nothing is missing is skipped, and statistics and pictures are made of the
     labels that are there. Whatever fails on one scan does not stop the others. Several
     processes with one output share the scans. One that was killed passes its scan to
-    the next one, which passes over it once.
+    the next one, which skips it once.
 
     Args:
         segmenter: the network.
@@ -225,12 +225,12 @@ class _Work:
     def on(self, item, *, claim, title=""):
         """Write what is missing of a scan, or all of it again; return its entry."""
         name, file, targets, stamp = item
-        anew = self.options.overwrite and stamp == _stamp(targets["labels"])
+        again = self.options.overwrite and stamp == _stamp(targets["labels"])
         for path in targets.values():
             files.remove_partial(self.output, of=path.name)
         before, labels = shared.read(self.output).get(name, {}), targets["labels"]
         there, missing = outputs.is_whole(labels), targets
-        if there and not anew:
+        if there and not again:
             missing = {k: p for k, p in targets.items() if not outputs.is_whole(p)}
         kept, made_by = "labels" not in missing, before.get(provenance.KEY, {})
         found = {"file": str(file), "labels": str(labels), provenance.KEY: made_by}
@@ -323,7 +323,7 @@ def _segment(segmenter, file, source, missing, names, options, title):
 
 
 def _decided(segmenter, volume, options, progress):
-    """Return labels, and what of their probabilities is asked for."""
+    """Return labels, and the requested facts of their probabilities."""
     if not (options.confidence or options.probabilities):
         return segmenter.segment_volume(volume, progress=progress), {}
     ids = {name: i for i, name in segmenter.class_names.items()}
@@ -367,6 +367,6 @@ def _files(path: Path) -> list[Path]:
     checks.require(
         bool(found),
         f"the folder {path} holds no {', '.join(nifti_file.ENDINGS)} or DICOM files; "
-        "folders in it are searched for DICOM series with --series=all alone.",
+        "only --series=all searches the folders in it, for DICOM series.",
     )
     return found

@@ -11,7 +11,7 @@ from swinsmt_jax.runtime.files import Claim
 
 SUMMARY = "summary.json"
 LOCK = ".lock"  # of the summary; with a name behind it, of a scan
-PATIENCE = 1.0  # seconds between looks at what others work on
+PATIENCE = 1.0  # seconds between checks of what others work on
 
 
 def read(output: Path) -> dict[str, dict]:
@@ -39,7 +39,7 @@ def tell(output: Path, name: str, entry: dict) -> None:
 def finish_summary(output: Path, entries: Mapping[str, dict]) -> None:
     """Put the entries of scans in their order, behind those of others.
 
-    One that is there stays; it is missing where the file system has no locks.
+    An existing entry stays; it is missing if the file system has no locks.
 
     Raises:
         UserError: if the summary cannot be written.

@@ -151,7 +151,7 @@ def load_totalsegmentator(
     spacing = max(TASKS) if fast else min(TASKS)
     if fast is None and None in found[spacing].values() and all(found[3.0].values()):
         spacing = 3.0
-        logging.info("%s has the model of 3 mm, which is taken.", root)
+        logging.info("%s has the model of 3 mm, which is used.", root)
     missing = [f"Dataset{n}_*" for n, path in found[spacing].items() if path is None]
     checks.require(
         not missing,
@@ -188,7 +188,7 @@ def _ids(names, classes, *, where):
         f"must have {len(wanted)}, from {wanted[0]} to {wanted[-1]}.",
     )
     if not same:
-        logging.warning("%s does not name its classes; their order is taken.", where)
+        logging.warning("%s does not name its classes; they are taken in order.", where)
     given = [CLASS_IDS[name] for name in names[1:]] if same else classes
     return np.array([0, *given], np.uint8)
 

@@ -189,7 +189,7 @@ class SoftMoE(nnx.Module):
         checks.require(
             self.slots == "learned" or x.shape[1] >= self.num_experts,
             f"there are {x.shape[1]} tokens for num_experts = {self.num_experts}, but "
-            "each expert's slots are made of its own; take a larger patch or fewer "
-            "experts.",
+            "each expert needs at least one for its slots; take a larger patch or "
+            "fewer experts.",
         )
         checks.one_of("return_routing", return_routing, (False, True, "statistics"))

@@ -13,7 +13,7 @@ __all__ = [*_WHERE]
 
 
 def __getattr__(name: str):
-    """Import flax when a network is asked for; the configs do without it."""
+    """Import flax only when a network is requested; the configs do not need it."""
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

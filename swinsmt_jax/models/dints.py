@@ -69,7 +69,7 @@ class DiNTSConfig(NetworkConfig):
 
     @property
     def total_stride(self) -> int:
-        """Number of which every side of the input must be a multiple."""
+        """Divisor of every side of the input."""
         return 2 ** (self.num_depths - 1 + self.use_downsample)
 
     @property
@@ -192,7 +192,7 @@ class Block(nnx.Module):
 
 
 def _sum(x, y):
-    """Add two feature maps, either of which may be None, for none."""
+    """Add two feature maps; None means none."""
     return x if y is None else y if x is None else x + y
 
 

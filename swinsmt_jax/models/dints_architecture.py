@@ -70,7 +70,7 @@ def read(path: Path) -> tuple[str, ...]:
         f"{operations.shape}, but they must have one: [blocks, 3 depths - 2].",
     )
     checks.require(
-        set(exists.flat) <= {0, 1}, f"{where}: arch_code_a must hold 0 and 1 alone."
+        set(exists.flat) <= {0, 1}, f"{where}: arch_code_a must hold only 0 and 1."
     )
     checks.require(
         set(operations[exists == 1]) <= set(map(int, OPERATIONS)),

@@ -37,7 +37,7 @@ class Network(nnx.Module):
 
     @property
     def total_stride(self) -> int | tuple[int, ...]:
-        """Number of which every side of the input must be a multiple."""
+        """Divisor of every side of the input."""
         return self.config.total_stride
 
     @property

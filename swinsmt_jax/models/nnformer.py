@@ -77,7 +77,7 @@ class NNFormerConfig(NetworkConfig):
 
     @property
     def total_stride(self) -> int:
-        """Smallest number of which all sides may be multiples; the depth needs less."""
+        """Divisor that suits all sides of the input; the depth needs less."""
         return 8 * max(self.patch_size)
 
     @property
@@ -210,7 +210,7 @@ class SkipBlock(nnx.Module):
 
 
 class EncoderStage(nnx.Module):
-    """Blocks without and with shift in turn; then the grid is halved, but for the last.
+    """Blocks without and with shift in turn; then all but the last halve the grid.
 
     `stage` is the 0-based index, `rates` are those of drop path, one a block.
     """
@@ -305,7 +305,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Three stages, of which the first one is the finest and runs last."""
+    """Three stages; the first one is the finest and runs last."""
 
     def __init__(self, config: NNFormerConfig, *, rngs: nnx.Rngs):
         self.recompute = "decoder" in config.remat

@@ -66,7 +66,7 @@ class PyramidConfig(NetworkConfig):
 
     @property
     def total_stride(self) -> int | tuple[int, ...]:
-        """Number of which every side of the input must be a multiple, or one each."""
+        """Divisor of every side of the input, or one for each side."""
         sides = [
             math.prod(axis) for axis in zip(*map(triple, self.strides), strict=True)
         ]
@@ -156,7 +156,7 @@ class ConvNorm(nnx.Module):
 
 
 class ConvStack(nnx.Module):
-    """`count` convolutions in a row, of which the first has the stride."""
+    """`count` convolutions in a row; the first has the stride."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class ResidualConvs(nnx.Module):
 
 
 class ResidualStack(nnx.Module):
-    """`count` residual blocks in a row, of which the first has the stride."""
+    """`count` residual blocks in a row; the first has the stride."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 A network is one file or folder of this package that calls `register`;
 `docs/extending.md` has the recipe. Those files import jax, so they are imported when
-the first network is asked for. This file does not.
+the first network is requested. This file does not.
 """
 
 import importlib
@@ -72,7 +72,7 @@ class NetworkConfig:
 
     @property
     def total_stride(self) -> int | tuple[int, ...]:
-        """Number of which every side of the input must be a multiple, or (D, H, W)."""
+        """Divisor of every side of the input, or one for each of (D, H, W)."""
         raise NotImplementedError
 
     @property
@@ -116,7 +116,7 @@ class NetworkConfig:
         return next((i for i, here in enumerate(found, start=1) if here), 0)
 
     def is_decayed(self, path: str) -> bool:
-        """Whether weight decay acts on a parameter: by default on kernels alone.
+        """Whether weight decay acts on a parameter: by default only on kernels.
 
         Biases, scales of norms and embeddings of positions and slots are left out, as
         in the Swin transformer's own recipe (Liu et al. 2021).

@@ -27,7 +27,7 @@ class RepUXNetConfig(ux_net.StagesConfig):
         kernel_size: side of the depthwise kernels, odd.
         alpha: of the frequency prior, in voxels; 0 has no prior.
         prior_rule: what the prior acts on, of `training.prior`: "fixed" on what is
-            learnt, "compound" on the kernel anew in each step, "released" as the
+            learnt, "compound" on the kernel in each step, "released" as the
             published code does, which never trains these kernels.
     """
 

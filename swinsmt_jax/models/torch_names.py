@@ -48,7 +48,7 @@ class NameTable(NamedTuple):
         layouts: (regular expression, layout); the first one found in a path decides.
         aliases: (regular expression, template) of further names of the same tensor,
             each applied to all names so far: PyTorch repeats a module of two parents.
-        unneeded: regular expression of tensors that are passed over where no parameter
+        unneeded: regular expression of tensors that are skipped where no parameter
             is of their name: integer buffers that follow from the shape, and weights
             that have no effect.
     """

@@ -249,7 +249,7 @@ class NestedTransformer(nnx.Module):
 
 
 class ProjectedUp(nnx.Module):
-    """Two transposed convolutions, of which only the first one doubles the grid."""
+    """Two transposed convolutions; only the first one doubles the grid."""
 
     def __init__(self, channels: int, features: int, *, dtype: str, rngs: nnx.Rngs):
         common: dict = {"dtype": dtype, "rngs": rngs}

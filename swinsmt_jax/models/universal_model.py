@@ -123,7 +123,7 @@ def fixed_embeddings(config: UniversalModelConfig) -> np.ndarray:
     except Exception as error:  # a damaged file raises anything
         raise checks.UserError(
             f"{path} cannot be read as an array ({checks.one_line(error)}); write it "
-            "anew, with numpy.save for example."
+            "again, with numpy.save for example."
         ) from error
     wanted = (config.num_heads_made, config.text_size)
     checks.require(

@@ -201,7 +201,7 @@ class UXEncoder(nnx.Module):
 
 
 class UXNet(Network):
-    """3D UX-Net, or with another `block` a network that differs in it alone."""
+    """3D UX-Net, or a network that differs only in its `block`."""
 
     def __init__(
         self, config: StagesConfig, *, block: Callable = UXBlock, rngs: nnx.Rngs

@@ -1,5 +1,5 @@
 """Pure jnp functions without parameters.
 
-The plain form of each operation stands here, what only a CPU wants in `cpu`, what only
-a GPU wants in `gpu`. `by_platform` chooses between them.
+This package has the plain form of each operation, `cpu` and `gpu` the forms for only
+one of them. `by_platform` chooses between them.
 """

@@ -200,7 +200,7 @@ def _fit(block, queries, keys):
 
 
 def _key_blocks(keys, values, size):
-    """Blocks of keys, of values, and of which exist rather than pad."""
+    """Blocks of keys, of values, and of masks that exclude padding."""
     k = keys.shape[1]
     exists = (jnp.arange(k + -k % size) < k).reshape(-1, size) if k % size else None
     return _split(keys, size), _split(values, size), exists

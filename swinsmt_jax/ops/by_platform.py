@@ -1,4 +1,4 @@
-"""The form of each operation that a platform gets: the one place where it is chosen.
+"""Chooses the form of each operation for a platform; the only place that does.
 
 The choice is made when a program is lowered, so one exported program serves several
 platforms. The forms of an operation are equal up to rounding. That of cuDNN's attention
@@ -75,7 +75,7 @@ class Form(NamedTuple):
 
 
 def choose(*, default: Form, cpu: Form) -> Callable:
-    """Return the differentiable operation of which each platform gets its own form.
+    """Return a differentiable operation that has its own form on each platform.
 
     A network calls it many times on operands of one shape: it is traced once.
     """
@@ -273,7 +273,7 @@ def _fused_or(what, by_cudnn, in_blocks, *operands):
     """Call cuDNN's form on (queries, keys, values, ...) if it can be, and note it."""
     implementation = _fused.get()
     if implementation is None:
-        reason = "deterministic kernels are asked for"
+        reason = "deterministic kernels are requested"
     else:
         known = cudnn_attention.Device("gpu", "9.0")  # has the form "xla"
         own = cudnn_attention.this_device() if implementation == "cudnn" else known

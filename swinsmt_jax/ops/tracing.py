@@ -15,7 +15,7 @@ traced_once = functools.partial(jax.jit, inline=True)
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Leave garbage be: tracing makes millions of objects, nearly all of which stay."""
+    """Pause garbage collection: nearly all of the objects that tracing makes stay."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -110,7 +110,7 @@ def _claim(root: Path, arguments: dict) -> bool:
             raise checks.UserError(f"{marker} is not JSON: {error}.") from error
         checks.require(
             found == arguments,
-            f"{root} holds phantoms made with {found}, but {arguments} was asked for; "
+            f"{root} holds phantoms made with {found}, but {arguments} was requested; "
             "remove the folder or choose another --root.",
         )
         files.remove_partial(root)
@@ -174,6 +174,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         parser.exit(
             2,
-            f"error: {options['root']} cannot be written: {error}; mend its "
+            f"error: {options['root']} cannot be written: {error}; fix its "
             "permissions, make room, or choose another --root.\n",
         )

@@ -74,7 +74,7 @@ class Painter:
         self.canvas.draw(solid, self.hu[tissue], 0 if erase else None)
 
     def pair(self, name: str, build: Callable[[], Solid], tissue: str) -> None:
-        """Draw `name`_right as built and `name`_left as built anew and mirrored."""
+        """Draw `name`_right as built and `name`_left as built again and mirrored."""
         self.put(f"{name}_right", build(), tissue)
         self.put(f"{name}_left", solids.mirror(build()), tissue)
 

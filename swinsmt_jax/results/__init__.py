@@ -1,4 +1,4 @@
-"""What is made of labels: statistics, checks of anatomy, and files for other programs.
+"""Outputs made from labels: statistics, anatomy checks, files for other programs.
 
 No file here imports jax.
 """

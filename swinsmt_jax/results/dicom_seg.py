@@ -1,7 +1,7 @@
 """Labels of a DICOM series as a DICOM segmentation object; needs the extra `dicom`.
 
-Each frame lies where a slice of the series lies, and what was written is read back and
-compared before the file gets its name.
+Each frame lies at the place of a slice of the series. The file is read back and
+compared before it gets its name.
 
 Facts of the standard: PS3.3 A.51 and C.8.20 (segmentation), PS3.5 A.5 (deflated).
 """

@@ -1,6 +1,6 @@
 """Surfaces of structures for 3D printing and viewers; needs the extra `mesh`.
 
-A surface is closed, also at the edge of the scan, and runs outward for every
+A surface is closed, even at the edge of the scan, and its faces point outward for every
 orientation of the voxels. Its vertices are in mm to the patient's left, back and head
 (LPS), as DICOM, 3D Slicer and ITK have them.
 """
@@ -22,7 +22,7 @@ MARGIN = 4  # voxels around a mask
 
 
 def write(folder: Path, result: Result, form: str) -> None:
-    """Write `<structure>.<form>` for each structure that is there.
+    """Write `<structure>.<form>` for each structure present.
 
     Args:
         folder: to be made.

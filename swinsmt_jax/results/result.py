@@ -40,7 +40,7 @@ class Result:
 
     @functools.cached_property
     def boxes(self) -> dict[int, tuple[slice, slice, slice]]:
-        """The smallest box around each structure that is there, by label id."""
+        """The smallest box around each structure present, by label id."""
         found = ndimage.find_objects(self.labels, max_label=max(self.names, default=0))
         return {
             number: found[number - 1]

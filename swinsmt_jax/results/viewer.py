@@ -1,7 +1,7 @@
 """One page that shows a scan with its labels, offline; needs the extra `view`.
 
-NiiVue draws it. It is taken from the package ipyniivue, whose module for notebooks
-holds it but does not export it.
+NiiVue draws the page. It comes from the package ipyniivue, whose module for notebooks
+contains it but does not export it.
 """
 
 import base64

@@ -1,8 +1,8 @@
 """Cases in processes of this machine, or on the workers of a Dask scheduler.
 
-The scheduler hands out the cases, and gives those of a lost worker to another one. It
-also blames tasks that only waited on that worker, so a case itself counts the workers
-that died while they worked on it, by a file in a folder that all machines share.
+The scheduler distributes the cases and gives those of a lost worker to another one. It
+also blames tasks that only waited on that worker. So each case has a file, in a folder
+that all machines share, that counts the workers that died while they worked on it.
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ from swinsmt_jax.runtime.workers import WorkerDiedError
 
 MOST_DEATHS = 2  # workers that a case may end
 MOST_BLAMES = 10  # of a case that no worker had begun
-PATIENCE = 30.0  # seconds until one is told what is waited for
+PATIENCE = 30.0  # seconds until the log says what it waits for
 
 _one_at_a_time = threading.Lock()  # cases of a process, however many threads it has
 
@@ -57,8 +57,8 @@ class Attempt:
             if len(begun) >= MOST_DEATHS:
                 raise WorkerDiedError(
                     f"{len(begun)} workers died while they worked on it "
-                    f"({', '.join(begun)}), mostly because memory ran out; give them "
-                    "more, and the same command again."
+                    f"({', '.join(begun)}), usually because memory ran out; give them "
+                    "more, and repeat the command."
                 )
             with mark.open("a") as file:
                 file.write(f"{socket.gethostname()}\n")
@@ -112,7 +112,7 @@ def run_each(
 
 
 def _ended(client, running, address):
-    """Wait until some futures are done; say so where there is nobody to do them."""
+    """Wait until some futures are done; warn if there are no workers."""
     import distributed
 
     while True:
@@ -126,8 +126,8 @@ def _ended(client, running, address):
             lost = True
         checks.require(
             client.status == "running" and not lost,
-            f"the scheduler at {address} was lost; what is finished stays, and the "
-            "same command continues when there is one.",
+            f"the scheduler at {address} was lost; finished results stay. Start a "
+            "scheduler, and the same command continues.",
         )
         if done:
             return done

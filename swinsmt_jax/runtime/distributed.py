@@ -1,4 +1,4 @@
-"""How several processes find each other: the flags, and joining by them."""
+"""Flags with which several processes find each other, and how they join."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and the lock of a folder."""
+"""Atomic writes of files and folders, and the lock of a folder."""
 
 import contextlib
 import enum
@@ -20,7 +20,7 @@ from absl import logging
 
 from swinsmt_jax import checks
 
-PARTIAL = ".partial-"  # begins the names of what a killed process left half-written
+PARTIAL = ".partial-"  # begins the names of partial files
 BEFORE = ".before"  # a folder that is being replaced
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 LEASE = 60.0  # seconds without renewal after which a holder counts as dead
@@ -92,7 +92,7 @@ def end_of(path: Path, size: int = 4096) -> bytes:
             return file.read()
     except OSError as error:
         raise checks.UserError(
-            f"{path} cannot be read: {error.strerror}; mend it or its permissions."
+            f"{path} cannot be read: {error.strerror}; fix it or its permissions."
         ) from error
 
 
@@ -133,7 +133,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_partial(folder: Path, *, of: str | None = None) -> None:
-    """Remove what killed processes left half-written in a folder.
+    """Remove partial files of killed processes from a folder.
 
     What was whole, but for its name, gets it. Nobody may be writing it: the caller
     holds a lock.
@@ -166,7 +166,7 @@ def writable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise checks.UserError(
-            f"{path} cannot be written: {error.strerror or error}; make room or mend "
+            f"{path} cannot be written: {error.strerror or error}; make room or fix "
             "the permissions and give the same command again, or choose another folder."
         ) from error
 
@@ -200,7 +200,7 @@ def locked(file: Path, *, what: str, remedy: str) -> Iterator[None]:
     """Hold a lock file against other processes until the end, or until killed.
 
     On a file system without locks, such as Lustre without flock, it is held by a file
-    beside it that is there as long as its time is renewed; a warning says so.
+    beside it that is valid while its time is renewed; a warning says so.
 
     Args:
         file: made if missing; it names who holds it.
@@ -239,9 +239,9 @@ def locked(file: Path, *, what: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(file: Path, *, wait: bool = False) -> Iterator[Claim]:
-    """Hold a lock file that is there only as long as it is held.
+    """Hold a lock file that exists only as long as it is held.
 
-    One that was there although nobody held it is of a process that was killed.
+    A file that nobody holds was left by a killed process.
     On a file system without locks one is held as in `locked`, but without a warning.
 
     Args:

@@ -1,10 +1,10 @@
 """How the processes of a run find each other, and keep others out.
 
-Process 0 listens at the run's address for as long as it lives, and has JAX's
-coordinator listen at a port that only the others of its run are told. Each of them says
-which run and which process it is, and shows that it sees the run's folder: it reads
-there a file that process 0 has just written. Whoever cannot is turned away with the
-reason, and the run goes on. Only lines of JSON are sent.
+Process 0 listens at the run's address for as long as it lives. JAX's coordinator
+listens at a port that process 0 tells only to the other processes of its run. Each of
+these names its run and its number, and proves that it sees the run's folder: it reads a
+file that process 0 has just written there. A process that cannot is refused with the
+reason, and the run continues. Only lines of JSON are sent.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def join(place: Place, folder: Path, *, within: float) -> tuple[str, str | None]
 
 
 class _Gate:
-    """Lets the processes of a run in; threads answer whoever comes, to the end."""
+    """Admits the processes of a run; threads answer all that connect, to the end."""
 
     def __init__(self, server, place, folder, name, token):
         self._server, self._place, self._folder = server, place, folder
@@ -217,7 +217,7 @@ def _join_first(place, folder, deadline, within):
 
 
 def _come(address, place, folder, deadline, within):
-    """Return the port that process 0 tells; None if it is of another run.
+    """Return the port that process 0 sends; None if it belongs to another run.
 
     Raises:
         OSError: if nobody is there.

@@ -1,4 +1,4 @@
-"""What memory the host has left, asked before a file's claims are believed."""
+"""The free memory of the host, checked before the sizes in a header are trusted."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ CGROUP = Path("/sys/fs/cgroup")  # of a container
 
 
 def available() -> int | None:
-    """Return bytes that this process can still take; None where nobody tells."""
+    """Return the bytes that this process can still use; None if unknown."""
     try:
         known = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         free = int(known["MemAvailable"].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Pages of HTML from the templates of this package, each a file that needs no other."""
+"""Self-contained HTML pages from the templates of this package."""
 
 import base64
 import io

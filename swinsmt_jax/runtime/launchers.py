@@ -1,4 +1,4 @@
-"""What SLURM and Open MPI tell a process of the run that it belongs to."""
+"""What SLURM and Open MPI tell a process about its run."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
 
 @dataclass(frozen=True)
 class Place:
-    """Which process of which run this is, and where the others are met.
+    """Which process of which run this is, and where it joins the others.
 
     Attributes:
         addresses: host:port of process 0, which takes the first that is free.
@@ -24,7 +24,7 @@ class Place:
         index: of this one, from 0.
         bind: host:port at which process 0 listens instead; "" for all interfaces.
         launcher: name that the launcher gave to the run; "" if started by hand.
-        local_index: of this process on its node; None if nobody says.
+        local_index: of this process on its node; None if unknown.
     """
 
     addresses: tuple[str, ...]

@@ -1,11 +1,10 @@
 """Floating-point operations of a network's products, counted from its program.
 
-Counted are matrix products and convolutions, two operations for a multiplication with
-its addition, taps on the padding included, as one counts by hand; and real Fourier
-transforms of n numbers, 2.5 n log2 n. A loop's body counts
-as often as it runs, which XLA's own cost analysis leaves out, and where a function has
-a form for each platform the plain one is counted: the figure does not depend on the
-machine.
+Matrix products and convolutions count two operations for a multiplication with its
+addition, including taps on the padding, as one counts by hand. Real Fourier transforms
+of n numbers count 2.5 n log2 n. A loop's body counts as often as it runs, which XLA's
+own cost analysis ignores. Where a function has a form for each platform, the plain one
+is counted, so the figure does not depend on the machine.
 """
 
 import dataclasses

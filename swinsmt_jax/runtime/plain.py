@@ -1,6 +1,6 @@
-"""Values as JSON text: what may come from a stranger, and what stays on disk.
+"""Values as JSON text, for untrusted input and for files.
 
-Besides what JSON has there are arrays of numbers. Tuples come back as lists.
+It adds arrays of numbers to JSON. Tuples come back as lists.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """What several processes do together: wait, gather, share work and fail.
 
-Each process runs the same script. What concerns a file or the screen is done by the
-first one; what may fail on one alone runs in `run_on_all`, so that none waits in vain.
+Each process runs the same script. Only the first one writes files and prints. Work that
+may fail in one process runs in `run_on_all`, so that no process waits forever.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def barrier() -> None:
     """Wait until all processes are here.
 
     Needed before collectives of processes that may be minutes apart: on CPU, these wait
-    for 30 seconds only. One that is alone goes on.
+    for 30 seconds only. A single process does not wait.
     """
     if jax.process_count() == 1:
         return
@@ -61,7 +61,7 @@ def barrier() -> None:
 
 
 def compiled(function: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
-    """Compile for these arguments in all processes before one of them goes on.
+    """Compile for these arguments in all processes before any of them continues.
 
     Some find the program in the cache and some do not. JAX_DISABLE_JIT does not hold
     here: what is compiled ahead says how much memory it takes.
@@ -130,7 +130,7 @@ def run_on_all(function: Callable[[], T]) -> T:
 
 
 def on_first(function: Callable[[], object]) -> None:
-    """Call in the first process alone; the others wait, and raise its `UserError`."""
+    """Call only in the first process; the others wait, and raise its `UserError`."""
     run_on_all(lambda: function() if is_first() else None)
 
 

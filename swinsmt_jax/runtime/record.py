@@ -1,7 +1,7 @@
-"""run.json: what the run of a workdir is, at one glance.
+"""run.json: a summary of the run in a workdir.
 
-One entry for each start: when, where, by which command, of which revision, with which
-packages, on which data and devices, from which step.
+It has one entry for each start: time, host, command, revision, package versions, data,
+devices and first step.
 """
 
 import datetime

@@ -1,7 +1,7 @@
-"""Signals that ask a training to end: finish the step, save, and exit with a status.
+"""Signals that stop a training run: finish the step, save, and exit with a status.
 
-Which signals: see `statuses`. One that comes to any process of a run is told to all,
-and all stop after the same step.
+`statuses` lists the signals. A signal to any process of a run is passed to all, and all
+stop after the same step.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Listener:
                     self._agree(client)
 
     def _agree(self, client):
-        """Tell and hear of signals; find the last step once all have told theirs."""
+        """Exchange signals; find the last step once all processes have sent theirs."""
         own, count = jax.process_index(), jax.process_count()
         if self._found is None:
             told = client.key_value_dir_get(HEARD)

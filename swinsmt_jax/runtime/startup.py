@@ -206,8 +206,8 @@ def only_flags(arguments: Sequence[str]) -> None:
     """Raise `UserError` if a command line, script's name first, has more than flags."""
     require(
         len(arguments) < 2,
-        f"{' '.join(arguments[1:])!r} belongs to no flag; write --flag=value, and "
-        "--flag or --noflag for what is true or false.",
+        f"{' '.join(arguments[1:])!r} does not belong to a flag; write "
+        "--flag=value, or --flag and --noflag for true and false.",
     )
 
 
@@ -262,7 +262,7 @@ def _words(error):
     if isinstance(error, UserError):
         return error
     return (
-        f"{error.filename or 'a file'} cannot be used: {error.strerror or error}; mend "
+        f"{error.filename or 'a file'} cannot be used: {error.strerror or error}; fix "
         "its permissions or make room, and give the same command again."
     )
 

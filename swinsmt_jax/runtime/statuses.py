@@ -1,7 +1,7 @@
 """Exit statuses of the commands, and how they end at a signal. Loads no jax.
 
-SLURM and spot machines send SIGTERM, or SIGUSR1 if asked, before they take a machine
-away; Ctrl-C is SIGINT. A second signal ends the process as if nobody listened.
+SLURM and spot machines send SIGTERM, or SIGUSR1 on request, before they take a machine
+away; Ctrl-C is SIGINT. A second signal ends the process at once.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 SOME_FAILED = 1  # of many cases or scans
-REFUSED = 2  # what the user can mend
+REFUSED = 2  # what the user can fix
 STATUS = {  # 75: EX_TEMPFAIL, "try again"
     signal.SIGTERM: 75,
     signal.SIGUSR1: 75,
@@ -38,7 +38,7 @@ class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt
 
 
 def default(number: int) -> None:
-    """Let the next signal of this number act as if nobody listened."""
+    """Restore the default action of this signal."""
     usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     signal.signal(number, usual)
 
@@ -47,7 +47,7 @@ def default(number: int) -> None:
 def ending_at_signals(program: str) -> Iterator[None]:
     """Let a signal end the program in one line, with its status.
 
-    What is half-written is removed on the way out, by whoever writes it.
+    Writers remove their partial files on the way out.
     """
 
     def end(number, _):

@@ -1,4 +1,4 @@
-"""Work that is shared by processes, behind `concurrent.futures.Executor`."""
+"""Worker processes behind `concurrent.futures.Executor`."""
 
 import concurrent.futures
 import functools
@@ -57,7 +57,7 @@ def _made(recipe: bytes) -> Any:
 
 class _Processes(loky.ProcessPoolExecutor):
     def __exit__(self, kind, *_):
-        """Wait for what is submitted, but end it at once if nobody will have it."""
+        """Wait for submitted work, but end it at once if interrupted."""
         unwanted = kind is not None and not issubclass(kind, Exception)
         self.shutdown(wait=True, kill_workers=unwanted)
 
@@ -78,7 +78,7 @@ def run_each(
 
     One worker is this process itself. Of several, where a process dies, the cases that
     were being worked on have another turn, each alone; the future of one whose process
-    dies again raises `WorkerDiedError`, and the others go on.
+    dies again raises `WorkerDiedError`, and the others continue.
 
     Args:
         job: what to do with a case; it and what it returns can be pickled.
@@ -146,8 +146,8 @@ def _died(error):
     future = Future()
     future.set_exception(
         WorkerDiedError(
-            f"its worker process has died ({codes[1] if codes else error}), mostly "
-            "because memory ran out; give fewer --workers, and the same command again."
+            f"its worker process has died ({codes[1] if codes else error}), usually "
+            "because memory ran out; repeat the command with fewer --workers."
         )
     )
     return future

@@ -1,7 +1,7 @@
-"""Checkpoints: the state of a run and what it belongs to, written by Orbax.
+"""Checkpoints: the state of a run with its config and data, written by Orbax.
 
-Kept are the latest two and the best by validation Dice. They are written in the
-background; a half-written one is never taken for complete. A checkpoint is restored
+The latest two and the best by validation Dice are kept. They are written in the
+background; a partial one is never mistaken for a complete one. A checkpoint is restored
 onto stated shardings, so a run may continue on another mesh.
 """
 
@@ -223,7 +223,7 @@ class Checkpoints:
         except (ValueError, OSError, RuntimeError) as error:
             raise checks.UserError(
                 f"a checkpoint could not be written to {self._root} "
-                f"({checks.one_line(error)}). {self.intact()} Make room or mend the "
+                f"({checks.one_line(error)}). {self.intact()} Make room or fix the "
                 "folder's permissions, and give the same command again."
             ) from error
 
@@ -248,7 +248,7 @@ def open_checkpoints(workdir: str | Path, *, cases: str = "") -> Iterator[Checkp
 
 
 def _clean(root):
-    """Make the folder; remove what killed runs left half-written."""
+    """Make the folder; remove partial files of killed runs."""
     with writable(root):
         root.mkdir(parents=True, exist_ok=True)
         remove_partial(root)
@@ -330,8 +330,8 @@ def load_model(
 ) -> tuple[ExperimentConfig, nnx.Module, dict]:
     """Read the config and the network of a checkpoint, without the optimiser's state.
 
-    A damaged one is passed over, with a line in the log, unless a number is asked for.
-    A training may go on in the workdir.
+    A damaged one is skipped, with a line in the log, unless a number is requested.
+    A training run may be active in the workdir.
 
     Args:
         workdir: of a training run.
@@ -356,7 +356,7 @@ def load_model(
                 if not (root / str(candidate)).exists():
                     gone = True  # a training that runs keeps the latest ones alone
                 elif candidate != steps[-1]:
-                    logging.error("%s; another one is taken", error)
+                    logging.error("%s; another one is used", error)
         if not gone:
             raise damage
 

@@ -1,4 +1,4 @@
-"""The folder of one checkpoint: reading it, and telling damage from bad luck."""
+"""The folder of one checkpoint: reading it, and telling damage from failing storage."""
 
 import errno
 import os
@@ -138,7 +138,7 @@ def put_aside(folder: Path, damage: object) -> None:
         target.parent.mkdir(exist_ok=True)
         folder.rename(target)
     logging.error(
-        "%s; it was moved to %s, and the run goes on without it", damage, target
+        "%s; it was moved to %s, and the run continues without it", damage, target
     )
 
 
@@ -171,7 +171,7 @@ def read(folder: Path, function: Callable[[], T]) -> T:
 
 
 def _require_readable(folder):
-    """Raise `UserError` if the system refuses to read a file that is there."""
+    """Raise `UserError` if the system refuses to read an existing file."""
 
     def refuse(error):
         raise error

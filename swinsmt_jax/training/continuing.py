@@ -1,4 +1,4 @@
-"""What a run that continues may do otherwise than before, and what is said of it."""
+"""What a continued run may change, and what the log says about it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +15,16 @@ from swinsmt_jax.training.workdir import CHECKPOINTS, differing, is_silent
 EXTENDED = {
     "stretch": "is stretched over all steps, so it rises again",
     "constant": "stays at its last rate",
-    "restart": "begins anew, with its warm-up",
+    "restart": "begins again, with its warm-up",
 }
 
 
 def continued(
     workdir: str | Path, config: ExperimentConfig
 ) -> tuple[ExperimentConfig, dict[str, list]]:
-    """Return the config with the schedule of a run that goes on, and what changed.
+    """Return the config with the schedule of a continued run, and what changed.
 
-    The checkpoint tells what the run was before. Without one, nothing changes.
+    The checkpoint holds the run's earlier config. Without one, nothing changes.
 
     Returns:
         The config, and {key: [before, now]} of keys that decide what is learnt or how

@@ -148,7 +148,7 @@ def _open_board(folder, step, *, write_to_disk):
 def read_rows(path: Path) -> list[dict]:
     """Read a metrics.jsonl: one row a step, made of its lines.
 
-    A line that a killed run left unfinished is passed over.
+    A line that a killed run left unfinished is skipped.
     """
     rows: dict[int, dict] = {}
     text = path.read_text(errors="replace") if path.exists() else ""

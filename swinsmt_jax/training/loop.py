@@ -1,7 +1,7 @@
 """Training: from a config and a workdir to a trained network.
 
-A run is a pure function of its config: started again, it continues from its latest
-checkpoint with the data and the keys that it would have had.
+A run is a pure function of its config. When restarted, it continues from its latest
+checkpoint with the same data and random keys as without the interruption.
 """
 
 import contextlib
@@ -329,7 +329,7 @@ def _tell_skipped(run, log, state, step, values, names):
     latest = f"the checkpoint of step {saved[-1]} is" if saved else "no checkpoint is"
     _save_now(run, state)
     raise processes.SharedError(
-        f"{what}, and {in_row} steps in a row were left out (training.max_skipped). "
+        f"{what}, and {in_row} steps in a row were skipped (training.max_skipped). "
         f"The parameters are those after step {step - in_row}, now saved as step "
         f"{int(state.step)}; {latest} from before. Start again in a new --workdir, "
         f"from them with --start_from={run.workdir}, with a lower "
@@ -343,7 +343,7 @@ def _score_anew(run, log, listener, state):
     for step in run.checkpoints.scored_elsewhere():
         log.say(
             "the validation cases are others than those that step %d was scored on; it "
-            "is scored anew",
+            "is scored again",
             step,
             level=logging.WARNING,
         )

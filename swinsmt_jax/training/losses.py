@@ -2,12 +2,12 @@
 
 A new loss is a function of three sums by class and a line in `LOSSES`.
 
-Of a case that annotates some classes alone, a voxel labelled background may be of any
-other. There a softmax is of the annotated classes and of one that is the background or
-any of the others, whose probabilities are added: the marginal loss of Shi et al. (2021,
-Medical Image Analysis 70, 101979) and, as the target adaptive loss, of Fang and Yan
-(2020, IEEE TMI 39, 3619). Sigmoids of each class leave the others out altogether (Liu
-et al. 2023, masked back-propagation). Voxels with the label `IGNORED` count nowhere.
+If a case annotates only some classes, a voxel labelled background may belong to any
+other class. Its softmax is over the annotated classes and one more, whose probability
+is the sum of the background's and the other classes': the marginal loss of Shi et al.
+(2021, Medical Image Analysis 70, 101979) and, as the target adaptive loss, of Fang and
+Yan (2020, IEEE TMI 39, 3619). Sigmoids of each class leave out the others (Liu et al.
+2023, masked back-propagation). Voxels with the label `IGNORED` never count.
 """
 
 import functools
@@ -297,7 +297,7 @@ def _of_voxel(labels, annotated):
 
 
 def _over_pairs(overlap, pairs, *sums):
-    """Return a loss of the overlap averaged over some (sample, class) pairs alone.
+    """Return a loss of the overlap averaged over only some (sample, class) pairs.
 
     The others are given sums of 0, and what a mean over all has of these is taken off.
     """
@@ -342,7 +342,7 @@ def _counted(values, labels, annotated):
 
 
 def _joined(logits, annotated):
-    """Return logits of which the background's is of all classes not annotated too.
+    """Return logits whose background also covers all classes that are not annotated.
 
     The others' probability is 0. And which they are, bool `[B, 1, 1, 1, K]`, the
     background among them.

@@ -35,7 +35,7 @@ def make_schedule(config: OptimizerConfig, *, num_steps: int) -> optax.Schedule:
     It rises linearly to `learning_rate` over `warmup_steps`, and falls along a half
     cosine to `final_ratio * learning_rate` at `num_steps`. The first step has a rate
     above 0, so this is not `optax.warmup_cosine_decay_schedule`. Where a run was
-    extended, it ends at `config.spans`, and then stays constant or begins anew.
+    extended, it ends at `config.spans`, and then stays constant or begins again.
     """
     ends = [end for end in config.spans if end < num_steps]
     if config.extend == "constant" and ends:

@@ -1,7 +1,7 @@
-"""Small parameters as one array, for as long as an optimizer works on them.
+"""Small parameters as one array during the optimizer's update.
 
-Most parameters are biases and scales. What an update does to each takes longer to
-trace, compile and load than to run.
+Most parameters are biases and scales. Updating each of them takes longer to trace,
+compile and load than to run.
 """
 
 import math

@@ -32,7 +32,7 @@ class Rule(NamedTuple):
 RULES = {
     # W is what is learnt, E = P W what is used.
     "fixed": Rule(lambda g, p: g * p, lambda e, p: e / p, lambda u, e, p: u * p),
-    # The kernel is weighed anew in every step.
+    # The kernel is weighed again in every step.
     "compound": Rule(lambda g, p: g, lambda e, p: e, lambda u, e, p: p * (e + u) - e),
     # The same, and no update arrives, as in the published code.
     "released": Rule(lambda g, p: 0 * g, lambda e, p: e, lambda u, e, p: p * e - e),
@@ -42,7 +42,7 @@ RULES = {
 def around(
     optimizer: optax.GradientTransformation, prior: Prior
 ) -> optax.GradientTransformation:
-    """Return an optimiser of parameters of which some have a prior.
+    """Return an optimiser for parameters, some of which have a prior.
 
     Its state is the one that it has without.
     """

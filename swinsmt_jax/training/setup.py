@@ -1,4 +1,4 @@
-"""What a run is prepared from: its cases, network, validation and batches."""
+"""Preparation of a run: its cases, network, validation and batches."""
 
 import contextlib
 import dataclasses
@@ -51,8 +51,8 @@ def find_cases(
     except EmptySplitError as error:
         if processes.is_first():
             logging.warning(
-                "%s Nothing is validated, so the best checkpoint is not known and the "
-                "latest is taken; give a case the split 'val' to have one.",
+                "%s Nothing is validated, so there is no best checkpoint and the "
+                "latest is used; give a case the split 'val' to change that.",
                 error,
             )
         return data, cases, ()

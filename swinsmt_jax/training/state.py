@@ -1,4 +1,4 @@
-"""What training carries from step to step, as one pytree of arrays."""
+"""The training state between steps, as one pytree of arrays."""
 
 import dataclasses
 from collections.abc import Callable

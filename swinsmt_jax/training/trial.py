@@ -1,4 +1,4 @@
-"""What a training step costs on one device of this machine, before there are data."""
+"""Cost of a training step on one device of this machine, measured without data."""
 
 import os
 import statistics

@@ -8,7 +8,7 @@
 <workdir>/profile/            traces of `--profile`
 <workdir>/damaged/            checkpoints that could not be read
 <workdir>/lock                held while a run is alive
-<workdir>/requeue             left by a run that was saved since its time was up
+<workdir>/requeue             written when a signal stops the run after saving
 """
 
 import contextlib
@@ -211,7 +211,7 @@ def differing(
 
 
 def is_silent(key: str) -> bool:
-    """Whether nobody has to be told that a key changed."""
+    """Whether a change of a key needs no log line."""
     return not key.startswith(TOLD)
 
 

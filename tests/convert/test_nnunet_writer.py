@@ -39,7 +39,7 @@ def test_a_folder_is_read_as_it_was_written(tmp_path, rng):
     np.testing.assert_allclose(turned, expected, atol=1e-5)
     for name, array in read_weights(folder.parent).items():  # turned back
         np.testing.assert_array_equal(array, to_torch(model)[name])
-    with pytest.raises(UserError, match="is there; give another"):
+    with pytest.raises(UserError, match="exists; give another"):
         nnunet_writer.write(tmp_path / "Dataset001_X", model, **PLAN)
 
 

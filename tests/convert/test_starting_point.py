@@ -99,8 +99,8 @@ def test_weights_of_which_little_fits_must_be_asked_for(make, other):
     wide = convert.to_torch(models.create(config, rngs=nnx.Rngs(0)))
     decoder = {n: a for n, a in other.items() if not n.startswith("swinViT.")}
     for weights, words in (
-        (wide, r"of another width: \d+ of \d+ parameters .* of the network's values"),
-        (decoder, "have 0 of the 66 parameters of the encoder"),
+        (wide, r"have another width: \d+ of \d+ parameters .* of the network's values"),
+        (decoder, "have only 0 of the 66 parameters of the encoder"),
     ):
         model = make()
         before = convert.to_torch(model)
@@ -198,7 +198,7 @@ def test_weights_that_lack_something_point_to_partial(make, tmp_path, experiment
     given = convert.to_torch(make())
     given.pop("out.conv.conv.bias")
     files.write(tmp_path / "w.safetensors", given)
-    words = "1 names are missing.*--partial takes what fits"
+    words = "1 names are missing.*--partial loads what fits"
     with pytest.raises(UserError, match=words):
         command.from_torch(
             experiment,

@@ -262,8 +262,8 @@ def test_stores_of_other_classes_become_one(stores, tmp_path):
 def test_stores_that_do_not_go_together_are_refused(stores, labelled, tmp_path):
     preprocess(labelled, tmp_path / "coarse", spacing=12)
     for given, words in (
-        (stores[:1], "two or more different ones are merged"),
-        ([stores[0], labelled], "is no store; make one of each dataset"),
+        (stores[:1], "must be two or more different stores"),
+        ([stores[0], labelled], "is not a store; make one of each dataset"),
         ([stores[0], tmp_path / "coarse"], "--spacing=12, but .* with 0; preprocess"),
     ):
         with pytest.raises(UserError, match=words):

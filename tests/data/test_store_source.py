@@ -78,7 +78,7 @@ def test_what_is_gone_stays_until_it_is_pruned(made, caplog, capsys):
     assert list(meta.read(root)) == list(CASES)
     preprocess(source, root)
     assert list(meta.read(root)) == ["a", "c"] and (root / "b" / store.CASE).is_file()
-    assert "excluded: b. They take no part; what was made of them stays" in caplog.text
+    assert "excluded: b. They are not used; what was made of them stays" in caplog.text
     describe(source)
     preprocess(source, root)  # it comes back as it was
     assert list(meta.read(root)) == list(CASES)
@@ -175,9 +175,9 @@ def test_masks_that_are_not_there_are_absent_structures(made, tmp_path, caplog):
     describe(source, **masks)
     assert preprocess(source, tmp_path / "masks") == {}
     assert counts(tmp_path / "masks", "b")[1:] == [72, 0]
-    assert "1 masks of 1 cases are not there" in caplog.text
+    assert "1 masks of 1 cases are missing" in caplog.text
     (note,) = store.read_json(tmp_path / "masks/b" / store.CASE)["notes"][-1:]
-    assert "spleeen.nii is a mask of no class" in note and "'spleen'" in note
+    assert "spleeen.nii is not a mask of any class" in note and "'spleen'" in note
     describe(source, **masks, missing_masks="refused")
     failed = preprocess(source, tmp_path / "refused")
     assert list(failed) == ["b"] and "lacks 1 of 2 masks: spleen" in failed["b"]

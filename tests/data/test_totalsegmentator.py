@@ -52,7 +52,7 @@ def test_missing_mask_is_named(root):
 def test_unknown_class_is_named_with_its_neighbour(root, write):
     write(root / "s0001/segmentations/livr.nii.gz", np.zeros((2, 2, 2), np.uint8))
     (note,) = load_case(only_case(root, "train")).notes
-    assert re.search(r"livr\.nii\.gz is a mask of no class .*mean 'liver'", note)
+    assert re.search(r"livr\.nii\.gz is not a mask of any class .*mean 'liver'", note)
     (root / "s0001/segmentations/liver.nii.gz").unlink()
     with pytest.raises(checks.UserError, match=r"livr\.nii\.gz.*Did you mean 'liver'"):
         load_case(only_case(root))

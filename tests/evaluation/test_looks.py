@@ -131,7 +131,7 @@ def test_the_report_says_how_sure_the_network_is(root):
 
 
 def test_files_and_flags_that_cannot_tell_confidence_are_refused(root):
-    with pytest.raises(UserError, match="files of labels do not tell probabilities"):
+    with pytest.raises(UserError, match="label files contain no probabilities"):
         evaluated(root, confidence=True)
     with pytest.raises(UserError, match="needs the network's.*--confidence"):
         chosen_metrics(["dice", "mean_probability"], surface_rule=None)

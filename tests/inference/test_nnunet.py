@@ -218,7 +218,7 @@ def test_bad_folders_are_refused_in_one_line(copied, capsys):
     with pytest.raises(UserError, match=r"holds no plans.json"):
         load_nnunet(folder / "fold_0")
     rewritten(folder, lambda data: data.replace(b"nnUNetTrainer", b"nnUNetUMamba_"))
-    with pytest.raises(UserError, match="is of the trainer 'nnUNetUMamba_'"):
+    with pytest.raises(UserError, match="comes from the trainer 'nnUNetUMamba_'"):
         load_nnunet(folder)
     rewritten(folder, lambda _: pickle.dumps({"network_weights": _Command()}))
     with pytest.raises(UserError, match="builtins.print, which may run code"):

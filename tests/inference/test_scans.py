@@ -288,7 +288,9 @@ def test_what_is_missing_is_written_and_what_is_there_stays(tmp_path, hu):
         OutputOptions(roi=("spleen",)),
         OutputOptions(roi=("spleen",), masks=True),
     ):
-        with pytest.raises(UserError, match="of 3 classes instead of the 1 wished"):
+        with pytest.raises(
+            UserError, match="with 3 classes instead of the 1 requested"
+        ):
             segment_scans(make(), {"s": scan}, output, options)
     assert labels.stat().st_mtime_ns == before
     segment_scans(
@@ -391,10 +393,10 @@ def test_labels_of_another_scan_or_network_are_never_taken(tmp_path, hu):
         (
             network,
             theirs,
-            r"c.ct1.nii.gz; for .*b.ct1.nii.gz other things hold: scan \(",
+            r"c.ct1.nii.gz; for .*b.ct1.nii.gz these differ: scan \(",
         ),
-        (replace(network, network="x"), ours, r"hold: network \(, not x\)"),
-        (replace(network, step=7), ours, r"hold: step \(1, not 7\)"),
+        (replace(network, network="x"), ours, r"differ: network \(, not x\)"),
+        (replace(network, step=7), ours, r"differ: step \(1, not 7\)"),
         (replace(network, config=windows), ours, r"overlap \(0.5, not 0.25\)"),
         (replace(network, mirror=True), ours, r"mirror \(False, not True\)"),
     ):

@@ -126,7 +126,7 @@ scans.segment_scans(test_shared.make(), { ({k: str(v) for k, v in folder.items()
     left = names_in(output)
     assert left == [".lock-b", ".partial-b.nii.gz-abcdefgh", "a.nii.gz", "summary.json"]
     found = segment_scans(make(), folder, output, OutputOptions())
-    assert "passed over this time" in found["b"]["error"] and "seconds" in found["c"]
+    assert "skipped this time" in found["b"]["error"] and "seconds" in found["c"]
     record = json.loads((output / "summary.json").read_text())
     assert record["b"]["error"] == found["b"]["error"]
     assert names_in(output) == ["a.nii.gz", "c.nii.gz", "summary.json"]

@@ -245,8 +245,10 @@ def test_pyramids_are_checked():
 
 def test_unetr_takes_one_shape_alone():
     config, _ = tiny("unetr")
-    message = r"shape \(32, 32, 16\), but this network takes \(16, 16, 32\) alone: its "
-    message += "parameters are made for the input shape of its config"
+    message = (
+        r"shape \(32, 32, 16\), but this network accepts only \(16, 16, 32\): its "
+    )
+    message += "parameters depend on the input shape in its config"
     graphdef, shapes = nnx.split(abstract(config))
     with pytest.raises(UserError, match="image patch has " + message):
         jax.eval_shape(
@@ -261,7 +263,7 @@ def test_unetr_takes_one_shape_alone():
 def test_nnformer_takes_one_shape_alone():
     config, _ = tiny("nnformer")
     graphdef, shapes = nnx.split(abstract(config))
-    message = r"this network takes \(32, 64, 64\) alone: its parameters are made for"
+    message = r"this network accepts only \(32, 64, 64\): its parameters depend on"
     with pytest.raises(UserError, match=message):
         jax.eval_shape(
             lambda p: nnx.merge(graphdef, p)(jnp.zeros((1, 64, 64, 64, 1))), shapes

@@ -90,7 +90,7 @@ def with_entry(name, row, column, value):
             lambda c: c.update(arch_code_a=[[]], arch_code_c=[[]]),
             "has 1 blocks of 0 paths",
         ),
-        (with_entry("arch_code_a", 0, 0, 2), "arch_code_a must hold 0 and 1 alone"),
+        (with_entry("arch_code_a", 0, 0, 2), "arch_code_a must hold only 0 and 1"),
         (with_entry("arch_code_c", 0, 0, 5), "operations from 0 to 4 where a path"),
         (with_entry("arch_code_a", 0, slice(None), [0] * 10), "at least one path"),
         (with_entry("node_a", 12, 1, 1), "node_a is .* of arch_code_a make it"),

@@ -144,7 +144,7 @@ def test_it_waits_for_workers_and_ends_with_the_scheduler(
         assert "waiting for workers to join the scheduler at tcp" in caplog.text
         found.workers[0].kill()
         found.scheduler.kill()
-        with pytest.raises(UserError, match="was lost; what is finished stays"):
+        with pytest.raises(UserError, match="was lost; finished results stay"):
             next(results)
     finally:
         found.close()

@@ -89,7 +89,7 @@ def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    words = "file/a.txt cannot be written: Not a directory; make room or mend"
+    words = "file/a.txt cannot be written: Not a directory; make room or fix"
     with pytest.raises(UserError, match=words):
         files.write_text(tmp_path / "file" / "a.txt", "new")
 

@@ -50,7 +50,7 @@ def test_a_cache_that_is_set_is_kept(monkeypatch):
 
 
 def test_words_that_belong_to_no_flag_are_refused():
-    with pytest.raises(UserError, match="'false' belongs to no flag"):
+    with pytest.raises(UserError, match="'false' does not belong to a flag"):
         startup.start(["predict.py", "false"])
 
 

@@ -127,5 +127,5 @@ def test_other_validation_cases_score_anew(tmp_path, make_config, dataset, caplo
     assert len({cases for _, cases in both.values()}) == 1
     assert {4, 6} <= set(both) and both[4][0] != one[4][0]
     for step in one:
-        assert f"step {step} was scored on; it is scored anew" in caplog.text
+        assert f"step {step} was scored on; it is scored again" in caplog.text
     assert load_model(run)[2]["step"] == next(iter(both))

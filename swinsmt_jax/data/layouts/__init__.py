@@ -1,4 +1,4 @@
-"""The layouts of datasets: each is one file of this folder, found by itself.
+"""The layouts of datasets: each is one file of this folder, found automatically.
 
 A layout's module has
 

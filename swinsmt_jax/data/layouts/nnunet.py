@@ -141,7 +141,7 @@ def _folds(file, cases):
 def _fold(file, folds, cases, refused):
     """Return {case: split} of the first fold, or with every fifth case for validation.
 
-    What is in neither list of the fold takes no part.
+    Cases in neither list of the fold are not used.
     """
     if not folds:
         held_out = cases[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]

@@ -79,7 +79,7 @@ class SwinUNETRConfig(NetworkConfig):
 
     @property
     def total_stride(self) -> int:
-        """Number of which every side of the input must be a multiple."""
+        """Divisor of every side of the input."""
         return 2 ** (1 + len(self.depths))
 
 

@@ -1,1 +1,1 @@
-"""Forms of operations that only a CPU wants: XLA compiles the plain ones badly."""
+"""Forms of operations for CPUs, where XLA compiles the plain ones badly."""

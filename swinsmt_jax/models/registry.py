@@ -17,6 +17,7 @@ import numpy as np
 
 from swinsmt_jax import checks
 
+AUTO = ("auto",)  # `remat` that training chooses; elsewhere nothing is recomputed
 PerStage = Annotated[checks.Positives, checks.entries(4)]  # of an encoder of four
 
 
@@ -49,7 +50,7 @@ class NetworkConfig:
         dtype: of matrix products and convolutions: "float32" or "bfloat16".
             Parameters, norms' statistics, softmax and logits are float32.
         remat: parts whose activations are recomputed in the backward pass, of
-            `remat_parts`.
+            `remat_parts`; "auto" lets training choose, see `training.remat`.
 
     A network's own config says the following of it, and overrides the properties.
 
@@ -88,8 +89,10 @@ class NetworkConfig:
     def __post_init__(self):
         name = checks.dtype_name("model.dtype", self.dtype)
         object.__setattr__(self, "dtype", name)
+        if self.remat == AUTO[0]:
+            object.__setattr__(self, "remat", AUTO)
         checks.typed_fields("model", self)
-        for part in self.remat:
+        for part in () if self.remat == AUTO else self.remat:
             checks.one_of("an entry of model.remat", part, self.remat_parts)
 
     def check_patch(self, name: str, shape: Sequence[int]) -> None:

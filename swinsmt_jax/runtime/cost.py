@@ -63,6 +63,16 @@ class Cost:
     limit: int | None
     peak: float | None
 
+    @property
+    def needed(self) -> int:
+        """Bytes on one device."""
+        return self.arguments + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has as much memory, as far as that is known."""
+        return self.limit is None or self.needed <= self.limit
+
     def __str__(self) -> str:
         """Say what a step takes."""
         return (
@@ -106,13 +116,11 @@ def device_memory(mesh: Mesh) -> int | None:
 
 def require_fit(cost: Cost) -> None:
     """Raise `TooLargeError` where a step needs more memory than its device has."""
-    if cost.limit is None:
+    if cost.fits:
         return
-    together = cost.arguments + cost.temporaries
-    if together <= cost.limit:
-        return
+    assert cost.limit is not None
     raise TooLargeError(
-        f"a training step needs {gigabytes(together)} on each device "
+        f"a training step needs {gigabytes(cost.needed)} on each device "
         f"({gigabytes(cost.arguments)} for state and batch and "
         f"{gigabytes(cost.temporaries)} to compute with), but a device has "
         f"{gigabytes(cost.limit)}."

@@ -21,7 +21,7 @@ from swinsmt_jax.ops import by_platform
 from swinsmt_jax.runtime import cost, memory, processes, record, signals, xla_flags
 from swinsmt_jax.runtime.profile import Profile
 from swinsmt_jax.runtime.statuses import Interrupted
-from swinsmt_jax.training import logs, setup
+from swinsmt_jax.training import logs, losses, remat, setup
 from swinsmt_jax.training.checkpoint import Checkpoints, open_checkpoints, origin_of
 from swinsmt_jax.training.checkpoint_folder import AHEAD, METRIC, crops_until
 from swinsmt_jax.training.continuing import continued
@@ -93,7 +93,7 @@ def train(
     with locked(workdir):
         config, changed = continued(workdir, config)
         workdir = open_workdir(workdir, config)
-        abstract, start, train_step, predict = setup.make_network(
+        abstract, start, step_of, predict = setup.make_network(
             config.model, config.optimizer, training, mesh=mesh
         )
         remedies = memory.remedies(
@@ -151,7 +151,6 @@ def train(
             return _take_steps(
                 _Run(workdir, training, checkpoints, origin, validate, abstract),
                 state,
-                train_step,
                 batches=setup.batches_after(
                     done,
                     data,
@@ -161,8 +160,14 @@ def train(
                     mesh=mesh,
                     ahead=ahead,
                 ),
-                measure=functools.partial(
-                    cost.measure, model=config.model, data=data, mesh=mesh
+                compile_step=functools.partial(
+                    remat.compile_step,
+                    step_of,
+                    model=config.model,
+                    data=data,
+                    loss=losses.make(training.loss),
+                    accumulate=training.accumulate,
+                    mesh=mesh,
                 ),
                 profile_steps=profile_steps,
             )
@@ -198,7 +203,7 @@ class _Run:
         self.checkpoints.save(state, origin=self.origin)
 
 
-def _take_steps(run, state, train_step, *, batches, measure, profile_steps):
+def _take_steps(run, state, *, batches, compile_step, profile_steps):
     """Take the steps that are left and return the last state.
 
     A step is saved before it is validated. Where that validation was cut short, it is
@@ -221,10 +226,14 @@ def _take_steps(run, state, train_step, *, batches, measure, profile_steps):
             return state
         batch, names = _next(run, batches, state)
         with by_platform.noting() as attention:
-            train_step = processes.compiled(train_step, state, batch)
+            train_step, step_cost, chosen = compile_step(state, batch)
         log.say("attention: %s", attention or "none")
         processes.on_first(lambda: record.add(run.workdir, {"attention": attention}))
-        step_cost = measure(train_step)
+        if chosen is not None:
+            log.say("remat: %s", chosen)
+            processes.on_first(
+                lambda: record.add(run.workdir, {"remat": dataclasses.asdict(chosen)})
+            )
         log.say("%s", step_cost)
         cost.require_fit(step_cost)
         clock = Clock(len(names) * jax.process_count(), step_cost)

@@ -16,6 +16,7 @@ from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.meta import EmptySplitError
 from swinsmt_jax.data.pipeline import Cases
 from swinsmt_jax.labels import IGNORED
+from swinsmt_jax.models import abstract_model
 from swinsmt_jax.models.registry import NetworkConfig
 from swinsmt_jax.runtime import processes
 from swinsmt_jax.training import losses
@@ -25,7 +26,7 @@ from swinsmt_jax.training.optimizer import (
     require_effect,
 )
 from swinsmt_jax.training.state import abstract_state, changed, initialize
-from swinsmt_jax.training.step import make_predict, make_train_step
+from swinsmt_jax.training.step import TrainStep, make_predict, make_train_step
 
 Change = Callable[[nnx.Module], object]
 
@@ -99,7 +100,9 @@ def make_network(
     *,
     mesh: Mesh,
 ) -> tuple:
-    """Return (abstract state, its initialisation, training step, prediction).
+    """Return (abstract state, its initialisation, `step_of`, prediction).
+
+    `step_of` makes the training step of a config, the same one but for its `remat`.
 
     The initialisation takes None, or what sets other parameters; see `state.changed`.
     Nothing takes memory yet. A `UserError` for a loss or a frozen parameter that there
@@ -111,25 +114,29 @@ def make_network(
         model, optimizer, mesh=mesh, averaged=training.ema_decay > 0
     )
     require_effect(optimizer_config, abstract.params)
-    train_step = make_train_step(
-        graphdef,
-        optimizer,
-        loss=losses.make(training.loss),
-        schedule=schedule,
-        seed=training.seed,
-        abstract=abstract,
-        mesh=mesh,
-        accumulate=training.accumulate,
-        ema_decay=training.ema_decay,
-        deterministic=training.deterministic,
-    )
+    loss = losses.make(training.loss)
+
+    def step_of(network: NetworkConfig) -> TrainStep:
+        same = network == model
+        return make_train_step(
+            graphdef if same else abstract_model(network)[0],
+            optimizer,
+            loss=loss,
+            schedule=schedule,
+            seed=training.seed,
+            abstract=abstract,
+            mesh=mesh,
+            accumulate=training.accumulate,
+            ema_decay=training.ema_decay,
+            deterministic=training.deterministic,
+        )
 
     def start(change):
         state = initialize(model, optimizer, seed=training.seed, abstract=abstract)
         return state if change is None else changed(state, graphdef, change)
 
     predict = make_predict(graphdef, abstract=abstract, mesh=sharding.local_mesh(mesh))
-    return abstract, start, train_step, predict
+    return abstract, start, step_of, predict
 
 
 def validate_on(

@@ -10,8 +10,8 @@ import numpy as np
 
 from swinsmt_jax import sharding
 from swinsmt_jax.config import ExperimentConfig
-from swinsmt_jax.runtime import cost, memory, processes
-from swinsmt_jax.training import setup
+from swinsmt_jax.runtime import cost, memory
+from swinsmt_jax.training import losses, remat, setup
 
 STEPS = 3  # that are timed
 
@@ -49,7 +49,7 @@ def take(config: ExperimentConfig) -> Trial:
     """
     mesh = sharding.make_mesh(replace(config.mesh, data=1, expert=1))
     model, data, training = config.model, config.data, config.training
-    abstract, start, train_step, _ = setup.make_network(
+    abstract, start, step_of, _ = setup.make_network(
         model, config.optimizer, training, mesh=mesh
     )
     batch = _random_batch(config)
@@ -59,9 +59,15 @@ def take(config: ExperimentConfig) -> Trial:
     )
     with memory.remedies(what_helps):
         begin = time.perf_counter()
-        program = processes.compiled(train_step, abstract, placed)
+        program, found, _ = remat.compile_step(
+            *(step_of, abstract, placed),
+            model=model,
+            data=data,
+            loss=losses.make(training.loss),
+            accumulate=training.accumulate,
+            mesh=mesh,
+        )
         compilation = time.perf_counter() - begin
-        found = cost.measure(program, model=model, data=data, mesh=mesh)
         cost.require_fit(found)
         state, seconds = start(None), []
         for _ in range(1 + STEPS):

@@ -21,6 +21,8 @@ from swinsmt_jax.evaluation.results import about_metrics, write_results
 from swinsmt_jax.evaluation.scoring import Evaluation
 from swinsmt_jax.evaluation.surface import SurfaceRule
 from swinsmt_jax.evaluation.validation import known_classes, segment_case
+from swinsmt_jax.inference.ensemble import decision_of
+from swinsmt_jax.inference.grid import LARGEST
 from swinsmt_jax.inference.nnunet import NNUNetSegmenter
 from swinsmt_jax.inference.provenance import digest_of_network as digest
 from swinsmt_jax.inference.segmenter import batch_sharding, left_right_swap, predict_fn
@@ -119,8 +121,9 @@ def evaluate_split(
         "surface_rule": surface_rule,
         "to_data": to_data,
     }
-    own = _network(lambda: (model, segmenter), swap)
-    elsewhere = functools.partial(_network, load, swap)
+    decision = LARGEST if segmenter else decision_of(config)
+    own = _network(lambda: (model, segmenter), swap, decision)
+    elsewhere = functools.partial(_network, load, swap, decision)
 
     def segment():
         return kept.outcomes(
@@ -178,11 +181,12 @@ def evaluate_split(
     return table
 
 
-def _network(load, swap):
+def _network(load, swap, decision):
     """Return the function of a network, and how it sees a case, for `segment_case`."""
     model, segmenter = load()
     if segmenter is None:
-        return predict_fn(model, left_right_swap=swap), {}
+        predict = predict_fn(model, left_right_swap=swap)
+        return predict, {"decision": decision}
     return model, {
         "view": segmenter.view_of,
         "decision": segmenter.decision,

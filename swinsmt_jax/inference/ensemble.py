@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig
+from swinsmt_jax.inference.grid import LARGEST, Decision
 from swinsmt_jax.runtime.files import absolute
 
 # What all networks of an ensemble must see of a scan alike.
@@ -63,6 +65,12 @@ def load_networks(
                 f"{workdir} and {workdirs[0]} cannot be averaged, since their "
                 f"data.{name} differ: {own} and {wanted}. Predict with each alone.",
             )
+        checks.require(
+            decision_of(other) == decision_of(config),
+            f"{workdir} and {workdirs[0]} cannot be averaged, since their "
+            f"training.loss are {other.training.loss} and {config.training.loss}, of "
+            "which one has a softmax and the other sigmoids. Predict with each alone.",
+        )
         theirs = other.data.class_names
         table = ClassMap(theirs).ids_of(names, what=str(workdirs[0]))
         checks.require(
@@ -76,6 +84,23 @@ def load_networks(
     models = tuple(model for _, model, _ in found)
     mean = jax.tree_util.Partial(_log_mean, models, tuple(orders))
     return config, mean, {**info, "step": [about["step"] for _, _, about in found]}
+
+
+def decision_of(config: ExperimentConfig) -> Decision:
+    """Return how logits become labels and probabilities after this training.
+
+    A loss of one's own that is not registered here counts as one of a softmax.
+    """
+    from swinsmt_jax.training.losses import LOSSES
+
+    loss = LOSSES.get(config.training.loss)
+    if loss is None:
+        logging.warning(
+            "training.loss %r is not registered here, so probabilities are a softmax; "
+            "register it in losses.LOSSES if it is one-vs-all.",
+            config.training.loss,
+        )
+    return LARGEST._replace(one_vs_all=loss is not None and loss.one_vs_all)
 
 
 def _log_mean(models, orders, windows):

@@ -45,12 +45,15 @@ class Decision(NamedTuple):
         regions: label ids of the channels of a network of regions that may overlap,
             such as a tumour and its core: a channel is set where its sigmoid is above
             0.5, and later ones win. Empty for classes that exclude each other.
+        one_vs_all: whether the probabilities that are kept are those of `one_vs_all`.
+            Labels are the same.
         confidence: whether the labels' probabilities are kept.
         chosen: label ids whose probabilities are kept.
     """
 
     interpolate: str = "probabilities"
     regions: tuple[int, ...] = ()
+    one_vs_all: bool = False
     confidence: bool = False
     chosen: tuple[int, ...] = ()
 
@@ -75,6 +78,8 @@ class Decision(NamedTuple):
         share = values
         if (self.confidence or self.chosen) and self.regions:
             share = 1 / (1 + numpy.exp(-values))
+        elif (self.confidence or self.chosen) and self.one_vs_all:
+            share = one_vs_all(numpy, values, logits=logits)
         elif (self.confidence or self.chosen) and logits:
             share = softmax(numpy, values)
         if self.confidence and self.regions:
@@ -112,6 +117,21 @@ def softmax(numpy: Any, logits: Any) -> Any:
     """Return the softmax of logits [..., K] along their last axis."""
     share = numpy.exp(logits - logits.max(-1, keepdims=True))
     return share / share.sum(-1, keepdims=True)
+
+
+def one_vs_all(numpy: Any, values: Any, *, logits: bool) -> Any:
+    """Return what a network trained with sigmoids takes for probabilities, [..., K].
+
+    That of a class is the sigmoid of its logit minus the background's, the first; of
+    interpolated softmax `values` its share of both. The background has what the most
+    probable class leaves, so that they do not add up to 1.
+    """
+    first, others = values[..., :1], values[..., 1:]
+    if logits:
+        share = 0.5 + 0.5 * numpy.tanh(0.5 * (others - first))  # without overflow
+    else:
+        share = others / numpy.maximum(others + first, np.finfo(np.float32).tiny)
+    return numpy.concatenate([1 - share.max(-1, keepdims=True), share], axis=-1)
 
 
 def _of_regions(numpy, values, share):

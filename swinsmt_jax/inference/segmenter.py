@@ -26,7 +26,7 @@ from swinsmt_jax import checks
 from swinsmt_jax.class_map import ClassMap
 from swinsmt_jax.config import ExperimentConfig, InferenceConfig, with_new_keys
 from swinsmt_jax.inference import sliding_window
-from swinsmt_jax.inference.ensemble import load_networks, workdirs_of
+from swinsmt_jax.inference.ensemble import decision_of, load_networks, workdirs_of
 from swinsmt_jax.inference.grid import LARGEST, Decided, Decision
 from swinsmt_jax.inference.provenance import digest_of_network
 from swinsmt_jax.inference.scan_reader import Progress, Scans, load_scan  # noqa: F401
@@ -66,7 +66,7 @@ class Segmenter(Scans):
     @property
     def decision(self) -> Decision:
         """How logits become labels."""
-        return LARGEST
+        return decision_of(self.config)
 
     @property
     def modality(self) -> str:

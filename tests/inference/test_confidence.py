@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,47 @@ def test_of_overlapping_regions_the_flip_of_a_channel_is_the_second_class():
     )
     assert found.close.tolist() == [False, True, False, False, True]
     np.testing.assert_allclose(found.chosen[:, 0] / 255, share[:, 1], atol=2e-3)
+
+
+@pytest.mark.parametrize("accumulate", ["host", "device"])
+def test_one_vs_all_has_a_sigmoid_of_each_class_and_the_same_labels(rng, accumulate):
+    volume = rng.random((21, 11, 9, 1), dtype=np.float32)
+    options = dict(window=WINDOW, num_classes=3, window_batch=2)
+    kept = KEPT._replace(one_vs_all=True)
+    found = decide(mixed, volume, **options, accumulate=accumulate, decision=kept)
+    logits = np.asarray(sliding_window(mixed, volume, **options))
+    share = np.asarray(jax.nn.sigmoid(logits[..., 1:] - logits[..., :1]))
+    rest = 1 - share.max(-1, keepdims=True)
+    require_equal(found, np.concatenate([rest, share], axis=-1))
+    softmax = decide(mixed, volume, **options, accumulate=accumulate)
+    np.testing.assert_array_equal(found.labels, softmax.labels)
+    assert len(np.unique(found.labels)) == 3
+
+
+def test_one_vs_all_of_interpolated_classes_is_their_share_beside_the_background():
+    kept = Decision(one_vs_all=True, confidence=True, chosen=(0, 1, 2))
+    softmax = np.float32([[0.5, 0.25, 0.25], [0.1, 0.3, 0.6], [0, 1, 0]])
+    found = kept.decide(np, softmax, logits=False)
+    assert found.labels.tolist() == [0, 2, 1]
+    wanted = [[2 / 3, 1 / 3, 1 / 3], [1 / 7, 3 / 4, 6 / 7], [0, 1, 0]]
+    np.testing.assert_allclose(found.chosen / 255, wanted, atol=0.51 / 255)
+    np.testing.assert_allclose(found.probability, [2 / 3, 6 / 7, 1], atol=1e-3)
+    assert found.close.tolist() == [False, False, False]
+    sure = np.float32([[0, 300, -300], [300, 0, 0]])
+    found = kept.decide(np, sure, logits=True)
+    assert found.chosen.tolist() == [[0, 255, 0], [255, 0, 0]]
+
+
+def test_the_loss_of_the_training_says_what_a_probability_is(caplog):
+    config = segmenter().config
+
+    def of(loss):
+        training = replace(config.training, loss=loss)
+        return replace(segmenter(), config=replace(config, training=training)).decision
+
+    assert of("one_vs_all").one_vs_all and not of("dice_ce").one_vs_all
+    assert not of("of_my_own").one_vs_all
+    assert "'of_my_own' is not registered here" in caplog.text
 
 
 def test_what_is_not_asked_for_is_not_kept(rng):

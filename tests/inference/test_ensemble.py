@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from swinsmt_jax.checks import UserError
-from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.config import from_config_dict, to_dict
 from swinsmt_jax.inference.ensemble import load_networks, workdirs_of
 
 
@@ -37,6 +37,14 @@ NETWORKS = {
     "a": (experiment("liver", "spleen"), of([0.0, 2.0, 1.0]), {"step": 3}),
     "b": (experiment("Spleen", "liver"), of([1.0, 5.0, 0.0]), {"step": 5}),
     "c": (experiment("liver", "colon"), of([0.0, 0.0, 0.0]), {"step": 1}),
+    "e": (
+        from_config_dict(
+            to_dict(experiment("liver", "spleen"))
+            | {"training": {"num_steps": 1, "loss": "one_vs_all"}}
+        ),
+        of([0.0] * 3),
+        {"step": 1},
+    ),
     "d": (experiment("liver", "spleen", spacing=2.0), of([0.0] * 3), {"step": 1}),
 }
 
@@ -55,7 +63,11 @@ def test_probabilities_are_averaged_by_the_names_of_classes():
 
 @pytest.mark.parametrize(
     ("other", "words"),
-    [("c", "no class colon|no class spleen"), ("d", "data.spacing differ: 2.0 and 0")],
+    [
+        ("c", "no class colon|no class spleen"),
+        ("d", "data.spacing differ: 2.0 and 0"),
+        ("e", "training.loss are one_vs_all and dice_ce"),
+    ],
 )
 def test_networks_that_do_not_fit_each_other_are_refused(other, words):
     with pytest.raises(UserError, match=words):

@@ -107,7 +107,7 @@ def test_chambers_of_the_heart_are_no_sides():
 def test_sides_without_one_counterpart_are_not_exchanged(names):
     own = class_map.make([*names, "nose"], {}, where="x")
     with pytest.raises(
-        checks.UserError, match="(?i)side of .*kid.* is missing or there"
+        checks.UserError, match="(?i)side of .*kid.* is missing or occurs twice"
     ):
         own.left_right_swap()
 

@@ -6,6 +6,8 @@ the forward pass keeps for it, found by tracing alone. The compiled step is then
 measured, and the next candidate is compiled where it does not fit.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,12 +80,19 @@ def kept_bytes(model: NetworkConfig, batch: Any, *, loss: Loss) -> int:
     def backward(params, image, label):
         def of(params):
             network = nnx.merge(graphdef, params)
-            return loss_and_accuracy_counts(network, image, label, loss=loss)[0]
+            rngs = nnx.Rngs(dropout=0)
+            return loss_and_accuracy_counts(
+                network, image, label, loss=loss, rngs=rngs
+            )[0]
 
         return jax.vjp(of, params)[1]
 
     kept = jax.eval_shape(backward, params, batch["image"], batch["label"])
-    return max(0, _bytes(kept) - _bytes(params))
+    arrays = _arrays(kept) - _arrays(params)
+    return sum(
+        count * math.prod(shape) * dtype.itemsize
+        for (shape, dtype), count in arrays.items()
+    )
 
 
 def predicted_bytes(
@@ -158,14 +167,14 @@ def compile_step(
     return program, found, choice if model.remat == AUTO else None
 
 
-def _bytes(tree):
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _arrays(tree):
+    """Count the arrays of each shape and dtype."""
+    return Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 def _on_a_device(tree):
     """Count the bytes of arrays' shards."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        total += jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
-    return total
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

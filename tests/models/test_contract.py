@@ -14,6 +14,7 @@ from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import model_from_dict, to_dict
 from swinsmt_jax.models import registry
 from swinsmt_jax.models.nnunet import PlainConvUNetConfig
+from swinsmt_jax.training import losses, remat
 from tests import recipes
 
 recipes.load("A network")  # so that what the recipe makes keeps the promises too
@@ -174,6 +175,17 @@ def test_parts_are_rematerialised_by_name_and_random_with_rngs_alone(network):
         assert names & {"remat2", "checkpoint"}, names
         draws = any(name.startswith("random_bits") for name in names)
         assert draws == (key is not None and bool(rates))
+
+
+def test_recomputing_parts_keeps_less_for_the_backward_pass(network):
+    config, _, _, x, _ = network
+    batch = {"image": x, "label": jax.ShapeDtypeStruct(x.shape[:-1], jnp.uint8)}
+    config = dataclasses.replace(config, remat="auto")
+    none, *_, most = (
+        remat.kept_bytes(candidate, batch, loss=losses.make("dice_ce"))
+        for candidate in remat.candidates(config)
+    )
+    assert 0 < most < none
 
 
 @pytest.mark.slow

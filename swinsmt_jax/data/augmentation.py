@@ -1,11 +1,11 @@
-"""Augmentations of training crops: what the config says of each, and what each does.
+"""Augmentations of training crops, and their parameters in the config.
 
-An augmentation is one class below, with its name, its parameters and their limits. The
-config has them as `data.augmentations.<name>.<parameter>`, and they act in this file's
-order. Each draws from a generator of its own, so that a new one changes no other draw.
+Each augmentation is one class below, with its name, its parameters and their limits.
+The config contains them as `data.augmentations.<name>.<parameter>`, and they act in
+this file's order. Each one has its own generator, so a new one changes no other draw.
 
-Zoom, rotation and intensity are those of the released recipe; the others, off by
-default, are nnU-Net's. The image is scaled: 0 is air, and values stay in [0, 1] but for
+Zoom, rotation and intensity come from the released recipe. The others, off by default,
+come from nnU-Net. The image is scaled: 0 is air, and values stay in [0, 1] except after
 noise and shifts of intensity.
 """
 
@@ -34,7 +34,7 @@ def register(name: str) -> Callable[[type[A]], type[A]]:
     """Make an augmentation known by its name in the config.
 
     Raises:
-        UserError: for a name that is taken, or once `Augmentations` is made of all.
+        UserError: for a name that is taken, or after `Augmentations` was built.
     """
 
     def add(cls: type[A]) -> type[A]:
@@ -61,7 +61,7 @@ class Range(NamedTuple):
     most: float
 
     def __call__(self, name: str, value: tuple[float, float]) -> None:
-        """Raise `UserError` unless the value obeys."""
+        """Raise `UserError` unless the value follows the rule."""
         least, most = self
         checks.require(
             len(value) == 2 and least <= value[0] <= value[1] <= most and value[0] > 0,
@@ -72,7 +72,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What all augmentations have; `probability` is that of acting on a crop."""
+    """The base of all augmentations; each acts on a crop with `probability`."""
 
     name: ClassVar[str]  # set by `register`
 
@@ -82,11 +82,11 @@ class Augmentation:
         checks.typed_fields(f"data.augmentations.{self.name}", self)
 
     def region(self, shape: Sequence[int], rng: Rng) -> Sequence[int]:
-        """Return the shape of what is read and then enlarged to the crop."""
+        """Return the shape to read, and to enlarge to the crop."""
         return shape
 
     def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:
-        """Return the crop changed; `names` are those of the label ids."""
+        """Return the changed crop; `names` belong to the label ids."""
         return sample
 
 
@@ -108,8 +108,8 @@ class Zoom(Augmentation):
 class Rotate(Augmentation):
     """Rotate by 90, 180 or 270 degrees in the axial plane (axes 0 and 1).
 
-    A crop that is not square there is only rotated by 180 degrees. The affine of a
-    rotated or mirrored sample is no longer useful and stays as it was.
+    A crop that is not square there is only rotated by 180 degrees. Rotated and mirrored
+    samples keep their affine, which is no longer useful.
     """
 
     probability: Share = 0.1
@@ -140,9 +140,8 @@ class Intensity(Augmentation):
 class Mirror(Augmentation):
     """Swap the patient's right and left, in the image and in the labels' names.
 
-    Structures without a counterpart (the middle lobe of the right lung, the atrial
-    appendage of the left) keep their name, so a mirrored patient is not quite a
-    patient.
+    Structures without a counterpart (the right lung's middle lobe, the left atrial
+    appendage) keep their name, so a mirrored patient is not quite realistic.
     """
 
     def apply(self, sample: Sample, rng: Rng, names: Names) -> Sample:  # noqa: D102
@@ -166,8 +165,8 @@ def left_right_swap(names: tuple[str, ...]) -> np.ndarray:
 class LowResolution(Augmentation):
     """Keep the voxels of a coarser grid and interpolate the others linearly.
 
-    The ratio of the grids is uniform in `scale`. The voxels kept stay where they are,
-    the outermost among them, so that nothing moves.
+    The ratio of the grids is uniform in `scale`. Kept voxels stay in place, including
+    the outermost, so nothing moves.
     """
 
     scale: Annotated[tuple[float, float], Range(0, 1)] = (0.5, 1.0)
@@ -189,7 +188,7 @@ class LowResolution(Augmentation):
 @register("blur")
 @dataclass(frozen=True)
 class Blur(Augmentation):
-    """Smooth by a Gaussian of a standard deviation uniform in `sigma`, in voxels."""
+    """Smooth by a Gaussian with a standard deviation uniform in `sigma`, in voxels."""
 
     sigma: Annotated[tuple[float, float], Range(0, 100)] = (0.5, 1.0)
 
@@ -230,7 +229,7 @@ if TYPE_CHECKING:
 
     @dataclass(frozen=True)
     class Augmentations:
-        """What a type checker knows of the class below."""
+        """The type checker's view of the class below."""
 
         def __getattr__(self, name: str) -> Augmentation: ...
 
@@ -254,7 +253,7 @@ def generator(seed: int, name: str) -> np.random.Generator:
 def region(
     augmentations: Augmentations, seed: int, shape: Sequence[int]
 ) -> Sequence[int]:
-    """Return the shape that is read for a crop of `shape`, and then enlarged to it."""
+    """Return the shape to read for a crop of `shape`, and to enlarge to it."""
     for augmentation, rng in _acting(augmentations, seed):
         shape = augmentation.region(shape, rng)
     return shape
@@ -266,7 +265,7 @@ def augment(
     sample: Sample,
     names: tuple[str, ...],
 ) -> Sample:
-    """Return a scaled crop after all augmentations that act on it.
+    """Apply all augmentations that act on a scaled crop.
 
     Args:
         augmentations: of the config.
@@ -282,7 +281,7 @@ def augment(
 def _acting(
     augmentations: Augmentations, seed: int
 ) -> Iterator[tuple[Augmentation, np.random.Generator]]:
-    """Yield what acts on the crop of this seed, each with its own generator."""
+    """Yield the augmentations that act on this seed's crop, with their generators."""
     for name in _CLASSES:
         augmentation = getattr(augmentations, name)
         rng = generator(seed, name) if augmentation.probability else None

@@ -1,4 +1,4 @@
-"""Cases of a dataset: where their files lie, and how CT and labels are read."""
+"""Cases of a dataset: places of their files, and readers of CT and labels."""
 
 import glob
 from collections import Counter
@@ -20,14 +20,14 @@ CLASS = "{class}"  # stands for the name of a class in the path of masks
 
 @dataclass(frozen=True)
 class Case:
-    """One scan on disk; `segmentation` is one label file, or has `CLASS` in it.
+    """One scan on disk; `segmentation` is a label file, or a path with `CLASS`.
 
     Attributes:
-        classes: that its files hold.
-        absent: whether a mask that is missing is of an absent structure.
-        unmasked: whether a mask that is missing is of a class that is not annotated.
+        classes: in its files.
+        absent: whether a missing mask means an absent structure.
+        unmasked: whether a missing mask means a class that is not annotated.
         annotated: names of the classes that are annotated; None for all.
-        ignored: value of a label file where nothing is annotated.
+        ignored: value in a label file of voxels that are not annotated.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def is_partial(self) -> bool:
-        """Whether some of its classes or voxels may not be annotated."""
+        """Whether some classes or voxels may not be annotated."""
         told = self.annotated is not None or self.ignored is not None
         return told or (self.unmasked and CLASS in str(self.segmentation))
 
@@ -51,7 +51,7 @@ class Case:
         """Return the label ids of the classes that are annotated; None for all.
 
         Args:
-            kept: the classes that have ids, if not all.
+            kept: the classes with ids, if not all.
         """
         names = self.annotated
         if names is None and self.is_partial and self.ignored is None:
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def facts(self) -> list:
-        """Bytes of the files, and what they annotate: they tell cases apart."""
+        """File sizes and annotated classes, which tell cases apart."""
         sizes = [file.stat().st_size for file in self.files]
         return sizes if self.annotated is None else [*sizes, list(self.annotated)]
 
@@ -95,9 +95,9 @@ class Dataset:
         root: its folder.
         classes: of its label ids.
         splits: {case: split}.
-        find: (case, split) to its files; a `UserError` if they are not there.
-        refused: {case or line: reason} of entries that cannot be used.
-        folds: of a cross-validation, if it lists some; see `folds.splits_of`.
+        find: from (case, split) to its files; raises `UserError` if they are missing.
+        refused: {case or line: reason} of unusable entries.
+        folds: of a cross-validation, if listed; see `folds.splits_of`.
     """
 
     root: Path
@@ -108,7 +108,7 @@ class Dataset:
     folds: Sequence[Fold] = ()
 
     def case(self, name: str, split: str) -> Case:
-        """Return a case with its classes; a `UserError` if its files are not there."""
+        """Return a case with its classes; raise `UserError` if files are missing."""
         return replace(self.find(name, split), classes=self.classes)
 
     def of_split(
@@ -121,7 +121,7 @@ class Dataset:
             splits: {case: split}, if not the dataset's own.
 
         Raises:
-            UserError: for any entry that cannot be used, and an empty split.
+            UserError: for an unusable entry, and an empty split.
         """
         checks.one_of("split", split, meta.SPLITS)
         for reason in self.refused.values():
@@ -138,7 +138,7 @@ class Dataset:
 
 
 def require_files(case: Case) -> Case:
-    """Return a case whose image and labels are there, or else raise `UserError`."""
+    """Return a case; raise `UserError` if its image or labels are missing."""
     masks = CLASS in str(case.segmentation)
     for what, does, file in (
         ("image", "does", case.ct),
@@ -161,20 +161,20 @@ def load_case(
 ) -> Sample:
     """Read the CT and the labels of a case, reoriented to RAS.
 
-    Masks are merged in the order of the class map; where they overlap, the later class
-    wins, as in TotalSegmentator's own converter, unless `overlaps` says else. Masks of
-    classes that are not kept take part as background, if they are there.
-    Labels of classes that are not annotated are background too.
+    Masks are merged in the order of the class map. Where they overlap, the later class
+    wins, as in TotalSegmentator's own converter, unless `overlaps` says otherwise.
+    Existing masks of classes that are not kept take part as background. Labels of
+    classes that are not annotated are background too.
 
     Args:
         case: its files.
-        classes: that the files hold, if not `case.classes`.
-        kept: a subset of these, if others are to become background.
+        classes: in the files, if not `case.classes`.
+        kept: a subset of these, if others should become background.
         overlaps: one of `nifti.OVERLAPS`.
 
     Raises:
-        UserError: as `nifti.load_ct`; for a missing mask unless `case.absent` or it is
-            not annotated, no mask at all, and labels that do not lie on the CT's grid.
+        UserError: as `nifti.load_ct`; for a missing mask unless `case.absent` or its
+            class is not annotated, no mask at all, and labels off the CT's grid.
     """
     ct = nifti.load_ct(case.ct, modality=case.modality)
     overlapping, notes = 0, tuple[str, ...]()
@@ -277,7 +277,7 @@ def _remedy(classes):
 
 
 def lost_note(name: str, lost: Mapping[str, int]) -> str:
-    """Say which classes have no voxel left of those that a case's files have."""
+    """Name the classes in a case's files that have no voxel left."""
     classes = ", ".join(f"{own} ({number:,})" for own, number in lost.items())
     return (
         f"case {name!r} keeps no voxel of {len(lost)} classes that its files have: "
@@ -294,9 +294,9 @@ def _files(masks: Path, image: Path) -> list[Path]:
 
 
 def resampled(sample: Sample, spacing: Sides, *, rule: str = "most") -> Sample:
-    """Return a sample whose voxels have these sides in mm; 0 keeps its own.
+    """Resample to voxels with these sides in mm; 0 keeps the sample's own.
 
-    Labels are resampled by `rule`, one of `resampling.LABEL_RULES`.
+    `rule`, one of `resampling.LABEL_RULES`, resamples the labels.
     """
     if spacing == 0:
         return sample

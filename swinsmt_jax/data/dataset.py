@@ -1,4 +1,4 @@
-"""The door to datasets on disk, of any layout of `data/layouts`."""
+"""The entry to datasets on disk, in any layout of `data/layouts`."""
 
 from pathlib import Path
 
@@ -17,12 +17,12 @@ def open_dataset(root: str | Path, *, description: str = "") -> Dataset:
     Args:
         root: its folder.
         description: a JSON file as in `layouts.described`, or a version of
-            TotalSegmentator's class map. If empty: the folder's own dataset.json, if it
-            has one.
+            TotalSegmentator's class map. If empty, the folder's own dataset.json, if
+            any.
 
     Raises:
-        UserError: for a folder or description that is missing or cannot be used; the
-            message names the key.
+        UserError: for a missing or unusable folder or description; the message names
+            the key.
     """
     root = absolute(root)
     if description in class_map.VERSIONS:
@@ -46,12 +46,11 @@ def find_cases(
     Args:
         root, description: as in `open_dataset`.
         split: "train", "val" or "test".
-        fold: of a cross-validation, which redivides training and validation cases;
+        fold: of a cross-validation, which redistributes training and validation cases;
             -1 takes the dataset's own splits.
 
     Raises:
-        UserError: as `open_dataset`, for any entry that cannot be used, and an empty
-            split.
+        UserError: as `open_dataset`, for an unusable entry, and an empty split.
     """
     found = open_dataset(root, description=description)
     splits = folds.divided(found.splits, fold, folds=found.folds)
@@ -59,7 +58,7 @@ def find_cases(
 
 
 def description_of(root: Path) -> dict:
-    """Return the folder's own description, {} if it has none."""
+    """Return the folder's own description, or {}."""
     file = root / DESCRIPTION
     return _description(file) if file.is_file() else {}
 

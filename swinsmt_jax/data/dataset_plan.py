@@ -1,8 +1,8 @@
-"""What a dataset holds, and the voxels and patch that fit it.
+"""Facts of a dataset, and the voxels and patch that fit it.
 
-The rule for the spacing is that of nnU-Net's fingerprint (Isensee et al., Nature
-Methods 2021): the median of each axis; where one axis is three times as coarse as the
-finest and the scans have three times fewer planes along it, its 10th percentile.
+The spacing follows nnU-Net's fingerprint (Isensee et al., Nature Methods 2021): the
+median of each axis. If one axis is three times as coarse as the finest and has three
+times fewer planes, it gets its 10th percentile.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ class Finding:
     def patch(self, *, stride: int = 32) -> tuple[int, int, int]:
         """Return sides of a patch in voxels of that grid.
 
-        They are multiples of `stride`, not more than the median scan needs, and in its
-        proportions where that has more than `MOST_VOXELS`.
+        They are multiples of `stride`, and not more than the median scan needs. If that
+        has more than `MOST_VOXELS`, the patch takes its proportions.
         """
         extent = np.median(self.sides * self.shapes, axis=0)
         sides = np.maximum(1, np.ceil(extent / self.spacing() / stride)) * stride

@@ -1,7 +1,7 @@
 """A CT series of DICOM files as a volume; needs the extra `dicom`.
 
-Headers are read by pydicom, and everything that they can settle is settled before
-SimpleITK decodes pixels.
+pydicom reads the headers. They settle as much as possible before SimpleITK decodes
+pixels.
 """
 
 import collections
@@ -29,25 +29,24 @@ TURN = 1e-3  # by which directions may differ between slices
 
 
 def is_series(folder: Path) -> bool:
-    """Whether a folder holds a DICOM file, by its content."""
+    """Whether a folder contains a DICOM file, judged by content."""
     return next(dicom_files(folder), None) is not None
 
 
 def load_series(folder: str | Path) -> nifti.Volume:
     """Read the CT of a folder as int16 Hounsfield units in RAS orientation.
 
-    Of a name of `dicom_files.one_of_many`, the CT of that series.
-    The distance and direction between slices are those of their positions, so that a
-    tilted gantry gives a sheared affine, as NIfTI has it. Each slice, or frame of an
-    enhanced CT, is rescaled by its own slope and intercept. What lies beside the slices
-    (scouts, reports, structures, directories) is skipped and named in the notes.
+    A name from `dicom_files.one_of_many` selects that series. Positions give the
+    distance and direction between slices, so a tilted gantry gives a sheared affine, as
+    in NIfTI. Each slice, or frame of an enhanced CT, is rescaled by its own slope and
+    intercept. Other files (scouts, reports, structures, directories) are skipped and
+    named in the notes.
 
     Raises:
-        UserError: without the extra; for a folder without slices of a CT or with those
-            of several series; files that are damaged, and tags that are missing or of
-            another form; slices that differ in shape, spacing or orientation, are
-            missing, unevenly spaced or all at one place; a single slice of no known
-            thickness.
+        UserError: without the extra; for a folder without CT slices or with those of
+            several series; damaged files, and missing or malformed tags; slices that
+            differ in shape, spacing or orientation, are missing, unevenly spaced or all
+            in one place; a single slice of unknown thickness.
     """
     folder = absolute(folder)
     slices, notes = _sorted_slices(folder)
@@ -59,15 +58,15 @@ def load_series(folder: str | Path) -> nifti.Volume:
 
 
 def chosen_series(folder: Path, series: str) -> dict[str, Path]:
-    """Return {UID: scan} of series in a folder, and the folders in it.
+    """Return {UID: scan} of series in a folder and its subfolders.
 
     Args:
-        folder: that is searched.
-        series: a UID, or "all" for every series that has slices of a CT.
+        folder: to search.
+        series: a UID, or "all" for every series with CT slices.
 
     Raises:
-        UserError: without the extra, for a folder that is none, a UID that is not
-            there, and a folder without a CT.
+        UserError: without the extra, for a path that is not a folder, an unknown UID,
+            and a folder without a CT.
     """
     _require_extra(folder)
     checks.require(
@@ -112,10 +111,10 @@ def _is_ct(files):
 
 
 def slices(folder: str | Path) -> list[Slice]:
-    """Return the slices of the series in a folder in the order of `load_series`.
+    """Return the slices of a folder's series in the order of `load_series`.
 
     Raises:
-        UserError: as `load_series`, but for pixels that cannot be decoded.
+        UserError: as `load_series`, except for pixels that cannot be decoded.
     """
     return _sorted_slices(absolute(folder))[0]
 
@@ -179,7 +178,7 @@ def _series(folder):
 
 
 def _in_order(folder, slices):
-    """Require that the slices are one volume, and sort them along their normal."""
+    """Require that the slices form one volume, and sort them along their normal."""
     first = slices[0]
     for other in slices[1:]:
         for what in ("shape", "spacing", "orientation"):
@@ -262,7 +261,7 @@ def _planes(folder, slices):
 def _frames(slices):
     """Yield the frames of an enhanced CT, each by its own slope and intercept.
 
-    SimpleITK applies the first frame's to all of them.
+    SimpleITK applies the first frame's values to all frames.
     """
     import pydicom
 

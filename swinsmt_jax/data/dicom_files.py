@@ -28,17 +28,17 @@ AGAIN = "Export the series again."
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One plane of a CT, by its header.
+    """One plane of a CT, as its header describes it.
 
     Attributes:
-        file: that holds it.
-        frame: its number in a multi-frame file; None in a file of its own.
+        file: that contains it.
+        frame: its number in a multi-frame file; None if it has its own file.
         series: the series' UID.
         shape: (rows, columns).
         position: [3] mm, of the first voxel's centre, to the left, back and head.
         orientation: [2, 3], directions of growing columns and of growing rows.
         spacing: mm between (rows, columns).
-        thickness: mm, or None where no tag says it.
+        thickness: mm, or None if no tag gives it.
         rescale: (slope, intercept) from stored values to HU.
     """
 
@@ -54,12 +54,12 @@ class Slice:
 
 
 def one_of_many(folder: Path, series: str) -> Path:
-    """Return the name of a series whose files lie somewhere in a folder: folder#UID."""
+    """Return folder#UID, the name of a series whose files lie anywhere in a folder."""
     return folder.parent / f"{folder.name}{MARK}{series}"
 
 
 def is_dicom(scan: Path) -> bool:
-    """Whether a scan is a folder, or a series of one as `one_of_many` names it."""
+    """Whether a scan is a folder, or one of its series as named by `one_of_many`."""
     return scan.is_dir() or _parted(scan) is not None
 
 
@@ -71,10 +71,10 @@ def _parted(scan):
 
 
 def series_in(folder: Path) -> dict[str, list[Path]]:
-    """Return {UID: DICOM files} of all series in a folder and the folders in it.
+    """Return {UID: DICOM files} of all series in a folder and its subfolders.
 
     Raises:
-        UserError: for a file that does not tell its series, which may lack it then.
+        UserError: for a file without a series UID, since its series may lack it.
     """
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in found]
@@ -105,9 +105,9 @@ def _series_of(files, stamps):
 
 
 def dicom_files(scan: Path) -> Iterator[Path]:
-    """Yield the files that are DICOM by content, with preamble or not.
+    """Yield the files with DICOM content, with or without a preamble.
 
-    Of a folder, those in it; of a series of `one_of_many`, its own, wherever they lie.
+    A folder yields its own files; a series of `one_of_many` its files in any folder.
     """
     if (parted := _parted(scan)) is not None:
         yield from series_in(parted[0]).get(parted[1], ())
@@ -125,10 +125,10 @@ def _of_dicom(files):
 
 
 def look(file: Path) -> list[Slice] | str:
-    """Return the slices of a DICOM file, or in words what it is instead.
+    """Return the slices of a DICOM file, or a description of another file.
 
     Raises:
-        UserError: for a CT image whose tags cannot be understood.
+        UserError: for a CT image whose tags cannot be parsed.
     """
     import pydicom
 
@@ -144,7 +144,7 @@ def look(file: Path) -> list[Slice] | str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep pydicom's own words about broken values from the user."""
+    """Hide pydicom's own warnings about broken values from the user."""
     logger = logging.getLogger("pydicom")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -157,7 +157,7 @@ def _quiet():
 
 
 def _what_else(file, header):
-    """Return what a file is, if it is not a slice of a CT."""
+    """Describe a file that is not a CT slice."""
     from pydicom.uid import UID
 
     meta = getattr(header, "file_meta", {})
@@ -183,7 +183,7 @@ def _what_else(file, header):
 
 
 def _lack_of_pixels(file, header, pixels, syntax):
-    """Return in words that a file ends before its pixels do, or None."""
+    """Describe a file that ends before its pixels do; otherwise None."""
     length = pixels.length if pixels.is_raw else len(pixels.value)
     whole = file.stat().st_size >= getattr(pixels, "value_tell", 0) + length
     if syntax in UNCOMPRESSED:
@@ -220,7 +220,7 @@ def _groups(item):
 
 
 def _slice(file, frame, header, places):
-    """Make a slice of tags, each taken from the first of `places` that has it."""
+    """Make a slice from tags, each from the first of `places` that has it."""
 
     def numbers(keyword, count, *, default=None, positive=False):
         holder = next((p for p in places if p.get_item(keyword) is not None), None)

@@ -1,4 +1,4 @@
-"""Cross-validation: which cases of a dataset each fold trains and validates on."""
+"""Cross-validation: the training and validation cases of each fold."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,17 +15,17 @@ Fold = Mapping[str, Sequence[str]]
 def splits_of(
     number: int, names: Sequence[str], *, folds: Sequence[Fold] = ()
 ) -> dict[str, str]:
-    """Return {case: "train" or "val"} of a fold; cases in neither take no part.
+    """Return {case: "train" or "val"} of a fold; other cases take no part.
 
     Args:
         number: of the fold, from 0 on.
-        names: of all cases that may be trained or validated on.
-        folds: what the dataset itself lists, {"train": names, "val": names} each.
-            Without it, `COUNT` folds are drawn by `SEED` from the sorted names.
+        names: of all cases for training or validation.
+        folds: the dataset's own list, {"train": names, "val": names} each. Without it,
+            `SEED` draws `COUNT` folds from the sorted names.
 
     Raises:
-        UserError: for a fold that there is not, one whose cases are not there, and
-            fewer cases than folds.
+        UserError: for an unknown fold, a fold whose cases are missing, and fewer cases
+            than folds.
     """
     count = len(folds) or COUNT
     checks.require(
@@ -56,7 +56,7 @@ def splits_of(
 def divided(
     splits: Mapping[str, str], number: int, *, folds: Sequence[Fold] = ()
 ) -> dict[str, str]:
-    """Return {case: split} with training and validation cases divided by a fold.
+    """Return {case: split} with training and validation cases redivided by a fold.
 
     -1 leaves them as they are. Other arguments as in `splits_of`.
     """

@@ -1,4 +1,4 @@
-"""Where a NIfTI header places its voxels, as nibabel and as ITK read it.
+"""The place of a NIfTI file's voxels, as nibabel and ITK read its header.
 
 Lengths are in mm whatever the unit of the header. ITK stands for SimpleITK, 3D Slicer
 and ITK-SNAP.
@@ -23,7 +23,7 @@ PLACING = (
 
 
 def to_mm(header: nib.Nifti1Header) -> float:
-    """Return how many mm a length of 1 in a header is."""
+    """Return the mm of a length of 1 in a header."""
     return TO_MM.get(_unit(header), 1.0)
 
 
@@ -35,11 +35,11 @@ def affine_in_mm(image: nib.Nifti1Pair) -> np.ndarray:
 def header_like(
     source: nib.Nifti1Header | None, affine: np.ndarray, shape: Sequence[int]
 ) -> nib.Nifti1Header:
-    """Return the header of a file that lies where another does, in every reader.
+    """Return a header that every reader places where another file lies.
 
     Args:
-        source: header of the other file, whose sform, qform, codes, voxel sides and
-            unit are kept; None for a scan that is not NIfTI.
+        source: header of the other file, which gives sform, qform, codes, voxel sides
+            and unit; None for a scan that is not NIfTI.
         affine: [4, 4] in mm, of a scan that is not NIfTI.
         shape: of the new file.
     """
@@ -69,11 +69,11 @@ def skew(affine: np.ndarray) -> float:
 
 
 def by_itk(image: nib.Nifti1Pair) -> np.ndarray | None:
-    """Return the affine [4, 4] in mm that ITK gives a file; None if it refuses it.
+    """Return the affine [4, 4] in mm that ITK reads; None if it refuses the file.
 
-    ITK takes the sform if its code is 1 or there is no qform, and its axes are at right
-    angles; otherwise the qform. Voxel sides are those of pixdim. With both codes 0 the
-    axes run to left, back and head from voxel 0.
+    ITK takes the sform if its axes are at right angles and its code is 1 or the qform
+    is missing. Otherwise it takes the qform. Voxel sides come from pixdim. With both
+    codes 0 the axes run to left, back and head from voxel 0.
     """
     header = image.header
     sides = np.abs(header["pixdim"][1:4])
@@ -90,7 +90,7 @@ def by_itk(image: nib.Nifti1Pair) -> np.ndarray | None:
 
 
 def notes(path: Path, image: nib.Nifti1Pair, shape: Sequence[int]) -> tuple[str, ...]:
-    """Say what a header leaves open about the place of its voxels, in one line.
+    """State in one line what a header leaves open about the place of its voxels.
 
     Args:
         path: the file.
@@ -122,7 +122,7 @@ def notes(path: Path, image: nib.Nifti1Pair, shape: Sequence[int]) -> tuple[str,
 
 
 def sheared_note(path: Path, affine: np.ndarray) -> tuple[str, ...]:
-    """Say if ITK cannot open labels of a scan that is not NIfTI."""
+    """Note if ITK cannot open labels of a scan that is not NIfTI."""
     if skew(affine) < SKEW:
         return ()
     return (
@@ -134,7 +134,7 @@ def sheared_note(path: Path, affine: np.ndarray) -> tuple[str, ...]:
 def corner_distance(
     shape: Sequence[int], affine: np.ndarray, other: np.ndarray
 ) -> float:
-    """Return the largest distance on an axis between two places of a corner."""
+    """Return a corner's largest distance along an axis between two grids."""
     corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(shape) - 1)
     corners = np.concatenate([corners, np.ones((8, 1))], axis=1)
     return float(np.abs(corners @ (affine - other).T).max())
@@ -148,8 +148,7 @@ def difference(
 ) -> str:
     """Describe in mm how two grids differ, both in RAS orientation.
 
-    What explains it is named: half a voxel, an axis that runs the other way, slices
-    that one has not.
+    The text names a likely cause: half a voxel, a reversed axis, missing slices.
 
     Args:
         shape, affine: of the grid.
@@ -203,7 +202,7 @@ def _beside_itk(image, shape):
 
 
 def _forms(header):
-    """Return sform and qform, None for code 0; a reason for a qform that is bad."""
+    """Return sform and qform, None for code 0, or a reason for a bad qform."""
     try:
         qform = header.get_qform(coded=True)[0]
     except Exception as error:  # of whatever a rounded quaternion breaks
@@ -220,7 +219,7 @@ def _scaled(affine, factor):
 
 
 def _with_sides(affine, sides, factor):
-    """Return the affine with voxels of other sides, and all in mm."""
+    """Return the affine with other voxel sides, all in mm."""
     affine = affine.copy()
     affine[:3, :3] *= sides / np.linalg.norm(affine[:3, :3], axis=0)
     return _scaled(affine, factor)

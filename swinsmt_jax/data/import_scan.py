@@ -3,9 +3,9 @@
     python -m swinsmt_jax.data.import_scan --ct=scan.nii.gz --labels=labels.nii.gz \
         --root=data/mine --case=s0001 --split=train
 
-With several splits (`--split=train,val,test`) the scan enters each of them, as cases
-s0001_train, s0001_val and s0001_test: of use to see a model fit one scan, never to
-measure one.
+With several splits (`--split=train,val,test`) the scan enters each one, as cases
+s0001_train, s0001_val and s0001_test. This shows whether a model can fit one scan; it
+never measures a model.
 """
 
 import argparse
@@ -31,22 +31,21 @@ def import_scan(
 ) -> tuple[str, ...]:
     """Copy a scan into `root` and list it in `meta.csv`; return the new ids.
 
-    An existing case is replaced as a whole. Several processes may import
-    into one root. The scan keeps its orientation; its HU
-    are rounded to int16.
+    An existing case is replaced completely. Several processes may import into one root.
+    The scan keeps its orientation; its HU are rounded to int16.
 
     Args:
         ct: a NIfTI file, or a folder with a DICOM series.
-        labels: on its grid; with `series="all"` a folder with <UID>.nii.gz, as
-            `predict.py --series=all` writes it; series without are left out.
+        labels: on its grid; with `series="all"` a folder with <UID>.nii.gz, as written
+            by `predict.py --series=all`; series without labels are left out.
         root: of the dataset.
         case: id; with `series="all"` followed by a number, from 1 on.
-        splits: that it enters.
+        splits: for the scan.
         series: UID of a series somewhere in the folder `ct`, or "all".
 
     Raises:
         UserError: for an unknown split, an id that is not a plain folder name, bad
-            files, and labels off the CT's voxel grid.
+            files, and labels off the CT's grid.
     """
     root = files.absolute(root)
     checks.require(len(splits) > 0, "--split names no split; take train, val or test.")
@@ -63,7 +62,7 @@ def import_scan(
 
 
 def _pairs(ct, labels, series):
-    """Return (scan, labels) of each that is to be imported."""
+    """Return (scan, labels) of each scan to import."""
     if not series:
         return [(ct, labels)]
     scans = dicom.chosen_series(ct, series)

@@ -1,4 +1,4 @@
-"""Linear interpolation at places of a grid, quicker than scipy's."""
+"""Linear interpolation on a grid, faster than scipy's."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def interpolate(image: np.ndarray, places: Sequence[np.ndarray]) -> np.ndarray:
-    """Interpolate a float32 image linearly at places along each axis, within it.
+    """Interpolate a float32 image linearly at positions along each axis, within it.
 
-    Matrix products would do the same, but their threads wait for one another, many
-    times as long, wherever readers or other programs share the cores.
+    Matrix products would give the same result. But their threads wait for one another,
+    many times as long, if readers or other programs share the cores.
     """
     for axis in (2, 1, 0):  # the slow axis while the image is small
         last = image.shape[axis] - 1

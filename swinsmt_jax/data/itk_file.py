@@ -1,4 +1,4 @@
-"""Volumes in NRRD and MetaImage files, by SimpleITK of the extra `dicom`."""
+"""Volumes in NRRD and MetaImage files; needs SimpleITK from the extra `dicom`."""
 
 import importlib.util
 import zlib
@@ -16,17 +16,17 @@ TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's axes run to the left and back
 
 
 def is_itk(path: Path) -> bool:
-    """Whether a file is one of these by its name."""
+    """Whether a file's name belongs to one of these formats."""
     return path.suffix.lower() in SUFFIXES
 
 
 def opened(path: Path) -> nib.Nifti1Image:
     """Return the header of a file in nibabel's form; voxels are read on request.
 
-    The names of label ids that `write` keeps become the header extension of NIfTI.
+    Names of label ids from `write` become NIfTI's header extension.
 
     Raises:
-        UserError: without the extra, and for files of another kind.
+        UserError: without the extra, and for other files.
     """
     sitk = _library(path)
     reader = sitk.ImageFileReader()
@@ -88,7 +88,7 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray, *, table: str) -> N
 
 
 class _Voxels:
-    """Reads a file when it is made an array, as nibabel's ArrayProxy does."""
+    """Reads a file on conversion to an array, as nibabel's ArrayProxy does."""
 
     slope, inter, offset = 1, 0, 0
 
@@ -106,9 +106,9 @@ class _Voxels:
 
 
 def _require_whole(path):
-    """Raise `zlib.error` for a compressed MetaImage whose checksum does not fit.
+    """Raise `zlib.error` for a compressed MetaImage with a wrong checksum.
 
-    ITK prints a line, and returns what it has.
+    ITK itself prints a line and returns what it has read.
     """
     if path.suffix.lower() == ".nrrd":
         return

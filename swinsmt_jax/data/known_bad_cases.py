@@ -13,7 +13,7 @@ KNOWN = "known"  # stands for them in --exclude
 
 
 def reasons() -> dict[str, str]:
-    """Return {case: what is wrong, and who says so}."""
+    """Return {case: reason and source}."""
     table = resources.files("swinsmt_jax.data") / "known_bad_cases.csv"
     rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
     return {
@@ -24,10 +24,10 @@ def reasons() -> dict[str, str]:
 
 
 def in_dataset(listed: Collection[str], classes: ClassMap) -> list[str]:
-    """Return those that a dataset lists.
+    """Return the cases that a dataset lists.
 
     Raises:
-        UserError: for a dataset of other classes than TotalSegmentator's.
+        UserError: for a dataset with other classes than TotalSegmentator's.
     """
     checks.require(
         classes.names == V2.names,

@@ -1,4 +1,4 @@
-"""Labels that a program wrote: one file of label ids, or a folder of masks."""
+"""Labels from a program: one file of label ids, or a folder of masks."""
 
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from swinsmt_jax.data.volume import same_grid
 
 
 def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.ndarray:
-    """Read label ids, uint8 `[X, Y, Z]`, on the grid of a scan, of all its voxels.
+    """Read label ids, uint8 `[X, Y, Z]`, of all voxels on the grid of a scan.
 
     Args:
         path: a file of label ids, or a folder with <class>.nii.gz or <class>.nii for
-            each class, as TotalSegmentator and `predict.py --masks` write it. Of masks
-            that overlap the later class wins; a class without a mask has no voxels, and
-            masks of other classes are skipped, both with a warning.
+            each class, as written by TotalSegmentator and `predict.py --masks`. If
+            masks overlap, the later class wins. A class without a mask has no voxels,
+            and masks of other classes are skipped, both with a warning.
         classes: the names of the ids.
         like: the scan.
 
     Raises:
-        UserError: for files that cannot be read, lie on another grid, or hold other ids
-            or classes.
+        UserError: for files that cannot be read, lie on another grid, or contain other
+            ids or classes.
     """
     if not path.is_dir():
         nifti.require_same_grid(nifti.grid_of(path), like)
@@ -70,13 +70,13 @@ def load_prediction(path: Path, *, classes: ClassMap, like: nifti.Volume) -> np.
 def load_regridded(
     path: Path, *, classes: ClassMap, like: nifti.Volume
 ) -> tuple[np.ndarray, str]:
-    """Read label ids as `load_prediction`, from any grid, on that of a scan.
+    """Read label ids as `load_prediction`, from any grid, on a scan's grid.
 
-    Each voxel of the scan gets the label of the nearest one; outside of the labels'
-    grid it is background.
+    Each voxel of the scan gets the nearest label; outside the labels' grid it is
+    background.
 
     Returns:
-        The labels, and how their own grid lay beside the scan's; "" if it was the same.
+        The labels, and how their own grid differed from the scan's; "" if it did not.
     """
     files = list(masks_in(path).values()) if path.is_dir() else [path]
     checks.require(bool(files), f"{path} holds no masks.")
@@ -90,7 +90,7 @@ def load_regridded(
 
 
 def masks_in(folder: Path) -> dict[str, Path]:
-    """Return {class: file} of a folder of masks; hidden files are none."""
+    """Return {class: file} of a folder of masks; hidden files do not count."""
     return {nifti_file.stem(file): file for file in nifti_file.files_in(folder)}
 
 

@@ -50,7 +50,7 @@ def read(text: str) -> dict[int, str]:
 
 
 def of_header(header: nib.Nifti1Header) -> dict[int, str]:
-    """Return {label id: name} that a header carries, {} without a label table."""
+    """Return {label id: name} from a header, {} without a label table."""
     for extension in header.extensions:
         content = extension.get_content()
         try:
@@ -64,7 +64,7 @@ def of_header(header: nib.Nifti1Header) -> dict[int, str]:
 def ids_by_name(
     path: str | Path, array: np.ndarray, header: nib.Nifti1Header, classes: ClassMap
 ) -> np.ndarray:
-    """Return label ids of the class map, of a file that may name its own in its header.
+    """Return a file's ids as those of the class map, by names in its header if any.
 
     Args:
         path: of the file, for messages.
@@ -73,8 +73,8 @@ def ids_by_name(
         classes: the class map.
 
     Raises:
-        UserError: for an id that the file holds, whose name no class has, or which has
-            none while others differ from the class map's.
+        UserError: for an id in the file whose name no class has, or that lacks a name
+            while others differ from the class map's.
     """
     names, ids = of_header(header), classes.ids_by_key()
     wanted: dict[int, Any] = {
@@ -103,7 +103,7 @@ def ids_by_name(
 
 
 def colour(number: int) -> tuple[float, float, float]:
-    """Return RGB in [0, 1] of a label id; neighbouring ids never look alike."""
+    """Return RGB in [0, 1] of a label id; neighbouring ids always differ clearly."""
     hue = float(np.mod(0.02 + number * GOLDEN, 1))
     saturation, value = (0.85, 0.55, 0.7)[number % 3], (1.0, 0.75)[number // 3 % 2]
     return colorsys.hsv_to_rgb(hue, saturation, value)

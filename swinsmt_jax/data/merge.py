@@ -1,6 +1,6 @@
-"""One store of several, whose classes are those of all of them.
+"""Merge several stores into one with the classes of all.
 
-Each case annotates the classes of the store that it comes from; see `losses.Loss`.
+Each case annotates the classes of its original store; see `losses.Loss`.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ MADE = (
 
 @dataclass(frozen=True)
 class Part:
-    """A case of a store, as the merged store has it.
+    """A case of a store, as it enters the merged store.
 
     Attributes:
-        case: of its own store.
+        case: in its own store.
         table: uint8 [256], from its label ids to the merged ones.
-        origin: folder of its store, and a hash of what that says of it.
+        origin: folder of its store, and a hash of the store's facts about it.
     """
 
     case: StoredCase
@@ -46,14 +46,14 @@ class Part:
 
 
 def merge(stores: Sequence[str | Path], root: str | Path) -> dict[str, int]:
-    """Write the cases of stores into one; return {class: cases that annotate it}.
+    """Write the cases of several stores to one; return {class: cases that annotate it}.
 
-    Classes are matched by name. Cases of one name get that of their store before it.
-    Cases that are there already stay, if they are of the same stores' cases.
+    Classes are matched by name. Cases that share a name get their store's name as a
+    prefix. Existing cases stay if they come from the same stores' cases.
 
     Raises:
-        UserError: for fewer than two stores, one that is not finished, other voxels or
-            another label resampling, too many classes, and a folder that holds others.
+        UserError: for fewer than two stores, an unfinished one, other voxels or another
+            label resampling, too many classes, and a folder that contains other cases.
     """
     roots, root = [files.absolute(each) for each in stores], files.absolute(root)
     checks.require(
@@ -113,7 +113,7 @@ def _union(maps: Sequence[ClassMap]) -> ClassMap:
 def _parts(
     roots: Sequence[Path], options: Sequence[Options], classes: ClassMap
 ) -> Mapping[str, Part]:
-    """Return the cases of all stores by their new names."""
+    """Return the cases of all stores under their new names."""
     ids, found = classes.ids_by_key(), list[Part]()
     for root, own in zip(roots, options, strict=True):
         table = np.zeros(256, np.uint8)
@@ -154,7 +154,7 @@ def _parts(
 
 
 def _write(root, name, part, classes):
-    """Write a case, if it is not there; return the label ids that it annotates."""
+    """Write a case unless it exists; return the label ids that it annotates."""
     facts, folder = part.case.facts, root / name
     ids = facts.get("annotated", np.flatnonzero(part.table[:IGNORED]))
     known = sorted(set(part.table[ids].tolist()))

@@ -1,4 +1,4 @@
-"""Tables of cases and their splits; meta.csv as TotalSegmentator-V2 has it."""
+"""Tables of cases and their splits; meta.csv as in TotalSegmentator-V2."""
 
 import csv
 from collections.abc import Iterable
@@ -22,15 +22,15 @@ def collect(
     *,
     refused: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return {case id: split} of a table's entries (place in the table, id, split).
+    """Return {case id: split} from a table's entries (place in the table, id, split).
 
-    Where `refused` is given, entries that cannot be used do not raise: {case or place:
-    reason} enters it, and the others are taken. Of a repeated id no entry is taken,
-    since its split is unknown.
+    With `refused`, unusable entries do not raise: it collects {case or place: reason},
+    and the others are taken. No entry of a repeated id is taken, because its split is
+    unknown.
 
     Raises:
-        UserError: for an id that is repeated or not a plain folder name, and an unknown
-            split.
+        UserError: for a repeated id or one that is not a plain folder name, and an
+            unknown split.
     """
     splits = {}
     for place, name, split in entries:
@@ -52,7 +52,7 @@ def collect(
 
 
 def require_id(what: str, name: Any) -> None:
-    """Raise `UserError` unless `name` can be the name of a case's folder in a store."""
+    """Raise `UserError` unless `name` can name a case's folder in a store."""
     checks.file_name(what, name)
     checks.require(
         name.lower() not in RESERVED,
@@ -65,7 +65,7 @@ def read(root: Path, *, refused: dict[str, str] | None = None) -> dict[str, str]
     """Read meta.csv as {case id: split}, in file order; see `collect`.
 
     Raises:
-        UserError: for a file that is not such a table, and as `collect`.
+        UserError: for another file than such a table, and as `collect`.
     """
     path = root / META
     checks.require(
@@ -87,9 +87,9 @@ def read(root: Path, *, refused: dict[str, str] | None = None) -> dict[str, str]
 
 
 def add(root: Path, splits: dict[str, str]) -> None:
-    """Add cases {id: split} to meta.csv, made if absent; other rows stay as they are.
+    """Add cases {id: split} to meta.csv, creating it if absent; other rows stay.
 
-    The file is written as the real one, with a byte-order mark, and appears complete.
+    Like the original, the file has a byte-order mark. It appears when complete.
     """
     path = root / META
     columns, rows = ["image_id", "split"], []
@@ -107,7 +107,7 @@ def add(root: Path, splits: dict[str, str]) -> None:
 
 
 def _table(path):
-    """Return columns of meta.csv, and {line: row} of those that are not empty."""
+    """Return the columns of meta.csv, and {line: row} of non-empty rows."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=";")

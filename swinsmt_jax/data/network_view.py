@@ -1,4 +1,4 @@
-"""A whole scan as the network sees scans in training: its foreground, scaled."""
+"""A whole scan as the network sees it in training: its foreground, scaled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ FAR = 1.5  # times the sides of voxels that a network saw
 
 @dataclass(frozen=True)
 class NetworkView:
-    """What the network is shown of a scan, and where that lies in the scan.
+    """The network's view of a scan, and its place in the scan.
 
     Attributes:
         image: float32 [D, H, W, 1], the smallest box around the foreground, resampled
             and scaled.
-        shape: of the scan, its axes in the order of `image`.
+        shape: of the scan, with axes in the order of `image`.
         box: the slices of the scan that `image` covers.
-        positions: where their planes, rows and columns lie on the grid of `image`, in
-            voxels; None where both grids are one.
-        fill: of what the scan is surrounded with, air, where a window is larger.
-        axes: orientation [3, 2] from the scan's axes to these, as nibabel's; None
-            where they are the same.
+        positions: of their planes, rows and columns on the grid of `image`, in voxels;
+            None if both grids are the same.
+        fill: value of air, which surrounds the scan if a window is larger.
+        axes: orientation [3, 2] from the scan's axes to these, in nibabel's form; None
+            if they are the same.
     """
 
     image: np.ndarray
@@ -41,7 +41,7 @@ class NetworkView:
     def on_scan(self, labels: np.ndarray) -> np.ndarray:
         """Return the labels of the box on the whole scan, in its axes; 0 outside.
 
-        What follows their three axes is kept.
+        Further axes are kept.
         """
         whole = np.zeros((*self.shape, *labels.shape[3:]), labels.dtype)
         whole[self.box] = labels
@@ -87,9 +87,9 @@ def network_view(
 
 
 def unlike_training(spacing: Sides, seen: Seen, affine: np.ndarray) -> str:
-    """Say that the voxels of a scan are far from those of the training; or "".
+    """Warn if the voxels of a scan are far from those of training; or "".
 
-    Where scans keep their own voxels a network knows those sides alone that it saw.
+    If scans keep their own voxels, a network knows only the sides that it saw.
 
     Args:
         spacing, seen: as in `config.DataConfig`.

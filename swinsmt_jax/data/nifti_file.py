@@ -1,4 +1,4 @@
-"""What a NIfTI file's header claims, and its voxels, or why they cannot be read."""
+"""A NIfTI file's header and voxels, or the reason why they cannot be read."""
 
 import contextlib
 import gzip
@@ -37,14 +37,14 @@ def is_named(path: Path) -> bool:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Return the scans' files of a folder, sorted; hidden files are none."""
+    """Return a folder's scan files, sorted; hidden files do not count."""
     found = filter(is_named, folder.iterdir())
     return sorted(file for file in found if file.name[0] != "." and file.is_file())
 
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Turn whatever reading a damaged file raises into a `UserError`."""
+    """Turn any exception of reading a damaged file into a `UserError`."""
     try:
         yield
     except (checks.UserError, MemoryError):
@@ -75,10 +75,10 @@ class _RoundedImage(nib.Nifti1Image):
 
 
 def opened(path: Path) -> nib.filebasedimages.FileBasedImage:
-    """Open a file as nibabel does, also if its only form is a rounded quaternion.
+    """Open a file as nibabel does, even if its only form is a rounded quaternion.
 
-    Voxels will be read and not mapped: a mapped file that another program cuts short
-    ends this process.
+    Voxels are read, not mapped: if another program truncates a mapped file, this
+    process dies.
     """
     _require_small_header(path)
     try:
@@ -88,13 +88,13 @@ def opened(path: Path) -> nib.filebasedimages.FileBasedImage:
 
 
 class _Start:
-    """The start of a stream; who wants more than a header may have gets an error."""
+    """The start of a stream; reading more than a header may have is an error."""
 
     def __init__(self, stream):
         self._stream, self.tell = stream, stream.tell
 
     def read(self, size: int) -> bytes:
-        """Return so many bytes, or fewer at the end of the stream."""
+        """Return that many bytes, or fewer at the end of the stream."""
         if self.tell() + size > MAX_HEADER:
             raise nib.spatialimages.HeaderDataError(
                 f"its header claims more than {MAX_HEADER} bytes"
@@ -103,7 +103,7 @@ class _Start:
 
 
 def _require_small_header(path):
-    """Refuse a header whose extensions claim absurd memory, before any is taken."""
+    """Refuse a header whose extensions claim absurd memory, before allocating it."""
     for kind in (nib.Nifti1Image, nib.Nifti2Image, nib.Nifti1Pair, nib.Nifti2Pair):
         if kind.path_maybe_image(path)[0]:
             found = kind.filespec_to_file_map(path)
@@ -114,14 +114,14 @@ def _require_small_header(path):
 
 
 def proxy(image: nib.Nifti1Pair) -> ArrayProxy:
-    """Return what reads the voxels of an opened file."""
+    """Return the proxy that reads the voxels of an opened file."""
     return cast(ArrayProxy, image.dataobj)
 
 
 def voxels(image: nib.Nifti1Pair) -> np.ndarray:
-    """Read the voxels; a gzip file is read completely, for the checksum at its end.
+    """Read the voxels; read a gzip file completely, for the checksum at its end.
 
-    nibabel itself stops after the last voxel, and misses damage.
+    nibabel itself stops after the last voxel and misses damage.
     """
     reader, file = proxy(image), str(image.file_map["image"].filename)
     if not file.lower().endswith(".gz"):
@@ -138,16 +138,16 @@ def voxels(image: nib.Nifti1Pair) -> np.ndarray:
 
 
 def without_last_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape without axes of length one after the third: one volume, no series.
+    """Return a shape without axes of length one after the third: it is one volume.
 
-    FSL, SPM and MATLAB write such.
+    FSL, SPM and MATLAB write such shapes.
     """
     shape = tuple(shape)
     return shape[:3] if set(shape[3:]) <= {1} else shape
 
 
 def require_room(path: Path, image: nib.Nifti1Pair) -> None:
-    """Refuse voxels that the host's memory cannot hold, before any is read."""
+    """Refuse voxels that do not fit into the host's memory, before reading any."""
     reader = proxy(image)
     plain = (reader.slope, reader.inter) == (1, 0)
     size = reader.dtype.itemsize if plain else 8  # nibabel scales in float64
@@ -160,7 +160,7 @@ def is_possible(shape: Sequence[int]) -> bool:
 
 
 def require_possible(path: Path, image: nib.Nifti1Pair) -> None:
-    """Refuse a header that asks for absurd memory, before any is taken."""
+    """Refuse a header that requests absurd memory, before allocating it."""
     shape, reader = image.shape, proxy(image)
     offset = reader.offset
     checks.require(

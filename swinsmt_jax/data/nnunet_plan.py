@@ -1,7 +1,7 @@
-"""What a model folder of nnU-Net v2 says of scans and labels: plans.json, dataset.json.
+"""Scans and labels of a model folder of nnU-Net v2: plans.json, dataset.json.
 
-Triples in plans.json are in the order of the network's axes: those of the array that
-nnU-Net reads, the file's reversed, after `transpose_forward`.
+Triples in plans.json follow the network's axes: nnU-Net reads an array with the file's
+axes reversed, and applies `transpose_forward`.
 """
 
 import json
@@ -48,14 +48,14 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Normalization:
-    """How voxels are normalised before they are resampled.
+    """The normalisation of voxels before resampling.
 
     Attributes:
-        scheme: "CTNormalization", by the numbers below, or "ZScoreNormalization", by
-            those of the scan.
+        scheme: "CTNormalization" with the numbers below, or "ZScoreNormalization" with
+            the scan's own.
         low, high: HU to which a CT is clipped.
         mean, std: of a CT, in HU.
-        masked: whether z-scores are of the voxels other than 0 alone, holes included.
+        masked: whether z-scores use only the voxels other than 0, holes included.
     """
 
     scheme: str
@@ -68,18 +68,18 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Plan:
-    """How nnU-Net sees a scan, and what its network's outputs are.
+    """nnU-Net's view of a scan, and its network's outputs.
 
     Attributes:
         patch_shape: window in voxels.
         spacing: in mm.
         batch_size: of the training.
-        transpose: axes of the array read, in the network's order.
-        reoriented: whether the array read has its axes in RAS orientation.
+        transpose: axes of the array that was read, in the network's order.
+        reoriented: whether that array is in RAS orientation.
         modality: of the scans.
         normalization: of voxels.
-        order: of the spline by which images are resampled.
-        separate: whether slices are resampled apart; None where spacings decide.
+        order: of the spline that resamples images.
+        separate: whether to resample slices separately; None lets spacings decide.
         separate_back: the same for logits.
         names: of the label ids, the background first.
         regions: label ids of the channels of overlapping regions; empty for classes.
@@ -107,9 +107,9 @@ def read(folder: Path, configuration: str) -> Plan:
     """Read the plan of a configuration, such as 3d_fullres.
 
     Raises:
-        UserError: for files that are missing or damaged, and for what is not supported:
-            2-D and cascades, several channels, other readers, normalisations and
-            resamplings, and keys that are not known.
+        UserError: for missing or damaged files, and for unsupported features: 2-D and
+            cascades, several channels, other readers, normalisations and resamplings,
+            and unknown keys.
     """
     plans, dataset = read_json(folder / PLANS), read_json(folder / DATASET)
     try:
@@ -160,10 +160,10 @@ def read(folder: Path, configuration: str) -> Plan:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object, its keys in the file's order.
+    """Read a JSON object with its keys in the file's order.
 
     Raises:
-        UserError: for a file that is missing or holds something else.
+        UserError: for a file that is missing or contains something else.
     """
     checks.require(
         path.is_file(),
@@ -188,13 +188,13 @@ def labels_of(
 ) -> tuple[tuple[str, ...], tuple[int, ...], int]:
     """Return the names of label ids, the ids of regions, and the number of outputs.
 
-    Without regions label files hold numbers of channels: the ids in rising order. With
-    regions, values of several ids, channels have the order of the keys and write what
-    `regions_class_order` says.
+    Without regions, label files contain channel numbers: the ids in rising order. With
+    regions, which have several ids, channels follow the order of the keys, and
+    `regions_class_order` gives their ids.
 
     Args:
         dataset: content of dataset.json.
-        where: that lies, for messages.
+        where: its place, for messages.
 
     Raises:
         UserError: for labels without a background, and regions without an order.
@@ -233,7 +233,7 @@ def _ids(value, where):
 
 
 def _configuration(plans, name):
-    """Return the values of a configuration; those it lacks are its parent's."""
+    """Return the values of a configuration; missing ones come from its parent."""
     known = plans["configurations"]
     checks.one_of("the configuration of the checkpoint", name, known)
     values, seen = dict(known[name]), [name]
@@ -287,7 +287,7 @@ def _normalization(plans, values):
 
 
 def _resampling(values, what, most):
-    """Return order and `force_separate_z` of the arguments of a resampling."""
+    """Return order and `force_separate_z` from the arguments of a resampling."""
     for key in values:
         known = ("is_seg", "order", "order_z", "force_separate_z")
         checks.one_of(f"a key of resampling_fn_{what}_kwargs", key, known)

@@ -1,6 +1,6 @@
 """A scan as nnU-Net's networks see it: axes, crop, normalisation and resampling.
 
-Written from the rules of nnU-Net 2.8.1's inference, which the tests compare it with.
+This follows the inference of nnU-Net 2.8.1, and the tests compare both.
 """
 
 import functools
@@ -23,12 +23,12 @@ def nnunet_view(
     source_affine: np.ndarray,
     plan: Plan,
 ) -> NetworkView:
-    """Transpose, crop to what is not 0, normalise and resample a scan.
+    """Transpose, crop to non-zero voxels, normalise and resample a scan.
 
     Args:
         image: [X, Y, Z] in RAS orientation.
         spacing: voxel sides in mm of these axes.
-        source_affine: [4, 4] of the file, whose axes some models take as they are.
+        source_affine: [4, 4] of the file; some models take its axes as they are.
         plan: of the model.
     """
     axes = network_axes(source_affine, plan)
@@ -60,7 +60,7 @@ def nnunet_view(
 
 
 def network_axes(source_affine: np.ndarray, plan: Plan) -> np.ndarray:
-    """Return the orientation [3, 2] from RAS to the network's axes, as nibabel's."""
+    """Return the orientation [3, 2] from RAS to the network's axes, as in nibabel."""
     axes = np.array([[0, 1], [1, 1], [2, 1]], np.float64)
     if not plan.reoriented:
         to_ras = orientations.io_orientation(source_affine)
@@ -73,7 +73,7 @@ def network_axes(source_affine: np.ndarray, plan: Plan) -> np.ndarray:
 def normalized(
     image: np.ndarray, rule: Normalization, *, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return voxels normalised, float32; z-scores are those of the mask, if any."""
+    """Return normalised voxels, float32; z-scores come from the mask, if any."""
     image = image.astype(np.float32)
     if rule.scheme == "CTNormalization":
         np.clip(image, rule.low, rule.high, out=image)
@@ -89,10 +89,10 @@ def normalized(
 def separate_axis(
     current: np.ndarray, target: np.ndarray, *, forced: bool | None
 ) -> int | None:
-    """Return the axis whose slices are resampled apart; None if there is none.
+    """Return the axis whose slices are resampled separately, or None.
 
-    It is the coarsest axis of the first of both spacings that is anisotropic, and
-    there is none where several share the largest spacing.
+    It is the coarsest axis of the first anisotropic spacing of the two. If several axes
+    share the largest spacing, the result is None.
     """
     spacings = {None: (current, target), True: (current,), False: ()}[forced]
     for sides in spacings:
@@ -107,8 +107,8 @@ def resized(
 ) -> np.ndarray:
     """Interpolate by splines between voxel centres, clipped to the volume's range.
 
-    Edges are repeated beyond the volume. Along the axis `apart` the nearest slice is
-    taken, and each slice keeps its own range.
+    Edges repeat beyond the volume. Along the axis `apart` the nearest slice is used,
+    and each slice keeps its own range.
 
     Args:
         volume: float32 [D, H, W].
@@ -144,7 +144,7 @@ def _nearest(old, new):
 
 
 def _centres(n, size, *, nearest):
-    """Return where n voxels of the scan lie among `size` of the network."""
+    """Return the positions of n voxels of the scan among `size` of the network."""
     if nearest:
         return _nearest(size, n).astype(np.float64)
     return np.clip((np.arange(n) + 0.5) * (size / n) - 0.5, 0, size - 1)

@@ -1,4 +1,4 @@
-"""What a case of a store was made from: its files, their sizes and content hashes."""
+"""The source of a stored case: its files, their sizes and content hashes."""
 
 import hashlib
 import os
@@ -9,11 +9,11 @@ LENGTH = 16  # hexadecimal digits kept of a SHA-256
 
 
 def record(files: Sequence[Path], *, root: Path) -> dict[str, dict]:
-    """Return what the case's record says of its files, by paths from `root`.
+    """Return the record of a case's files, by paths from `root`.
 
     Returns:
         `source`, {path: [bytes, hash]}, and `times`, {path: time of its last change in
-        ns}, which says nothing about the content.
+        ns}, which does not describe the content.
     """
     names = {os.path.relpath(file, root): file for file in files}
     return {
@@ -30,13 +30,13 @@ def changes(
     made: int,
     whole: bool,
 ) -> list[str]:
-    """Return the names of files that came, went or changed since a case was made.
+    """Return the names of files added, removed or changed since a case was made.
 
-    Files of the recorded size and time are read only if they were put there later.
+    Files with the recorded size and time are read only if they arrived later.
 
     Args:
-        facts: with what `record` returns; of earlier versions, with the sizes alone.
-        files: that the case would be made of now.
+        facts: contain the result of `record`; in earlier versions only the sizes.
+        files: from which the case would be made now.
         root: folder of the dataset.
         made: time in ns at which the case was complete.
         whole: read all files.

@@ -1,8 +1,8 @@
 """From cases on disk to training batches (grain) and to whole volumes.
 
-The stream of crops is a pure function of (seed, position): shuffling and augmentation
-are seeded per record. So it does not depend on the number of threads, workers or
-processes, and a resumed run starts at its step without replaying what came before.
+The stream of crops is a pure function of (seed, position), because shuffling and
+augmentation are seeded per record. So it does not depend on the number of threads,
+workers or processes. A resumed run starts at its step without replaying earlier ones.
 """
 
 import atexit
@@ -50,23 +50,24 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """Yield an endless stream of augmented crops, beginning with that of `start_step`.
+    """Yield an endless stream of augmented crops, beginning at `start_step`.
 
-    `ahead` is how many crops more than `start_step` batches the steps before took, in a
-    run that had another batch size. Every case comes once per epoch, in a new order.
-    Process i of n takes the crops i,
-    i + n, ... of each step's batch, so the processes' batches are disjoint and together
-    those of a single process. Call `close()` when done.
+    If a run had another batch size before, its steps took `ahead` crops more than
+    `start_step` batches. Every case comes once per epoch, in a new order. Process i of
+    n takes the crops i, i + n, ... of each step's batch. So the batches of processes
+    are disjoint, and together equal those of a single process. Call `close()` when
+    done.
 
     Returns:
         An iterator of dictionaries: `image` float32 [b, D, H, W, 1], `label` uint8
         [b, D, H, W], and `case` int32 [b], the index into `cases`; with
-        b = batch_size / process_count. Where a case annotates some of its classes or
-        voxels alone, also `annotated` bool [b, K].
+        b = batch_size / process_count. If a case annotates only some classes or
+        voxels, also `annotated` bool [b, K].
 
     Raises:
-        UserError: for no cases, a batch that the processes do not divide, mirroring of
-            classes that lack a counterpart, and bad files when their turn comes.
+        UserError: without cases, for a batch that the processes do not divide,
+            mirroring of classes without a counterpart, and bad files when their turn
+            comes.
     """
     checks.require(
         len(cases) > 0, "training needs at least one case, but `cases` is empty."
@@ -108,15 +109,15 @@ def training_batches(
 
 @atexit.register
 def _close_streams():
-    """Close what a script left open; later the memory that workers share would leak."""
+    """Close streams that a script left open, before shared worker memory leaks."""
     for stream in list(_OPEN):
         stream.close()
 
 
 def _start_worker(worker: int, workers: int, *, parent: int) -> None:
-    """Let a worker end with its parent, and keep it from taking an accelerator.
+    """Let a worker end with its parent, and prevent it from taking an accelerator.
 
-    JAX may be loaded already: a worker imports the script that trains.
+    JAX may already be loaded: a worker imports the training script.
     """
     end_with(parent)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -162,7 +163,7 @@ def open_data(
 ) -> tuple[Cases, ClassMap]:
     """Return the cases of a split and the classes of a dataset or a store.
 
-    Another `modality` than CT is that of its scans, whatever a dataset says.
+    A `modality` other than CT overrides that of a dataset.
 
     Raises:
         UserError: as `dataset.find_cases` and `store.find_cases`.
@@ -199,11 +200,11 @@ def _existing(root):
 
 
 def settled(config: DataConfig, *, num_classes: int) -> DataConfig:
-    """Return the config with what its data say, spacing and classes, and whole paths.
+    """Return the config with spacing and classes from its data, and absolute paths.
 
     Raises:
-        UserError: for a config that says otherwise, and if `num_classes`, background
-            included, is not the number of the data's.
+        UserError: for a config that contradicts them, and if `num_classes`, with the
+            background, is not the data's number.
     """
     root, classes = _existing(config.root), class_map(config)
     spacing, names = config.spacing, classes.names[1:]
@@ -244,9 +245,9 @@ def settled(config: DataConfig, *, num_classes: int) -> DataConfig:
 
 
 def recalled(config: DataConfig) -> DataConfig:
-    """Return the config of a finished training with the spacing that it had.
+    """Return the config of a finished training with the spacing that it used.
 
-    Versions before took the spacing of a store in training, and did not record it.
+    Earlier versions took the spacing of a store in training without recording it.
     """
     if config.seen.fingerprint or config.spacing or not store.is_store(config.root):
         return config
@@ -262,7 +263,7 @@ def recalled(config: DataConfig) -> DataConfig:
 
 
 def seen(config: DataConfig, cases: Cases, *, groups: ClassMap) -> Seen:
-    """Return what a network sees of its training cases, of a settled config."""
+    """Return the facts of training cases that a network keeps, of a settled config."""
     sides = [case.sides for case in cases] if config.spacing == 0 else []
     return Seen(
         fingerprint(cases),
@@ -274,10 +275,10 @@ def seen(config: DataConfig, cases: Cases, *, groups: ClassMap) -> Seen:
 
 
 def usual_ml(cases: Sequence, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Return {class: (1st, 99th percentile of its volume in ml)} of stored cases.
+    """Return {class: (1st, 99th percentile of its volume in ml)} from stored cases.
 
-    Of the classes that `USUAL` cases or more have whole; structures that their scan
-    cuts do not count. {} for cases that are not of a
+    It covers the classes that at least `USUAL` cases have whole; structures cut by
+    their scan do not count. Cases that are not from a store give {}.
 
     Args:
         cases: of the training.
@@ -298,7 +299,7 @@ def usual_ml(cases: Sequence, names: Sequence[str]) -> dict[str, tuple[float, fl
 
 
 def groups_of(config: DataConfig) -> dict[str, tuple[int, ...]]:
-    """Return the groups of a network's label ids, as its training data had them."""
+    """Return the groups of a network's label ids, as in its training data."""
     ids = {name: i for i, name in enumerate(config.class_names)}
     found = config.seen.groups.items()
     if not found and not config.classes:
@@ -311,16 +312,16 @@ def _names_of(config):
 
 
 def load_foreground(config: DataConfig, case: Case | StoredCase) -> Sample:
-    """Read a case resampled and cropped to its foreground, in Hounsfield units."""
+    """Read a case, resampled and cropped to its foreground, in Hounsfield units."""
     sample = resampled(case.read(), config.spacing)
     return transforms.crop_foreground(sample, air=config.hu_range[0])
 
 
 def fingerprint(cases: Cases, *, whole: bool = False) -> str:
-    """Return a hash of the cases' ids, splits, order and what their files say.
+    """Return a hash of the cases' ids, splits, order and facts of their files.
 
-    With `whole` so are the ends of the files of voxels, where gzip has its checksum and
-    a store its index.
+    With `whole` it includes the ends of voxel files, where gzip has its checksum and a
+    store its index.
     """
     digest = hashlib.sha256()
     for case in cases:
@@ -333,7 +334,7 @@ def fingerprint(cases: Cases, *, whole: bool = False) -> str:
 
 
 class _RandomCrop(grain.transforms.RandomMap):
-    """Index of a case -> one augmented crop; keeps decoded cases if so configured."""
+    """Index of a case -> one augmented crop; keeps decoded cases if configured."""
 
     def __init__(self, config: DataConfig, cases: Cases):
         self._config = config

@@ -1,7 +1,7 @@
-"""From a dataset as it downloads to a store: every case once, in parallel.
+"""From a downloaded dataset to a store: every case once, in parallel.
 
-A run can be killed and started again: finished cases stay, partial ones are made
-again. A case that cannot be used is reported with its reason; the others continue.
+After a kill, start the run again: finished cases stay, and partial ones are redone. An
+unusable case is reported with its reason, and the others continue.
 """
 
 import functools
@@ -56,27 +56,26 @@ def preprocess(
         root: folder of the store; made, or continued.
         spacing: voxel side in mm, or three sides; 0 keeps each scan's own.
         description: of the dataset, as in `dataset.open_dataset`.
-        classes: names of those to keep; empty keeps all.
-        workers: processes, each of which holds one scan; one is this process itself.
-        exclude: ids of cases to leave out; "known" stands for those of
-            `known_bad_cases`.
+        classes: names of the classes to keep; empty keeps all.
+        workers: processes, each with one scan in memory; one is this process itself.
+        exclude: ids of cases to leave out; "known" means those in `known_bad_cases`.
         progress: show a bar.
-        verify: read finished cases whole; those that are damaged are made again.
+        verify: read finished cases completely, and redo damaged ones.
         label_resampling: one of `resampling.LABEL_RULES`.
-        overlaps: one of `nifti.OVERLAPS`, who wins where masks overlap.
-        prune: remove what was made of cases that the source no longer lists, and let
-            another source take the store.
-        check: say what would be done, and do nothing.
+        overlaps: one of `nifti.OVERLAPS`; decides which mask wins where masks overlap.
+        prune: remove stored cases that the source no longer lists, and let another
+            source take the store.
+        check: report the plan and do nothing.
         dask: address of a Dask scheduler, whose workers do it instead of processes.
 
     Returns:
-        {case: reason} of those that failed, or {line of meta.csv: reason} where a line
-        names no case; also in the index of the store.
+        {case: reason} of failed cases, or {line of meta.csv: reason} if a line names no
+        case; the store's index has them too.
 
     Raises:
         UserError: for a source that is not such a dataset, unknown ids in `exclude` or
-            names in `classes`, a store of other options, that another run is writing
-            to, or that cannot be written, such as on a full disk. Finished cases stay,
+            names in `classes`, and a store that has other options, is in use by another
+            run, or cannot be written, such as on a full disk. Finished cases stay,
             partial ones do not.
     """
     source, root = files.absolute(source), files.absolute(root)
@@ -129,7 +128,7 @@ def preprocess(
 
 
 def _tell_absent(absent):
-    """Count the masks that were not there, in one line."""
+    """Count the missing masks in one line."""
     found = [(name, own) for name, names in absent.items() for own in names or ()]
     if found:
         logging.warning(
@@ -141,7 +140,7 @@ def _tell_absent(absent):
 
 
 def _tell_partial(facts, classes):
-    """Say how many cases do not annotate each class that some do not."""
+    """Count, for partly annotated classes, the cases that do not annotate them."""
     partial = [own["annotated"] for own in facts.values() if "annotated" in own]
     ignored = sum("ignored" in own for own in facts.values())
     without = {
@@ -159,7 +158,7 @@ def _tell_partial(facts, classes):
 
 
 def _tell_untrained(root, rows, failed, classes):
-    """Warn of classes that no training case has."""
+    """Warn of classes without any training case."""
     names = [n for n, split in rows.items() if split == "train" and n not in failed]
     counts = [store.read_json(root / name / store.CASE)["counts"] for name in names]
     seen = np.any(np.array(counts), axis=0) if counts else ()
@@ -174,16 +173,16 @@ def _tell_untrained(root, rows, failed, classes):
 
 @dataclass(frozen=True)
 class Plan:
-    """What preprocessing would do, case by case.
+    """The plan of a preprocessing run, case by case.
 
     Attributes:
         rows: {case: split} of the store's new table.
-        refused: {entry: reason} of entries of the source that cannot be used.
+        refused: {entry: reason} of unusable entries in the source.
         new: cases to make.
-        again: {case: why} of those to make again.
-        partial: cases that may annotate some classes or voxels alone.
-        gone: cases of the store that the source no longer lists, or that are excluded.
-        prune: whether what was made of these is removed.
+        again: {case: reason} of cases to redo.
+        partial: cases that may annotate only some classes or voxels.
+        gone: stored cases that the source no longer lists, or that are excluded.
+        prune: whether to remove these.
     """
 
     rows: Mapping[str, str]
@@ -200,7 +199,7 @@ class Plan:
         return [n for n in self.rows if n in self.new or n in self.again]
 
     def log(self) -> None:
-        """Tell what is not simply new."""
+        """Log everything that is not simply new."""
         for line in self._lines():
             logging.warning("%s", line)
 
@@ -216,7 +215,7 @@ class Plan:
         return lines
 
     def __str__(self) -> str:
-        """Say it all in lines."""
+        """Describe the plan in lines."""
         same = len(self.rows) - len(self.waiting)
         lines = [f"{same} cases stay as they are"]
         if self.new:
@@ -238,11 +237,11 @@ def plan(
     verify: bool,
     prune: bool,
 ) -> Plan:
-    """Compare a dataset with what a store already holds of it; nothing is written.
+    """Compare a dataset with its cases in a store, without writing anything.
 
     Raises:
-        UserError: for a store of other options, and unless `prune`, one that was made
-            of another source: in another folder, with other files or other cases.
+        UserError: for a store with other options and, unless `prune`, one from another
+            source: another folder, other files or other cases.
     """
     rows = {name: split for name, split in found.splits.items() if name not in exclude}
     refused = {name: why for name, why in found.refused.items() if name not in exclude}
@@ -291,7 +290,7 @@ def _is_partial(found, name, split):
 
 
 def _changes(found, root, name, split, whole, kept):
-    """Return what changed of the files that a case of the store was made from."""
+    """Return the changed source files of a stored case."""
     made = root / name / store.CASE
     try:
         case = found.case(name, split)
@@ -310,7 +309,7 @@ def _changes(found, root, name, split, whole, kept):
 
 
 def _run(job, dataset, todo, root, progress, **pool):
-    """Write the cases that are not there; return {case: reason} of failures."""
+    """Write the missing cases; return {case: reason} of failures."""
     waiting, rows = todo.waiting, todo.rows
     failed, cases, start = {}, [], time.monotonic()
     bar = tqdm(
@@ -346,7 +345,7 @@ def _run(job, dataset, todo, root, progress, **pool):
 
 
 def rate(cases: int, seconds: float) -> str:
-    """Return cases a second in words; a minute, if they are slow."""
+    """Return cases per second in words; per minute if they are slow."""
     found = cases / max(seconds, 1e-3)
     return f"{found:.1f} cases/s" if found >= 1 else f"{60 * found:.1f} cases/minute"
 
@@ -354,12 +353,12 @@ def rate(cases: int, seconds: float) -> str:
 def write(
     root: Path, case: Case, *, options: Options, classes: ClassMap, source: Path
 ) -> str | None:
-    """Write one case, whose files hold `classes`; return the reason if it is unusable.
+    """Write one case with files of `classes`; return the reason if it is unusable.
 
-    Whatever goes wrong with a case is its reason, such as memory that it lacks.
+    Any failure of a case is its reason, for example lack of memory.
 
     Raises:
-        UserError: if the store cannot be written, which no other case would fix.
+        UserError: if the store cannot be written, since all other cases would fail too.
     """
     files.remove_partial(root, of=case.name)  # of a process that died
     try:

@@ -21,12 +21,12 @@ ROUNDING = 1e-6  # of an axis' length: headers hold spacings in float32
 def covering_grid(
     shape: Sequence[int], affine: np.ndarray, *, spacing: Sides
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Return shape and affine of the grid of voxels of one size that covers another.
+    """Return shape and affine of a grid of equal voxels that covers another grid.
 
-    It has the other's axes and begins at its outer edge, half a voxel before the centre
-    of its first voxel. It ends at the other's last outer edge, or less than one of the
-    new voxels behind it. So the centre of each voxel of the other grid lies in a voxel
-    of this one. A grid whose voxels have these sides already covers itself.
+    The new grid has the other's axes and begins at its outer edge, half a voxel before
+    the centre of its first voxel. It ends at the other's last outer edge, or less than
+    one new voxel behind it. So each voxel centre of the other grid lies in a new voxel.
+    A grid that already has voxels with these sides covers itself.
 
     Args:
         shape: of the other grid.
@@ -50,14 +50,14 @@ def resample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resample to the `covering_grid` of voxels of `spacing` mm.
 
-    A voxel that reaches beyond the end is filled from the part of it that lies within.
+    A voxel that reaches beyond the end is filled from its part within.
 
     Args:
         array: [X, Y, Z].
         affine: [4, 4] of the array.
         spacing: side of the voxels in mm, or three sides.
         order: 0 for label ids; 1 for linear interpolation (CT), after smoothing with a
-            standard deviation of half of what a voxel grows by.
+            standard deviation of half a voxel's growth.
         rule: for label ids, one of `LABEL_RULES`.
 
     Returns:
@@ -104,7 +104,7 @@ def resample(
 
 
 def nearest(array: np.ndarray, step: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Return for each voxel of another grid the nearest label id; 0 outside.
+    """Return the nearest label id for each voxel of another grid; 0 outside.
 
     Args:
         array: label ids [X, Y, Z].
@@ -120,7 +120,7 @@ def nearest(array: np.ndarray, step: np.ndarray, shape: Sequence[int]) -> np.nda
 def positions(
     shape: tuple[int, ...], affine: np.ndarray, *, on: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Return where the voxels of one grid lie on another with the same axes.
+    """Return the positions of one grid's voxels on another grid with the same axes.
 
     Args:
         shape: of the grid.
@@ -128,7 +128,7 @@ def positions(
         on: affine [4, 4] of the other grid.
 
     Returns:
-        For each axis the positions in voxels of the other grid, float64.
+        The positions for each axis, in voxels of the other grid, float64.
     """
     step = np.linalg.inv(on) @ affine
     return tuple(step[a, a] * np.arange(n) + step[a, 3] for a, n in enumerate(shape))
@@ -140,10 +140,10 @@ def fill_most(
     offset: Sequence[float],
     shape: Sequence[int],
 ) -> np.ndarray:
-    """Return for each voxel of another grid the label id that fills most of it.
+    """Return the label id that fills most of each voxel of another grid.
 
-    Step and offset as in `ndimage.affine_transform`. Ties, as at every second face when
-    voxels double, alternate in a checkerboard, so borders do not shift.
+    Step and offset as in `ndimage.affine_transform`. Ties, for example at every second
+    face when voxels double, alternate like a checkerboard, so borders do not shift.
     """
     found, best = np.zeros(shape, array.dtype), np.zeros(shape, np.float32)
     background = np.ones(shape, np.float32)
@@ -163,7 +163,7 @@ def fill_nearest(
     offset: Sequence[float],
     shape: Sequence[int],
 ) -> np.ndarray:
-    """Return for each voxel of another grid the label id at its centre.
+    """Return the label id at the centre of each voxel of another grid.
 
     Arguments as in `fill_most`.
     """
@@ -179,12 +179,12 @@ def fill_linear(
     offset: Sequence[float],
     shape: Sequence[int],
 ) -> np.ndarray:
-    """Return for each voxel of another grid the label id that is largest there.
+    """Return the label id with the largest share at each voxel of another grid.
 
-    Each id's mask, the background's among them, is interpolated linearly between voxel
-    centres. Of equals the id of the nearest voxel is taken (of two the one further
-    along), or else the smallest: nnU-Net's rule for labels that it trains on
-    (batchgenerators 0.25.5). Arguments as in `fill_most`.
+    Each id's mask, including the background's, is interpolated linearly between voxel
+    centres. In a tie, the id of the nearest voxel wins (of two, the one further along),
+    or else the smallest. This is nnU-Net's rule for training labels (batchgenerators
+    0.25.5). Arguments as in `fill_most`.
     """
     nearest = fill_nearest(array, step, offset, shape)
     best, background = np.zeros(shape, np.float32), np.ones(shape, np.float32)
@@ -203,7 +203,7 @@ def fill_linear(
 
 
 def _linear(n, new, step, offset):
-    """Return which share [new, n] each old voxel has in a linear interpolation."""
+    """Return each old voxel's share [new, n] in a linear interpolation."""
     place = np.clip(np.arange(new) * step + offset, 0, n - 1)
     low = np.minimum(place.astype(int), max(n - 2, 0))
     part, rows = place - low, np.arange(new)
@@ -221,12 +221,12 @@ def keep_thin(
     offset: Sequence[float],
     shape: Sequence[int],
 ) -> np.ndarray:
-    """As `fill_most`, but thin parts of classes stay, in whole voxels.
+    """As `fill_most`, but keep thin parts of classes, in whole voxels.
 
-    Where that loses a part of a structure or breaks it, each new voxel with the centre
-    of one of its old voxels gets its id, so that lines stay connected; save where the
-    structure is at least two new voxels thick. Where several want a voxel, the one that
-    asks for fewest gets it. Arguments as in `fill_most`.
+    If that loses or breaks a part of a structure, each new voxel that contains the
+    centre of one of its old voxels gets its id, so lines stay connected. This does not
+    apply where the structure is at least two new voxels thick. If several structures
+    claim a voxel, the one with the fewest claims gets it. Arguments as in `fill_most`.
     """
     found = fill_most(array, step, offset, shape)
     missed = []
@@ -239,7 +239,7 @@ def keep_thin(
 
 
 def _thin(touched, kept):
-    """Return which of the touched voxels restore the parts that are lost or broken."""
+    """Return the touched voxels that restore lost or broken parts."""
     parts, count = ndimage.label(touched | kept, BESIDE)
     pieces, number = ndimage.label(kept, BESIDE)
     part_of = ndimage.maximum(parts, pieces, range(1, number + 1))
@@ -260,9 +260,9 @@ LABEL_RULES = {
 
 
 def _by_class(weights, array, step, offset, shape):
-    """Yield (id, box in the new grid, sums of weights in it) of each label id.
+    """Yield (id, box in the new grid, sums of weights in it) for each label id.
 
-    `weights` gives those [new, n] of the old voxels for each new one, along an axis.
+    `weights` gives the old voxels' weights [new, n] for each new one along an axis.
     """
     grids = zip(array.shape, shape, step, offset, strict=True)
     by_axis = [weights(*grid) for grid in grids]
@@ -281,9 +281,9 @@ def _by_class(weights, array, step, offset, shape):
 
 
 def _overlaps(n, new, step, offset):
-    """Return which share [new, n] of each new voxel each old one has, along an axis.
+    """Return each old voxel's share [new, n] of each new one along an axis.
 
-    Shares are of the part that lies on the old axis; beyond it is its last voxel.
+    Shares refer to the part on the old axis; beyond it lies its last voxel.
     """
     centre = (np.arange(new) * step + offset + 0.5)[:, None]
     first, end = np.clip((centre - step / 2, centre + step / 2), 0, n)
@@ -297,7 +297,7 @@ def _overlaps(n, new, step, offset):
 
 
 def _centres(n, new, step, offset):
-    """Return [new, n] 1 where the centre of the finer voxel lies in the coarser one."""
+    """Return [new, n], 1 if the centre of the finer voxel lies in the coarser one."""
     if step > 1:
         old = np.arange(n)
         new_of = _at_centre((old - offset) / step, new)
@@ -310,5 +310,5 @@ def _centres(n, new, step, offset):
 
 
 def _at_centre(positions, n):
-    """Return the voxels of an axis that hold these positions, in voxels."""
+    """Return the voxels of an axis that contain these positions, in voxels."""
     return np.clip(np.floor(positions + 0.5), 0, n - 1).astype(int)

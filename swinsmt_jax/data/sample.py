@@ -1,4 +1,4 @@
-"""A scan or a crop of it in memory, with its labels."""
+"""A scan or crop in memory, with its labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +16,14 @@ class Sample:
 
     Attributes:
         image: [X, Y, Z], int16 HU; float32 once scaled.
-        label: [X, Y, Z], uint8 label ids; `IGNORED` where nothing is annotated.
+        label: [X, Y, Z], uint8 label ids; unannotated voxels are `IGNORED`.
         affine: [4, 4], voxel indices to world millimetres.
         name: the case's id.
-        overlapping: claims of masks to voxels that another mask has too.
+        overlapping: claims of masks to voxels of another mask.
         source_shape: shape of the file's array, in its own axes.
         source_affine: [4, 4] of the file.
-        notes: what a user should know about the CT's file.
-        source_voxels: {label id: voxels} of the files, before masks were merged.
+        notes: facts that a user should know about the CT's file.
+        source_voxels: {label id: voxels} in the files, before masks were merged.
         absent: classes without a mask, which count as absent.
         annotated: label ids of the classes that are annotated; None for all.
     """
@@ -46,19 +46,19 @@ class Sample:
         return int(np.where(self.label == IGNORED, 0, self.label).max())
 
     def annotated_mask(self, num_classes: int) -> np.ndarray:
-        """Return which label ids are annotated, bool [K]; the background always is."""
+        """Return the annotated label ids as bool [K]; the background always is one."""
         found = np.full(num_classes, self.annotated is None)
         found[[0, *(self.annotated or ())]] = True
         return found
 
     def bounds(self, air: float) -> tuple[slice, ...]:
-        """Return the box in which crops lie: all of it."""
+        """Return the box for crops: the whole sample."""
         return tuple(slice(0, n) for n in self.label.shape)
 
     def draw_centre(
         self, rng: np.random.Generator, *, labelled: bool, air: float
     ) -> Sequence[int] | None:
-        """Draw a labelled voxel, or another with image > air; None without any."""
+        """Draw a labelled voxel, or another with image > air; None if there is none."""
 
         def wanted(where):
             label = self.label[where]
@@ -77,7 +77,7 @@ class Sample:
         return [int(i) for i in np.unravel_index(rng.choice(voxels), shape)]
 
     def lost(self, names: Sequence[str]) -> dict[str, int]:
-        """Return {class: voxels of the files} of those that have no voxel left."""
+        """Return {class: voxels in the files} of classes that have no voxel left."""
         left = np.bincount(self.label.reshape(-1), minlength=256)
         ids = range(1, len(names))
         found = {i: self.source_voxels.get(i, 0) for i in ids if left[i] == 0}
@@ -93,7 +93,7 @@ class Sample:
 
 
 def foreground_box(image: np.ndarray, *, air: float) -> tuple[slice, ...]:
-    """Return the smallest box around the voxels > air; all of an image without any."""
+    """Return the smallest box around the voxels > air; without any, the whole image."""
     from scipy import ndimage  # half of what `load` would take to import
 
     found = ndimage.find_objects((image > air).view(np.uint8))

@@ -1,4 +1,4 @@
-"""Sides of voxels in mm as users give them: one, three, or 0 for each scan's own."""
+"""Voxel sides in mm from users: one, three, or 0 for each scan's own."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -38,7 +38,7 @@ def parse(name: str, text: str) -> Sides:
 
 
 def plain(sides: float | Sequence[float]) -> Sides:
-    """Return one number for a cube, and a tuple for other sides."""
+    """Return one number for a cube, otherwise a tuple."""
     if isinstance(sides, Sequence):
         sides = tuple(map(float, sides))
         return sides[0] if len(set(sides)) == 1 else sides

@@ -1,4 +1,4 @@
-"""Preprocessed cases: chunked, compressed volumes from which crops are read alone.
+"""Preprocessed cases: chunked, compressed volumes that allow reading single crops.
 
 <store>/store.json            format and options; made first
 <store>/meta.csv              as in the source
@@ -45,7 +45,7 @@ FOREGROUND_THRESHOLDS_HU = (-1024, -1000, -500, -300, -200)
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the content of a store.
+    """The options that decide the content of a store.
 
     Attributes:
         spacing: voxel side in mm, or three sides; 0 keeps each scan's own.
@@ -60,7 +60,7 @@ class Options:
     overlaps: str = "order"
 
     def to_json(self) -> dict:
-        """Return what the index of the store says of these options."""
+        """Return these options as in the store's index."""
         return {
             "spacing": self.spacing,
             "classes": class_map.to_json(self.classes),
@@ -85,14 +85,14 @@ class StoredCase:
 
     @property  # nothing read is kept: a dataset has thousands of cases
     def facts(self) -> dict:
-        """Return the content of case.json that distinguishes a case from others."""
+        """Return the content of case.json that distinguishes one case from another."""
         found = read_json(self.folder / CASE)
         found.pop("times", None)  # of the files that it was made from
         return found
 
     @property
     def files(self) -> list[Path]:
-        """The file that is made last."""
+        """The file that is written last."""
         return [self.folder / CASE]
 
     @property
@@ -124,7 +124,7 @@ class StoredCase:
 
     @property
     def lacks_end(self) -> bool:
-        """Whether its voxels end before its scan does, as those made before could."""
+        """Whether its voxels end before its scan, as in some earlier stores."""
         facts = self.facts
         if "source_shape" not in facts:  # of no file
             return False
@@ -138,7 +138,7 @@ class StoredCase:
     def draw_centre(
         self, rng: np.random.Generator, *, labelled: bool, air: float
     ) -> Sequence[int] | None:
-        """Draw from the sample of labelled voxels, or of the others with HU > air."""
+        """Draw from the sample of labelled voxels, or of other voxels with HU > air."""
         file = self.folder / VOXELS
         with _readable(file), ZipFile(file) as members:
             if labelled:
@@ -166,10 +166,10 @@ class StoredCase:
         return Sample(image, label, affine, self.name, annotated=annotated)
 
     def bounds(self, air: float) -> tuple[slice, slice, slice]:
-        """Return the smallest box around the voxels with HU > air: crops lie in it.
+        """Return the smallest box around the voxels with HU > air; crops lie in it.
 
-        For an `air` not among `FOREGROUND_THRESHOLDS_HU` the whole image is read, once
-        in a process.
+        If `air` is not in `FOREGROUND_THRESHOLDS_HU`, the whole image is read, once per
+        process.
         """
         stored = self.facts["boxes"].get(f"{air:g}")
         if stored:
@@ -204,8 +204,8 @@ def opened(root: Path, options: Options) -> Iterator[None]:
     Partial files of killed runs are removed.
 
     Raises:
-        UserError: for other options, a folder that holds something else, and one that
-            another run is writing to.
+        UserError: for other options, a folder that contains something else, and one
+            that another run is writing to.
     """
     checks.require(
         is_store(root)
@@ -230,7 +230,7 @@ def _open_index(root, options):
 
 
 def require_options(root: Path, options: Options) -> None:
-    """Raise `UserError` for a store of other options; groups may be others."""
+    """Raise `UserError` for a store with other options; groups may differ."""
     found = read_options(root)
     for flag, made, wanted in (
         ("spacing", text(found.spacing), text(options.spacing)),
@@ -251,7 +251,7 @@ def require_options(root: Path, options: Options) -> None:
 
 
 def read_options(root: Path) -> Options:
-    """Return the options that a store was made with."""
+    """Return the options of a store."""
     found = read_json(root / INDEX)
     checks.require(
         found.get("format") == FORMAT,
@@ -269,12 +269,12 @@ def read_options(root: Path) -> Options:
 def find_cases(
     root: str | Path, *, split: str, fold: int = -1
 ) -> tuple[StoredCase, ...]:
-    """List the cases of a split in the order of meta.csv; failed ones are left out.
+    """List the cases of a split in the order of meta.csv, without failed ones.
 
-    A `fold` of a cross-validation, from 0 on, redivides training and validation.
+    A `fold` of a cross-validation, from 0 on, redistributes training and validation.
 
     Raises:
-        UserError: for a store that is not finished, or lost a case, and an empty split.
+        UserError: for an unfinished store, a lost case, and an empty split.
     """
     checks.one_of("split", split, meta.SPLITS)
     root = files.absolute(root)
@@ -309,11 +309,11 @@ def find_cases(
 
 
 def damage(folder: Path, *, whole: bool) -> str | None:
-    """Say what a case lacks, or what of it cannot be read; None if it is sound.
+    """Describe missing or unreadable parts of a case; None if it is sound.
 
     Args:
         folder: of the case in the store.
-        whole: read all voxels, and compare the labels with the counts of case.json.
+        whole: read all voxels, and compare the labels with the counts in case.json.
     """
     try:
         with _readable(folder):
@@ -335,7 +335,7 @@ def damage(folder: Path, *, whole: bool) -> str | None:
 
 
 def _require_whole(folder, facts, volumes):
-    """Raise `ValueError` if a case lacks a file, or its volumes have other shapes."""
+    """Raise `ValueError` if a case lacks a file, or its volumes have wrong shapes."""
     lost = _lost_file(folder)  # asked after reading, for it may have just vanished
     if lost:
         raise ValueError(f"{lost.relative_to(folder)} is missing")
@@ -347,9 +347,9 @@ def _require_whole(folder, facts, volumes):
 
 
 def _lost_file(folder):
-    """Return a file that a case lacks; None if all are there.
+    """Return a file that a case lacks; None if it is complete.
 
-    Stores of earlier versions have no shard of labels where nothing is labelled.
+    Stores of earlier versions lack a shard of labels if nothing is labelled.
     """
     image, label = (folder / part / volume_file.SHARD for part in VOLUMES)
     metadata = (folder / part / volume_file.METADATA for part in VOLUMES)
@@ -364,7 +364,7 @@ def _lost_file(folder):
 def _int16(members, name):
     """Read an array of an open .npz file, flat.
 
-    `numpy.load` has Python parse the header, which fails at times where several threads
+    `numpy.load` lets Python parse the header. This sometimes fails if several threads
     do so at once (CPython 3.11: "AST constructor recursion depth mismatch").
     """
     content = members.read(f"{name}.npy")
@@ -378,7 +378,7 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
     Args:
         root: of the store.
         sample: int16 HU and uint8 labels in RAS orientation.
-        num_classes: label ids, background included.
+        num_classes: label ids, including the background.
         facts: more for case.json.
 
     Returns:
@@ -406,7 +406,7 @@ def write_case(root: Path, sample: Sample, *, num_classes: int, facts: Mapping) 
 
 
 def _counts(label, num_classes):
-    """Return voxels of each label id, and the number of those that are ignored."""
+    """Return the voxels of each label id, and the number of ignored ones."""
     found = np.bincount(label.reshape(-1), minlength=IGNORED + 1).tolist()
     last = max(num_classes, max(np.flatnonzero(found[:IGNORED]), default=0) + 1)
     ignored = {"ignored": found[IGNORED]} if found[IGNORED] else {}
@@ -451,7 +451,7 @@ def _box(sample, air):
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file of a store; a `UserError` if it cannot be read."""
+    """Read a JSON file of a store; raise `UserError` if that fails."""
     with _readable(file):
         return files.read_json(file)
 

@@ -1,4 +1,4 @@
-"""What is in a store: report.json, report.html, and a few lines for the terminal."""
+"""The content of a store: report.json, report.html, and a few lines of summary."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def write(root: Path) -> str:
     """Write report.json and report.html into a store; return a summary.
 
     Raises:
-        UserError: for a store that cannot be read, or written.
+        UserError: for a store that cannot be read or written.
     """
     rows, index = meta.read(root), store.read_json(root / store.INDEX)
     cases = [

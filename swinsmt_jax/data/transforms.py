@@ -1,9 +1,9 @@
 """From a scan to a crop of it: pure functions of (sample, rng), numpy alone.
 
 The released recipe scales HU, crops to the foreground, zooms, and takes one crop
-balanced between foreground and background. Here the crop comes before scaling and zoom,
-so that only the voxels of the patch are touched: a zoomed patch is a smaller region,
-enlarged. `air` is the value of empty space: `hu_range[0]` before scaling, 0 after.
+balanced between foreground and background. Here the crop precedes scaling and zoom, so
+only the patch's voxels are touched: a zoomed patch is an enlarged smaller region. `air`
+is the value of empty space: `hu_range[0]` before scaling, 0 after.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ def balanced_crop(
 ) -> Sample:
     """Take one crop of `shape` around a foreground or a background voxel.
 
-    The centre is a labelled voxel with probability `foreground_ratio`, else an
-    unlabelled voxel with image > air; where one kind does not exist, the other is
-    taken. The crop is shifted to lie inside the scan, or the foreground of a stored
-    case, of which only its chunks are read; where it is larger it is padded on both
-    sides with air and label 0.
+    The centre is a labelled voxel with probability `foreground_ratio`, otherwise an
+    unlabelled voxel with image > air. If one kind does not exist, the other is used.
+    The crop is shifted into the scan, or into the foreground of a stored case, which
+    reads only the crop's chunks. A larger crop is padded on both sides with air and
+    label 0.
     """
     box = source.bounds(air)
     labelled = rng.random() < foreground_ratio
@@ -60,7 +60,7 @@ def balanced_crop(
 
 
 def enlarge(sample: Sample, *, shape: Sequence[int]) -> Sample:
-    """Interpolate to `shape`, outer edges fixed: image linear, label nearest."""
+    """Interpolate to `shape` with fixed outer edges: image linear, label nearest."""
     old = np.array(sample.label.shape)
     if tuple(old) == tuple(shape):
         return sample
@@ -79,7 +79,7 @@ def enlarge(sample: Sample, *, shape: Sequence[int]) -> Sample:
 
 
 def pad(sample: Sample, *, shape: Sequence[int], air: float) -> Sample:
-    """Surround a sample with air and label 0 to `shape`, the larger half at the end."""
+    """Pad a sample with air and label 0 to `shape`, the larger half at the end."""
     missing = [side - n for side, n in zip(shape, sample.label.shape, strict=True)]
     if not any(missing):
         return sample

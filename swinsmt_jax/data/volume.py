@@ -1,4 +1,4 @@
-"""A scalar volume in RAS orientation, and whether two lie on the same voxels."""
+"""A scalar volume in RAS orientation, and a comparison of two grids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Volume:
     Attributes:
         array: [X, Y, Z].
         affine: [4, 4], voxel indices of `array` to world millimetres.
-        source_affine: [4, 4] of the file, in mm whatever its unit.
+        source_affine: [4, 4] of the file, always in mm.
         source_shape: shape of the file's volume.
         path: the file, for messages.
-        notes: what a user should know about the file, in sentences.
-        header: of the file if it is NIfTI, whose place in space outputs keep.
+        notes: facts that a user should know about the file, in sentences.
+        header: of the file if it is NIfTI; outputs keep its place in space.
     """
 
     array: np.ndarray
@@ -43,7 +43,7 @@ class Volume:
 
     @property
     def sides(self) -> tuple[float, float, float]:
-        """Voxel sides in mm as the header of the file says them, in float32."""
+        """Voxel sides in mm from the header of the file, in float32."""
         sides = np.array(spacing_of(self.source_affine), np.float32)
         if self.header is not None:
             sides = np.abs(self.header["pixdim"][1:4]) * geometry.to_mm(self.header)
@@ -61,7 +61,7 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
 def ras_grid(
     affine: np.ndarray, shape: Sequence[int]
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return affine [4, 4] and shape in RAS orientation of a grid in any axes."""
+    """Return affine [4, 4] and shape in RAS orientation of a grid with any axes."""
     affine = np.array(affine, np.float64)
     to_ras = orientations.io_orientation(affine)
     ras = affine @ orientations.inv_ornt_aff(to_ras, shape)
@@ -69,7 +69,7 @@ def ras_grid(
 
 
 def ras_spacing(affine: np.ndarray) -> tuple[float, float, float]:
-    """Return the voxel sides in mm to the right, front and head, of axes in any order.
+    """Return the voxel sides in mm to the right, front and head, for axes in any order.
 
     Args:
         affine: [4, 4] of a file.
@@ -78,7 +78,7 @@ def ras_spacing(affine: np.ndarray) -> tuple[float, float, float]:
 
 
 def in_file_axes(array: np.ndarray, like: Volume) -> np.ndarray:
-    """Bring an array [X, Y, Z] in RAS orientation to the axes of a volume's file."""
+    """Convert an array [X, Y, Z] from RAS orientation to the axes of a file."""
     to_ras = orientations.io_orientation(like.source_affine)
     from_ras = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_ras)
     return np.ascontiguousarray(orientations.apply_orientation(array, from_ras))
@@ -87,11 +87,11 @@ def in_file_axes(array: np.ndarray, like: Volume) -> np.ndarray:
 def require_same_grid(
     volume: Volume, reference: Volume, *, cut: bool = False
 ) -> tuple[slice, ...]:
-    """Raise `UserError` unless voxels lie on a reference's, and return on which.
+    """Return the reference voxels that a volume covers; otherwise raise `UserError`.
 
-    The volume, both in RAS, must have the grid of the reference or, if it may be `cut`,
-    one of fewer voxels that was cut out of it. No corner may lie further than
-    `GRID_TOLERANCE` voxels away.
+    Both are in RAS. The volume must have the reference's grid or, if it may be `cut`, a
+    smaller grid cut out of it. No corner may be off by more than `GRID_TOLERANCE`
+    voxels.
     """
     grid, wanted = volume.array.shape, reference.array.shape
     to_voxels = np.linalg.inv(reference.affine) @ volume.affine
@@ -122,7 +122,7 @@ def require_same_grid(
 
 
 def same_grid(volume: Volume, reference: Volume) -> bool:
-    """Tell whether two volumes in RAS have the same voxels in the same place."""
+    """Return whether two volumes in RAS have the same voxels in the same place."""
     shape, to_voxels = volume.array.shape, np.linalg.inv(reference.affine)
     miss = geometry.corner_distance(shape, to_voxels @ volume.affine, np.eye(4))
     return shape == reference.array.shape and miss <= GRID_TOLERANCE

@@ -1,7 +1,7 @@
-"""Volumes on disk of which boxes are read alone.
+"""Volumes on disk that allow reading single boxes.
 
-One Zarr v3 array in one file: a shard of chunks of CHUNK^3 voxels, blosc lz4 with a
-checksum, read by byte range. Volumes of earlier versions have no checksums, and no
+Each volume is one Zarr v3 array in one file: a shard of chunks of CHUNK^3 voxels, blosc
+lz4 with a checksum, read by byte range. Volumes of earlier versions lack checksums and
 chunks of zeros.
 """
 
@@ -48,11 +48,11 @@ def write(path: Path, array: np.ndarray) -> None:
 def open_volume(path: Path) -> tensorstore.TensorStore:
     """Open a volume; `open_volume(path)[box].read().result()` is an array.
 
-    A chunk that is missing or damaged raises, but in volumes of earlier versions:
-    there, a missing one reads as zeros, and so does a missing shard.
+    A missing or damaged chunk raises. But in volumes of earlier versions a missing
+    chunk or shard reads as zeros.
 
     Raises:
-        ValueError: for what is missing or damaged.
+        ValueError: for missing or damaged data.
     """
     strict = {**_spec(path), "fill_missing_data_reads": False}
     volume = tensorstore.open(strict, read=True).result()

@@ -1,6 +1,6 @@
-"""What voxels may hold: one gate for images, one for masks and one for label ids.
+"""Valid voxel values: one check for images, one for masks, one for label ids.
 
-Whatever comes in, from a file, an array or for an exported network, goes through them.
+All input passes through them: files, arrays, and scans for exported networks.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ RESIDUE = 1e-3  # that resampling leaves of nothing
 
 
 def require_real(name: object, array: np.ndarray) -> None:
-    """Raise `UserError` unless the voxels are one real number each."""
+    """Raise `UserError` unless each voxel is one real number."""
     checks.require(
         array.dtype.kind in "iufb",
         f"{name} holds voxels of type {array.dtype}, but one real number a voxel is "
@@ -41,7 +41,7 @@ def hounsfield(name: object, array: np.ndarray) -> np.ndarray:
     """Return Hounsfield units rounded to int16.
 
     Raises:
-        UserError: for voxels that are not finite numbers; the message begins with name.
+        UserError: for voxels that are not finite; the message begins with `name`.
     """
     require_real(name, array)
     require_finite(name, array)
@@ -54,11 +54,11 @@ def hounsfield(name: object, array: np.ndarray) -> np.ndarray:
 def unlike_hounsfield(
     name: object, array: np.ndarray, modality: str
 ) -> tuple[str, ...]:
-    """Return a note with the range of a CT's voxels that are hardly Hounsfield units.
+    """Return a note with the range of CT voxels that are unlikely Hounsfield units.
 
-    Such are of another modality, scaled to [0, 1] or [0, 255], or offset by 1024: no
-    voxel is less or none is more than water, the range is that of one tissue, or a
-    fifth of the voxels are denser than all but cortical bone.
+    Such voxels belong to another modality, are scaled to [0, 1] or [0, 255], or offset
+    by 1024. The signs: no voxel is below or none is above water, the range is that of
+    one tissue, or a fifth of the voxels are denser than everything but cortical bone.
     """
     if modality.upper() != "CT":
         return ()
@@ -77,10 +77,10 @@ def unlike_hounsfield(
 
 
 def mask(name: object, array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return a mask as bool, and notes if it had to be thresholded at 0.5.
+    """Return a mask as bool, with a note if it had to be thresholded at 0.5.
 
     Raises:
-        UserError: for values other than 0, 1 and what resampling makes of them.
+        UserError: for values other than 0, 1 and their resampled values.
     """
     require_finite(name, array)
     low, high = float(array.min()), float(array.max())
@@ -104,7 +104,7 @@ def mask(name: object, array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
 def normalizing(
     hu_range: Sequence[float], normalization: Sequence[float]
 ) -> tuple[np.float32, np.float32]:
-    """Return factor and summand from HU scaled to [0, 1] to what a network sees.
+    """Return factor and summand from HU scaled to [0, 1] to the network's input.
 
     Args:
         hu_range, normalization: as in `config.DataConfig`.
@@ -118,7 +118,7 @@ def label_ids(name: object, array: np.ndarray) -> np.ndarray:
     """Return label ids as uint8.
 
     Raises:
-        UserError: for another dtype than bool and integers, and values beyond 0 to 255.
+        UserError: for dtypes other than bool and integers, and values beyond 0 to 255.
     """
     array = np.asarray(array)
     checks.require(

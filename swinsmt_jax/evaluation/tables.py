@@ -24,12 +24,12 @@ from swinsmt_jax.evaluation.scoring import Evaluation
 def dice_table(evaluation: Evaluation, *, title: str, reported: bool = False) -> str:
     """Format Dice by group in per cent, one row for each rule of averaging.
 
-    The row of the evaluation's rule comes first and is marked. Below stand how many
-    classes of each group have a value, and how many (case, class) pairs were missed
-    altogether and, as no average shows, predicted though absent; then the 95 %
-    bootstrap interval over cases of the marked row, and the other metrics under the
-    same rule. With `reported`, the authors' rows end the table, if its groups are those
-    of the paper: figures of TotalSegmentator-V2 stand beside no other data.
+    The row of the evaluation's rule comes first and is marked. The next rows count the
+    classes of each group that have a value, and the (case, class) pairs that were
+    missed or that were predicted though absent, which no average shows. Then come the
+    marked row's 95 % bootstrap interval over cases, and the other metrics under the
+    same rule. With `reported`, the table ends with the authors' rows, but only if its
+    groups are those of the paper, since they are figures of TotalSegmentator-V2.
     """
     groups, rule = evaluation.groups, evaluation.rule
     scores, wrong = evaluation.scores(DICE), evaluation.false_positives()

@@ -1,8 +1,8 @@
 """Average windows in the accelerator's memory, a layer of windows at a time.
 
-Only class ids, or planes of them, come back to the host: logits of 118 classes are a
-gigabyte for a window of 128^3, more than links and the host's memory carry in the time
-that an accelerator takes to make them.
+Only class ids, or planes of them, return to the host. A window of 128^3 has a gigabyte
+of logits for 118 classes. Links and the host's memory cannot carry that in the time
+that an accelerator takes to compute it.
 """
 
 import functools
@@ -19,7 +19,7 @@ from swinsmt_jax.inference.windows import Box, Windows
 
 
 def needed_bytes(windows: Windows, num_classes: int, dtype: str) -> int:
-    """Return what the sums of a layer of windows take."""
+    """Return the bytes that the sums of a layer of windows take."""
     depth, voxel = windows.sides[0], np.dtype(dtype).itemsize * num_classes + 4
     return depth * windows.size[1] * windows.size[2] * voxel
 
@@ -31,7 +31,7 @@ def labels(
     dtype: str,
     decision: grid.Decision,
 ) -> Iterator[tuple[Box, grid.Decided]]:
-    """Yield (box, what is decided, [*box]) of layers that no further window touches.
+    """Yield (box, decisions, [*box]) of layers that no further window touches.
 
     Args:
         windows: in whole layers.
@@ -55,7 +55,7 @@ def planes(
     decision: grid.Decision,
     sides: Sequence[grid.Neighbours],
 ) -> Iterator[tuple[int, jax.Array]]:
-    """Yield (z, what is interpolated) of each plane, on another's rows and columns.
+    """Yield (z, interpolated values) of each plane, on another grid's rows and columns.
 
     Arguments as in `labels`; `sides` as in `host_sums.planes`.
     """
@@ -72,7 +72,7 @@ def planes(
 
 
 def _layers(windows, predictions, num_classes, dtype):
-    """Yield (first plane, number of them, sums) when a layer has ended planes."""
+    """Yield (first plane, number of planes, sums) when a layer completes planes."""
     shape = (windows.sides[0], *windows.size[1:])
     held = jnp.zeros((*shape, num_classes), dtype), jnp.zeros((*shape, 1))
     weight, predictions = jnp.asarray(windows.weight), iter(predictions)
@@ -102,7 +102,7 @@ def _add(held, batch, index, weight, corner, *, order):
 
 @functools.partial(jax.jit, static_argnames=("done", "decision"))
 def _decided(sums, weights, *, done, decision):
-    """What is decided of the first planes, [done, H, W]."""
+    """Decide the first planes, [done, H, W]."""
 
     def of_plane(i):
         mean = sums[i].astype(jnp.float32) / weights[i]
@@ -121,7 +121,7 @@ def _interpolated(sums, weights, i, rows, columns, *, inner, decision):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _advance(held, done):
-    """Drop the first `done` planes, in place; zeros come in behind."""
+    """Drop the first `done` planes in place, and append zeros."""
     depth = held[0].shape[0]
 
     def move(i, array):

@@ -1,4 +1,4 @@
-"""The network of a run, or several runs' as one: the mean of their probabilities."""
+"""The network of one run, or of several as one: the mean of their probabilities."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,8 +35,8 @@ def load_networks(
 ) -> tuple[ExperimentConfig, Any, dict]:
     """Read the networks of runs as one model, a pytree that maps windows to logits.
 
-    Several give the logarithm of the mean of their probabilities, window by window,
-    with the classes in the order of the first one.
+    Several networks return the logarithm of the mean of their probabilities, window by
+    window. The first one decides the order of the classes.
 
     Args:
         workdirs: of the runs.
@@ -48,8 +48,8 @@ def load_networks(
         each of several, "metrics": of the first}.
 
     Raises:
-        UserError: as `checkpoint.load_model`, and for networks of other classes or that
-            see scans otherwise.
+        UserError: as `checkpoint.load_model`, and for networks that have other classes
+            or see scans differently.
     """
     found = [load(workdir, step=step) for workdir in workdirs]
     (config, model, info), *others = found
@@ -89,7 +89,7 @@ def load_networks(
 def decision_of(config: ExperimentConfig) -> Decision:
     """Return how logits become labels and probabilities after this training.
 
-    A loss of one's own that is not registered here counts as one of a softmax.
+    A custom loss that is not registered here counts as a softmax loss.
     """
     from swinsmt_jax.training.losses import LOSSES
 

@@ -1,4 +1,4 @@
-"""Labels of logits, on their grid or on another: linear interpolation and decision."""
+"""Labels from logits, on the same grid or another: interpolation and decision."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,14 +40,14 @@ class Decision(NamedTuple):
     """How logits become labels.
 
     Attributes:
-        interpolate: "probabilities" or, as nnU-Net does, "logits": what is interpolated
-            to another grid.
-        regions: label ids of the channels of a network of regions that may overlap,
-            such as a tumour and its core: a channel is set where its sigmoid is above
-            0.5, and later ones win. Empty for classes that exclude each other.
-        one_vs_all: whether the probabilities that are kept are those of `one_vs_all`.
-            Labels are the same.
-        confidence: whether the labels' probabilities are kept.
+        interpolate: the values to interpolate to another grid, "probabilities" or, as
+            nnU-Net does, "logits".
+        regions: label ids of the channels of a network whose regions may overlap, such
+            as a tumour and its core. A channel is set if its sigmoid is above 0.5, and
+            later channels win. Empty for classes that exclude each other.
+        one_vs_all: whether kept probabilities are those of `one_vs_all`. Labels are the
+            same.
+        confidence: whether to keep the labels' probabilities.
         chosen: label ids whose probabilities are kept.
     """
 
@@ -68,10 +68,10 @@ class Decision(NamedTuple):
         return numpy.asarray((0, *self.regions), numpy.uint8)[last.max(-1)]
 
     def decide(self, numpy: Any, values: Any, *, logits: bool) -> Decided:
-        """Return labels, and what else is kept, of logits or probabilities [..., K].
+        """Return the `Decided` of logits or probabilities [..., K].
 
-        Of regions, a voxel's label has the probability that its channel is set and no
-        later one is, whichever is less likely; the second class is that of the flip.
+        With regions, a label's probability is that its channel is set, or that no later
+        one is, whichever is less likely. The second class is that of the flip.
         """
         labels = self.labels(numpy, values)
         probability = close = chosen = None
@@ -120,11 +120,11 @@ def softmax(numpy: Any, logits: Any) -> Any:
 
 
 def one_vs_all(numpy: Any, values: Any, *, logits: bool) -> Any:
-    """Return what a network trained with sigmoids takes for probabilities, [..., K].
+    """Return the probabilities of a network trained with sigmoids, [..., K].
 
-    That of a class is the sigmoid of its logit minus the background's, the first; of
-    interpolated softmax `values` its share of both. The background has what the most
-    probable class leaves, so that they do not add up to 1.
+    A class has the sigmoid of its logit minus the background's, which comes first. From
+    interpolated softmax `values` it has its share of both. The background has what the
+    most probable class leaves, so the sum is not 1.
     """
     first, others = values[..., :1], values[..., 1:]
     if logits:
@@ -137,7 +137,7 @@ def one_vs_all(numpy: Any, values: Any, *, logits: bool) -> Any:
 def _of_regions(numpy, values, share):
     """Return the smallest probability that decides a label, [...].
 
-    A label stands for its channel, which is set, and later ones, which are not.
+    A label means that its channel is set and later ones are not.
     """
     channel = numpy.arange(values.shape[-1])
     last = numpy.where(values > SET, channel, -1).max(-1)[..., None]
@@ -146,7 +146,7 @@ def _of_regions(numpy, values, share):
 
 
 class Neighbours(NamedTuple):
-    """Voxels on both sides of positions on an axis, and the share of the second."""
+    """The voxels on both sides of positions on an axis, and the second one's share."""
 
     low: np.ndarray
     high: np.ndarray

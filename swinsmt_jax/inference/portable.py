@@ -4,12 +4,12 @@ from swinsmt_jax.inference import portable
 network = portable.load("network.npz")
 labels = network.segment(hu)           # uint8; hu [X, Y, Z] on the network's grid
 
-`python -m swinsmt_jax.inference.export` writes such files. This module and those it
-imports need jax, numpy, and flatbuffers, with which jax.export reads. The file holds
-the program that `jax.export` made of a batch of windows, for CPU, CUDA and TPU, and the
-parameters. An exported network is a program: open only files that you trust.
-Programs stay readable for the time that jax.export promises (half a year at
-the least; see its documentation), so keep the checkpoint too.
+`python -m swinsmt_jax.inference.export` writes such files. This module and its imports
+need jax, numpy, and flatbuffers, which jax.export uses to read. The file contains the
+parameters and the program from `jax.export` for a batch of windows, on CPU, CUDA and
+TPU. An exported network is a program: open only files that you trust. jax.export
+promises to read programs for at least half a year (see its documentation), so keep the
+checkpoint too.
 """
 
 import dataclasses
@@ -67,10 +67,10 @@ class Portable:
 
         Args:
             hu: Hounsfield units `[X, Y, Z]`, the axes to the right, front and head,
-                with voxels of `about["spacing"]` mm; where that is 0, with sides such
-                as the network saw, from `about["least"]` to `about["most"]`. Leave out
-                the air around the body, as training does: a window of air tells the
-                network nothing.
+                with voxels of `about["spacing"]` mm. If that is 0, sides must lie
+                between `about["least"]` and `about["most"]`, which the network saw.
+                Leave out the air around the body, as training does: a window of air
+                tells the network nothing.
 
         Raises:
             UserError: for another rank, and voxels that are not finite numbers.
@@ -116,11 +116,12 @@ def save(
 def load(path: str | Path) -> Portable:
     """Read an exported network; open only files that you trust.
 
-    Code of the host that a program would call is refused, but for cuDNN's attention,
-    since no network needs it; what a program computes, and how long, is not looked at.
+    A program that calls code on the host is refused, except for cuDNN's attention,
+    since no network needs such calls. What a program computes, and for how long, is not
+    checked.
 
     Raises:
-        UserError: for a file that is missing, damaged, or none of `inference.export`.
+        UserError: for a file that is missing, damaged, or not from `inference.export`.
     """
     try:
         with Path(path).expanduser().open("rb") as stream, np.load(stream) as file:
@@ -145,14 +146,14 @@ def load(path: str | Path) -> Portable:
 
 
 def _require_known(about):
-    """Raise `ValueError` unless all is there that `Portable` reads."""
+    """Raise `ValueError` unless everything that `Portable` reads exists."""
     lacking = NEEDED - about.keys() if isinstance(about, dict) else NEEDED
     if lacking:
         raise ValueError(f"it does not state {', '.join(sorted(lacking))}")
 
 
 def _require_no_calls(exported):
-    """Raise `ValueError` for custom calls, code of the host, other than of cuDNN."""
+    """Raise `ValueError` for custom calls (code on the host) except those of cuDNN."""
     calls = re.findall(r"custom_call\W*([\w$.]*)", exported.mlir_module())
     strange = [call for call in calls if call not in cudnn_attention.TARGETS]
     if strange:

@@ -1,4 +1,4 @@
-"""What made a result: scan, network, step and options, recorded beside it."""
+"""The origin of a result: scan, network, step and options, recorded beside it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -44,14 +44,14 @@ def require_same(
     made_by: Mapping[str, object],
     record: Mapping[str, Mapping],
 ) -> None:
-    """Raise `UserError` for labels that are there, but not of these scans or options.
+    """Raise `UserError` if existing labels belong to other scans or options.
 
-    Nor may those of other scans be there that another network made.
+    Labels of other scans from another network are refused too.
 
     Args:
-        targets: what would be written; labels that are there would be kept.
+        targets: what would be written; existing labels would be kept.
         scans: the inputs.
-        made_by: what the segmenter is.
+        made_by: identifies the segmenter.
         record: of earlier calls, with what made each scan's labels under `KEY`.
     """
     for name, entry in record.items():

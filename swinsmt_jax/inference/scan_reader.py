@@ -1,4 +1,4 @@
-"""What segments scans, whatever network it has: files or arrays in, labels out."""
+"""The interface of every segmenter: files or arrays in, labels out."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
@@ -18,21 +18,21 @@ Progress = Callable[[int, int], None]
 
 
 class Scans(Protocol):
-    """What segments scans, whether they come as files or as arrays."""
+    """A segmenter of scans, from files or arrays."""
 
     whole: ClassVar[bool] = True  # whether voxels are rounded to whole HU
 
     @property
     def modality(self) -> str:
-        """Of the scans, for what is said of their values."""
+        """Modality of the scans, for notes on their values."""
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Names of the label ids that are given, background left out."""
+        """Names of the label ids, without the background."""
 
     @property
     def made_by(self) -> dict[str, object]:
-        """What decides the labels of a scan, for the record."""
+        """Everything that decides a scan's labels, for the record."""
 
     @property
     def usual_ml(self) -> Mapping[str, tuple[float, ...]]:
@@ -54,17 +54,17 @@ class Scans(Protocol):
         chosen: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> Decided:
-        """Return the labels of a CT in RAS orientation, and what is known of them.
+        """Return the labels of a CT in RAS orientation, and facts about them.
 
         Args:
             volume: the scan.
-            confidence: keep the probability of each label, and whether it is close.
-            chosen: label ids whose probabilities are kept.
+            confidence: keep each label's probability, and whether it was close.
+            chosen: label ids whose probabilities to keep.
             progress: as in `sliding_window.decide`.
         """
 
     def read(self, path: str | Path) -> "Volume":
-        """Read a scan as the network is to see it; raises as `load_scan`."""
+        """Read a scan for the network; raises as `load_scan`."""
         return load_scan(path, modality=self.modality, whole=self.whole)
 
     def segment(
@@ -72,7 +72,7 @@ class Scans(Protocol):
     ) -> np.ndarray:
         """Return the labels of a NIfTI file, uint8, in the axes of the file.
 
-        Of a folder with a DICOM series: columns, rows and slices.
+        For a folder with a DICOM series: columns, rows and slices.
 
         Raises:
             UserError: as `load_scan`.
@@ -110,7 +110,7 @@ def load_scan(
 ) -> "Volume":
     """Read a CT: a NIfTI file, or a folder with a DICOM series, or folder#UID.
 
-    Voxels are rounded to int16 unless `whole` is false; then they are float32.
+    Voxels are rounded to int16; if `whole` is false they are as in `nifti.load_ct`.
 
     Raises:
         UserError: as `nifti.load_ct` and `dicom.load_series`.

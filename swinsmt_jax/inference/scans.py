@@ -1,4 +1,4 @@
-"""Segment many scans: find them, write what is wanted, pass over what fails."""
+"""Segment many scans: find them, write the outputs, skip failures."""
 
 import contextlib
 import dataclasses
@@ -41,14 +41,15 @@ def find_scans(
     """Return {name: file} of NIfTI files and of those in folders, sorted by folder.
 
     In folders, hidden files and TotalSegmentator's `segmentations.nii.gz` are left out.
-    A folder without any that holds a DICOM series is a scan itself. The name is that of
-    the file without its suffix, or of its folder for `ct.nii.gz` and where several
-    files have one name. With `series`, a UID or "all", the inputs are folders that are
-    searched with the folders in them for DICOM series, whose names are their UIDs.
+    A folder with a DICOM series and no NIfTI file is itself a scan. A scan is named
+    after its file without the suffix, or after its folder for `ct.nii.gz` and if
+    several files share a name. With `series`, a UID or "all", the inputs are folders.
+    These and their subfolders are searched for DICOM series, which are named after
+    their UIDs.
 
     Raises:
-        UserError: for an input that does not exist, is not a NIfTI file or a folder
-            without any, and for scans that would have one name.
+        UserError: for an input that does not exist or is not a NIfTI file, a folder
+            without one, and scans that would share a name.
     """
     if series:
         chosen = [
@@ -68,7 +69,7 @@ def find_scans(
 
 
 def _named(names, found):
-    """Return {name: scan}; a `UserError` for scans of one name."""
+    """Return {name: scan}; raise `UserError` if scans share a name."""
     for name in names:
         same = [str(f) for f, n in zip(found, names, strict=True) if n == name]
         checks.require(
@@ -80,7 +81,7 @@ def _named(names, found):
 
 
 def _require_one_place_each(targets, output):
-    """Raise `UserError` unless results are files of their own in `output` itself."""
+    """Raise `UserError` unless results are separate files in `output` itself."""
     places = Counter(path for files in targets.values() for path in files.values())
     places[output / shared.SUMMARY] += 1
     for name, kinds in targets.items():
@@ -109,33 +110,33 @@ def segment_scans(
 ) -> dict[str, dict]:
     """Segment each scan and write its results to the folder `output`.
 
-    Files appear when complete. What is there stays unless `options.overwrite`: a scan
-    of which nothing is missing is skipped, and statistics and pictures are made of the
-    labels that are there. Whatever fails on one scan does not stop the others. Several
-    processes with one output share the scans. One that was killed passes its scan to
-    the next one, which skips it once.
+    Files appear when complete. Existing files stay unless `options.overwrite`: a
+    complete scan is skipped, and missing statistics and pictures come from existing
+    labels. A failure on one scan does not stop the others. Several processes with one
+    output share the scans. A killed process passes its scan to the next one, which
+    skips it once.
 
     Args:
         segmenter: the network.
         scans: {name: file}.
         output: the folder.
-        options: what is written.
+        options: what to write.
         load: returns `segmenter` in another process; it can be pickled.
         workers: processes that share the scans by `load`; one is this process itself.
-        dask: address of a Dask scheduler, whose workers do it instead. Of these and of
-            several `workers`, a scan whose process dies has another turn.
+        dask: address of a Dask scheduler, whose workers do it instead. With these or
+            several `workers`, a scan whose process dies gets another turn.
 
     Returns:
         {name: {"file", "labels", "made_by", "seconds", "structures"}}, with {"error"}
-        for those that failed, {"notes"} on what is doubtful about a scan, and without
-        "seconds" for those not segmented.
-        `summary.json` holds them and those of earlier calls.
+        for failed scans, {"notes"} on doubtful points, and without "seconds" for scans
+        that were not segmented. `summary.json` contains these and the entries of
+        earlier calls.
 
     Raises:
-        UserError: before anything is written, for classes that the network does not
-            give, an output path that cannot be a folder or written to, outputs in the
-            place of inputs, and labels that are there of other classes, of another
-            scan, or made by another network, step or options.
+        UserError: before anything is written, for classes that the network lacks, an
+            output path that cannot be a writable folder, outputs that would replace
+            inputs, and existing labels of other classes, of another scan, or from
+            another network, step or options.
     """
     output = files.absolute(output)
     scans = {name: files.absolute(file) for name, file in scans.items()}
@@ -178,7 +179,7 @@ def segment_scans(
 
 
 class _Item(NamedTuple):
-    """A scan, what is written of it, and what its labels were before."""
+    """A scan, its outputs, and its labels before."""
 
     name: str
     file: Path
@@ -207,7 +208,7 @@ def _elsewhere(work, items, **pool):
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What is done with a scan that no other process works on."""
+    """The work on a scan that no other process holds."""
 
     segmenter: Once[Scans]
     run: str
@@ -217,13 +218,13 @@ class _Work:
     made_by: Mapping[str, object]
 
     def __call__(self, item):
-        """Do it in a worker, which may find what one that died has left."""
+        """Work in a worker, which may find the remains of a dead one."""
         lock = self.output / f"{shared.LOCK}-{item.name}"
         with files.claimed(lock, wait=True):
             return self.on(item, claim=Claim.FREE)
 
     def on(self, item, *, claim, title=""):
-        """Write what is missing of a scan, or all of it again; return its entry."""
+        """Write a scan's missing outputs, or all again; return its entry."""
         name, file, targets, stamp = item
         again = self.options.overwrite and stamp == _stamp(targets["labels"])
         for path in targets.values():
@@ -278,7 +279,7 @@ def _reason(name, error):
 
 
 def _stamp(path):
-    """Return what differs where a file or folder was replaced; None if it is absent."""
+    """Return a stamp that changes with a file or folder; None if it is absent."""
     try:
         facts = path.stat()
     except OSError:
@@ -287,9 +288,9 @@ def _stamp(path):
 
 
 def _segment(segmenter, file, source, missing, names, options, title):
-    """Write what is missing of a scan.
+    """Write a scan's missing outputs.
 
-    `source` is the file of its labels, or what to call before new ones are written.
+    `source` is its label file, or a function to call before new labels are written.
     """
     volume = segmenter.read(file)
     facts: dict[str, object] = {"notes": [*volume.notes]} if volume.notes else {}

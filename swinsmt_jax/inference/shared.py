@@ -1,4 +1,4 @@
-"""An output folder whose scans several processes share, and its summary.json."""
+"""An output folder that several processes share, and its summary.json."""
 
 import time
 from collections.abc import Generator, Iterable, Mapping
@@ -15,7 +15,7 @@ PATIENCE = 1.0  # seconds between checks of what others work on
 
 
 def read(output: Path) -> dict[str, dict]:
-    """Return {name: entry} of the summary; nothing if it cannot be understood."""
+    """Return {name: entry} of the summary; {} if it cannot be parsed."""
     try:
         found = files.read_json(output / SUMMARY)
     except (OSError, ValueError):
@@ -37,9 +37,9 @@ def tell(output: Path, name: str, entry: dict) -> None:
 
 
 def finish_summary(output: Path, entries: Mapping[str, dict]) -> None:
-    """Put the entries of scans in their order, behind those of others.
+    """Put the entries of scans in their order, behind other entries.
 
-    An existing entry stays; it is missing if the file system has no locks.
+    An existing entry stays. Without file locks an entry may be missing.
 
     Raises:
         UserError: if the summary cannot be written.
@@ -57,7 +57,7 @@ def turns(
 ) -> Generator[tuple[str, Claim], None, None]:
     """Yield each name once, while no other process works on it.
 
-    Those that are taken come last, when they are free: their process may have failed.
+    Taken names come last, once they are free, because their process may have failed.
     Close this generator, or a name stays taken.
     """
     waiting, told = list(names), False

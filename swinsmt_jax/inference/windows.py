@@ -1,7 +1,7 @@
-"""Where the windows of a volume lie, what their voxels weigh, and in which order.
+"""Places, voxel weights and order of the windows of a volume.
 
-The conventions are those of MONAI's `sliding_window_inference` or of nnU-Net's
-predictor, so that results can be compared voxel by voxel. numpy only: all of it is
+The conventions are those of MONAI's `sliding_window_inference` or nnU-Net's predictor,
+so results can be compared voxel by voxel. This module uses only numpy: everything is
 known before any device is used.
 """
 
@@ -24,9 +24,9 @@ Box = tuple[slice, ...]
 
 
 def padding(shape: Sequence[int], window: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Voxels to add (before, after) on each axis so that the window fits once.
+    """Return the voxels to add (before, after) per axis so that the window fits once.
 
-    For an odd number the larger half comes last.
+    If the number is odd, the larger half comes last.
     """
     lacking = [max(w - n, 0) for n, w in zip(shape, window, strict=True)]
     return tuple((n // 2, n - n // 2) for n in lacking)
@@ -39,16 +39,16 @@ def window_starts(
     overlap: float,
     convention: str = "monai",
 ) -> list[Start]:
-    """First voxels of the windows that cover a volume, the last axis fastest.
+    """Return the first voxels of the windows that cover a volume, last axis fastest.
 
-    Neighbours are side * (1 - overlap) voxels apart, rounded down, at least 1; the last
-    window of an axis is moved back to end with the volume. As in nnU-Net, they are at
-    most side * (1 - overlap) voxels apart, evenly over the whole axis.
+    Neighbours are side * (1 - overlap) voxels apart, rounded down, at least 1. The last
+    window of an axis moves back to end with the volume. With nnU-Net's convention they
+    are at most side * (1 - overlap) voxels apart, evenly over the whole axis.
 
     Args:
         shape: sides of the volume, each at least the window's.
         window: sides of the window in voxels.
-        overlap: share of a window that neighbours have in common, in [0, 1).
+        overlap: share of a window that its neighbours cover too, in [0, 1).
         convention: one of CONVENTIONS.
 
     Raises:
@@ -82,13 +82,13 @@ def _even_starts(length: int, side: int, overlap: float) -> list[int]:
 def importance(
     window: Sequence[int], *, blend: str, convention: str = "monai"
 ) -> np.ndarray:
-    """Weight of each voxel of a window in the average, float32 `[*window]`.
+    """Return the weight of each voxel of a window in the average, float32 `[*window]`.
 
     "constant" is 1 everywhere. "gaussian" falls off from the centre with a standard
-    deviation of 1/8 of the side on each axis, peaks at 1 (between voxels for an even
-    side), and is nowhere below 0.001, so that corners covered once keep their value.
-    nnU-Net's peaks at 10 on the voxel side // 2, ends four deviations from there, and
-    is rounded to half precision, with its smallest number in place of 0.
+    deviation of 1/8 of the side on each axis. It peaks at 1 (between voxels for an even
+    side) and is never below 0.001, so corners covered once keep their value. nnU-Net's
+    Gaussian peaks at 10 on the voxel side // 2 and ends four deviations from there. It
+    is rounded to half precision, with the smallest number of that instead of 0.
     """
     checks.one_of("blend", blend, BLENDS)
     if blend == "constant":
@@ -128,13 +128,13 @@ class Windows:
 
     Attributes:
         padded: the volume, at least as large as a window.
-        order: the volume's axes in the order of the sweep, its own slowest.
-        size: of the padded volume, in this order, as all that follows.
+        order: the volume's axes in the order of the sweep, slowest first.
+        size: of the padded volume, in this order, like all that follows.
         sides: of a window.
         starts: first voxels of the windows, in layers, in rows.
         weight: of a window's voxels in the average, `[*sides, 1]`.
         pad: voxels added in front.
-        shape: of the volume without them.
+        shape: of the volume without these.
     """
 
     def __init__(
@@ -172,9 +172,9 @@ class Windows:
     def visit_last_in_turn(self) -> None:
         """Visit the last two windows of an axis in turn at each place on faster axes.
 
-        The last one is moved back to the volume's end and shares more with the one
-        before than others do; visited in turn, what they share becomes labels sooner.
-        Windows no longer come in layers.
+        The last window moves back to the volume's end and shares more with the one
+        before than others do. Visiting both in turn makes labels of the shared part
+        sooner. Windows no longer come in layers.
         """
         groups = [
             {start: min(i, len(axis) - 2) for i, start in enumerate(axis)}
@@ -199,9 +199,9 @@ class Windows:
         return self.padded[tuple(box)]
 
     def tiles(self, start: Start) -> list[tuple[tuple[Span, ...], bool]]:
-        """Return what a window touches: [(spans, whether it is the last to do so)].
+        """Return a window's tiles: [(spans, whether no later window touches them)].
 
-        Those that it ends come first, so that their memory is free for the others.
+        Tiles that it completes come first, so their memory is free for the others.
         """
         touched = [axis[first] for axis, first in zip(self.spans, start, strict=True)]
         tiles = [
@@ -215,7 +215,7 @@ class Windows:
     ) -> Iterator[tuple[Box, Box]]:
         """Yield (box, part) of a block that begins at `first`, without the padding.
 
-        The box is of the volume, the part of the block.
+        The box refers to the volume, the part to the block.
         """
         box, part = [], []
         for start, side, pad, size in zip(
@@ -230,7 +230,7 @@ class Windows:
 
 
 def _spans(starts, side):
-    """Cut an axis where windows begin or end: {start of a window: its spans}."""
+    """Cut an axis at the edges of windows: {start of a window: its spans}."""
     edges = sorted({*starts, *(start + side for start in starts)})
     spans = [
         Span(first, end, max(s for s in starts if s <= first < s + side))

@@ -1,8 +1,8 @@
 """Checkpoints: the state of a run with its config and data, written by Orbax.
 
-The latest two and the best by validation Dice are kept. They are written in the
-background; a partial one is never mistaken for a complete one. A checkpoint is restored
-onto stated shardings, so a run may continue on another mesh.
+A run keeps the latest two checkpoints and the best by validation Dice. They are written
+in the background, and a partial one never passes for a complete one. A checkpoint is
+restored onto given shardings, so a run may continue on another mesh.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ CHECKSUMS = "checksums"  # of the arrays, in what a checkpoint belongs to
 
 
 def origin_of(config: ExperimentConfig, *, data: str) -> dict:
-    """Return what a checkpoint belongs to; `data`: fingerprint of the train split."""
+    """Return the origin of a checkpoint; `data` is the train split's fingerprint."""
     return {
         "config": to_dict(config),
         "seed": config.training.seed,
@@ -73,8 +73,8 @@ def origin_of(config: ExperimentConfig, *, data: str) -> dict:
 class Checkpoints:
     """The checkpoints of a workdir; open with `open_checkpoints`.
 
-    Where one cannot be written, now or in the background, methods raise a `UserError`;
-    those that were complete stay as they are.
+    Methods raise a `UserError` if a checkpoint cannot be written, now or in the
+    background. Complete checkpoints stay as they are.
     """
 
     def __init__(self, root: Path, writer: ocp.AsyncCheckpointer, cases: str = ""):
@@ -85,7 +85,8 @@ class Checkpoints:
         """Write a few numbers as a checkpoint is written, and read them back.
 
         Raises:
-            UserError: where that fails, as in a path that Orbax takes for a pattern.
+            UserError: if that fails, for example because Orbax takes the path for a
+                pattern.
         """
         folder, probe = self._root / f"{PARTIAL}probe", {"probe": np.arange(3.0)}
         state = ocp.args.StandardSave(probe)
@@ -113,7 +114,7 @@ class Checkpoints:
     def save(self, state: TrainState, *, origin: dict) -> None:
         """Write the state and its `origin_of` in the background.
 
-        Device memory of `state` is free to be donated when this returns.
+        `state` may be donated once this returns.
         """
         self.wait()
         step = int(state.step)
@@ -126,7 +127,7 @@ class Checkpoints:
         self._steps.append(step)
 
     def score(self, step: int, dice: float) -> None:
-        """Record the validation Dice of a saved step; drop the best one before."""
+        """Record the validation Dice of a saved step; drop the previous best."""
         self.wait()
         metrics = {METRIC: dice if math.isfinite(dice) else None, CASES: self._cases}
 
@@ -151,16 +152,16 @@ class Checkpoints:
         return sorted(n for c, own in sets.items() if c != self._cases for n in own)
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints, the one being written included."""
+        """Return the steps of the checkpoints, including the one being written."""
         return sorted(self._steps)
 
     def check(self) -> None:
-        """Raise the `UserError` of a checkpoint that failed in the background."""
+        """Raise the `UserError` of a write that failed in the background."""
         with self._written():
             self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is complete, and drop what is not kept."""
+        """Wait until the last checkpoint is complete, and drop superseded ones."""
         with self._written():
             self._writer.wait_until_finished()
         self._drop_old()
@@ -177,14 +178,14 @@ class Checkpoints:
     def restore_latest(
         self, abstract: TrainState, *, origin: dict
     ) -> TrainState | None:
-        """Read the latest state onto the shardings of `abstract`; None without one.
+        """Read the latest state onto the shardings of `abstract`; None if none exists.
 
-        A checkpoint that one of the processes finds damaged is moved to the workdir's
-        folder "damaged", with a line in the log, and the one before it is read.
+        A checkpoint that a process finds damaged moves to the workdir's folder
+        "damaged", with a line in the log. Then the previous one is read.
 
         Raises:
             UserError: for a checkpoint of another model, seed or data, for one that
-                cannot be read now, and if none of them can be read at all.
+                cannot be read now, and if none can be read at all.
         """
         damage = None
         while self._steps:
@@ -203,7 +204,7 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, abstract: TrainState, *, origin: dict) -> TrainState:
-        """Read the state of a step; errors as of `restore_latest`."""
+        """Read the state of a step; raises as `restore_latest`."""
         folder = self._root / str(step)
         state, damage = _restore(folder, abstract, origin=origin)
         checks.require(state is not None, f"{damage}; remove {folder}.")
@@ -217,7 +218,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self):
-        """Turn what storage libraries raise on failed writes into a `UserError`."""
+        """Turn storage libraries' errors on failed writes into a `UserError`."""
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
@@ -232,7 +233,7 @@ class Checkpoints:
 def open_checkpoints(workdir: str | Path, *, cases: str = "") -> Iterator[Checkpoints]:
     """Open the checkpoints of a run for writing; wait for the last one at the end.
 
-    `cases` is the fingerprint of the validation cases by which steps are scored.
+    `cases` is the fingerprint of the validation cases that score the steps.
     """
     root = absolute(workdir) / CHECKPOINTS
     processes.on_first(lambda: _clean(root))
@@ -257,7 +258,7 @@ def _clean(root):
 
 
 def _restore(folder, abstract, *, origin):
-    """Return (state, None), or (None, what some process finds damaged)."""
+    """Return (state, None), or (None, the damage that some process found)."""
 
     def attempt():
         checks.require(
@@ -289,9 +290,9 @@ def _restore(folder, abstract, *, origin):
 
 
 def _fields(state):
-    """Return the fields of a state by name, as checkpoints have them.
+    """Return the fields of a state by name, as in checkpoints.
 
-    Networks without buffers have no such field there, nor had any at first.
+    Networks without buffers lack that field, as do all early checkpoints.
     """
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     fields[EMA] = fields.pop("ema_params")
@@ -301,7 +302,7 @@ def _fields(state):
 
 
 def _parts(params, buffers):
-    """Return the parts of a checkpoint that hold the arrays of its network."""
+    """Return the parts of a checkpoint that contain its network's arrays."""
     return {"params": params} | ({"buffers": buffers} if buffers else {})
 
 
@@ -336,14 +337,14 @@ def load_model(
     Args:
         workdir: of a training run.
         step: a number, "latest" or "best" by validation Dice; None takes the best, or
-            the latest if none was validated.
+            the latest without a validation.
 
     Returns:
         The run's config, the network, and {"step": number, "metrics": of that step}.
 
     Raises:
-        UserError: for a folder without checkpoints, a step that is not there, and a
-            checkpoint that cannot be read or is of another model.
+        UserError: for a folder without checkpoints, a missing step, and a checkpoint
+            that cannot be read or belongs to another model.
     """
     root = absolute(workdir) / CHECKPOINTS
     while True:
@@ -391,7 +392,7 @@ def _load(folder):
 
 
 def _candidates(root, step):
-    """Return the steps that answer to a wish, the best answer first."""
+    """Return the steps that match a request, the best match first."""
     steps = steps_of(root)
     checks.require(
         bool(steps),

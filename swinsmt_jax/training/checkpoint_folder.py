@@ -1,4 +1,4 @@
-"""The folder of one checkpoint: reading it, and telling damage from failing storage."""
+"""The folder of one checkpoint: read it, and tell damage from failing storage."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def steps_of(root: Path) -> list[int]:
 def ranked(root: Path) -> list[int]:
     """Return the steps that have a validation Dice, the best and latest first.
 
-    Only scores of one set of cases compare: those of the step that was scored last.
+    Only scores on the same cases compare: those of the step that was scored last.
     """
     sets = ranked_by_cases(root)
     return max(sets.values(), key=max, default=[])
@@ -79,7 +79,7 @@ def score_of(folder: Path) -> tuple[float | None, str]:
 
 
 def meta_of(folder: Path) -> dict:
-    """Return what the checkpoint belongs to, as `checkpoint.origin_of`."""
+    """Return the origin of the checkpoint, as `checkpoint.origin_of`."""
 
     def restore():
         meta = ocp.JsonCheckpointHandler().restore(folder / META)
@@ -130,7 +130,7 @@ def _shapes(tree):
 
 
 def put_aside(folder: Path, damage: object) -> None:
-    """Move a damaged checkpoint to the workdir's folder "damaged", and say so."""
+    """Move a damaged checkpoint to the workdir's folder "damaged", and log it."""
     target = folder.parent.parent / DAMAGED / folder.name
     while target.exists():
         target = target.with_name(target.name + "_")
@@ -143,12 +143,12 @@ def put_aside(folder: Path, damage: object) -> None:
 
 
 def read(folder: Path, function: Callable[[], T]) -> T:
-    """Return what a function reads from a checkpoint.
+    """Return the result of a function that reads a checkpoint.
 
-    Storage libraries raise almost anything on damaged files, and the same where the
-    system refuses to read. So after an error all files are read as they are: a file
-    that the system refuses is not damaged. If it refuses none, it may have recovered,
-    and the function is called once more.
+    Storage libraries raise almost anything on damaged files, and the same if the system
+    refuses to read. So after an error all files are read raw. A file that the system
+    refuses is not damaged. If it refuses none, it may have recovered, and the function
+    is called again.
 
     Raises:
         DamagedError: for damaged or missing files.

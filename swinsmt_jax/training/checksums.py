@@ -1,7 +1,7 @@
 """Checksums of a state's arrays, equal on any mesh.
 
-An array that is divided over devices by its leading axis, as experts are, has a
-checksum for each of its rows, so that a process can check those that it holds.
+An array whose leading axis is divided over devices, like experts, has one checksum per
+row. So each process can check the rows that it holds.
 """
 
 import zlib
@@ -28,8 +28,8 @@ def require_same(tree: Any, saved: Mapping[str, int]) -> None:
     """Raise `ValueError` if an array that this process holds has another checksum.
 
     Args:
-        tree: a state, or a dictionary with some of its fields, such as "params".
-        saved: from `of_state`; what it lacks is not checked.
+        tree: a state, or a dictionary of some of its fields, such as "params".
+        saved: from `of_state`; arrays that it lacks are not checked.
     """
     parts: dict[str, Any] = {}
     for name, leaf in _named(tree).items():
@@ -57,7 +57,7 @@ def _row(name, number):
 
 
 def _parts(name, leaf, *, by_row):
-    """Return what this process holds of an array, {name of the part: array}."""
+    """Return this process's parts of an array, {name of the part: array}."""
     if not by_row:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
             return {}

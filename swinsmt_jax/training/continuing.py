@@ -22,13 +22,12 @@ EXTENDED = {
 def continued(
     workdir: str | Path, config: ExperimentConfig
 ) -> tuple[ExperimentConfig, dict[str, list]]:
-    """Return the config with the schedule of a continued run, and what changed.
+    """Return the config with the schedule of a continued run, and the changes.
 
     The checkpoint holds the run's earlier config. Without one, nothing changes.
 
     Returns:
-        The config, and {key: [before, now]} of keys that decide what is learnt or how
-        it is validated.
+        The config, and {key: [before, now]} of keys that affect learning or validation.
     """
     before, done = processes.run_on_all(lambda: _before(absolute(workdir)))
     if before is None:

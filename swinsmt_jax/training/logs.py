@@ -42,7 +42,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count what happens within as waiting for data."""
+        """Count time in this context as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
@@ -51,8 +51,8 @@ class Clock:
         """Note the end of a step.
 
         Returns:
-            Once known, `patches_per_second`, `input_wait`, the share of the time in
-            which the step waited for data, and the rates of `Cost.rates`.
+            Once known, `patches_per_second`, `input_wait` (the share of time that the
+            step waited for data) and the rates of `Cost.rates`.
         """
         self._ends.append((time.perf_counter(), self._waited))
         steps = len(self._ends) - 1
@@ -66,7 +66,7 @@ class Clock:
         }
 
     def restart(self) -> None:
-        """Leave out what has passed since the last step."""
+        """Leave out the time since the last step."""
         self._ends.clear()
         self._ends.append((time.perf_counter(), self._waited))
 
@@ -84,7 +84,7 @@ class Log:
         self._bar.update()
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Write metrics of a step; what is given later for the same step is added.
+        """Write metrics of a step; later calls for the same step add to them.
 
         Raises:
             OSError: if metrics.jsonl cannot be written, as on a full disk.
@@ -111,9 +111,9 @@ class Log:
 
 @contextlib.contextmanager
 def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log]:
-    """Continue the log of a run after step `start`; rows beyond it are dropped.
+    """Continue the log of a run after step `start`; drop later rows.
 
-    In all processes but the first, nothing is logged.
+    Only the first process logs anything.
     """
     first, path = processes.is_first(), Path(os.devnull)
     if first:
@@ -131,7 +131,7 @@ def open_log(workdir: Path, *, start: int, stop: int) -> Iterator[Log]:
 
 @contextlib.contextmanager
 def _open_board(folder, step, *, write_to_disk):
-    """Open TensorBoard's files, which on a full disk lose what they cannot write.
+    """Open TensorBoard's files, which lose rows on a full disk.
 
     Its thread then dies, so its queue must not fill.
     """
@@ -146,7 +146,7 @@ def _open_board(folder, step, *, write_to_disk):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read a metrics.jsonl: one row a step, made of its lines.
+    """Read a metrics.jsonl: one row per step, merged from its lines.
 
     A line that a killed run left unfinished is skipped.
     """

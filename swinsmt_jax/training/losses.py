@@ -1,13 +1,13 @@
-"""What training minimises: cross-entropy plus a loss of the overlap of each class.
+"""The training loss: cross-entropy plus a loss of the overlap of each class.
 
 A new loss is a function of three sums by class and a line in `LOSSES`.
 
 If a case annotates only some classes, a voxel labelled background may belong to any
-other class. Its softmax is over the annotated classes and one more, whose probability
-is the sum of the background's and the other classes': the marginal loss of Shi et al.
-(2021, Medical Image Analysis 70, 101979) and, as the target adaptive loss, of Fang and
-Yan (2020, IEEE TMI 39, 3619). Sigmoids of each class leave out the others (Liu et al.
-2023, masked back-propagation). Voxels with the label `IGNORED` never count.
+other class. Its softmax covers the annotated classes and one more, whose probability
+sums the background and the other classes. This is the marginal loss of Shi et al.
+(2021, Medical Image Analysis 70, 101979) and the target adaptive loss of Fang and Yan
+(2020, IEEE TMI 39, 3619). Losses with one sigmoid per class leave out the other classes
+(Liu et al. 2023, masked back-propagation). Voxels with the label `IGNORED` never count.
 """
 
 import functools
@@ -36,13 +36,13 @@ def soft_dice(
 ) -> jax.Array:
     """Return one minus soft Dice (Milletari et al. 2016), averaged as MONAI does.
 
-    The average is over all (sample, class) pairs, the background and absent classes
-    among them.
+    The average covers all (sample, class) pairs, including the background and absent
+    classes.
 
     Args:
-        predicted: `[B, K]`, sum of a class' probability over the voxels of a sample.
-        intersection: `[B, K]`, the same over the voxels that are of the class.
-        truth: `[B, K]`, number of voxels that are of the class.
+        predicted: `[B, K]`, sum of a class's probability over the voxels of a sample.
+        intersection: `[B, K]`, the same over the voxels of the class.
+        truth: `[B, K]`, number of voxels of the class.
     """
     dice = (2 * intersection + SMOOTH) / (predicted + truth + SMOOTH)
     return (1 - dice).mean()
@@ -65,17 +65,17 @@ def volume_dice(
 ) -> jax.Array:
     """Return one minus soft Dice with 1 in its denominator; arguments as above.
 
-    An absent class costs 1 and has no slope (Liu et al. 2023, over whole volumes).
+    An absent class costs 1 without a slope (Liu et al. 2023, over whole volumes).
     """
     return (1 - 2 * intersection / (predicted + truth + 1)).mean()
 
 
 class Head(Protocol):
-    """What makes logits of features: a pytree.
+    """A pytree that computes logits from features.
 
     Attributes:
         num_classes: K.
-        width: numbers of a voxel that it makes at once.
+        width: numbers per voxel that it computes at once.
     """
 
     @property
@@ -93,7 +93,7 @@ class Head(Protocol):
         ...
 
     def sum_samples(self, gradient: Any) -> Any:
-        """Return the head's gradient, of one by sample that is summed over planes."""
+        """Return the head's gradient from one by sample, summed over planes."""
         ...
 
 
@@ -101,18 +101,17 @@ class Head(Protocol):
 class Loss:
     """Cross-entropy averaged over voxels plus `overlap`, in float32.
 
-    The truth is never expanded to `[B, D, H, W, K]`: sums by class are taken over the
+    The truth is never expanded to `[B, D, H, W, K]`. Instead, sums by class add the
     probability of each voxel's true class. The backward pass recomputes probabilities.
-    A label outside [0, K) makes the loss NaN; data are checked where they are read.
-    With `annotated` the averages are over the voxels and pairs that are.
+    A label outside [0, K) makes the loss NaN; the readers check the data. With
+    `annotated` the averages cover only annotated voxels and pairs.
 
     Attributes:
         overlap: of (predicted, intersection, truth), see `soft_dice`.
-        one_vs_all: probabilities are not a softmax, but for each class but the
-            background the sigmoid of its logit minus the background's, of which the
-            cross-entropy is the mean binary one; the sums are `[B, K - 1]`. The class
-            of the largest logit is then the most probable one above 1/2, or else the
-            background.
+        one_vs_all: no softmax; each class except the background has the sigmoid of its
+            logit minus the background's. The cross-entropy is the mean binary one, and
+            the sums are `[B, K - 1]`. The class of the largest logit is then the most
+            probable one above 1/2, or else the background.
     """
 
     overlap: Overlap
@@ -130,7 +129,7 @@ class Loss:
             logits: `[B, D, H, W, K]`, any float dtype.
             labels: `[B, D, H, W]`, integers in [0, K).
             annotated: bool `[B, K]`, the classes that each sample annotates; a label
-                may then also be `IGNORED`. None where all voxels are annotated.
+                may then also be `IGNORED`. None if all voxels are annotated.
         """
         truth = _class_ids(labels, "logits", logits, logits.shape[-1], annotated)
         return _loss(self, logits.astype(jnp.float32), None, *truth)
@@ -143,14 +142,14 @@ class Loss:
         labels: jax.Array,
         annotated: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the loss of the logits `features @ kernel + bias` without the logits.
+        """Return the loss of logits `features @ kernel + bias` without making these.
 
-        With 118 classes the logits are the largest array of a training step, and their
-        gradient is another. Here both are made for a few planes at a time, forward and
-        once more backward. Equal up to the order of sums.
+        With 118 classes the logits and their gradient are the largest arrays of a
+        training step. This method makes both for a few planes at a time, forward and
+        again backward. The result is equal up to the order of sums.
 
         Args:
-            features: `[B, D, H, W, F]`, any float dtype, which the products have too.
+            features: `[B, D, H, W, F]`, any float dtype; products have the same dtype.
             kernel: `[F, K]`.
             bias: `[K]`.
             labels, annotated: as in a call.
@@ -165,11 +164,11 @@ class Loss:
         labels: jax.Array,
         annotated: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the loss of the logits `head(features)` likewise.
+        """Return the loss of logits `head(features)` in the same way.
 
         Args:
             features: `[B, D, H, W, F]`.
-            head: what makes logits of some planes of the features.
+            head: computes logits from some planes of the features.
             labels, annotated: as in a call.
         """
         number = head.num_classes
@@ -188,7 +187,7 @@ def make(name: str) -> Loss:
     """Return the loss of `training.loss`.
 
     Raises:
-        UserError: for an unknown name, and a loss whose overlap is not one number.
+        UserError: for an unknown name, and a loss whose overlap is not a scalar.
     """
     checks.one_of("training.loss", name, LOSSES)
     loss, sums = LOSSES[name], jax.ShapeDtypeStruct((1, 3), jnp.float32)
@@ -202,9 +201,9 @@ def make(name: str) -> Loss:
 
 
 def _class_ids(labels, name, array, num_classes, annotated):
-    """Return labels as int32 in [0, K], K for what is out of range, and `annotated`.
+    """Return labels as int32 in [0, K], with K if out of range, and `annotated`.
 
-    With `annotated`, classes that are not become background, what is ignored `OUT`.
+    With `annotated`, other classes become background and ignored voxels `OUT`.
     """
     checks.require(
         array.ndim == 5 and labels.shape == array.shape[:-1],
@@ -265,7 +264,7 @@ class _Dense:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(loss, features, head, labels, annotated):
-    """The loss of features and a head, or of logits and None."""
+    """Return the loss of features and a head, or of logits and None."""
     return _forward(loss, features, head, labels, annotated)[0]
 
 
@@ -297,9 +296,9 @@ def _of_voxel(labels, annotated):
 
 
 def _over_pairs(overlap, pairs, *sums):
-    """Return a loss of the overlap averaged over only some (sample, class) pairs.
+    """Return a loss of the overlap, averaged over some (sample, class) pairs only.
 
-    The others are given sums of 0, and what a mean over all has of these is taken off.
+    The others get sums of 0, and their part of the mean over all is subtracted.
     """
     share = pairs.mean(dtype=jnp.float32)
     absent = jnp.zeros_like(sums[0])
@@ -342,10 +341,10 @@ def _counted(values, labels, annotated):
 
 
 def _joined(logits, annotated):
-    """Return logits whose background also covers all classes that are not annotated.
+    """Return logits whose background also covers all unannotated classes.
 
-    The others' probability is 0. And which they are, bool `[B, 1, 1, 1, K]`, the
-    background among them.
+    Those classes have probability 0. Also return which they are, bool `[B, 1, 1, 1,
+    K]`, including the background.
     """
     others = ~annotated.at[:, 0].set(False)[:, None, None, None, :]
     joint = jax.nn.logsumexp(jnp.where(others, logits, NOTHING), axis=-1)
@@ -366,11 +365,11 @@ def _softmax(logits, labels, annotated):
 
 
 def _softmax_gradient(given, labels, annotated, log_total, slopes, of_voxel):
-    """Return the gradient in the logits.
+    """Return the gradient with respect to the logits.
 
-    With p the probabilities and y the label, g_k = d overlap / d p_k is slope_k +
-    [k = y] gain_y; the softmax turns it into p_k (g_k - sum_j p_j g_j). That of the
-    joint background is divided among its classes by their shares.
+    With probabilities p and label y, g_k = d overlap / d p_k is slope_k + [k = y]
+    gain_y. The softmax turns it into p_k (g_k - sum_j p_j g_j). The joint background's
+    gradient is divided among its classes by their shares.
     """
     logits = given if annotated is None else _joined(given, annotated)[0]
     slope, gain = slopes  # through the sizes of the prediction and of the intersection
@@ -402,7 +401,7 @@ def _one_vs_all(logits, labels, annotated):
 
 
 def _classes_of(annotated, logits):
-    """Return the weight of each class but the background, and the sum of them."""
+    """Return the weight of each class but the background, and their sum."""
     if annotated is None:
         return 1, logits.shape[-1] - 1
     wanted = annotated[:, None, None, None, 1:].astype(logits.dtype)
@@ -410,7 +409,7 @@ def _classes_of(annotated, logits):
 
 
 def _one_vs_all_gradient(logits, labels, annotated, _, slopes, of_voxel):
-    """As `_softmax_gradient`; with p the sigmoids, g_k is turned into p (1 - p) g."""
+    """As `_softmax_gradient`; sigmoids p turn g_k into p (1 - p) g."""
     slope, gain = (part[:, None, None, None, :] for part in slopes)
     p = jax.nn.sigmoid(logits[..., 1:] - logits[..., :1])
     is_true = labels[..., None] == jnp.arange(1, logits.shape[-1])
@@ -429,7 +428,7 @@ def _logits(features, head):
 def _over_blocks(block, arrays, head):
     """Apply `block` to a few planes of the arrays at a time; to all without a head.
 
-    It returns two trees: values of voxels, which are put together, and of samples,
+    It returns two trees: values of voxels, which are concatenated, and of samples,
     which are summed.
     """
     features = arrays[0]
@@ -469,7 +468,7 @@ def _over_blocks(block, arrays, head):
 
 
 def _at_label(values, labels):
-    """Entry of `values [..., K]` at each label; NaN where there is none."""
+    """Return the entry of `values [..., K]` at each label; NaN if it has none."""
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
 
 
@@ -494,7 +493,7 @@ def sums_by_comparison(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum by class on accelerators, which fuse the comparison into the reduction.
 
-    A scatter would queue all voxels of one class at one address, and is slow on TPU.
+    A scatter would queue all voxels of a class at one address, and is slow on TPU.
     """
     here = labels[..., None] == jnp.arange(num_classes)
     sums = jnp.where(here, values[..., None], 0).sum(SPATIAL_AXES)
@@ -504,10 +503,10 @@ def sums_by_comparison(
 def sums_by_scatter(
     values: jax.Array, labels: jax.Array, *, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum by class on CPU, which would write the comparison out (benchmarks/loss.py).
+    """Sum by class on a CPU, which would store the comparison (benchmarks/loss.py).
 
-    One bin per row and class keeps the float32 sums short; one per class alone would
-    lose three digits where one class fills the patch.
+    One bin per row and class keeps the float32 sums short. One bin per class would lose
+    three digits if one class fills the patch.
     """
     bins = jnp.zeros((*labels.shape[:3], num_classes))
     b, d, h = jnp.indices(labels.shape[:3], sparse=True)

@@ -16,12 +16,12 @@ from swinsmt_jax.training.prior import around
 
 
 class Optimizer(NamedTuple):
-    """An `optax.GradientTransformation` that says which parameters it treats alike.
+    """An `optax.GradientTransformation` that tells which parameters it treats alike.
 
     Attributes:
         init, update: as optax's.
-        kind: of a parameter's path. Parameters of one kind are updated each element by
-            itself, in the same way.
+        kind: from a parameter's path to its kind. All elements of parameters of one
+            kind are updated separately, in the same way.
     """
 
     init: optax.TransformInitFn
@@ -34,8 +34,8 @@ def make_schedule(config: OptimizerConfig, *, num_steps: int) -> optax.Schedule:
 
     It rises linearly to `learning_rate` over `warmup_steps`, and falls along a half
     cosine to `final_ratio * learning_rate` at `num_steps`. The first step has a rate
-    above 0, so this is not `optax.warmup_cosine_decay_schedule`. Where a run was
-    extended, it ends at `config.spans`, and then stays constant or begins again.
+    above 0, unlike in `optax.warmup_cosine_decay_schedule`. In an extended run it ends
+    at `config.spans`, and then stays constant or begins again.
     """
     ends = [end for end in config.spans if end < num_steps]
     if config.extend == "constant" and ends:
@@ -59,8 +59,8 @@ def make_optimizer(
 ) -> Optimizer:
     """Return AdamW with decoupled weight decay on the kernels (Loshchilov 2019).
 
-    Frozen parameters take no part in the norm by which gradients are clipped. `network`
-    says which parameters decay, in which stage of its encoder one is, and its prior.
+    Frozen parameters do not count in the norm that clips gradients. `network` tells
+    which parameters decay, the encoder stage of each parameter, and its prior.
     """
 
     def learns(path):
@@ -110,7 +110,7 @@ def _map_paths(function, tree):
 
 
 def require_effect(config: OptimizerConfig, params: dict) -> None:
-    """Raise `UserError` for a pattern of `freeze` that finds no parameter, or all."""
+    """Raise `UserError` if a pattern of `freeze` matches no parameter, or all."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     paths = [path_name(path) for path, _ in leaves]
     for pattern in config.freeze:

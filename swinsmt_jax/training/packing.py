@@ -1,7 +1,7 @@
-"""Small parameters as one array during the optimizer's update.
+"""Join small parameters to one array during the optimizer's update.
 
-Most parameters are biases and scales. Updating each of them takes longer to trace,
-compile and load than to run.
+Most parameters are biases and scales. Updating each one separately takes longer to
+trace, compile and load than to run.
 """
 
 import math
@@ -18,10 +18,10 @@ SMALL = 2**16  # elements; larger parameters are not joined, which would copy th
 
 
 class Packing:
-    """Which parameters are joined: small ones of a kind that every device holds whole.
+    """The parameters to join: small ones of one kind that every device holds whole.
 
-    The packed form of nested dictionaries is a flat one, from the path of a parameter,
-    or of the first of those that are joined, to an array.
+    The packed form of nested dictionaries is a flat one. It maps the path of a
+    parameter, or of the first joined one, to an array.
 
     Args:
         abstract: nested dictionaries of the parameters' shapes, dtypes and shardings.
@@ -39,7 +39,7 @@ class Packing:
         self._groups = {names[0]: names for names in groups.values()}
 
     def pack(self, tree: Any) -> Any:
-        """Return a tree, each part of it that is nested as the parameters packed."""
+        """Return a tree with every part that is nested like the parameters packed."""
         return jax.tree.map(
             lambda part: self._pack(part) if self._is_whole(part) else part,
             tree,

@@ -1,8 +1,8 @@
-"""Weights on the entries of kernels, as a pure function around any optimiser.
+"""Prior weights on kernel entries, as a pure function around any optimiser.
 
 The Bayesian frequency prior of 3D RepUX-Net (Lee et al., MICCAI 2023) multiplies each
 large kernel W by a fixed matrix P. The parameters here are the effective kernels E,
-which start as P W: what is saved, evaluated and converted needs no P.
+which start as P W. So saving, evaluating and converting need no P.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from swinsmt_jax.sharding import path_name
 
 
 class Rule(NamedTuple):
-    """What a prior P does to one parameter E, entry by entry.
+    """The effect of a prior P on one parameter E, entry by entry.
 
     Attributes:
-        gradient: (gradient by E, P) -> gradient that the optimiser gets.
-        parameter: (E, P) -> parameter that the optimiser gets.
+        gradient: (gradient by E, P) -> gradient for the optimiser.
+        parameter: (E, P) -> parameter for the optimiser.
         update: (the optimiser's update, E, P) -> update of E.
     """
 
@@ -44,7 +44,7 @@ def around(
 ) -> optax.GradientTransformation:
     """Return an optimiser for parameters, some of which have a prior.
 
-    Its state is the one that it has without.
+    Its state is the same as without a prior.
     """
     rule = RULES[prior.rule]
 

@@ -34,9 +34,9 @@ Change = Callable[[nnx.Module], object]
 def find_cases(
     data: DataConfig, *, num_classes: int, validated: bool
 ) -> tuple[DataConfig, Cases, Cases]:
-    """Return the config with what its data say, and the cases of both splits.
+    """Return the config with facts from its data, and the cases of both splits.
 
-    Without cases of the split "val" nothing is validated, and the log says so.
+    If the split "val" has no cases, nothing is validated, and the log says so.
 
     Raises:
         UserError: as `pipeline.settled` and `pipeline.find_cases`.
@@ -60,7 +60,7 @@ def find_cases(
 
 
 def require_same_data(training: Cases, validation: Cases, **facts: object) -> None:
-    """Raise `SharedError` unless all processes have the same cases, and these facts."""
+    """Raise `SharedError` unless all processes have the same cases and these facts."""
     if jax.process_count() == 1:
         return
 
@@ -78,7 +78,7 @@ def require_same_data(training: Cases, validation: Cases, **facts: object) -> No
 
 
 def trained_on(data: DataConfig, cases: Cases) -> dict:
-    """Return what run.json says of the data."""
+    """Return the record of the data for run.json."""
     known = (
         "root",
         "fold",
@@ -102,11 +102,10 @@ def make_network(
 ) -> tuple:
     """Return (abstract state, its initialisation, `step_of`, prediction).
 
-    `step_of` makes the training step of a config, the same one but for its `remat`.
-
-    The initialisation takes None, or what sets other parameters; see `state.changed`.
-    Nothing takes memory yet. A `UserError` for a loss or a frozen parameter that there
-    is not.
+    `step_of` makes the training step of a config that may differ in `remat` only. The
+    initialisation takes None, or a function that sets other parameters; see
+    `state.changed`. Nothing takes memory yet. An unknown loss or frozen parameter is a
+    `UserError`.
     """
     schedule = make_schedule(optimizer_config, num_steps=training.num_steps)
     optimizer = make_optimizer(optimizer_config, schedule, network=model)
@@ -155,7 +154,7 @@ def validate_on(
 def read_start(
     start_from: Callable[[], Change] | None, *, resumed: bool
 ) -> Change | None:
-    """Read what a new run starts from; one that continues has its own."""
+    """Read the start of a new run; a continued run has its own."""
     if start_from is None:
         return None
     if resumed:
@@ -175,12 +174,12 @@ def batches_after(
     mesh: Mesh,
     ahead: int = 0,
 ) -> Iterator[tuple[dict[str, jax.Array], list[str]]]:
-    """Yield each batch after a step, on the mesh, and the names of its cases.
+    """Yield each batch after a step, placed on the mesh, and its cases' names.
 
     `ahead` is as in `pipeline.training_batches`.
 
     Raises:
-        UserError: for bad files, and labels that the network has no output for.
+        UserError: for bad files, and labels for which the network has no output.
     """
     batches = pipeline.training_batches(
         data,

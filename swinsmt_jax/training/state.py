@@ -23,14 +23,14 @@ class TrainState:
     """State after `step` updates.
 
     Attributes:
-        step: int32; with the seed it decides the keys and the data of the next update.
+        step: int32; it and the seed decide the keys and data of the next update.
         params: nested dictionaries of float32 arrays, named as the network's parts.
-        buffers: the network's arrays that no gradient moves, such as the running
-            statistics of batch norm, nested alike; empty if there are none.
+        buffers: the network's arrays without gradients, such as the running statistics
+            of batch norm, nested alike; may be empty.
         opt_state: optax's state; its moments are nested as `params`.
-        ema_params: running average of `params` and `buffers`; empty if none is kept.
-        skipped: int32 [2], steps left out because they were not finite: in all, and
-            the last ones in a row.
+        ema_params: running average of `params` and `buffers`; empty if not kept.
+        skipped: int32 [2], steps left out because they were not finite: in total, and
+            the latest in a row.
     """
 
     step: jax.Array
@@ -47,7 +47,7 @@ class TrainState:
 
     @property
     def evaluated_params(self) -> dict:
-        """The arrays that are validated and evaluated: the average, if one is kept."""
+        """The arrays to validate and evaluate: the average, if kept."""
         return self.ema_params or self.arrays
 
 
@@ -58,11 +58,11 @@ def abstract_state(
     mesh: Mesh,
     averaged: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Return the network's structure and the state to be, as shapes with shardings.
+    """Return the network's structure and its future state as shapes with shardings.
 
-    Takes no memory. The leaves are `jax.ShapeDtypeStruct` with dtype and sharding:
-    what a state is made by, restored onto and compiled for. `averaged` adds the
-    running average of the parameters.
+    This takes no memory. The leaves are `jax.ShapeDtypeStruct` with dtype and sharding,
+    from which a state is made, restored and compiled. `averaged` adds the running
+    average of the parameters.
     """
     graphdef, arrays = models.abstract_model(config)
     state = jax.eval_shape(lambda a: _start(graphdef, a, optimizer, averaged), arrays)
@@ -80,7 +80,7 @@ def initialize(
     seed: int,
     abstract: TrainState,
 ) -> TrainState:
-    """Make the state before the first update, born where `abstract` has its leaves."""
+    """Make the state before the first update, directly on the devices of `abstract`."""
 
     def make(key):
         parts = models.split(models.create(config, rngs=nnx.Rngs(key)))
@@ -93,9 +93,9 @@ def initialize(
 def changed(
     state: TrainState, graphdef: nnx.GraphDef, change: Callable[[nnx.Module], object]
 ) -> TrainState:
-    """Return the state with parameters and buffers that `change` set in its network.
+    """Return the state after `change` has set parameters and buffers of its network.
 
-    What `change` returns is logged; of several processes all call it.
+    The result of `change` is logged. All processes call it.
     """
     model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, state.arrays))
     for line in str(processes.run_on_all(lambda: change(model))).splitlines():

@@ -1,4 +1,4 @@
-"""The folder of a run: it belongs to one experiment, whose config.json it holds.
+"""The folder of a run; it belongs to one experiment and contains its config.json.
 
 <workdir>/config.json         the resolved config of the last start
 <workdir>/checkpoints/<step>  state, config and seed, data and batch of the run
@@ -75,17 +75,16 @@ MAY_DIFFER = ("data.root", "data.num_workers", "data.num_threads", "data.cache")
 
 
 def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
-    """Make the folder, or check that it belongs to this config, and record the config.
+    """Make the folder, or check that it belongs to this config; record the config.
 
-    It belongs to a config once it holds a checkpoint.
-
-    Of several processes the first one does so, and the others find it done.
+    It belongs to a config once it contains a checkpoint. The first process does this,
+    and the others find it done.
 
     Raises:
-        UserError: for a path that cannot be a folder, an unreadable config.json, and a
-            config that differs from the recorded one in keys outside `MAY_CHANGE`, or
-            from that of another process in keys outside `MAY_DIFFER`; and a folder
-            that the processes do not share; and a link in the place of a folder.
+        UserError: for a path that cannot be a folder, an unreadable config.json, a
+            config that differs from the recorded one in keys outside `MAY_CHANGE` or
+            from another process's in keys outside `MAY_DIFFER`, a folder that the
+            processes do not share, and a link in place of a folder.
     """
     workdir = files.absolute(path)
     keys = _flat(to_dict(config)).items()
@@ -96,7 +95,7 @@ def open_workdir(path: str | Path, config: ExperimentConfig) -> Path:
 
 
 def _require_shared(workdir):
-    """Have all processes see what the first one has just written."""
+    """Check that all processes see what the first one has just written."""
     if jax.process_count() == 1:
         return
     token = workdir / f".shared-{processes.gather(secrets.token_hex(8))[0]}"
@@ -113,9 +112,9 @@ def _require_shared(workdir):
 
 @contextlib.contextmanager
 def requeued(workdir: Path) -> Iterator[None]:
-    """Leave the file `REQUEUE` where a signal announced the end of the time.
+    """Leave the file `REQUEUE` if a signal announced the end of the time limit.
 
-    Whoever started the run may look whether it is there; the next start removes it.
+    A batch script can check for the file. The next start removes it.
     """
     mark = workdir / REQUEUE
     processes.on_first(lambda: mark.unlink(missing_ok=True))
@@ -130,13 +129,13 @@ def requeued(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Make the folder and hold it against a second run until the end, or until killed.
+    """Make the folder and lock it against a second run until the end, or until killed.
 
-    Of several processes the first one does so.
+    The first process does this.
 
     Raises:
-        UserError: for a path that cannot be a folder that is written to, and one that a
-            live run holds.
+        UserError: for a path that cannot be a writable folder, and one that a live run
+            holds.
     """
     workdir = files.absolute(path)
     what, remedy = f"the workdir {workdir}", "choose another --workdir"
@@ -166,7 +165,7 @@ def _claim(workdir, config):
 
 
 def recorded_config(file: Path) -> ExperimentConfig:
-    """Read a config.json back; a `UserError` if it is none."""
+    """Read a config.json back; raise `UserError` if it is not one."""
     try:
         return from_config_dict(files.read_json(file))
     except (OSError, ValueError) as error:
@@ -195,7 +194,7 @@ def differing(
 ) -> dict[str, tuple[object, object]]:
     """Return {dotted key: (before, after)} of what differs between two configs.
 
-    What a version before did not take from its data does not count.
+    Values that an earlier version did not take from its data do not count.
     """
     if not old.data.seen.fingerprint:
         spacing = old.data.spacing or new.data.spacing
@@ -211,7 +210,7 @@ def differing(
 
 
 def is_silent(key: str) -> bool:
-    """Whether a change of a key needs no log line."""
+    """Whether a changed key needs no log line."""
     return not key.startswith(TOLD)
 
 

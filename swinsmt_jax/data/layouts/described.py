@@ -10,8 +10,8 @@
  "modality": "CT",                           another is not expected to be in HU
  "splits": {"train": ["a", "b"], "val": ["c"], "test": []}}   or "meta.csv"
 
-Paths are relative to the folder of the dataset. Names of classes have no comma, since
-lists on the command line are split there.
+Paths are relative to the folder of the dataset. Class names have no comma, because it
+separates lists on the command line.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ def fits(root: Path, content: dict) -> bool:
 
 
 def read(root: Path, content: dict, *, where: str) -> Dataset:
-    """List the cases; a `UserError` names the key that cannot be used."""
+    """List the cases; a `UserError` names an unusable key."""
     patterns = _patterns(content, where)
     classes = content["classes"]
     if isinstance(classes, str):
@@ -70,7 +70,7 @@ def read(root: Path, content: dict, *, where: str) -> Dataset:
 
 
 def _require_no_commas(names, where):
-    """Refuse names that no list of classes can name; of other types is told later."""
+    """Refuse names that no list of classes can contain; later code checks types."""
     for name in names if isinstance(names, list) else ():
         checks.require(
             not isinstance(name, str) or "," not in name,

@@ -1,11 +1,11 @@
 """nnU-Net's layout: dataset.json, imagesTr, labelsTr, and imagesTs, labelsTs.
 
 Images are named <case>_0000.nii.gz (version 2), or <case>.nii.gz as in the Medical
-Segmentation Decathlon (version 1). Training and validation cases are those of the first
-fold of splits_final.json if the folder has that file, and otherwise every fifth case in
-the order of names is for validation. Test cases are those of imagesTs that have labels
-in labelsTs. A training case that lacks its image or its labels is refused. Voxels with
-the label "ignore" are not annotated.
+Segmentation Decathlon (version 1). The first fold of splits_final.json gives training
+and validation cases. Without that file, every fifth case in the order of names is for
+validation. Test cases are the cases of imagesTs with labels in labelsTs. A training
+case that lacks its image or its labels is refused. Voxels with the label "ignore" are
+not annotated.
 """
 
 from pathlib import Path
@@ -120,7 +120,7 @@ def _splits(root, ending, folds, refused):
 
 
 def _folds(file, cases):
-    """Return the folds of a cross-validation that a file lists; () without it."""
+    """Return the folds of a cross-validation from a file; () without it."""
     if not file.is_file():
         return ()
     try:

@@ -26,7 +26,7 @@ def fits(root: Path, content: dict) -> bool:
 def read(
     root: Path, content: dict, *, where: str = "", classes: ClassMap = V2
 ) -> Dataset:
-    """List the cases of meta.csv; a `UserError` for a folder without it."""
+    """List the cases of meta.csv; raise `UserError` for a folder without it."""
     _require_meta(root)
     refused: dict[str, str] = {}
     splits = meta.read(root, refused=refused)
@@ -37,16 +37,16 @@ def find_cases(root: str | Path, *, split: str) -> tuple[Case, ...]:
     """List the cases of a split, in the order of meta.csv.
 
     Raises:
-        UserError: for a missing folder, meta.csv, column, CT or segmentation, an id
-            that is repeated or not a plain folder name, and an empty split.
+        UserError: for a missing folder, meta.csv, column, CT or segmentation, a
+            repeated id or one that is not a plain folder name, and an empty split.
     """
     return read(absolute(root), {}).of_split(split)
 
 
 def case_of(root: Path, name: str, split: str) -> Case:
-    """Return one case; a `UserError` if a file of it is missing.
+    """Return one case; raise `UserError` if one of its files is missing.
 
-    Where a case has both the label file and the folder of masks, the file is taken.
+    If a case has both the label file and the folder of masks, the file is used.
     """
     folder = root / name
     file, masks = folder / f"segmentations{SUFFIX}", folder / "segmentations"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# distributed 2026.8.0: a task that was sent to a worker and had not begun when the worker died counts as one that
-# may have killed it. With allowed-failures exhausted it ends as KilledWorker ("workers died while running it"), never
-# having run: innocent scans of a batch are lost beside one that takes all memory. Count begun attempts yourself
-# (a file for each), and submit again what never began.
+# distributed 2026.8.0: a worker that dies also blames the tasks that it had received but not begun. With
+# allowed-failures exhausted, such a task ends as KilledWorker ("workers died while running it"), although it never
+# ran. So one scan that takes all memory costs a batch its innocent scans. Count begun attempts yourself
+# (one file each), and resubmit tasks that never began.
 . "$(dirname "$0")/lib.sh"
 venv "distributed==2026.8.0"
 cat > run.py <<'PY'

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# grain 0.2.18: an element that raises behind mp_prefetch ends its worker's share. Whoever catches the error and goes
-# on (a damaged scan among thousands) gets the elements of the other workers, and then StopIteration, as if the
-# epoch were complete. In one process all other elements come, but the end is an IndexError, again and
-# again, in place of StopIteration. Stop at the first error, or return a mark instead of raising.
+# grain 0.2.18: an element that raises behind mp_prefetch ends its worker's share. If you catch the error and go
+# on (a damaged scan among thousands), you get the other workers' elements and then StopIteration, as if the
+# epoch were complete. In one process all other elements arrive, but the end is a repeated IndexError instead of
+# StopIteration. Stop at the first error, or return a mark instead of raising.
 . "$(dirname "$0")/lib.sh"
 need_python 11 12
 venv "grain==0.2.18" "jax==0.10.2" "numpy==2.2.6"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# jax 0.12.0.1: the derivative of jax.scipy.special.erf, and with it of the exact GELU, raises inside
-# jax.shard_map ("requires varying manual axes to match"); the value and the tanh form of GELU are fine,
-# and so was jax 0.11.2. Whoever trains a transformer's feed-forward layer (or a mixture of experts)
+# jax 0.12.0.1: the derivative of jax.scipy.special.erf raises inside jax.shard_map ("requires varying manual axes
+# to match"). So does the derivative of the exact GELU. The value and the tanh form of GELU work, as did
+# jax 0.11.2. Anyone who trains a transformer's feed-forward layer (or a mixture of experts)
 # under shard_map with its default check_vma=True cannot take a step after the upgrade.
 . "$(dirname "$0")/lib.sh"
 need_python 13 12

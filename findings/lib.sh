@@ -1,5 +1,5 @@
-# Sourced by every finding. It works in a temporary folder, removed at the end.
-#   need_python MINOR...   set $python to the first interpreter 3.MINOR that is there
+# Every finding sources this file. It works in a temporary folder and removes it at the end.
+#   need_python MINOR...   set $python to the first interpreter 3.MINOR that exists
 #   venv PACKAGE...        make an environment with these packages; $py is its interpreter
 set -u
 here=$(mktemp -d)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# loky 3.7.0 (Linux): workers of a ProcessPoolExecutor that are busy outlive a parent that was killed with SIGKILL
-# (an out-of-memory kill, a batch system at its time limit), and so do loky's trackers. Whoever preprocesses
-# scans for hours finds the workers and their memory still on the node. Let each worker watch its parent
+# loky 3.7.0 (Linux): busy workers of a ProcessPoolExecutor outlive a parent that is killed with SIGKILL
+# (an out-of-memory kill, a batch system at its time limit). So do loky's trackers. After hours of preprocessing,
+# the workers and their memory remain on the node. Let each worker watch its parent
 # (PR_SET_PDEATHSIG on Linux, or a thread that compares os.getppid()).
 . "$(dirname "$0")/lib.sh"
 venv "loky==3.7.0"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # orbax-checkpoint 0.12.8, CheckpointManager(best_fn=..., best_mode="max"): one NaN among the metrics makes a
-# later and worse checkpoint the best one. After 0.9, NaN, 0.1, 0.2 best_step() is the step of 0.2, and
-# with max_to_keep=1 the checkpoint of 0.9 is deleted; without the NaN it is kept. Whoever validates on a
-# few cases, of which one time none has a class, loses the best network. Save such a step without metrics.
+# later, worse checkpoint the best one. After 0.9, NaN, 0.1, 0.2, best_step() is the step of 0.2, and
+# max_to_keep=1 deletes the checkpoint of 0.9, which is kept without the NaN. Anyone who validates on a
+# few cases loses the best network once no case has a class. Save such a step without metrics.
 . "$(dirname "$0")/lib.sh"
 need_python 11 12
 venv "orbax-checkpoint==0.12.8" "jax==0.10.2" "numpy==2.2.6"

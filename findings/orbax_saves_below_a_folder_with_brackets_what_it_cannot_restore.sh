@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# orbax-checkpoint 0.12.8: below a folder whose name holds [...] a save reports success, and its checkpoint cannot be
-# restored: the files that processes wrote are found by a pattern in which the brackets have a meaning, so
-# nothing is merged. Whoever names runs after their settings ("run[lr=1e-3]") trains to the end and has no
+# orbax-checkpoint 0.12.8: below a folder with [...] in its name, a save reports success, but the checkpoint cannot
+# be restored. Orbax finds the files of its processes by a pattern in which brackets have a meaning, so
+# it merges nothing. If you name runs after their settings ("run[lr=1e-3]"), you train to the end and have no
 # network. Read the first checkpoint of a run back, or keep brackets out of paths.
 . "$(dirname "$0")/lib.sh"
 need_python 11 12

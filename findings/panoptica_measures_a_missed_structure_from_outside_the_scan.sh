@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# panoptica 2.1.7: Metric.HD95 of a structure that the prediction lacks is the 95th percentile of its surface's distances
+# panoptica 2.1.7: if the prediction lacks a structure, Metric.HD95 is the 95th percentile of its surface's distances
 # to the voxel (-1, 0, 0), one before the scan's first: 15.2 mm for a cube near that corner, 27.2 mm for the same cube
 # elsewhere. It looks like a measured distance, and flipping an axis changes it. ASSD of the same pair is NaN.
 . "$(dirname "$0")/lib.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0: save_file writes a NumPy array that is not C-contiguous (a transpose, a flip, a slice) by
-# the bytes of its buffer: name, shape and dtype are right, the values are not, and nothing is raised.
-# 0.7.0 wrote the values. Whoever transposes kernels between PyTorch's layout and channels-last
+# safetensors 0.8.0: save_file writes the raw buffer of a NumPy array that is not C-contiguous (a transpose, a flip,
+# a slice). Name, shape and dtype are right, the values are wrong, and nothing is raised.
+# 0.7.0 wrote the values. Anyone who transposes kernels between PyTorch's layout and channels-last
 # just before saving ships wrong weights. Call np.ascontiguousarray first (it turns shape () into (1,)).
 . "$(dirname "$0")/lib.sh"
 cat > run.py <<'PY'

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SimpleITK 2.5.7: an enhanced CT may give each frame its own RescaleIntercept (PS3.3 C.7.6.16.2.9). ReadImage
-# applies the first frame's to all of them, without a warning, so that HU are off by the difference.
-# Whoever segments or measures an enhanced CT (one file, many frames) by SimpleITK gets wrong values;
-# read the functional groups (pydicom, highdicom) and rescale frame by frame.
+# applies the first frame's to all of them without a warning, so HU are off by the difference.
+# Anyone who segments or measures an enhanced CT (one file, many frames) with SimpleITK gets wrong values.
+# Read the functional groups (pydicom, highdicom) and rescale frame by frame.
 . "$(dirname "$0")/lib.sh"
 venv "SimpleITK==2.5.7" "pydicom==3.0.2" "numpy==2.2.6"
 cat > run.py <<'PY'

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# SimpleITK 2.5.7, ImageSeriesReader: the pixel type of the volume is the first file's. Where the first slice has an
-# integer slope and intercept and a later one has not (scanners rescale slice by slice), the later HU are
-# cut towards zero to integers, without a warning; in the other order they are kept.
-# Whoever reads a PET-CT's or a dual-energy series loses up to one unit a voxel. Read slice by slice.
+# SimpleITK 2.5.7, ImageSeriesReader: the volume takes its pixel type from the first file. If the first slice has an
+# integer slope and intercept and a later one does not (scanners rescale slice by slice), the later HU are
+# truncated towards zero to integers, without a warning. In the other order they are kept.
+# Reading a PET-CT or dual-energy series loses up to one unit per voxel. Read slice by slice.
 . "$(dirname "$0")/lib.sh"
 venv "SimpleITK==2.5.7" "pydicom==3.0.2" "numpy==2.2.6"
 cat > run.py <<'PY'

@@ -200,6 +200,7 @@ def _attend(q, k, v, *, bias, regions=None, rate=0.0, key=None):
     """Attention within windows: q, k and v are [B, W, n, h, C / h]."""
     if not rate or key is None:
         return by_platform.attend_within_windows(q, k, v, bias, regions)
+    by_platform.note("windows", "plain, for dropout", q.shape[1:])
     regions = None if regions is None else jnp.asarray(regions)
     weights = window_attention.weights(q, k, bias, regions)
     weights = dropout(weights, rate=rate, key=key)

@@ -49,18 +49,26 @@ class Conv(nnx.Module):
             features, initializer, fan_in=fan_in, rngs=rngs, wanted=use_bias
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        if self.strides != (1, 1, 1):
-            y = by_platform.strided_conv(x, kernel, self.strides)
-        elif kernel.shape[:3] == (1, 1, 1):
-            y = x @ kernel[0, 0, 0]
-        elif kernel.shape[:3] == (3, 3, 3):
-            y = by_platform.conv3x3x3(x, kernel)
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O].
+
+        Several arrays stand side by side along the channels. Where the platform has a
+        form for that, they are not copied.
+        """
+        kernel = self.kernel[...].astype(self.dtype)
+        parts = tuple(part.astype(self.dtype) for part in parts)
+        sides = kernel.shape[:3]
+        if self.strides == (1, 1, 1) and sides == (1, 1, 1):
+            y = by_platform.pointwise_conv(*parts, kernel[0, 0, 0])
+        elif self.strides == (1, 1, 1) and sides == (3, 3, 3):
+            y = by_platform.conv3x3x3(*parts, kernel)
         else:
-            y = by_platform.flat_conv(x, kernel)
-        return y if self.bias is None else _add(y, self.bias[...])
+            x = jnp.concatenate(parts, axis=-1)
+            if self.strides == (1, 1, 1):
+                y = by_platform.flat_conv(x, kernel)
+            else:
+                y = by_platform.strided_conv(x, kernel, self.strides)
+        return y if self.bias is None else convolution.add_bias(y, self.bias[...])
 
 
 class PatchConv(nnx.Module):
@@ -85,7 +93,7 @@ class PatchConv(nnx.Module):
         """Embed the patches of `x`."""
         kernel = self.kernel[...].astype(self.dtype)
         y = convolution.patchify(x.astype(self.dtype), kernel)
-        return _add(y, self.bias[...])
+        return convolution.add_bias(y, self.bias[...])
 
 
 class UpConv(nnx.Module):
@@ -120,18 +128,12 @@ class UpConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] to [B, D s, H s, W s, O]."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = convolution.unpatchify(x.astype(self.dtype), kernel)
-        return y if self.bias is None else _add(y, self.bias[...])
+        bias = () if self.bias is None else (self.bias[...],)
+        return by_platform.up_conv(x.astype(self.dtype), kernel, *bias)
 
 
 def _triple(sides):
     return (sides,) * 3 if isinstance(sides, int) else tuple(sides)
-
-
-def _add(y, bias):
-    """Add the bias rounded to the dtype of `y`; its gradient is a sum in float32."""
-    bias = bias.astype(y.dtype).astype(jnp.float32)
-    return (y + bias).astype(y.dtype)
 
 
 def _bias(features, initializer, *, fan_in, rngs, wanted):
@@ -219,11 +221,14 @@ class ResidualBlock(nnx.Module):
         self.conv2 = conv(features, 3)
         self.conv3 = conv(channels, 1) if channels != features else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, D, H, W, C] to [B, D, H, W, O]."""
-        y = leaky_relu(instance_norm(self.conv1(x)))
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to [B, D, H, W, O]; several arrays as in `Conv`."""
+        y = leaky_relu(instance_norm(self.conv1(*parts)))
         y = instance_norm(self.conv2(y))
-        shortcut = x if self.conv3 is None else instance_norm(self.conv3(x))
+        if self.conv3 is None:
+            shortcut = jnp.concatenate(parts, axis=-1)
+        else:
+            shortcut = instance_norm(self.conv3(*parts))
         return leaky_relu(y + shortcut.astype(y.dtype))
 
 
@@ -238,5 +243,4 @@ class UpBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
         """Map [B, D, H, W, C] and a skip [B, 2D, 2H, 2W, O] to [B, 2D, 2H, 2W, O]."""
-        x = self.transp_conv(x)
-        return self.conv_block(jnp.concatenate([x, skip.astype(x.dtype)], axis=-1))
+        return self.conv_block(self.transp_conv(x), skip)

@@ -149,9 +149,9 @@ class ConvNorm(nnx.Module):
         )
         self.norm = InstanceNorm(features, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""
-        x = self.norm(self.conv(x))
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]; several arrays as in `Conv`."""
+        x = self.norm(self.conv(*parts))
         return leaky_relu(x) if self.activate else x
 
 
@@ -171,9 +171,11 @@ class ConvStack(nnx.Module):
         rest = (ConvNorm(features, features, **common) for _ in range(count - 1))
         self.convs = nnx.List([first, *rest])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]."""
-        for conv in self.convs:
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """Map [B, D, H, W, C] to [B, D/s, H/s, W/s, O]; several arrays as in `Conv`."""
+        first, *rest = self.convs
+        x = first(*parts)
+        for conv in rest:
             x = conv(x)
         return x
 
@@ -329,7 +331,7 @@ class Decoder(nnx.Module):
         """Return the features of the finest stage."""
 
         def level(up, stage, x, skip):
-            return stage(jnp.concatenate([up(x), skip], axis=-1))
+            return stage(up(x), skip)
 
         run = nnx.remat(level) if self.recompute else level
         x = skips[-1]

@@ -9,7 +9,7 @@ bfloat16 get it where its limits allow.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from swinsmt_jax.ops import (
     fft_convolution,
     window_attention,
 )
-from swinsmt_jax.ops.cpu import conv3x3x3 as conv3x3x3_on_cpu
+from swinsmt_jax.ops.cpu import convolution as convolution_on_cpu
 from swinsmt_jax.ops.cpu import depthwise_conv as depthwise_conv_on_cpu
 from swinsmt_jax.ops.cpu import strided_conv as strided_conv_on_cpu
 from swinsmt_jax.ops.gpu import cudnn_attention
@@ -57,7 +57,9 @@ _for_every_platform = contextvars.ContextVar("for_every_platform", default=False
 _fused: contextvars.ContextVar[Implementation | None] = contextvars.ContextVar(
     "fused", default="cudnn"
 )
-_notes: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+# By "routing" or "windows": {how its attention is computed: of which shapes}.
+Notes = dict[str, dict[str, list[str]]]
+_notes: contextvars.ContextVar[Notes | None] = contextvars.ContextVar(
     "notes", default=None
 )
 
@@ -116,7 +118,7 @@ def _convolution(convolve, kernel_gradient=None):
     """Return the form of a convolution of stride 1: the input's gradient is another.
 
     Args:
-        convolve: (x, kernel) -> result.
+        convolve: (*parts, kernel) -> result.
         kernel_gradient: (x, kernel, cotangent) -> gradient; jax's own if not given.
     """
 
@@ -124,14 +126,58 @@ def _convolution(convolve, kernel_gradient=None):
         return jax.vjp(lambda k: convolve(x, k), kernel)[1](cotangent)[0]
 
     def backward(operands, _, cotangent):
-        x, kernel = operands
-        flipped = kernel[::-1, ::-1, ::-1]
+        *parts, kernel = operands
+        kernels = _split(kernel, parts, axis=-2)
+        flipped = (k[::-1, ::-1, ::-1] for k in kernels)
         if kernel.ndim == 5:  # input and output channels change places
-            flipped = flipped.swapaxes(3, 4)
+            flipped = (k.swapaxes(3, 4) for k in flipped)
         gradient = kernel_gradient or by_autodiff
-        return convolve(cotangent, flipped), gradient(x, kernel, cotangent)
+        of_kernels = map(gradient, parts, kernels, [cotangent] * len(parts))
+        return (
+            *(convolve(cotangent, k) for k in flipped),
+            jnp.concatenate([*of_kernels], axis=-2),
+        )
 
     return Form(lambda *operands: (convolve(*operands), ()), backward)
+
+
+def _by_size(small: Form, large: Form) -> Form:
+    """Return the form of a convolution on a CPU: one for few voxels, and another."""
+
+    def of(operands):
+        return small if convolution_on_cpu.is_small(operands[0]) else large
+
+    return Form(
+        lambda *operands: of(operands).forward(*operands),
+        lambda operands, *rest: of(operands).backward(operands, *rest),
+    )
+
+
+def _split(array, parts, axis):
+    """Cut an array of the parts' channels, one after the other, along an axis."""
+    if len(parts) == 1:
+        return [array]
+    return jnp.split(array, np.cumsum([p.shape[-1] for p in parts])[:-1], axis=axis)
+
+
+def of_concatenation(form: Form) -> Form:
+    """Return the form of (*parts, kernel), given that of (x, kernel)."""
+
+    def joined(operands):
+        *parts, kernel = operands
+        return jnp.concatenate(parts, axis=-1), kernel
+
+    def backward(operands, kept, cotangent):
+        gradient, of_kernel = form.backward(joined(operands), kept, cotangent)
+        return (*_split(gradient, operands[:-1], axis=-1), of_kernel)
+
+    return Form(lambda *operands: form.forward(*joined(operands)), backward)
+
+
+def _sum_of_products(*operands):
+    """Multiply (*parts, kernel [C, O]) without a copy of all parts side by side."""
+    *parts, kernel = operands
+    return sum(map(jnp.matmul, parts, _split(kernel, parts, axis=-2)))
 
 
 def blocked(attention: ModuleType, blocks: dict[str, Any], **default: Any) -> Callable:
@@ -156,14 +202,27 @@ def blocked(attention: ModuleType, blocks: dict[str, Any], **default: Any) -> Ca
     return lambda *operands: operation(*vary_alike(*operands))
 
 
+# Of arrays that stand side by side along the channels, [B, D, H, W, C1], ..., and a
+# kernel of all their channels: a U-Net's decoder convolves what comes up with the skip.
 conv3x3x3 = choose(
-    default=_convolution(convolution.conv),
-    cpu=_convolution(conv3x3x3_on_cpu.convolve, conv3x3x3_on_cpu.kernel_gradient),
+    default=of_concatenation(_convolution(convolution.conv)),
+    cpu=_by_size(
+        _differentiated(convolution_on_cpu.of_few_voxels),
+        _convolution(convolution_on_cpu.convolve, convolution_on_cpu.kernel_gradient),
+    ),
+)
+pointwise_conv = choose(
+    default=of_concatenation(_differentiated(jnp.matmul)),
+    cpu=_differentiated(_sum_of_products),
 )
 flat_conv = choose(  # of kernels with sides of 1 and of 3
     default=_convolution(convolution.conv),
-    cpu=_convolution(conv3x3x3_on_cpu.at_once),
+    cpu=_convolution(convolution_on_cpu.at_once),
 )
+# Transposed, with a stride equal to the kernel: see `convolution.unpatchify`.
+_at_once = _differentiated(convolution.unpatchify)
+_few_planes = _differentiated(convolution_on_cpu.unpatchify)
+up_conv = choose(default=_at_once, cpu=Form(_few_planes.forward, _at_once.backward))
 _depthwise_conv = choose(
     default=_convolution(convolution.depthwise_conv),
     cpu=_convolution(
@@ -191,11 +250,13 @@ _attend_within_windows = blocked(window_attention, WINDOWS_BLOCK)
 
 @functools.cache
 def _strided_conv(strides):
-    forms = convolution.conv, strided_conv_on_cpu.strided_conv
-    default, cpu = (
-        _differentiated(functools.partial(form, strides=strides)) for form in forms
-    )
-    return choose(default=default, cpu=cpu)
+    def form(convolve):
+        return _differentiated(functools.partial(convolve, strides=strides))
+
+    cpu = strided_conv_on_cpu
+    forward = form(cpu.plane_by_plane).forward
+    backward = form(cpu.at_once).backward
+    return choose(default=form(convolution.conv), cpu=Form(forward, backward))
 
 
 def strided_conv(
@@ -246,8 +307,8 @@ def attend(
 
     Memory grows with Q + K, forward and backward: see `blockwise_attention`. With
     `fused` and values of bfloat16, cuDNN's kernel with logits of bfloat16 is taken
-    where its limits allow. Elsewhere the logits are float32, on accelerators of three
-    products of bfloat16, which err by some 3e-4.
+    where its limits allow. Elsewhere the logits are float32, on accelerators that
+    multiply bfloat16 of three products of it, which err by some 3e-4.
 
     Args:
         queries: [B, Q, C].
@@ -265,7 +326,8 @@ def attend(
         return cudnn_attention.attend(*operands, implementation=implementation)
 
     rounded = values.dtype == jnp.bfloat16
-    in_blocks = _attend_by_parts if rounded else _attend
+    by_parts = rounded and cudnn_attention.this_device().multiplies_bfloat16
+    in_blocks = _attend_by_parts if by_parts else _attend
     return _fused_or("routing", by_cudnn, in_blocks, queries, keys, values)
 
 
@@ -278,11 +340,10 @@ def _fused_or(what, by_cudnn, in_blocks, *operands):
         known = cudnn_attention.Device("gpu", "9.0")  # has the form "xla"
         own = cudnn_attention.this_device() if implementation == "cudnn" else known
         reason = cudnn_attention.refusal(*operands[:3], device=own)
-    notes = _notes.get()
-    if notes is not None:
-        notes[what] = implementation if reason is None else f"in blocks, since {reason}"
     if reason is not None:
+        note(what, f"in blocks, since {reason}", operands[0].shape[1:])
         return in_blocks(*operands)
+    note(what, implementation, operands[0].shape[1:])
     by_cudnn = functools.partial(by_cudnn, implementation)
     if _for_every_platform.get():
         return lax.platform_dependent(*operands, cuda=by_cudnn, default=in_blocks)
@@ -304,10 +365,25 @@ def fused_attention(implementation: Implementation | None) -> Iterator[None]:
         _fused.reset(token)
 
 
+def note(what: str, how: str, shape: Sequence[int]) -> None:
+    """Note how attention of queries of a shape is computed; see `noting`."""
+    notes = _notes.get()
+    if notes is not None:
+        shapes = notes.setdefault(what, {}).setdefault(how, [])
+        text = " x ".join(map(str, shape))
+        shapes += [text] * (text not in shapes)
+
+
+def described(notes: Notes) -> str:
+    """Return the notes in one line, without the shapes."""
+    found = [f"{what} {how}" for what, ways in notes.items() for how in ways]
+    return "; ".join(found) or "none"
+
+
 @contextlib.contextmanager
-def noting() -> Iterator[dict[str, str]]:
-    """Yield what fills with {"routing" or "windows": how its attention is computed}."""
-    notes: dict[str, str] = {}
+def noting() -> Iterator[Notes]:
+    """Yield what fills with notes while programs are traced."""
+    notes: Notes = {}
     token = _notes.set(notes)
     try:
         yield notes
@@ -329,7 +405,10 @@ def attend_with_softmax(
 
 @contextlib.contextmanager
 def for_every_platform() -> Iterator[None]:
-    """Leave `dense_or_streaming` to the platform, for programs that leave this host."""
+    """Leave every choice to the platform, for programs that leave this host.
+
+    Attention that this host would give to cuDNN goes there on CUDA alone.
+    """
     token = _for_every_platform.set(True)
     try:
         yield
@@ -345,6 +424,11 @@ def entries_at_a_time() -> int:
     return max(ENTRIES_ON_CPU, stats.get("bytes_limit", 0) // BYTES_PER_ENTRY)
 
 
+def is_dense(weights: int, platform: str) -> bool:
+    """Return whether a Soft MoE with so many routing weights a sample is dense."""
+    return weights <= DENSE["cpu" if platform == "cpu" else "default"]
+
+
 def dense_or_streaming(
     weights: int, *, dense: Callable[[], jax.Array], streaming: Callable[[], jax.Array]
 ) -> jax.Array:
@@ -353,7 +437,12 @@ def dense_or_streaming(
     It is chosen for this host, so that a gradient keeps what one of them needs, or see
     `for_every_platform`.
     """
-    forms = {n: dense if weights <= most else streaming for n, most in DENSE.items()}
+
+    def noted():
+        note("routing", "dense", [weights])
+        return dense()
+
+    forms = {name: noted if is_dense(weights, name) else streaming for name in DENSE}
     if _for_every_platform.get() and forms["cpu"] is not forms["default"]:
         return lax.platform_dependent(**forms)
     return forms["cpu" if jax.default_backend() == "cpu" else "default"]()

@@ -46,12 +46,15 @@ def patchify(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum("bxpyqzrc,pqrco->bxyzo", x, kernel)
 
 
-def unpatchify(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def unpatchify(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
     """Transposed convolution with stride equal to the kernel, as one matrix product.
 
     Args:
         x: [B, D, H, W, C].
         kernel: [p, q, r, C, O], not flipped (as in PyTorch).
+        bias: [O], if there is one.
 
     Returns:
         [B, D p, H q, W r, O].
@@ -59,4 +62,11 @@ def unpatchify(x: jax.Array, kernel: jax.Array) -> jax.Array:
     b, d, h, w, _ = x.shape
     p, q, r, _, out = kernel.shape
     y = jnp.einsum("bxyzc,pqrco->bxpyqzro", x, kernel)
-    return y.reshape(b, d * p, h * q, w * r, out)
+    y = y.reshape(b, d * p, h * q, w * r, out)
+    return y if bias is None else add_bias(y, bias)
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add the bias [O] rounded to the dtype of `y`; its gradient is a float32 sum."""
+    bias = bias.astype(y.dtype).astype(jnp.float32)
+    return (y + bias).astype(y.dtype)

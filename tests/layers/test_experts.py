@@ -17,7 +17,7 @@ from swinsmt_jax.ops import by_platform
 COLLECTIVE = r" (all-to-all|all-gather|all-reduce|collective-permute)(?:-start)?\("
 
 
-def test_sparing_changes_only_the_memory(rng, monkeypatch):
+def test_recomputing_changes_only_the_memory(rng, monkeypatch):
     monkeypatch.setattr(by_platform, "ENTRIES_ON_CPU", 2**10)
     graphdef, params = nnx.split(Experts(6, num_experts=6, hidden=24, rngs=nnx.Rngs(0)))
     slots = jnp.asarray(rng.standard_normal((2, 6, 5, 6)), jnp.float32)

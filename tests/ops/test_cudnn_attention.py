@@ -41,7 +41,9 @@ def test_elsewhere_it_streams_and_says_why(rng):
     q, k, v = operands(rng)
     with by_platform.noting() as notes:
         out = by_platform.attend(q, k, v, fused=True)
-    assert notes == {"routing": "in blocks, since the platform is cpu, not gpu"}
+    how = "in blocks, since the platform is cpu, not gpu"
+    assert notes == {"routing": {how: ["10 x 16"]}}
+    assert by_platform.described(notes) == f"routing {how}"
     np.testing.assert_array_equal(out, by_platform.attend(q, k, v))
 
 
@@ -49,7 +51,7 @@ def test_deterministic_kernels_are_never_fused(rng):
     q, k, v = operands(rng)
     with by_platform.fused_attention(None), by_platform.noting() as notes:
         out = by_platform.attend(q, k, v, fused=True)
-    assert "deterministic" in notes["routing"]
+    assert "deterministic" in by_platform.described(notes)
     np.testing.assert_array_equal(out, by_platform.attend(q, k, v))
 
 
@@ -65,7 +67,7 @@ def test_its_arithmetic_differs_by_the_rounding_of_bfloat16(rng):
     expected = both()
     with by_platform.fused_attention("xla"), by_platform.noting() as notes:
         found = both()
-    assert notes == {"routing": "xla"}
+    assert notes == {"routing": {"xla": ["10 x 16"]}}
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype and 0 < distance(ours, theirs) < 0.02
 
@@ -98,7 +100,7 @@ def test_windows_by_patterns_are_those_in_blocks(rng, grid, batch):
     expected = both()
     with by_platform.fused_attention("xla"), by_platform.noting() as notes:
         found = both()
-    assert notes == {"windows": "xla"}
+    assert list(notes["windows"]) == ["xla"]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype and 0 < distance(ours, theirs) < 0.02
 
@@ -148,20 +150,36 @@ def test_knows_the_limits_of_cudnn(rng, options, capability, words):
 # Swin SMT of the paper at 128^3: tokens and channels of the Soft MoE of each stage,
 # windows and heads of 16 channels of each stage.
 @pytest.mark.parametrize(
-    "tokens, channels, capability, fits",
+    "tokens, channels, capability, form",
     [
-        (32**3, 96, "8.0", True),
-        (16**3, 192, "8.0", False),  # dense there anyway
-        (16**3, 192, "9.0", True),
-        (8**3, 384, "9.0", False),
+        (32**3, 96, "8.0", "cudnn"),
+        (32**3, 96, "7.5", "in blocks"),
+        (16**3, 192, "8.0", "dense"),
+        (16**3, 192, "9.0", "dense"),
+        (8**3, 384, "9.0", "dense"),
     ],
 )
-def test_the_papers_routing(tokens, channels, capability, fits):
+def test_the_papers_routing(tokens, channels, capability, form):
     shape = (1, tokens, channels)
-    tokens, values = (jax.ShapeDtypeStruct(shape, d) for d in (jnp.float32, BFLOAT16))
+    operands = [jax.ShapeDtypeStruct(shape, d) for d in (jnp.float32, BFLOAT16)]
     device = cudnn_attention.Device("gpu", capability)
-    found = cudnn_attention.refusal(tokens, tokens, values, device=device)
-    assert (found is None) == fits
+    refused = cudnn_attention.refusal(*operands[:1] * 2, operands[1], device=device)
+    assert by_platform.is_dense(tokens**2, "gpu") == (form == "dense")
+    assert form == "dense" or (refused is None) == (form == "cudnn")
+
+
+@pytest.mark.parametrize(
+    "platform, capability, found",
+    [
+        ("gpu", "7.5", False),
+        ("gpu", "8.0", True),
+        ("gpu", "gfx90a", False),
+        ("tpu", None, True),
+    ],
+)
+def test_products_of_bfloat16_are_asked_of_what_has_them(platform, capability, found):
+    device = cudnn_attention.Device(platform, capability)
+    assert device.multiplies_bfloat16 == found
 
 
 @pytest.mark.parametrize(
@@ -174,11 +192,28 @@ def test_the_papers_windows(count, tokens, heads):
         assert cudnn_attention.refusal(windows, windows, windows, device=device) is None
 
 
+def test_each_way_is_noted_with_its_shapes(rng):
+    """One network has routing that is dense, streams and is fused."""
+    streaming = functools.partial(by_platform.attend, fused=True)
+    with by_platform.fused_attention("xla"), by_platform.noting() as notes:
+        for channels in (16, 16, 12):
+            streaming(*operands(rng, channels=channels))
+        by_platform.dense_or_streaming(64, dense=lambda: 1, streaming=lambda: 2)
+    refused = "in blocks, since 12 channels are not a multiple of 8 up to 256"
+    assert notes["routing"] == {
+        "xla": ["10 x 16"],
+        refused: ["10 x 12"],
+        "dense": ["64"],
+    }
+    ways = "routing xla; routing in blocks, since 12 channels are not a multiple of 8 "
+    assert by_platform.described(notes) == f"{ways}up to 256; routing dense"
+
+
 def test_float32_networks_are_never_rounded(rng):
     q, k, v = operands(rng, dtype="float32")
     with by_platform.fused_attention("xla"), by_platform.noting() as notes:
         out = by_platform.attend(q, k, v, fused=True)
-    assert "values are float32" in notes["routing"]
+    assert "values are float32" in by_platform.described(notes)
     np.testing.assert_array_equal(out, by_platform.attend(q, k, v))
 
 

@@ -1,7 +1,9 @@
-"""Strided convolutions on a CPU, where XLA's gradient of them is slow.
+"""Strided convolutions on a CPU.
 
-Every axis of stride 2 is folded into the channels, and what remains is written over
-2-D convolutions of stride 1.
+XLA's gradient of a strided convolution is slow there. So every axis of stride 2 is
+folded into the channels, and what remains is written over 2-D convolutions of stride 1.
+Folded as a whole, the input is copied several times: only the gradient, which has those
+copies anyway, is derived from that form.
 """
 
 import functools
@@ -10,23 +12,45 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from swinsmt_jax.ops.cpu.convolution import conv_2d, conv_in_strips
 
-def strided_conv(
+
+def plane_by_plane(
     x: jax.Array, kernel: jax.Array, *, strides: tuple[int, ...]
 ) -> jax.Array:
-    """Convolve [B, D, H, W, C] with [p, q, r, C, O]: see `convolution.strided_conv`."""
+    """Convolve as `at_once` does, and fold only the planes that a result needs."""
+    depth = x.shape[1] // strides[0]
+    kernel, padding = _fold_kernel(kernel, strides)
+    taps = jnp.concatenate(list(kernel), axis=2)
+
+    def folded(index):
+        planes = lax.dynamic_slice_in_dim(
+            x, strides[0] * jnp.clip(index, 0, depth - 1), strides[0], axis=1
+        )
+        inside = (index >= 0) & (index < depth)
+        return jnp.where(inside, _fold(planes, strides)[:, 0], 0)
+
+    def plane(index, y):
+        first = index - padding[0][0]
+        near = [folded(first + i) for i in range(len(kernel))]
+        one = conv_in_strips(jnp.concatenate(near, axis=-1), taps, padding[1:])
+        return lax.dynamic_update_slice_in_dim(y, one[:, None], index, axis=1)
+
+    sides = (size // stride for size, stride in zip(x.shape[1:4], strides, strict=True))
+    shape = (x.shape[0], *sides, kernel.shape[-1])
+    # Made of `x`, and not a constant: see `convolution.convolve`.
+    buffer = jnp.broadcast_to(x[:, :1, :1, :1, :1], shape)
+    return lax.fori_loop(0, depth, plane, buffer)
+
+
+def at_once(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, ...]) -> jax.Array:
+    """Convolve [B, D, H, W, C] with [p, q, r, C, O], all planes at once."""
     x = _fold(x, strides)
     kernel, padding = _fold_kernel(kernel, strides)
     b, d, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     planes = (
-        lax.conv_general_dilated(
-            x[:, i : i + d].reshape(b * d, h, w, c),
-            taps,
-            (1, 1),
-            padding[1:],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        conv_2d(x[:, i : i + d].reshape(b * d, h, w, c), taps, padding[1:])
         for i, taps in enumerate(kernel)
     )
     return functools.reduce(jnp.add, planes).reshape(b, d, h, w, -1)

@@ -33,6 +33,11 @@ class Device(NamedTuple):
     platform: str
     capability: str | None = None
 
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether XLA makes float32 products there of bfloat16 ones."""
+        return self.platform != "gpu" or _most_channels(self.capability) > 0
+
 
 def this_device() -> Device:
     """Return the device on which jax computes."""

@@ -1,5 +1,6 @@
 """What the benchmarks compile and time: networks, their loss, the training step."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -90,6 +91,11 @@ def seconds_within(lowered: jax.stages.Lowered, *, limit_gb: float, repeats: int
     return compiled, min(
         seconds_of(compiled, *zeros(lowered.in_avals[0]), repeats=repeats)
     )
+
+
+def with_all_recomputed(model: NetworkConfig) -> NetworkConfig:
+    """Return the config with every part recomputed in the backward pass."""
+    return dataclasses.replace(model, remat=model.remat_parts)
 
 
 def training_step(config: ExperimentConfig, mesh: jax.sharding.Mesh):

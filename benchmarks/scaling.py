@@ -238,7 +238,9 @@ def line(row: dict) -> str:
 
 def main(options):
     small = options.small or options.quick
-    paper = from_config_dict(swin_smt_paper.get_config()).model
+    paper = programs.with_all_recomputed(
+        from_config_dict(swin_smt_paper.get_config()).model
+    )
     model = small_model(options.experts) if small else paper
     counts = (1, 2) if options.quick else DEVICES
     if options.small and not options.quick:

@@ -29,6 +29,8 @@ def get_config() -> config_dict.ConfigDict:
             "augmentations": {"intensity": {"probability": 0.0}},
         }
     )
-    config.optimizer.update({"learning_rate": 1.5e-2, "weight_decay": 0.0, "b2": 0.95})
+    config.optimizer.update(
+        {"learning_rate": 1.5e-2, "warmup_steps": 20, "weight_decay": 0.0}
+    )
     config.training.update({"num_steps": 400})
     return config

@@ -37,8 +37,7 @@ def get_config() -> config_dict.ConfigDict:
                 "attention_dropout": 0.0,
                 "drop_path": 0.0,
                 "dtype": "bfloat16",
-                # Recomputed in the backward pass: what is large at this patch.
-                "remat": ("stage1", "stage2", "stage3", "encoder", "decoder"),
+                "remat": ("auto",),  # as little as the memory of a device allows
             },
             "data": {
                 "root": "data/Totalsegmentator_dataset_v201",

@@ -1,11 +1,18 @@
-"""The free memory of the host, checked before the sizes in a header are trusted."""
+"""The memory of the host: what is free, and how freed blocks go back to it."""
 
+import ctypes
+import functools
+import os
+import sys
 from pathlib import Path
 
 from swinsmt_jax import checks
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # of a container
+# Options of glibc's mallopt, and bytes.
+LARGE_BLOCK = (-3, 2**22)  # M_MMAP_THRESHOLD: from here on a block is mapped alone
+FREE_AT_TOP = (-1, 2**24)  # M_TRIM_THRESHOLD: so much is kept for small blocks
 
 
 def available() -> int | None:
@@ -36,3 +43,20 @@ def require(what: object, needed: int) -> None:
         f"{what} needs at least {needed / 1e9:.1f} GB of memory, but "
         f"{(free or 0) / 1e9:.1f} GB are free; crop it, or give the process more.",
     )
+
+
+@functools.cache
+def return_freed_blocks() -> None:
+    """Make glibc return large blocks to the system when they are freed.
+
+    By itself it raises the size from which it does so to 32 MB, and then keeps the
+    freed logits and temporary arrays of windows.
+    MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ in the environment win.
+    """
+    given = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    if sys.platform != "linux" or given & set(os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(*LARGE_BLOCK)
+        mallopt(*FREE_AT_TOP)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 import traceback
 import typing
@@ -29,7 +30,11 @@ CACHE = Path("~/.cache/swinsmt_jax")
 ALONE = 5  # seconds that a process waits for the others to fail too
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs"
-RENAMED_FLAGS = {"accumulate": "accumulate_on"}  # earlier name: name of today
+RENAMED_FLAGS = {  # earlier name: name of today
+    "accumulate": "accumulate_on",
+    "colors": "colours",
+    "nocolors": "nocolours",
+}
 
 
 def start(arguments: Sequence[str] = ()) -> None:
@@ -151,7 +156,8 @@ def parse(arguments: list[str], values: flags.FlagValues = flags.FLAGS) -> list[
     """Parse the command line; a `UserError` for what the flags or the config lack."""
     try:
         values.set_gnu_getopt()  # `--compare a b --split=val`
-        rest = values([_with_new_name(argument) for argument in arguments])
+        arguments = _with_last_values([_with_new_name(text) for text in arguments])
+        rest = values(arguments)
         if "config" in values and values["config"].value is not None:
             config = values.config  # raises if there was no such file
             if not isinstance(config, str):  # preprocess and plan have its name alone
@@ -200,6 +206,29 @@ def _with_new_name(argument):
         return argument
     logging.warning("the flag --%s is now --%s", old, RENAMED_FLAGS[old])
     return argument.replace(old, RENAMED_FLAGS[old], 1)
+
+
+def _with_last_values(arguments):
+    """Return the arguments with the last flag of each key of the config alone.
+
+    Of numbers the last one counts anyway, but ml_collections 1.1.0 joins tuples:
+    findings/ml_collections_appends_the_tuple_of_a_flag_given_twice.sh.
+    """
+    groups: list[list[str]] = []  # a flag, and its value if that stands apart
+    for text in arguments:
+        apart = groups and re.fullmatch(r"--?config\.[^=]+", groups[-1][-1])
+        if apart and not text.startswith("-"):
+            groups[-1].append(text)
+        else:
+            groups.append([text])
+    keys = [group[0].partition("=")[0].lstrip("-") for group in groups]
+    last = {key: index for index, key in enumerate(keys)}
+    return [
+        text
+        for index, (key, group) in enumerate(zip(keys, groups, strict=True))
+        if not key.startswith("config.") or last[key] == index
+        for text in group
+    ]
 
 
 def only_flags(arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ checkpoint with the same data and random keys as without the interruption.
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,24 +41,24 @@ def train(
     profile_steps: int = 0,
     start_from: Callable[[], setup.Change] | None = None,
 ) -> TrainState:
-    """Train the config's network, or continue, and return the last state.
+    """Train the config's network, or continue training, and return the last state.
 
     Args:
         config: of the experiment.
         workdir: folder of the run, made if missing; see `training.workdir`.
-        validate: as `evaluation.validation.validate`; what it returns holds
-            {"dice": ...} and perhaps {"groups": {name: ...}, "pictures": {name: uint8
-            [H, W, 3]}}. Of several processes all call it, and `predict` takes this
-            process's devices.
-        profile_steps: steps of which a trace is written to <workdir>/profile.
-        start_from: called for a new run alone. What it returns changes the parameters
-            of the network before the first step; what that returns is logged.
+        validate: as `evaluation.validation.validate`; returns {"dice": ...} and perhaps
+            {"groups": {name: ...}, "pictures": {name: uint8 [H, W, 3]}}. All processes
+            call it, and `predict` uses this process's devices.
+        profile_steps: steps to trace to <workdir>/profile.
+        start_from: called only for a new run. It returns a function that changes the
+            network's parameters before the first step; that function's result is
+            logged.
 
     Raises:
-        UserError: before anything is compiled, for impossible configs, missing data
-            and a workdir of another run or in use; then for a step that does not fit
-            into memory; later for bad files, labels unknown to the network, checkpoints
-            that cannot be written, and losses that are not finite.
+        UserError: before anything is compiled, for impossible configs, missing data,
+            and a workdir that is in use or belongs to another run; then for a step that
+            does not fit into memory; later for bad files, labels unknown to the
+            network, failed writes of checkpoints, and losses that are not finite.
         Interrupted: after SIGTERM, SIGUSR1 or SIGINT, once the state is saved.
     """
     checks.require(
@@ -167,6 +168,7 @@ def train(
                     data=data,
                     loss=losses.make(training.loss),
                     accumulate=training.accumulate,
+                    deterministic=training.deterministic,
                     mesh=mesh,
                 ),
                 profile_steps=profile_steps,
@@ -175,11 +177,11 @@ def train(
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same from step to step.
+    """Everything that stays the same from step to step.
 
     Attributes:
-        validate: (parameters, poll) to what `train`'s `validate` returns; what `poll`
-            raises ends it early. None validates nothing.
+        validate: from (parameters, poll) to the result of `train`'s `validate`; an
+            exception of `poll` ends it early. None skips validation.
         abstract: shapes and shardings of the state.
     """
 
@@ -191,7 +193,7 @@ class _Run:
     abstract: TrainState
 
     def due(self, step: int, every: int) -> bool:
-        """Whether something happens after this step; it always does after the last."""
+        """Whether something is due after this step; after the last it always is."""
         return step == self.training.num_steps or (every > 0 and step % every == 0)
 
     def validates(self, step: int) -> bool:
@@ -204,10 +206,10 @@ class _Run:
 
 
 def _take_steps(run, state, *, batches, compile_step, profile_steps):
-    """Take the steps that are left and return the last state.
+    """Take the remaining steps and return the last state.
 
-    A step is saved before it is validated. Where that validation was cut short, it is
-    made up for first.
+    A step is saved before it is validated. If its validation was cut short, the next
+    run validates first.
     """
     start, stop = int(state.step), run.training.num_steps
     with (
@@ -227,7 +229,7 @@ def _take_steps(run, state, *, batches, compile_step, profile_steps):
         batch, names = _next(run, batches, state)
         with by_platform.noting() as attention:
             train_step, step_cost, chosen = compile_step(state, batch)
-        log.say("attention: %s", attention or "none")
+        log.say("attention: %s", by_platform.described(attention))
         processes.on_first(lambda: record.add(run.workdir, {"attention": attention}))
         if chosen is not None:
             log.say("remat: %s", chosen)
@@ -295,7 +297,7 @@ def _save_now(run, state):
 
 
 def _fetch(run, log, clock, state, step, metrics, names):
-    """Bring a step's metrics to the host; tell of a step that was left out."""
+    """Bring a step's metrics to the host; warn if the step was left out."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if values["skipped_in_row"]:
         _tell_skipped(run, log, state, step, values, names)
@@ -320,7 +322,7 @@ def _record(run, log, step, values):
 
 
 def _tell_skipped(run, log, state, step, values, names):
-    """Warn of a step without an update; save, and end the run, after many in a row."""
+    """Warn of a step without an update; after many in a row save and end the run."""
     names = [name for part in processes.gather(names) for name in part]
     what = (
         f"step {step}, on crops of {', '.join(names)}: the loss is {values['loss']:g} "
@@ -348,7 +350,7 @@ def _tell_skipped(run, log, state, step, values, names):
 
 
 def _score_anew(run, log, listener, state):
-    """Score again what was scored on other cases, since their Dice do not compare."""
+    """Score again steps that were scored on other cases, since Dice do not compare."""
     for step in run.checkpoints.scored_elsewhere():
         log.say(
             "the validation cases are others than those that step %d was scored on; it "
@@ -363,7 +365,7 @@ def _score_anew(run, log, listener, state):
 
 
 def _validate(run, log, listener, state, values):
-    """Score a state that is being saved, and record that with the step's values."""
+    """Score a state that is being saved, and record the score with the step."""
     step = int(state.step)
     poll = functools.partial(listener.poll, step, run.training.num_steps)
     try:
@@ -388,6 +390,8 @@ def _announce(workdir, mesh, abstract, *, cases, done, stop):
         "network of %s parameters, %d training cases", f"{parameters:,}", cases
     )
     logging.info("%d devices (%s), mesh %s", mesh.size, device, axes)
+    if flags := os.environ.get(xla_flags.VARIABLE):
+        logging.info("%s=%s", xla_flags.VARIABLE, flags)
     if done >= stop:
         what = f"all {stop} steps are done; a larger training.num_steps continues"
     elif done:

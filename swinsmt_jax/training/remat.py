@@ -1,11 +1,12 @@
-"""`model.remat="auto"`: a step recomputes the fewest parts with which it fits.
+"""`model.remat="auto"`: a step recomputes as few parts as memory allows.
 
-The parts of a network are tried in the order of its `remat_parts`: none, the first,
-the first two and so on. What a backward pass needs is predicted from the arrays that
-the forward pass keeps for it, found by tracing alone. The compiled step is then
-measured, and the next candidate is compiled where it does not fit.
+Candidates follow the order of the network's `remat_parts`: none, the first, the first
+two and so on. Tracing finds the arrays that the forward pass keeps for the backward
+pass, and these predict its memory. Then the compiled step is measured. If it does not
+fit, the next candidate is compiled.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from swinsmt_jax.models.registry import AUTO, NetworkConfig
 from swinsmt_jax.runtime import cost, processes
 from swinsmt_jax.runtime.memory import gigabytes
 from swinsmt_jax.training.losses import Loss
-from swinsmt_jax.training.step import loss_and_accuracy_counts
+from swinsmt_jax.training.step import attention_of, loss_and_accuracy_counts
 
 AT_WORK = 0.35  # of what is kept without remat: what a backward pass holds besides
 SHARE = 0.9  # of a device that the prediction may fill
@@ -31,13 +32,13 @@ SHARE = 0.9  # of a device that the prediction may fill
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step recomputes.
+    """The choice of parts that a step recomputes.
 
     Attributes:
         parts: of the network.
         predicted: bytes of the step on one device.
-        compiled: those that the compiler states.
-        limit: bytes of a device; None if unknown, and then all parts are recomputed.
+        compiled: bytes that the compiler states.
+        limit: bytes of a device; if None (unknown), all parts are recomputed.
     """
 
     parts: tuple[str, ...]
@@ -46,7 +47,7 @@ class Choice:
     limit: int | None
 
     def __str__(self) -> str:
-        """Say what is recomputed and why."""
+        """State what is recomputed and why."""
         limit = "unknown" if self.limit is None else gigabytes(self.limit)
         return (
             f"{', '.join(self.parts) or 'nothing'} is recomputed in the backward pass: "
@@ -57,23 +58,26 @@ class Choice:
 
 
 def candidates(model: NetworkConfig) -> list[NetworkConfig]:
-    """Return the configs to choose from, that with the least recomputation first."""
+    """Return the configs to choose from, starting with the least recomputation."""
     if model.remat != AUTO:
         return [model]
     parts = model.remat_parts
     return [replace(model, remat=parts[:n]) for n in range(len(parts) + 1)]
 
 
-def kept_bytes(model: NetworkConfig, batch: Any, *, loss: Loss) -> int:
+def kept_bytes(
+    model: NetworkConfig, batch: Any, *, loss: Loss, deterministic: bool = False
+) -> int:
     """Count the bytes that a forward pass keeps for the backward pass.
 
     Args:
         model: of the network.
         batch: shapes of `image` [B, D, H, W, C] and `label` [B, D, H, W].
         loss: that is minimised.
+        deterministic: as in the training step.
 
     Returns:
-        The bytes without those of the parameters. Nothing is computed.
+        The bytes without those of the parameters. Nothing is executed.
     """
     graphdef, params = abstract_model(model)
 
@@ -87,7 +91,8 @@ def kept_bytes(model: NetworkConfig, batch: Any, *, loss: Loss) -> int:
 
         return jax.vjp(of, params)[1]
 
-    kept = jax.eval_shape(backward, params, batch["image"], batch["label"])
+    with attention_of(deterministic):
+        kept = jax.eval_shape(backward, params, batch["image"], batch["label"])
     arrays = _arrays(kept) - _arrays(params)
     return sum(
         count * math.prod(shape) * dtype.itemsize
@@ -95,19 +100,26 @@ def kept_bytes(model: NetworkConfig, batch: Any, *, loss: Loss) -> int:
     )
 
 
-def predicted_bytes(
-    model: NetworkConfig, state: Any, batch: Any, *, loss: Loss, accumulate: int = 1
-) -> list[int]:
-    """Predict what each of a network's `candidates` needs on one device.
+def predictor(
+    model: NetworkConfig,
+    state: Any,
+    batch: Any,
+    *,
+    loss: Loss,
+    accumulate: int = 1,
+    deterministic: bool = False,
+) -> Callable[[NetworkConfig], int]:
+    """Return a function that predicts the memory of a step on one device.
+
+    It takes one of the network's `candidates`, traces it and counts the bytes of state,
+    batch, gradient, kept arrays and working memory.
 
     Args:
         model: with remat="auto".
         state, batch: arrays of the step or their shapes, with shardings.
         loss: that is minimised.
-        accumulate: parts of a batch, one after the other.
-
-    Returns:
-        The bytes of state, batch, gradient, what is kept and what is at work.
+        accumulate: parts of a batch, processed one after the other.
+        deterministic: as in the training step.
     """
 
     def of_a_part(array):
@@ -115,9 +127,11 @@ def predicted_bytes(
         return jax.ShapeDtypeStruct((count // accumulate, *sides), array.dtype)
 
     part = {name: of_a_part(batch[name]) for name in ("image", "label")}
-    kept = [kept_bytes(m, part, loss=loss) for m in candidates(model)]
+    options: dict[str, Any] = {"loss": loss, "deterministic": deterministic}
+    kept = functools.cache(lambda network: kept_bytes(network, part, **options))
+    without_remat = candidates(model)[0]
     always = _on_a_device((state, batch)) + _on_a_device(state.params)
-    return [always + own + int(AT_WORK * kept[0]) for own in kept]
+    return lambda network: always + kept(network) + int(AT_WORK * kept(without_remat))
 
 
 def compile_step(
@@ -129,42 +143,48 @@ def compile_step(
     data: DataConfig,
     loss: Loss,
     accumulate: int,
+    deterministic: bool,
     mesh: Mesh,
 ) -> tuple[jax.stages.Compiled, cost.Cost, Choice | None]:
     """Compile the training step; with remat="auto", the first one that fits.
 
-    Of several processes all call it, and choose alike.
+    All processes call it and choose alike.
 
     Args:
         step_of: makes the step of a network's config.
         state, batch: arrays of the step or their shapes, with shardings.
-        model, data, loss, accumulate: of the experiment.
+        model, data, loss, accumulate, deterministic: of the experiment.
         mesh: of the step.
 
     Returns:
-        The program, its cost, and what was chosen; None where the config says it.
+        The program, its cost, and the choice; None if the config makes it.
     """
-    limit, predicted = cost.device_memory(mesh), [0]
-    networks = candidates(model)
-    if model.remat == AUTO:
-        predicted = predicted_bytes(
-            model, state, batch, loss=loss, accumulate=accumulate
-        )
+
+    def compiled(network):
+        program = processes.compiled(step_of(network), state, batch)
+        return program, cost.measure(program, model=network, data=data, mesh=mesh)
+
+    if model.remat != AUTO:
+        return *compiled(model), None
+    networks, limit = candidates(model), cost.device_memory(mesh)
+    predict = predictor(
+        *(model, state, batch),
+        loss=loss,
+        accumulate=accumulate,
+        deterministic=deterministic,
+    )
     first = len(networks) - 1
     if limit is not None:
-        fitting = [n for n, size in enumerate(predicted) if size <= SHARE * limit]
-        first = min([*fitting, first])
-    if len(networks) > 1:
-        first = max(processes.gather(first))
-    for network, size in list(zip(networks, predicted, strict=True))[first:]:
-        program = processes.compiled(step_of(network), state, batch)
-        found = cost.measure(program, model=network, data=data, mesh=mesh)
-        choice = Choice(network.remat, size, found.needed, limit)
+        fitting = (n for n, m in enumerate(networks) if predict(m) <= SHARE * limit)
+        first = next(fitting, first)
+    for network in networks[max(processes.gather(first)) :]:
+        program, found = compiled(network)
+        choice = Choice(network.remat, predict(network), found.needed, limit)
         if network is networks[-1] or all(processes.gather(found.fits)):
             break
         if processes.is_first():
             logging.info("remat: %s; the next choice is compiled", choice)
-    return program, found, choice if model.remat == AUTO else None
+    return program, found, choice
 
 
 def _arrays(tree):

@@ -42,31 +42,32 @@ def make_train_step(
 ) -> TrainStep:
     """Return the jitted function (state, batch) -> (state, metrics).
 
-    The state handed in is donated: use the returned one. Its dropout key is
-    `fold_in(key(seed), step)`, so that an update depends on state and batch alone.
-    Where the loss, the gradient or a buffer is not finite, the step is counted and
-    nothing else of the state changes.
+    The step donates its input state: use the returned one. Its dropout key is
+    `fold_in(key(seed), step)`, so an update depends only on state and batch. If the
+    loss, the gradient or a buffer is not finite, the step is counted and nothing else
+    in the state changes.
 
     Args:
         graphdef, abstract: network and state, from `state.abstract_state`.
-        optimizer: what `abstract.opt_state` belongs to.
+        optimizer: that `abstract.opt_state` belongs to.
         loss: that is minimised.
         schedule: learning rate of the step, for the metrics.
         seed: of dropout and drop path.
-        mesh: over which batches are divided.
-        accumulate: parts of a batch whose gradients are averaged in turn: the memory of
-            one part, and the gradient of the whole. Divides the batch of a device.
-        ema_decay: of `abstract.ema_params`, if it has one. The decay after step t is at
-            most (1 + t) / (10 + t), so that the first parameters are soon forgotten.
-        deterministic: leave out kernels that add up in another order each time.
+        mesh: that divides the batches.
+        accumulate: number of parts of a batch whose gradients are averaged in turn: the
+            gradient of the whole with the memory of one part. It divides the batch of a
+            device.
+        ema_decay: of `abstract.ema_params`, if kept. The decay after step t is at most
+            (1 + t) / (10 + t), so the average soon forgets the first parameters.
+        deterministic: avoid kernels whose order of sums varies.
 
     Returns:
-        The step. Its batch holds `image` [B, D, H, W, C] and `label` [B, D, H, W], and
-        of cases that are annotated in part `annotated` [B, K], see `losses.Loss`;
-        its metrics are the scalars `loss`, `grad_norm` (before clipping),
-        `learning_rate`, `accuracy`, the share of the labelled voxels on every
-        `SPARSE`th plane, row and column that got their label, and the counts `skipped`
-        and `skipped_in_row`.
+        The step. Its batch contains `image` [B, D, H, W, C] and `label` [B, D, H, W],
+        and `annotated` [B, K] if cases are partly annotated, see `losses.Loss`. Its
+        metrics are the scalars `loss`, `grad_norm` (before clipping), `learning_rate`,
+        `accuracy`, and the counts `skipped` and `skipped_in_row`. The accuracy is the
+        share of correctly labelled voxels among the labelled ones on every `SPARSE`th
+        plane, row and column.
     """
 
     def loss_of(params, buffers, batch, key):
@@ -83,7 +84,7 @@ def make_train_step(
     @without_collection()
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with sharding.within(mesh), _attention(deterministic):
+        with sharding.within(mesh), attention_of(deterministic):
             found, buffers = _averaged_over_parts(
                 gradient, accumulate, state, batch, key
             )
@@ -126,8 +127,8 @@ def make_train_step(
     )
 
 
-def _attention(deterministic):
-    """Leave fused attention to the platform, or leave it out."""
+def attention_of(deterministic: bool) -> contextlib.AbstractContextManager:
+    """Let the platform choose fused attention, or disable it."""
     if deterministic:
         return by_platform.fused_attention(None)
     return contextlib.nullcontext()
@@ -136,7 +137,7 @@ def _attention(deterministic):
 def _averaged_over_parts(gradient, accumulate, state, batch, key):
     """Return (loss, counts, gradients), averaged over parts of a batch, and buffers.
 
-    Every part changes the buffers that the part before it left.
+    Every part changes the buffers of the part before.
     """
 
     def call(buffers, part, key):
@@ -166,8 +167,8 @@ def _averaged_over_parts(gradient, accumulate, state, batch, key):
 def _update(optimizer, state, grads, finite, *, ema_decay):
     """Return parameters, optimizer's state and average; the old ones if not finite.
 
-    The optimizer is called twice, with a barrier between, so that XLA can update the
-    state in place; it removes the duplicate work.
+    The optimizer is called twice with a barrier between, so XLA can update the state in
+    place. XLA removes the duplicate work.
     """
     update = traced_once(optimizer.update)
     updates, _ = update(grads, state.opt_state, state.params)
@@ -201,24 +202,25 @@ def loss_and_accuracy_counts(
     loss: Loss,
     rngs: nnx.Rngs | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of a network's prediction, and how many voxels it got right.
+    """Return the loss of a network's prediction and the counts of its accuracy.
 
-    No logits are made of a network with `features` whose `head` is a 1 x 1 x 1
-    `layers.conv.Conv` with a bias, nor of one with `features_and_head`; any other is
-    called.
+    Two kinds of networks are scored without making logits: those with `features` and a
+    1 x 1 x 1 `layers.conv.Conv` with a bias as `head`, and those with
+    `features_and_head`. Any other network is called.
 
     Args:
         model: a network.
         image: [B, D, H, W, C].
         label: [B, D, H, W].
-        annotated: [B, K], the classes of each sample that are; None for all.
+        annotated: [B, K], the annotated classes of each sample; None for all.
         loss: that is minimised.
-        rngs: of dropout and drop path; without it there is none.
+        rngs: of dropout and drop path; None disables both.
 
     Returns:
-        The loss, and [labelled voxels with the right label, all labelled ones] of every
-        `SPARSE`th plane, row and column: cheap, and says early whether anything is
-        learnt, as the loss moves first by learning how rare each class is.
+        The loss, and [labelled voxels with the right label, all labelled ones] on every
+        `SPARSE`th plane, row and column. This is cheap and shows early whether the
+        network learns anything: the loss first falls by learning how rare each class
+        is.
     """
     if hasattr(model, "features_and_head"):
         features, head = model.features_and_head(image, rngs=rngs)
@@ -264,8 +266,8 @@ def make_predict(
 ) -> Callable[[dict, jax.Array], jax.Array]:
     """Return the jitted function (params, windows) -> logits, without dropout.
 
-    Windows and logits are divided over the mesh. Of several processes each predicts
-    by itself, with its `sharding.local_mesh` and `sharding.copy_to_local` of `params`.
+    The mesh divides windows and logits. Each process predicts alone, with its
+    `sharding.local_mesh` and `sharding.copy_to_local` of `params`.
     """
     windows = sharding.batch_sharding(mesh)
     alone = jax.process_count() == 1

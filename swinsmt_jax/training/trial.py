@@ -1,4 +1,4 @@
-"""Cost of a training step on one device of this machine, measured without data."""
+"""Measure a training step on one device of this machine, without data."""
 
 import os
 import statistics
@@ -18,13 +18,13 @@ STEPS = 3  # that are timed
 
 @dataclass(frozen=True)
 class Trial:
-    """Of one training step, compiled and taken.
+    """The cost of one training step, compiled and taken.
 
     Attributes:
         cost: operations and memory.
         device: name of the device.
         compilation: seconds.
-        seconds: of a step, the median of `STEPS` without reading of data.
+        seconds: of a step, the median of `STEPS` without reading data.
     """
 
     cost: cost.Cost
@@ -33,7 +33,7 @@ class Trial:
     seconds: float
 
     def __str__(self) -> str:
-        """Say what a step takes on this machine."""
+        """State the cost of a step on this machine."""
         return (
             f"{self.cost}; {self.seconds:.3g} s, and {self.compilation:.0f} s to "
             f"compile ({self.device})"
@@ -41,11 +41,10 @@ class Trial:
 
 
 def take(config: ExperimentConfig) -> Trial:
-    """Compile the training step of a config and take it on crops of random numbers.
+    """Compile the training step of a config and take it on random crops.
 
     Raises:
-        UserError: for a step that does not fit into the device's memory, with what
-            helps.
+        UserError: for a step that does not fit into the device's memory, with advice.
     """
     mesh = sharding.make_mesh(replace(config.mesh, data=1, expert=1))
     model, data, training = config.model, config.data, config.training
@@ -65,6 +64,7 @@ def take(config: ExperimentConfig) -> Trial:
             data=data,
             loss=losses.make(training.loss),
             accumulate=training.accumulate,
+            deterministic=training.deterministic,
             mesh=mesh,
         )
         compilation = time.perf_counter() - begin

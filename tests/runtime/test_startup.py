@@ -73,6 +73,15 @@ def test_a_flag_by_its_earlier_name_is_read_and_told(command, caplog):
     assert "--accumulate is now --accumulate_on" in caplog.text
 
 
+@pytest.mark.parametrize("flag", ["--colors", "--nocolors", "--colors=true"])
+def test_a_switch_by_its_earlier_spelling_is_read(flag, caplog):
+    values = flags.FlagValues()
+    predict.define_flags(values)
+    startup.parse(["x.py", "--workdir=x", "--input=x", "--output=x", flag], values)
+    assert values.colours == (flag != "--nocolors")
+    assert "colors is now --" in caplog.text
+
+
 def test_words_and_flags_come_in_any_order():
     values = flags.FlagValues()
     evaluate.define_flags(values)

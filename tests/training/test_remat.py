@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import programs
 from swinsmt_jax import sharding
 from swinsmt_jax.checks import UserError
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.configs import swin_smt_paper
 from swinsmt_jax.models.registry import AUTO
+from swinsmt_jax.ops import by_platform
 from swinsmt_jax.runtime import cost
 from swinsmt_jax.training import loop, losses, remat, setup
 
@@ -36,6 +40,7 @@ def compile_step(make_config, monkeypatch):
             data=config.data,
             loss=losses.make("dice_ce"),
             accumulate=1,
+            deterministic=False,
             mesh=mesh,
         )
 
@@ -49,7 +54,7 @@ def test_nothing_is_recomputed_where_all_fits(compile_step):
     assert 0.8 < choice.predicted / choice.compiled < 1.5
 
 
-@pytest.mark.parametrize("limit", [1000, None])
+@pytest.mark.parametrize("limit", [pytest.param(1000, marks=pytest.mark.slow), None])
 def test_all_is_recomputed_where_nothing_fits_or_the_memory_is_unknown(
     compile_step, make_config, limit
 ):
@@ -59,6 +64,7 @@ def test_all_is_recomputed_where_nothing_fits_or_the_memory_is_unknown(
     assert 0.8 < choice.predicted / choice.compiled < 1.8
 
 
+@pytest.mark.slow
 def test_the_compiler_has_the_last_word(compile_step, monkeypatch):
     monkeypatch.setattr(remat, "AT_WORK", 0.0)
     monkeypatch.setattr(remat, "SHARE", 1.0)
@@ -72,17 +78,55 @@ def test_the_compiler_has_the_last_word(compile_step, monkeypatch):
 
 @pytest.mark.usefixtures("dataset")
 def test_a_run_says_what_was_chosen(make_config, tmp_path, caplog):
-    steps = {"num_steps": 2}
-    plain = loop.train(make_config(training=steps), workdir=tmp_path / "plain")
-    config = make_config(model={"remat": "auto"}, training=steps)
+    config = make_config(
+        model={"remat": "auto"}, data={"batch_size": 1}, training={"num_steps": 1}
+    )
     assert config.model.remat == AUTO
-    with caplog.at_level("INFO"):
-        chosen = loop.train(config, workdir=tmp_path / "auto")
+    with caplog.at_level("INFO", logger="absl"):
+        loop.train(config, workdir=tmp_path / "auto")
     assert "remat: nothing is recomputed in the backward pass" in caplog.text
     (start,) = json.loads((tmp_path / "auto/run.json").read_text())["starts"]
     assert start["remat"]["parts"] == []
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), plain.params, chosen.params)
-    assert all(jax.tree.leaves(same))
+
+
+def abstract_step(config):
+    """The training step of a config, and shapes of its state and of one patch."""
+    mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
+    abstract, _, step_of, _ = setup.make_network(
+        config.model, config.optimizer, config.training, mesh=mesh
+    )
+    batch = programs.abstract_batch((1, *config.data.patch_shape), mesh)
+    return step_of(config.model), abstract, batch
+
+
+def test_a_card_of_40_gb_recomputes_nothing_of_the_papers_step():
+    config = from_config_dict(swin_smt_paper.get_config())
+    assert config.model.remat == AUTO
+    _, *shapes = abstract_step(config)
+    predict = remat.predictor(config.model, *shapes, loss=losses.make("dice_ce"))
+    nothing = dataclasses.replace(config.model, remat=())
+    assert 5e9 < predict(nothing) < remat.SHARE * 40e9
+
+
+@pytest.mark.parametrize("deterministic, how", [(False, "xla"), (True, "in blocks")])
+def test_a_prediction_has_the_attention_of_the_step(make_config, deterministic, how):
+    config = make_config(
+        model={"dtype": "bfloat16", "feature_size": 24, "routing": "cudnn"},
+        training={"deterministic": deterministic},
+    )
+    step, *shapes = abstract_step(config)
+    with by_platform.fused_attention("xla"):
+        with by_platform.noting() as of_step:
+            step.trace(*shapes)
+        with by_platform.noting() as of_prediction:
+            remat.kept_bytes(
+                config.model,
+                shapes[1],
+                loss=losses.make("dice_ce"),
+                deterministic=deterministic,
+            )
+    assert of_prediction == of_step and of_step.keys() == {"windows", "routing"}
+    assert all(way.startswith(how) for ways in of_step.values() for way in ways)
 
 
 def test_auto_stands_alone(make_config):

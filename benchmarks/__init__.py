@@ -7,6 +7,7 @@ returns: a flat `headline`, the rows, machine, versions and command.
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -86,6 +87,21 @@ def machine() -> dict:
     }
 
 
+def gpus() -> list[str]:
+    """Return name and driver of each NVIDIA GPU, without opening them."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    return (output_of(*query) or "").splitlines()
+
+
+def output_of(*command: str) -> str | None:
+    """Return what a command prints, or None if it fails or is not there."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
 def processor() -> str:
     """Return the name of the CPU."""
     try:
@@ -136,10 +152,21 @@ def report(headline: dict, **parts) -> dict:
     }
 
 
-def write(path: str | None, found: dict) -> None:
-    """Write a report, if there is a path."""
+def write(path: str | Path | None, found: dict) -> None:
+    """Write a report, if there is a path; a process that is killed leaves it whole."""
+    from swinsmt_jax.runtime.files import replacing
+
     if path:
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+        with replacing(Path(path).resolve()) as partial:
+            partial.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def read(path: str | Path | None) -> dict:
+    """Return a report; {} if there is none or it is no JSON."""
+    try:
+        return json.loads(Path(path).read_text()) if path else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def save(headline: dict, **parts) -> None:

@@ -3,6 +3,7 @@
     python -m benchmarks.model [--quick] [--json=FILE] [--plot=FILE] [--dtype=bfloat16]
     python -m benchmarks.model --networks=swin_smt_e4 --sides=64,96 --what=gradient \
         --json=FILE --add
+    python -m benchmarks.model --compile [--noremat] [--json=FILE] [--add]
     python -m benchmarks.model --roofline [--side=96] [--quick] [--json=FILE]
     python -m benchmarks.model --largest_batch [--quick] [--dtype=float32] [--json=FILE]
     python -m benchmarks.model --loss [--classes=118] [--quick] [--json=FILE]
@@ -15,14 +16,20 @@ process of its own, so that memory is its own; ours and theirs take turns, --rou
 times, and the table has the medians. Memory is the peak of the process on a CPU, of the
 allocator on a GPU. The JSON has patches/s, TFLOP/s and, where the device's peak is
 known, model FLOP utilisation of each: operations are counted in the plainest form
-(runtime/operations.py), three times the forward pass' with a gradient. Networks are
-built with the rematerialisation of their configs: --noremat keeps all activations. What
+(runtime/operations.py), three times the forward pass' with a gradient. All parts
+of a network are recomputed in the backward pass: --noremat keeps all activations. What
 is known to need more memory than there is is not run, and the row says so.
 
-On a CPU in float32 on --threads cores, on a GPU in bfloat16, PyTorch with autocast and
-channels_last_3d; --dtype changes that. --quick measures once what the headline needs,
+On a CPU in float32 on --threads cores, on a GPU in bfloat16, PyTorch with autocast,
+channels_last_3d, cudnn.benchmark, fused AdamW and, in forward passes, MONAI's fused
+attention; --dtype changes that. --quick measures in one round what the headline needs,
 minutes on a CPU; --smallest a 64^3 patch. --networks, --sides and --what keep a part of
-the rows, and --add the rows that the file of --json has from earlier parts.
+the rows, and --add the rows that the file of --json has from earlier parts. --resume
+goes on with a run that was stopped: what its file has is not measured again. Compiled
+programs are kept in JAX_COMPILATION_CACHE_DIR, if it is set.
+
+--compile: how long the paper's training step compiles in bfloat16, from an empty cache
+and then with the compiled program at hand.
 
 --roofline: where the gradient's operations, bytes and time are, stage by stage, of Swin
 SMT with 4 experts in float32. Operations and bytes are counted from the program before
@@ -90,7 +97,12 @@ ROWS = (
     ),
     ("swin_smt_e4", 192, "forward"),
 )
-ON_GPU = (("swin_smt_e32", 96, "step"), ("swin_smt_e32", 128, "step"))
+ON_GPU = (
+    ("swin_smt_e32", 128, "step"),
+    ("swin_smt_e32", 128, "forward"),
+    ("swin_smt_e32", 96, "step"),
+)
+QUICK_ON_GPU = 6  # timed runs, which are short beside compilation
 IDENTITY = ("network", "side", "what", "dtype", "remat")  # of a row
 PASSES = {"forward": 1, "gradient": 3, "step": 3}  # operations, in forward passes
 SMALLEST = (("swin_smt_e4", 64, "forward"), ("swin_smt_e4", 64, "gradient"))
@@ -157,7 +169,9 @@ def ratios(row: dict) -> dict:
 
 def compile_seconds(job: Job) -> dict[str, float | None]:
     """Compile the paper's training step without and with compiled programs at hand."""
-    cold, warm = start(job), start(job)
+    with tempfile.TemporaryDirectory() as cache:
+        job = dataclasses.replace(job, repeats=0, cache=cache)
+        cold, warm = start(job), start(job)
     return {
         "compile_cold_s": cold.get("compile_s"),
         "compile_warm_s": warm.get("compile_s"),
@@ -190,11 +204,12 @@ def headline(rows: list[dict]) -> dict[str, float | None]:
     for network, side, what in ON_GPU:
         row = by_key.get((network, side, what), {})
         name, ours = f"{what}_{side}_{network}", row.get("jax", {})
-        if "time_ratio" in row:
-            found[f"{name}_speedup"] = 1 / row["time_ratio"]
+        for key in ("time_ratio", "memory_ratio"):
+            if key in row:
+                found[f"{name}_{key}"] = row[key]
         if "seconds" in row.get("torch.compile", {}) and "seconds" in ours:
             theirs = row["torch.compile"]["seconds"]
-            found[f"{name}_speedup_over_compiled"] = theirs / ours["seconds"]
+            found[f"{name}_time_ratio_to_compiled"] = ours["seconds"] / theirs
         if "patches_per_s" in ours:
             for key in ("patches_per_s", "tflop_per_s", "utilisation"):
                 found[f"{name}_{key}"] = ours[key]
@@ -252,7 +267,8 @@ def main(options):
         return roofline.measure(options)
     if options.loss:
         return loss.measure(options)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or temporary
         if options.largest_batch:
             return largest_batch.measure(options, cache)
         return measure(options, cache)
@@ -266,8 +282,9 @@ def measure(options, cache):
         rows_of = ROWS[:2] if on_cpu else ON_GPU
     if options.smallest:
         rows_of = SMALLEST
-    once = options.quick or options.smallest
-    rounds, repeats = (1, 1) if once else (options.rounds, options.repeats)
+    rounds, repeats = options.rounds, options.repeats
+    if options.quick or options.smallest:
+        rounds, repeats = 1, 1 if on_cpu else QUICK_ON_GPU
     peers = options.peers
     if peers is None:
         peers = ["torch"] if on_cpu else ["torch", "torch.compile"]
@@ -289,12 +306,15 @@ def measure(options, cache):
     found = report({}, rows=[])
     found["machine"]["threads"] = options.threads if on_cpu else None
     print("  ".join(f"{k} {v}" for k, v in found["machine"].items()), flush=True)
-    if options.add:
-        known = earlier(options.json, found["machine"], jobs)
+    begun = options.resume and options.json and Path(options.json).is_file()
+    if options.add or begun:
+        again = [] if begun or options.compile else jobs
+        known = earlier(options.json, found["machine"], again)
         found |= {k: known[k] for k in ("rows", "compile") if k in known}
-    if not options.smallest and "compile" not in found:
-        paper = dataclasses.replace(job, dtype="bfloat16", remat=True, repeats=0)
-        found["compile"] = compile_seconds(paper)
+    if options.compile:
+        paper = dataclasses.replace(job, dtype="bfloat16")
+        found["compile"] = compile_seconds(jobs[0] if options.smallest else paper)
+        jobs = []
         _write(found, options.json)
     measure_rows(jobs, peers, rounds, found, options.json)
     show(found["headline"])
@@ -303,27 +323,32 @@ def measure(options, cache):
 
 
 def measure_rows(jobs, peers, rounds, found, path):
-    """Add rows to a report, and write it after each."""
+    """Add what is missing to a report's rows, and write it after each measurement."""
     # What torch.compile needs long for comes last.
     eager = [name for name in peers if name != "torch.compile"]
-    measured = []
-    for job in jobs:
-        # Compiled beforehand, so that the compiler's memory is not counted.
-        start(dataclasses.replace(job, repeats=0))
-        row = compare(job, ("jax", *eager), rounds=rounds)
-        row["command"] = found["command"]
-        add_rates(row, job)
-        measured.append(row)
-        found["rows"].append(row)
-        print(line(row), flush=True)
-        _write(found, path)
-    for job, row in zip(jobs, measured, strict=True):
-        if "torch.compile" in peers:
-            more = compare(job, ("torch.compile",), rounds=rounds)
-            row["torch.compile"] = more["torch.compile"]
+    compiled = [name for name in peers if name == "torch.compile"]
+    for names in (["jax", *eager], compiled):
+        for job in jobs:
+            row = _row_of(job, found)
+            missing = tuple(name for name in names if name not in row)
+            if not missing:
+                continue
+            if "jax" in missing:  # so that the compiler's memory is not counted
+                start(dataclasses.replace(job, repeats=0))
+            row |= compare(job, missing, rounds=rounds)
+            row |= ratios(row)
             add_rates(row, job)
+            if row not in found["rows"]:
+                found["rows"].append(row)
             print(line(row), flush=True)
             _write(found, path)
+
+
+def _row_of(job, found):
+    """Return the row that a report has for a job, or a new one."""
+    about = {name: getattr(job, name) for name in IDENTITY}
+    rows = (row for row in found["rows"] if about.items() <= row.items())
+    return next(rows, about | {"command": found["command"]})
 
 
 def _write(found, path):
@@ -342,13 +367,15 @@ if __name__ == "__main__":
     flags.DEFINE_list("sides", [], "rows of these sides alone")
     flags.DEFINE_list("what", [], f"rows of these alone: {', '.join(PASSES)}")
     flags.DEFINE_bool("add", False, "keep the rows that the file of --json has")
+    flags.DEFINE_bool("resume", False, "measure only what the file of --json lacks")
+    flags.DEFINE_bool("compile", False, "seconds of the paper's step, cold and warm")
     flags.DEFINE_enum(
         "dtype", None, ("float32", "bfloat16"), "by default float32 on a CPU"
     )
     flags.DEFINE_integer("rounds", 2, "turns of each framework")
     flags.DEFINE_integer("repeats", 2, "timed runs in a turn, after one more")
     flags.DEFINE_integer("threads", 2, "CPU cores")
-    flags.DEFINE_bool("remat", True, "rematerialise as the configs say")
+    flags.DEFINE_bool("remat", True, "recompute all parts in the backward pass")
     flags.DEFINE_list(
         "peers", None, "of torch and torch.compile; empty: ours alone; both on a GPU"
     )

@@ -41,10 +41,10 @@ class Job:
             training: Dice plus cross-entropy, clipping, AdamW.
         dtype: "float32" or "bfloat16", with autocast in PyTorch.
         batch: patches.
-        remat: False keeps all activations, whatever the config says.
+        remat: True recomputes all parts in the backward pass; False none.
         repeats: timed runs; 0 compiles alone.
         threads: CPU cores; 0 for all.
-        cache: folder of compiled programs.
+        cache: folder of compiled programs; "" leaves it to JAX_COMPILATION_CACHE_DIR.
     """
 
     framework: str
@@ -115,6 +115,7 @@ def measure(job: Job) -> dict:
 
 def experiment(job: Job):
     """Return the config of a job's experiment."""
+    from benchmarks import programs
     from swinsmt_jax.config import from_config_dict
 
     module = importlib.import_module(f"swinsmt_jax.configs.{CONFIGS[job.network]}")
@@ -122,9 +123,10 @@ def experiment(job: Job):
     config.model.dtype = job.dtype
     config.data.batch_size = job.batch
     config.data.patch_shape = (job.side,) * 3
-    if not job.remat:
-        config.model.remat = ()
-    return from_config_dict(config)
+    config.model.remat = ()
+    config = from_config_dict(config)
+    model = programs.with_all_recomputed(config.model) if job.remat else config.model
+    return dataclasses.replace(config, model=model)
 
 
 def _jax(job):
@@ -132,7 +134,8 @@ def _jax(job):
 
     from benchmarks.programs import gigabytes
 
-    jax.config.update("jax_compilation_cache_dir", job.cache)
+    if job.cache:
+        jax.config.update("jax_compilation_cache_dir", job.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     start = time.perf_counter()
     lowered, make = _step(job) if job.what == "step" else _function(job)
@@ -195,13 +198,17 @@ def _torch(job):
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     config = experiment(job).model
-    network = pytorch_network.create(config).to(device)
+    torch.backends.cudnn.benchmark = on_gpu
+    fused = on_gpu and job.what == "forward"
+    network = pytorch_network.create(config, fused=fused).to(device)
     x = torch.rand(job.batch, 1, *(job.side,) * 3, device=device)
     if on_gpu:
         network = network.to(memory_format=torch.channels_last_3d)
         x = x.to(memory_format=torch.channels_last_3d)
     y = torch.randint(0, config.out_channels, x.shape, device=device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=1e-4, weight_decay=1e-4, fused=on_gpu or None
+    )
     dice_cross_entropy = DiceCELoss(to_onehot_y=True, softmax=True)
     apply = torch.compile(network) if job.framework == "torch.compile" else network
     narrow = torch.autocast(device, torch.bfloat16, enabled=job.dtype == "bfloat16")

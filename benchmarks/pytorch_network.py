@@ -1,5 +1,7 @@
 """The PyTorch network of a config, from MONAI and soft-moe-pytorch."""
 
+import inspect
+
 import soft_moe_pytorch
 import torch
 from monai.networks.nets import SwinUNETR
@@ -24,8 +26,14 @@ class _LearnedSlots(_Flat, soft_moe_pytorch.SoftMoE):
     pass
 
 
-def create(config: SwinUNETRConfig) -> torch.nn.Module:
-    """Return Swin UNETR, or Swin SMT as published, with freshly drawn weights."""
+def create(config: SwinUNETRConfig, *, fused: bool = False) -> torch.nn.Module:
+    """Return Swin UNETR, or Swin SMT as published, with freshly drawn weights.
+
+    `fused` asks for MONAI's fused attention, which it has from 1.6 on and uses only in
+    forward passes without gradient.
+    """
+    argument = "use_flash_attention"
+    known = argument in inspect.signature(SwinUNETR).parameters
 
     class Merging(PatchMergingV2):
         def forward(self, x):
@@ -45,6 +53,7 @@ def create(config: SwinUNETRConfig) -> torch.nn.Module:
         qkv_bias=config.qkv_bias,
         use_v2=config.residual_conv,
         downsample=Merging,
+        **({argument: True} if fused and known else {}),
     )
     if isinstance(config, SwinSMTConfig):
         for stage in range(4 - config.num_moe_stages, 4):

@@ -7,7 +7,7 @@ A row for each of the configs: parameters; GFLOP of a forward pass at 128^3, cou
 from the program (see `runtime.operations`); compiled memory, arguments and temporaries,
 of the forward pass and of the loss with its gradient at --side; patches/s of both at
 --timed_side where --limit_gb lets them run. Batch 1, float32, nothing rematerialised;
---as_configured keeps the config's dtype and rematerialisation, and
+--as_configured keeps the config's dtype and rematerialisation ("auto" at its most), and
 `gradient_temporaries_gb` in the JSON is memory without the arguments. Networks of a
 fixed input shape are made for the side measured. --quick compiles and runs the forward
 pass at 64^3 alone, of the first network alone. --measured takes the rows from the JSON
@@ -31,7 +31,7 @@ from benchmarks.table_format import markdown, picture
 from swinsmt_jax import checks, models
 from swinsmt_jax.config import from_config_dict
 from swinsmt_jax.evaluation import published_results
-from swinsmt_jax.models.registry import NetworkConfig
+from swinsmt_jax.models.registry import AUTO, NetworkConfig
 from swinsmt_jax.runtime import operations
 
 NETWORKS = {
@@ -64,6 +64,8 @@ def model_of(name: str, side: int, *, as_configured: bool = False) -> NetworkCon
     changes = dict.fromkeys(fields & {"img_size", "crop_size"}, side)
     if not as_configured:
         changes |= {"dtype": "float32", "remat": ()}
+    elif config.remat == AUTO:  # at its most
+        config = programs.with_all_recomputed(config)
     return dataclasses.replace(config, **changes)
 
 

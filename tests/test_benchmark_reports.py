@@ -15,6 +15,7 @@ from benchmarks import (
     compare,
     conditioning,
     gpu_check,
+    gpu_parts,
     inference,
     largest_batch,
     loss,
@@ -305,7 +306,7 @@ def test_the_loss_forms_agree(rng):
 
 
 def test_every_part_of_the_gpu_check_has_a_command():
-    assert set(gpu_check.PARTS) == {*gpu_check.IN_PROCESS, *gpu_check.COMMANDS}
+    assert set(gpu_check.PARTS) == {*gpu_parts.PARTS, *gpu_check.COMMANDS}
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import benchmarks
 from benchmarks import input_pipeline, metrics, model, roofline, scaling, store_formats
 from benchmarks.model_worker import Job
 
@@ -72,8 +73,87 @@ def test_the_compiled_network_is_measured_after_all_others(monkeypatch, tmp_path
     assert order == ["jax", "jax", "torch", "torch.compile"]  # at first to compile
     known = json.loads(path.read_text())
     assert known["rows"][0]["torch.compile"]["seconds"] == 3
-    assert known["headline"]["step_96_swin_smt_e32_speedup"] == 4
-    assert known["headline"]["step_96_swin_smt_e32_speedup_over_compiled"] == 3
+    assert known["headline"]["step_96_swin_smt_e32_time_ratio"] == 1 / 4
+    assert known["headline"]["step_96_swin_smt_e32_memory_ratio"] == 1
+    assert known["headline"]["step_96_swin_smt_e32_time_ratio_to_compiled"] == 1 / 3
+
+
+def test_a_stopped_comparison_goes_on_where_it_ended(monkeypatch, tmp_path):
+    order = []
+
+    def start(job):
+        if (job.side, job.framework) == (128, "torch.compile") and not again:
+            raise TimeoutError
+        if job.repeats:
+            order.append((job.side, job.framework))
+        return measured([1.0], 2.0)
+
+    monkeypatch.setattr(model, "start", start)
+    jobs = [Job("jax", "swin_smt_e32", side, "step") for side in (96, 128)]
+    path, again = tmp_path / "figures.json", False
+    found = {"command": "", "rows": [], "machine": {}}
+    with pytest.raises(TimeoutError):
+        model.measure_rows(jobs, ["torch.compile"], 1, found, str(path))
+    done = [(96, "jax"), (128, "jax"), (96, "torch.compile")]
+    assert order == done
+    again, known = True, benchmarks.read(path)
+    model.measure_rows(jobs, ["torch.compile"], 1, known, str(path))
+    assert order == [*done, (128, "torch.compile")]
+    known = benchmarks.read(path)
+    assert [row["side"] for row in known["rows"]] == [96, 128]
+    assert known["headline"]["step_128_swin_smt_e32_time_ratio_to_compiled"] == 1
+
+
+GPU_PROGRAM = """
+  %fusion.1 = f32[8]{0} fusion(%a), metadata={op_name="jit(step)/stage1/dot"}
+  ROOT %custom-call.2 = f32[8]{0} custom-call(%b), metadata={op_name="jit/decoder1/c"}
+  %copy.3 = f32[8]{0} copy(%c)
+  %while.4 = f32[8]{0} while(%d)
+"""
+
+
+def test_kernels_of_a_gpu_are_joined_with_the_stages_of_the_program():
+    def kernel(name, microseconds, *, thread=7, **arguments):
+        event = {"ph": "X", "pid": 1, "tid": thread, "name": name, "args": arguments}
+        return event | {"dur": microseconds}
+
+    def named(thread, name):
+        about = {"ph": "M", "pid": 1, "tid": thread, "name": "thread_name"}
+        return about | {"args": {"name": name}}
+
+    events = [
+        named(7, "Stream #7(Compute,MemcpyD2D)"),
+        named(8, "Stream #8(MemcpyD2H)"),
+        named(9, "XLA Ops"),
+        kernel("cudnn::attention", 500.0, hlo_op="custom-call.2"),
+        kernel("fusion_1", 200.0),  # tells no operation, but is named after it
+        kernel("fusion.1", 200.0, thread=9, hlo_op="fusion.1"),  # the same in a summary
+        kernel("wrapped_copy", 30.0, hlo_op="copy.3"),
+        kernel("MemcpyD2H", 20.0, thread=8, hlo_op="while.4"),  # of a loop's condition
+        kernel("void other()", 7.0),
+    ]
+    stages, totals = roofline.joined(events, GPU_PROGRAM)
+    milliseconds = {
+        name: (round(1e3 * own.seconds, 6), own.launches)
+        for name, own in (stages | totals).items()
+    }
+    assert milliseconds == {
+        "decoder1": (0.5, 1),
+        "stage1": (0.2, 1),
+        "other": (0.05, 2),
+        "kernels": (0.757, 5),
+        "copies": (0.05, 2),
+        "unmatched": (0.007, 1),
+    }
+
+
+def test_operations_of_a_cpu_are_joined_without_their_loops():
+    events = [
+        {"ph": "X", "pid": 1, "tid": 1, "name": name, "dur": 1e6}
+        for name in ("fusion.1", "while.4", "python function")
+    ]
+    stages, totals = roofline.joined(events, GPU_PROGRAM)
+    assert stages == {"stage1": (1.0, 1)} and not totals
 
 
 def test_operations_and_bytes_are_of_the_stage_that_names_them():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
+import benchmarks
+from benchmarks import gpu_check, gpu_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTHING = {"steps": [], "profile": [], "parity": [], "commands": []}
@@ -14,30 +15,34 @@ NOTHING = {"steps": [], "profile": [], "parity": [], "commands": []}
 
 def test_a_step_without_memory_is_a_row_and_others_go_on(monkeypatch):
     def timed(config):
-        if config.data.patch_shape[0] == gpu_check.SMALL_SIDES[0]:
+        if config.data.patch_shape[0] == gpu_parts.SMALL_SIDES[0]:
             raise RuntimeError("RESOURCE_EXHAUSTED: no 80 GB")
-        return {"step_s": 1.0, "compiled_gb": 2.0}
+        return {"step_s": 1.0, "patches_per_s": float(config.data.batch_size)}
 
-    monkeypatch.setattr(gpu_check, "_timed_step", timed)
-    rows = list(gpu_check.step_rows(small=True))
-    assert [r["devices"] for r in rows] == [1, 8, 1, 8]  # the tests' eight devices
-    assert [r["status"] for r in rows] == ["out of memory"] * 2 + ["ok"] * 2
-    assert "out of memory" in gpu_check.step_line(rows[0])
+    monkeypatch.setattr(gpu_parts, "_timed_step", timed)
+    rows = list(gpu_parts.step_rows([], small=True))
+    assert [r["devices"] for r in rows] == [1, 8, 1, 8, 1, 1]  # of the tests' eight
+    assert [r["status"] for r in rows] == ["out of memory"] * 2 + ["ok"] * 4
+    assert "out of memory" in gpu_parts.step_line(rows[0])
     found = NOTHING | {"parity": [{"ok": True}], "steps": rows}
-    assert gpu_check.is_fine(found)
-    assert gpu_check.headline(found)["32_8_s"] == 1.0
+    assert gpu_parts.is_fine(found)
+    figures = gpu_parts.headline(found)
+    assert figures["32_8_s"] == 1.0
+    assert figures["32_1_batch2_patches_per_s"] == 2.0
+    assert figures["32_1_batch4_patches_per_s"] == 4.0
+    assert list(gpu_parts.step_rows(rows[1:-1], small=True)) == [rows[0], rows[-1]]
 
 
 def test_other_failures_and_deviations_are_not_fine(monkeypatch):
     def timed(config):
         raise ValueError("wrong")
 
-    monkeypatch.setattr(gpu_check, "_timed_step", timed)
-    row = gpu_check.step_row(side=32, devices=1, small=True)
+    monkeypatch.setattr(gpu_parts, "_timed_step", timed)
+    row = gpu_parts.step_row({"side": 32, "devices": 1, "batch": 1}, small=True)
     assert row["status"] == "failed: wrong"
-    assert not gpu_check.is_fine(NOTHING | {"steps": [row]})
-    assert not gpu_check.is_fine(NOTHING | {"parity": [{"ok": False}]})
-    assert not gpu_check.is_fine(NOTHING | {"commands": [{"status": 2}]})
+    assert not gpu_parts.is_fine(NOTHING | {"steps": [row]})
+    assert not gpu_parts.is_fine(NOTHING | {"parity": [{"ok": False}]})
+    assert not gpu_parts.is_fine(NOTHING | {"commands": [{"status": 2}]})
 
 
 def test_the_setting_tells_code_goldens_and_versions(tmp_path):
@@ -97,6 +102,63 @@ def test_a_part_that_fails_or_runs_over_keeps_what_it_found(tmp_path, more, said
     assert not file.exists()
 
 
+class Options:
+    minutes, json, output, goldens = 0.07, None, "", "none"
+    parts, quick, redo = ["model", "profile", "commands"], True, False
+
+
+def test_a_part_slower_than_its_limit_does_not_keep_the_others_back(
+    tmp_path, monkeypatch
+):
+    """It adds a row in each call, and is done in the third."""
+    slow = """
+import json, os, sys, time
+file = sys.argv[-1].split("=")[1]
+rows = json.load(open(file))["rows"] if os.path.exists(file) else []
+rows.append(os.environ["JAX_COMPILATION_CACHE_DIR"])
+json.dump({"headline": {"rows": len(rows)}, "rows": rows}, open(file, "w"))
+time.sleep(60 if len(rows) < 3 else 0)
+"""
+
+    def command_of(part, options):
+        return [sys.executable, "-c", slow if part == "model" else WRITES]
+
+    monkeypatch.setattr(gpu_check, "command_of", command_of)
+    monkeypatch.setattr(gpu_check, "LEAST", 0.5)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    Options.output, Options.json = str(tmp_path), str(tmp_path / "report.json")
+    found = []
+    for Options.minutes in (0.07, 0.07, 1):
+        assert gpu_check.main(Options) == 0
+        found.append(benchmarks.read(Options.json))
+    statuses = [
+        {
+            name: part["status"].split(",")[-1].strip()
+            for name, part in f["parts"].items()
+        }
+        for f in found
+    ]
+    left, before = gpu_check.LEFT, "done before"
+    assert statuses[0] == dict.fromkeys(Options.parts, left)
+    assert statuses[1] == {"profile": "ok", "commands": "ok", "model": left}
+    assert statuses[2] == {"profile": before, "commands": before, "model": "ok"}
+    assert [f["headline"]["model_rows"] for f in found] == [1, 2, 3]
+    assert found[2]["parts"]["model"]["rows"] == [str(tmp_path / "cache")] * 3
+    assert not [*tmp_path.glob("*.begun.json"), *tmp_path.glob("*.unfinished.json")]
+
+
+def test_rows_of_another_setting_are_not_gone_on_with(tmp_path):
+    file = tmp_path / "part.json"
+    fails = [sys.executable, "-c", WRITES + "; raise SystemExit(3)"]
+    gpu_check.run_part(fails, file, limit=60, about={"sources": "a"})
+    assert gpu_check.times_begun(file, {"sources": "a"}) == 1
+    refused = [sys.executable, "-c", "raise SystemExit(3)"]
+    found = gpu_check.run_part(refused, file, limit=60, about={"sources": "a"})
+    assert "headline" in found and gpu_check.times_begun(file, {"sources": "a"}) == 2
+    found = gpu_check.run_part(refused, file, limit=60, about={"sources": "b"})
+    assert "headline" not in found
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_two_calls_do_all_that_one_has_no_time_for(shared, tmp_path):
@@ -115,12 +177,13 @@ def test_two_calls_do_all_that_one_has_no_time_for(shared, tmp_path):
     assert report["headline"]["parity_figures"] > 0
     steps, profile = (report["parts"][name][name] for name in ("steps", "profile"))
     assert all(row["step_s"] > 0 and row["attention"]["windows"] for row in steps)
+    assert [row["batch"] for row in steps if row["devices"] == 1] == [1, 1, 2, 4]
     stages = {row["stage"]: row["seconds"] for row in profile}
-    assert stages["stage1"] > 0 and stages["decoder1"] > 0
+    assert stages["clock"] > 0 and stages["stage1"] > 0 and stages["decoder1"] > 0
 
 
 @pytest.mark.slow
 def test_the_products_own_commands_run_from_end_to_end(tmp_path):
-    rows = gpu_check.command_rows(tmp_path, small=True)
+    rows = gpu_parts.command_rows(tmp_path, small=True)
     assert [row["status"] for row in rows] == [0, 0, 0, 0]
     assert len([*(tmp_path / "predictions").glob("*.nii.gz")]) == 1

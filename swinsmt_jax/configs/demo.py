@@ -1,7 +1,7 @@
 """A small Swin SMT on phantom scans: minutes on two CPU cores.
 
-    python -m swinsmt_jax.phantoms --root=data/phantoms --cases=40 --val=3 \
-        --test=5 --spacing=12 --variation=0.5 --seed=0
+    python -m swinsmt_jax.phantoms --root=data/phantoms --cases=80 --val=8 \
+        --test=8 --spacing=12 --seed=1
     python train.py --config=configs/demo.py --workdir=runs/demo
     python evaluate.py --workdir=runs/demo --split=test
 
@@ -28,9 +28,10 @@ def get_config() -> config_dict.ConfigDict:
     config.data.update(
         {
             "root": "data/phantoms",
-            "patch_shape": (32, 32, 64),
+            "patch_shape": (32, 32, 32),
             "batch_size": 1,
             "spacing": 0.0,  # the phantoms' own
+            "hu_range": (-250.0, 450.0),  # soft tissue takes most of the scale
             "foreground_ratio": 0.9,  # most of a phantom is air
             "augmentations": {
                 "zoom": {"probability": 0.0},
@@ -40,10 +41,10 @@ def get_config() -> config_dict.ConfigDict:
             "cache": True,
         }
     )
-    config.optimizer.update({"learning_rate": 8e-3, "warmup_steps": 20})
+    config.optimizer.update({"learning_rate": 8e-3, "warmup_steps": 50, "b2": 0.95})
     config.training.update(
         {
-            "num_steps": 650,
+            "num_steps": 1300,
             "log_every": 20,
             "eval_every": 0,
             "eval_cases": 1,

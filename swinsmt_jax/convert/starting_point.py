@@ -26,7 +26,6 @@ from swinsmt_jax.convert.upcycling import upcycled
 from swinsmt_jax.labels import class_name
 from swinsmt_jax.models.registry import entry_of
 from swinsmt_jax.runtime.files import absolute
-from swinsmt_jax.training.checkpoint import load_model
 
 LEAST = 0.5  # share of what must fit, unless less is requested
 UNNAMED = (
@@ -203,6 +202,8 @@ def _with_names(path):
         return nnunet_folder.start_of(path)
     if not path.is_dir():
         return files.read(path), files.class_names(path)
+    from swinsmt_jax.training.checkpoint import load_model
+
     config, model, info = load_model(path)
     logging.info("weights of step %d of %s", info["step"], path)
     return to_torch(model), names_of(config)

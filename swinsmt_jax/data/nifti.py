@@ -31,14 +31,13 @@ ROUNDING = 1e-3  # of label ids that a file stores with a slope
 def load_ct(path: str | Path, *, modality: str = "CT", whole: bool = True) -> Volume:
     """Read a CT as int16 Hounsfield units, rounded, in RAS orientation.
 
-    Unless `whole` is true, voxels stay as they are, in float32.
-
-    What is doubtful about the file, such as values unlike HU unless the modality is
-    another than CT, is noted and logged.
+    If `whole` is false, voxels stay as they are, in float32 unless they are integers of
+    at most 16 bits. Doubtful points of the file are noted and logged, such as values
+    unlike HU in a CT.
 
     Raises:
-        UserError: for a file that is missing, truncated, not NIfTI, not 3-D, of RGB or
-            complex voxels, with NaN or infinite voxels, or without a usable affine.
+        UserError: for a file that is missing, truncated, not NIfTI, not 3-D, with RGB,
+            complex, NaN or infinite voxels, or without a usable affine.
     """
     volume = _load(path)
     return _as_ct(volume, *volume.notes, *_doubts(volume, modality), whole=whole)
@@ -52,9 +51,9 @@ def from_array(
     modality: str = "CT",
     whole: bool = True,
 ) -> Volume:
-    """Return a CT in memory as `load_ct` does that of a file, with the same errors.
+    """Return a CT from memory as `load_ct` does from a file, with the same errors.
 
-    Messages call it `path`; of a DICOM series, whose tags say that it is a CT in HU.
+    `path` is its DICOM series, whose tags state a CT in HU; messages name it.
     """
     name = path or Path("the array")
     try:
@@ -71,7 +70,7 @@ def from_array(
 
 
 def grid_of(path: str | Path) -> Volume:
-    """Return what the header of a NIfTI file says; voxels are 0 and take no memory."""
+    """Return a volume from a NIfTI header; its voxels are 0 and take no memory."""
     return _open(path)[0]
 
 
@@ -92,7 +91,8 @@ def _as_ct(volume: Volume, *notes: str, whole: bool) -> Volume:
         array = voxels.hounsfield(volume.path, volume.array)
     else:
         voxels.require_finite(volume.path, volume.array)
-        array = np.ascontiguousarray(volume.array, np.float32)
+        short = volume.array.dtype.kind in "iu" and volume.array.dtype.itemsize <= 2
+        array = np.ascontiguousarray(volume.array, None if short else np.float32)
     return noted(replace(volume, array=array, notes=()), *notes)
 
 
@@ -110,13 +110,13 @@ def load_labels(
 ) -> Volume:
     """Read a multi-label segmentation as uint8 label ids in RAS orientation.
 
-    Voxels with the value `ignored` become `IGNORED`. Where the header names the ids,
-    they become those of the classes with these names. A map that was cut to a box of
-    `on` is put in its place, and noted; no other notes.
+    Voxels with the value `ignored` become `IGNORED`. If the header names the ids, they
+    become those of the classes with these names. A map that was cut to a box of `on` is
+    put in place, with a note; there are no other notes.
 
     Raises:
         UserError: as `load_ct`, and for values that are not label ids of the classes,
-            or have names in the header that no class has. Where `on` is given, as
+            or have names in the header that no class has. With `on`, as
             `require_same_grid`, before voxels are read.
     """
     volume = _load_on(path, on)
@@ -153,11 +153,11 @@ def load_labels(
 def load_mask(path: str | Path, *, on: Volume | None = None) -> Volume:
     """Read one structure's mask as bool in RAS orientation; see `voxels.mask`.
 
-    It is put on the grid of `on`, and noted, as in `load_labels`.
+    It is put on the grid of `on`, with a note, as in `load_labels`.
 
     Raises:
-        UserError: as `load_ct` and `voxels.mask`. Where `on` is given, as
-            `require_same_grid`, before voxels are read.
+        UserError: as `load_ct` and `voxels.mask`. With `on`, as `require_same_grid`,
+            before voxels are read.
     """
     volume = _load_on(path, on)
     array, notes = voxels.mask(volume.path, volume.array)
@@ -169,8 +169,8 @@ class Merged(NamedTuple):
 
     Attributes:
         label: uint8 [X, Y, Z].
-        claimed: how often a mask claims a voxel that is labelled.
-        notes: what a user should know about the files.
+        claimed: how often a mask claims a labelled voxel.
+        notes: facts that a user should know about the files.
         voxels: {label id: voxels of its mask}.
     """
 
@@ -189,10 +189,10 @@ def load_masks(
     """Merge masks.
 
     Args:
-        values: {file: label id of its voxels}, of which there are 255 at most.
-        on: what the masks must lie on.
-        overlaps: one of `OVERLAPS`: the later mask wins, or the one of fewer voxels,
-            and of equal ones the later.
+        values: {file: label id of its voxels}, at most 255.
+        on: volume whose grid the masks must share.
+        overlaps: one of `OVERLAPS`: the later mask wins, or the mask with fewer voxels,
+            then the later one.
     """
     label, claimed, notes = None, 0, tuple[str, ...]()
     found: dict[int, int] = {}
@@ -223,7 +223,7 @@ def save_labels(
 ) -> None:
     """Write label ids [X, Y, Z] on the grid of `like` in the orientation of its file.
 
-    Where `like` was resampled, each voxel of the file has the id that fills most of it.
+    If `like` was resampled, each voxel of the file gets the id that fills most of it.
     The file appears under its name only when complete.
     """
     checks.require(
@@ -248,7 +248,7 @@ def save(
     description: str = "",
     slope: float = 1.0,
 ) -> None:
-    """Write an array [X, Y, Z], on the RAS grid of a file, in that file's orientation.
+    """Write an array [X, Y, Z] on a file's RAS grid in that file's orientation.
 
     The file appears under its name only when complete. `description` becomes a header
     extension, such as `label_table.xml`; readers multiply by `slope`.
@@ -274,11 +274,11 @@ def write(
 ) -> None:
     """Write an array as NIfTI, NRRD or MetaImage; it appears when complete.
 
-    It lies where `affine` says, in mm, or where a file with this `header` does.
+    `affine`, in mm, or the `header` of another file gives its place.
 
     Raises:
-        UserError: for another suffix than .nii, .nii.gz, .nrrd and .mha, and where it
-            cannot be written.
+        UserError: for another suffix than .nii, .nii.gz, .nrrd and .mha, and for a
+            failed write.
     """
     path = absolute(path)
     checks.require(
@@ -311,7 +311,7 @@ def _load(path: str | Path) -> Volume:
 
 
 def _load_on(path: str | Path, on: Volume | None) -> Volume:
-    """Read what belongs to a scan; its array is on the grid of `on`, if given."""
+    """Read a volume that belongs to a scan, on the grid of `on` if given."""
     grid, image = _open(path)
     box = require_same_grid(grid, on, cut=True) if on else ()
     volume = replace(_read(grid, image), notes=())
@@ -335,7 +335,7 @@ def _read(grid: Volume, image: nib.Nifti1Pair) -> Volume:
 
 
 def _open(path: str | Path) -> tuple[Volume, nib.Nifti1Pair]:
-    """Check what a header says; the volume has zeros that take no memory."""
+    """Check a header; the volume's zeros take no memory."""
     path = absolute(path)
     checks.require(path.is_file(), f"{path} does not exist; expected a NIfTI file.")
     with nifti_file.named(path):

@@ -115,13 +115,13 @@ def scores_of(
     """Return the scores and views of all cases.
 
     Raises:
-        SomeFailedError: if there are none of a case.
+        SomeFailedError: if a case has none.
     """
     failed = {found["name"]: found["error"] for found in outcomes if "error" in found}
     if failed:
         raise processes.SomeFailedError(
-            f"{len(failed)} of {len(outcomes)} cases cannot be scored, so that there "
-            "are no results of the split; the others are kept, and the same command "
+            f"{len(failed)} of {len(outcomes)} cases cannot be scored, so the split "
+            "has no results; the others are kept, and the same command "
             f"continues: {'; '.join(f'{n}: {why}' for n, why in failed.items())}"
         )
     return [result_of(found["result"]) for found in outcomes], [

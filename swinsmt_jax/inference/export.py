@@ -28,12 +28,12 @@ from swinsmt_jax.training.checkpoint import load_model
 def export(
     model: nnx.Module, config: ExperimentConfig, path: Path, *, step: int = 0
 ) -> None:
-    """Export a network with what `portable.Portable` has to know of its experiment.
+    """Export a network with the facts that `portable.Portable` needs.
 
     Args:
         model: the network.
         config: of its experiment.
-        path: of the file, .npz; appears when complete.
+        path: of the .npz file, which appears when complete.
         step: of the checkpoint, for the record.
     """
     graphdef, params = nnx.split(model)
@@ -54,8 +54,8 @@ def export(
             program, platforms=portable.PLATFORMS, disabled_checks=[*allowed]
         )
         exported = lowered(shapes, windows)
-    for name, how in attention.items():
-        logging.info("attention of %s, where CUDA runs the network: %s", name, how)
+    how = by_platform.described(attention)
+    logging.info("attention, where CUDA runs the network: %s", how)
     about = {
         "window": list(window),
         "window_batch": batch,

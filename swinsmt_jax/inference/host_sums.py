@@ -1,4 +1,4 @@
-"""Average windows in the host's memory, in tiles that windows begin and end."""
+"""Average windows in the host's memory, in tiles cut at the windows' edges."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ Predictions = Iterable[tuple[jax.Array, int]]
 
 
 class Tile:
-    """Weighted sums of the logits of a box; they take memory from the first `add` on.
+    """Weighted sums of a box's logits; the first `add` allocates memory.
 
     Attributes:
         dtype: of the sums.
@@ -28,7 +28,7 @@ class Tile:
         self.weights = np.zeros(0, np.float32)
 
     def add(self, logits: np.ndarray, weight: np.ndarray) -> None:
-        """Add a window's logits, plane by plane, so that little else is held."""
+        """Add a window's logits plane by plane, which needs little extra memory."""
         if self.sums is None:
             self.sums = np.zeros(logits.shape, self.dtype)
             self.weights = np.zeros(weight.shape, np.float32)
@@ -51,8 +51,7 @@ def blocks(
 ) -> Iterator[tuple[Box, np.ndarray]]:
     """Yield (box, averaged logits [*box, K]) of planes that no further window touches.
 
-    The volume is cut into tiles at the windows' edges. Boxes and axes are those of the
-    sweep.
+    Tiles divide the volume at the windows' edges. Boxes and axes follow the sweep.
 
     Args:
         windows: in any order of visit.
@@ -61,7 +60,9 @@ def blocks(
         dtype: of the sums.
     """
     waiting: defaultdict[Any, Tile] = defaultdict(lambda: Tile(dtype))
-    for start, (batch, index) in zip(windows.starts, predictions, strict=True):
+    predictions = iter(predictions)
+    for start in windows.starts:
+        batch, index = next(predictions)
         logits = windows.swept(np.asarray(batch)[index])
         for spans, ended in windows.tiles(start):
             part = tuple(
@@ -79,6 +80,7 @@ def blocks(
                 for box, inside in windows.inside(first, block.shape):
                     yield box, block[inside]
             del waiting[spans], planes
+        del batch, logits, given  # before the next window is computed
 
 
 def _add(sums, plane, weight):
@@ -89,8 +91,8 @@ def _add_halves(sums, plane, weight):
     """Return `_add` in half precision, compiled for this host's CPU if it may be used.
 
     numpy converts to half precision one number at a time, which takes five times as
-    long. Compiled, multiplication and addition may round once: float32 sums, which are
-    those of one accumulator bit for bit, are left to numpy.
+    long. A compiled multiplication and addition may round once. So numpy keeps float32
+    sums, which equal those of one accumulator bit for bit.
     """
     try:
         cpu = jax.local_devices(backend="cpu")[0]
@@ -112,7 +114,7 @@ def labels(
     dtype: str,
     decision: grid.Decision,
 ) -> Iterator[tuple[Box, grid.Decided]]:
-    """Yield (box, what is decided, [*box]) of planes that no further window touches."""
+    """Yield (box, decisions, [*box]) of planes that no further window touches."""
     for box, block in blocks(windows, predictions, num_classes, dtype):
         yield box, decision.decide(np, block, logits=True)
 
@@ -125,12 +127,12 @@ def planes(
     decision: grid.Decision,
     sides: Sequence[grid.Neighbours],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (z, what is interpolated) of each plane, on another's rows and columns.
+    """Yield (z, interpolated values) of each plane, on another grid's rows and columns.
 
     Args:
         windows: in whole layers.
         predictions, num_classes, dtype: as in `blocks`.
-        decision: says what is interpolated.
+        decision: selects the values to interpolate.
         sides: neighbours of the other grid's rows and of its columns.
     """
     _, height, width = windows.shape

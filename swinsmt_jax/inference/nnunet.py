@@ -1,4 +1,4 @@
-"""Segment scans with a model folder of nnU-Net v2, by the rules of its predictor.
+"""Segment scans with a model folder of nnU-Net v2, following its predictor.
 
 from swinsmt_jax import load_nnunet, save
 segmenter = load_nnunet("Dataset001_X/nnUNetTrainer__nnUNetPlans__3d_fullres")
@@ -33,7 +33,12 @@ from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.data.volume import Volume, spacing_of
 from swinsmt_jax.inference.grid import Decision
 from swinsmt_jax.inference.provenance import digest_of_network
-from swinsmt_jax.inference.segmenter import Segmenter, computing_in, with_options
+from swinsmt_jax.inference.segmenter import (
+    Segmenter,
+    accepting_sums,
+    computing_in,
+    with_options,
+)
 from swinsmt_jax.inference.sliding_window import Predict
 from swinsmt_jax.labels import names_by_id
 from swinsmt_jax.models import split
@@ -44,8 +49,8 @@ class NNUNetSegmenter(Segmenter):
     """A model folder of nnU-Net; made by `load_nnunet`.
 
     Attributes:
-        plan: how it sees scans.
-        folds: of the folder, whose logits are averaged.
+        plan: how the model sees scans.
+        folds: of the folder; their logits are averaged.
     """
 
     plan: Plan
@@ -60,18 +65,18 @@ class NNUNetSegmenter(Segmenter):
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Names of the label ids that the network gives, background left out."""
+        """Names of the network's label ids, without the background."""
         names = self.plan.names
         return names_by_id(names, num_classes=len(names))
 
     @property
     def made_by(self) -> dict[str, object]:
-        """What decides the labels of a scan, for the record."""
+        """Everything that decides a scan's labels, for the record."""
         spacing = list(self.plan.spacing)
         return super().made_by | {"folds": list(self.folds), "spacing": spacing}
 
     def view_of(self, sample: Sample) -> NetworkView:
-        """Return what the network is shown of a case of a dataset or a store."""
+        """Return the network's view of a case from a dataset or a store."""
         source = sample.source_affine  # a store has RAS orientation
         return nnunet_view(
             sample.image,
@@ -81,7 +86,7 @@ class NNUNetSegmenter(Segmenter):
         )
 
     def view(self, volume: Volume) -> NetworkView:
-        """Return what the network is shown of a scan in RAS orientation."""
+        """Return the network's view of a scan in RAS orientation."""
         return nnunet_view(
             volume.array,
             spacing=volume.sides,
@@ -90,6 +95,7 @@ class NNUNetSegmenter(Segmenter):
         )
 
 
+@accepting_sums
 def load_nnunet(
     folder: str | Path,
     *,
@@ -102,8 +108,8 @@ def load_nnunet(
     """Load a model folder of nnU-Net v2: plans.json, dataset.json and its checkpoints.
 
     Args:
-        folder: that nnU-Net wrote, Trainer__Plans__Configuration.
-        folds: numbers, or "all"; none takes all that are there.
+        folder: written by nnU-Net, Trainer__Plans__Configuration.
+        folds: numbers, or "all"; none takes all that exist.
         mirror: average over mirror images along the axes that the checkpoint allows.
         accum_dtype: "float16" halves the memory of the logits that are kept.
         dtype: "bfloat16" or "float32", of matrix products and convolutions.
@@ -158,7 +164,7 @@ def averaging(models: Sequence[nnx.Module], *, axes: Sequence[int]) -> Predict:
 
     Args:
         models: of one config.
-        axes: of the windows [D, H, W], along all subsets of which they are mirrored.
+        axes: of the windows [D, H, W]; windows are mirrored along every subset.
     """
     subsets = np.array([*itertools.product((False, True), repeat=len(axes))], bool)
     flips = np.zeros((len(subsets), 3), bool)

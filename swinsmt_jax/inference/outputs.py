@@ -1,4 +1,4 @@
-"""Outputs of a scan, and existing files that must not be lost without request."""
+"""Outputs of a scan, and protection of existing files."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from swinsmt_jax.inference import pictures
 from swinsmt_jax.inference.grid import STEPS
 from swinsmt_jax.results import (
     anatomy,
-    color_tables,
+    colour_tables,
     dicom_seg,
     meshes,
     statistics,
@@ -33,10 +33,10 @@ Targets = Mapping[str, Mapping[str, Path]]  # by scan and kind
 
 
 class Kind(NamedTuple):
-    """What can be written of a scan besides its labels.
+    """An output of a scan besides its labels.
 
     Attributes:
-        ending: follows the scan's name; of a folder, if it has no dot.
+        ending: follows the scan's name; without a dot it names a folder.
         write: makes the file at a path, from the result and the option's value.
         help: of the flag.
         choices: values of the flag; empty for a switch.
@@ -57,7 +57,7 @@ def _text(make):
 
 
 def _write_probabilities(path, result, _):
-    """Write a NIfTI file for each chosen class, which readers scale to 0 to 1."""
+    """Write one NIfTI file per chosen class, which readers scale to 0 to 1."""
     path.mkdir()
     for name, array in result.chosen.items():
         nifti.save(path / f"{name}.nii.gz", array, like=result.volume, slope=1 / STEPS)
@@ -93,14 +93,14 @@ KINDS = {
         ),
         "also write a picture",
     ),
-    "colors": Kind(
-        "_colors.ctbl",
-        _text(lambda result: color_tables.slicer(result.names)),
+    "colours": Kind(
+        "_colours.ctbl",
+        _text(lambda result: colour_tables.slicer(result.names)),
         "also write names and colours for 3D Slicer",
     ),
     "itk_snap": Kind(
         "_itk_snap.txt",
-        _text(lambda result: color_tables.itk_snap(result.names)),
+        _text(lambda result: colour_tables.itk_snap(result.names)),
         "also write names and colours for ITK-SNAP",
     ),
     "seg": Kind(
@@ -128,16 +128,16 @@ KINDS = {
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written for each scan besides or instead of its labels.
+    """What to write for each scan besides or instead of its labels.
 
     Attributes:
         roi: classes to keep; empty keeps all.
-        masks: a file for each class instead of one of labels.
+        masks: write one file per class instead of one label file.
         format: of `FORMATS`; None takes the scan's, and nii.gz for NIfTI and DICOM.
-        clean: keep the largest piece of what is one piece by nature.
+        clean: keep the largest piece of structures that should be one piece.
         overwrite: segment again and replace existing files.
-        confidence: say in the statistics how sure the network is.
-        statistics, statistics_json, probabilities, quality, preview, colors, itk_snap,
+        confidence: add the network's confidence to the statistics.
+        statistics, statistics_json, probabilities, quality, preview, colours, itk_snap,
             seg, mesh, view: of `KINDS`; True, one of the kind's choices, or classes.
     """
 
@@ -152,14 +152,14 @@ class OutputOptions:
     probabilities: Sequence[str] = ()
     quality: bool = False
     preview: bool = False
-    colors: bool = False
+    colours: bool = False
     itk_snap: bool = False
     seg: str | None = None
     mesh: str | None = None
     view: bool = False
 
     def __post_init__(self) -> None:
-        """Check the choices; a `UserError` for one that is not there."""
+        """Check the choices; raise `UserError` for an unknown one."""
         if self.format:
             checks.one_of("the option format", self.format, FORMATS)
         for name, kind in KINDS.items():
@@ -170,11 +170,11 @@ class OutputOptions:
 
     @property
     def made_by(self) -> dict[str, object]:
-        """What decides the labels of a scan, besides the segmenter."""
+        """Everything besides the segmenter that decides a scan's labels."""
         return {"clean": True} if self.clean else {}
 
     def ending(self, scan: Path) -> str:
-        """Return how the names of label files of a scan end."""
+        """Return the ending of a scan's label files."""
         if self.format is None and itk_file.is_itk(scan):
             return ".nrrd" if scan.suffix.lower() == ".nrrd" else ".mha"
         return f".{self.format or FORMATS[0]}"
@@ -186,7 +186,7 @@ class OutputOptions:
         return (*statistics, "probabilities")
 
     def files(self, output: Path, name: str, scan: Path) -> dict[str, Path]:
-        """Return what is written of a scan: labels first, then the rest."""
+        """Return the files of a scan: labels first, then the rest."""
         labels = name if self.masks else f"{name}{self.ending(scan)}"
         rest = {
             kind: f"{name}{what.ending}"
@@ -202,7 +202,7 @@ class OutputOptions:
                 what.require(scan)
 
     def remove_results(self, output: Path, name: str) -> None:
-        """Remove what was made of labels that are about to be replaced."""
+        """Remove outputs of labels that are about to be replaced."""
         for what in KINDS.values():
             path = output / f"{name}{what.ending}"
             if path.exists():
@@ -210,9 +210,10 @@ class OutputOptions:
 
 
 def write(files: Mapping[str, Path], result: Result, options: OutputOptions) -> None:
-    """Write results of a scan; each appears when complete.
+    """Write the results of a scan; each appears when complete.
 
-    Labels come after what needs the network, so that it runs again if that is missing.
+    Labels come after the outputs that need the network, so it runs again if one of
+    those is missing.
 
     Args:
         files: by kind, from `OutputOptions.files`.
@@ -238,7 +239,7 @@ def write(files: Mapping[str, Path], result: Result, options: OutputOptions) -> 
 
 
 def _write_masks(path, result, ending):
-    """Write a file for each class; the folder appears when all are there."""
+    """Write one file per class; the folder appears when all are complete."""
     with replacing(path) as partial:
         partial.mkdir()
         for number, name in result.names.items():
@@ -249,12 +250,12 @@ def _write_masks(path, result, ending):
 def require_free(
     targets: Targets, scans: Mapping[str, Path], classes: Collection[str]
 ) -> None:
-    """Raise `UserError` if an output would replace an input, or what is not a mask.
+    """Raise `UserError` if an output would replace an input or a non-mask file.
 
     Args:
         targets: what would be written.
         scans: the inputs.
-        classes: names that masks may have.
+        classes: possible names of masks.
     """
     inputs = {
         place: file
@@ -281,7 +282,7 @@ def require_free(
 
 
 def require_network(targets: Targets, options: OutputOptions) -> None:
-    """Raise `UserError` if labels are there without what only the network can give."""
+    """Raise `UserError` if labels exist without an output that needs the network."""
     for files in targets.values():
         for kind in options.of_network if is_whole(files["labels"]) else ():
             if kind not in files:
@@ -295,7 +296,7 @@ def require_network(targets: Targets, options: OutputOptions) -> None:
 
 
 def _tells(kind, path, options):
-    """Whether a file has what only the network can give."""
+    """Whether a file contains what only the network can compute."""
     if not is_whole(path):
         return False
     if kind == "probabilities":
@@ -307,7 +308,7 @@ def _tells(kind, path, options):
 
 
 def require_classes(targets: Targets, names: Collection[str]) -> None:
-    """Raise `UserError` if a target is there and about other classes than `names`."""
+    """Raise `UserError` if a target exists for other classes than `names`."""
     for path in (
         files[kind]
         for files in targets.values()
@@ -323,10 +324,10 @@ def require_classes(targets: Targets, names: Collection[str]) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether an output is there, neither empty nor cut short.
+    """Whether an output exists and is neither empty nor truncated.
 
-    Power cuts and full disks leave such files to programs that do not write as
-    `files.replacing` does, and copies that broke off do too.
+    Power cuts and full disks leave such files behind if a program does not write like
+    `files.replacing`. So do interrupted copies.
     """
     if path.is_dir():
         inside = [file for file in path.iterdir() if not is_litter(file)]
@@ -355,7 +356,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _classes_in(path):
-    """Return which classes an output is about; None if it does not say or is absent."""
+    """Return the classes of an output; None if it does not state them or is absent."""
     if path.is_dir():
         return set(masks_in(path))
     if not path.is_file():

@@ -1,7 +1,7 @@
 """Planes of a scan with labels drawn over them, and the preview of a prediction.
 
-Shown as radiologists read: the patient's right is on the left of the image, the head
-or the front of the body on top, and voxels keep their proportions in millimetres.
+Pictures follow radiological convention: the patient's right is on the left, and the
+head or the front of the body is on top. Voxels keep their proportions in millimetres.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def cut(
     prediction: np.ndarray,
     spacing: Sequence[float],
 ) -> View:
-    """Cut the plane in which the truth has most classes; volumes are [X, Y, Z]."""
+    """Cut the plane where the truth has the most classes; volumes are [X, Y, Z]."""
     axis = PLANES[plane]
     index = _richest_plane(truth, axis)
 
@@ -71,7 +71,7 @@ def cut(
 
 
 def _richest_plane(truth: np.ndarray, axis: int) -> int:
-    """Index of the plane with most classes, then most labelled voxels."""
+    """Index of the plane with the most classes, then the most labelled voxels."""
     scores = []
     for plane in np.moveaxis(truth, axis, 0):
         counts = np.bincount(plane.reshape(-1), minlength=1)[1:]
@@ -85,7 +85,7 @@ def over(grey: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> np.ndarr
     `names` are those of the label ids, the background first.
     """
     alpha = OPACITY * (labels > 0)[..., None]
-    palette = colors_of(int(labels.max()) + 1, names)
+    palette = colours_of(int(labels.max()) + 1, names)
     return (1 - alpha) * grey[..., None] + alpha * palette[labels]
 
 
@@ -142,11 +142,11 @@ def write_preview(
     save(figure, path)
 
 
-def colors_of(num_classes: int, names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
+def colours_of(num_classes: int, names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
     """Return RGB in [0, 1] for each class, `[K, 3]`; the background is black.
 
-    Colours are those of `label_table.colour`, but arteries and the heart are red and
-    veins blue, as in every atlas: those that `names` of the label ids call so.
+    Colours come from `label_table.colour`. But arteries and the heart are red and veins
+    blue, as in every atlas; the `names` of the label ids identify them.
     """
     ids = range(num_classes)
     hsv = colors.rgb_to_hsv([label_table.colour(k) for k in ids])

@@ -6,15 +6,15 @@ labels = segmenter.segment("scan.nii.gz")         # uint8, in the axes of the fi
 labels = segmenter.segment_array(hu, affine)      # hu [X, Y, Z], in any axes
 save("labels.nii.gz", labels, like="scan.nii.gz")
 
-Libraries that read scans and checkpoints are imported where they are used: together
-they take longer than jax, and nobody who only imports `load` should wait for them.
+Functions import the libraries for scans and checkpoints themselves. Together these take
+longer than jax, and importing `load` should not wait for them.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter(Scans):
-    """A trained network and how it sees scans; made by `load`.
+    """A trained network and its view of scans; made by `load`.
 
     Attributes:
-        config: of the experiment; `data` says spacing and HU, `inference` the windows.
+        config: of the experiment; `data` gives spacing and HU, `inference` the windows.
         predict: a jitted function from windows to logits.
         step: of the checkpoint, or of each of several.
-        accum_dtype: "float32" or "float16", of the logits that are kept.
+        accum_dtype: "float32" or "float16", of the stored logits.
         network: hash of the parameters.
         mirror: whether `predict` averages over mirror images.
         run: the workdir, for the record.
@@ -70,12 +70,12 @@ class Segmenter(Scans):
 
     @property
     def modality(self) -> str:
-        """Of the scans, for what is said of their values."""
+        """Modality of the scans, for notes on their values."""
         return self.config.data.modality
 
     @property
     def made_by(self) -> dict[str, object]:
-        """What decides the labels of a scan, for the record."""
+        """Everything that decides a scan's labels, for the record."""
         config = self.config
         return {
             "network": self.network,
@@ -93,7 +93,7 @@ class Segmenter(Scans):
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Names of the label ids that the network gives, background left out."""
+        """Names of the network's label ids, without the background."""
         names = self.config.data.class_names
         return names_by_id(names, num_classes=self.config.model.out_channels)
 
@@ -103,7 +103,7 @@ class Segmenter(Scans):
         return self.config.data.seen.usual_ml
 
     def view(self, volume: "Volume") -> "NetworkView":
-        """Return what the network is shown of a scan in RAS orientation."""
+        """Return the network's view of a scan in RAS orientation."""
         from swinsmt_jax.data.network_view import network_view, unlike_training
 
         data = self.config.data
@@ -126,7 +126,7 @@ class Segmenter(Scans):
         chosen: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> Decided:
-        """Return labels, and what is known of them; as `Scans.decide_volume`."""
+        """Return labels and facts about them, as `Scans.decide_volume`."""
         return decide(
             self.predict,
             self.view(volume),
@@ -142,6 +142,23 @@ class Segmenter(Scans):
         )
 
 
+Loader = TypeVar("Loader", bound=Callable)
+
+
+def accepting_sums(load: Loader) -> Loader:
+    """Let a function take `accum_dtype` by its earlier name, `sums`, too."""
+
+    @functools.wraps(load)
+    def with_new_name(*arguments, **options):
+        if "sums" in options:
+            logging.info("the argument sums is now accum_dtype")
+            options["accum_dtype"] = options.pop("sums")
+        return load(*arguments, **options)
+
+    return with_new_name  # type: ignore[return-value]
+
+
+@accepting_sums
 def load(
     workdir: str | Path | Sequence[str | Path],
     *,
@@ -154,14 +171,14 @@ def load(
     """Load the network of a training run.
 
     Args:
-        workdir: of the run. Of several, "A,B,C" or a list, the probabilities are
-            averaged; see `ensemble.load_networks`.
-        step: a number, "latest" or "best"; None takes the best, or else the latest.
-        accum_dtype: "float16" halves the memory of the logits that are kept.
-        mirror: also segment every window with right and left exchanged, and average;
-            twice the time.
+        workdir: of the run. For several, "A,B,C" or a list, probabilities are averaged;
+            see `ensemble.load_networks`.
+        step: a number, "latest" or "best"; None takes the best if any, or the latest.
+        accum_dtype: "float16" halves the memory of the stored logits.
+        mirror: also segment every window with right and left swapped, and average;
+            takes twice the time.
         dtype: "bfloat16" or "float32", of matrix products and convolutions; None takes
-            that of the training.
+            the dtype of training.
         inference: fields of `config.InferenceConfig` to change, such as overlap=0.25.
 
     Raises:
@@ -192,7 +209,7 @@ def _network_of(workdir, *, step, dtype):
 
 
 def with_options(config: InferenceConfig, options: Mapping) -> InferenceConfig:
-    """Return the config with some fields changed; `UserError` for unknown ones."""
+    """Return the config with some fields changed; unknown ones are a `UserError`."""
     known = {field.name for field in dataclasses.fields(config)}
     options = with_new_keys("inference", dict(options))
     for name in options:
@@ -203,11 +220,11 @@ def with_options(config: InferenceConfig, options: Mapping) -> InferenceConfig:
 def save(
     path: str | Path, labels: np.ndarray, *, like: str | Path, names: dict | None = None
 ) -> None:
-    """Write labels where a scan lies, in its axes, as NIfTI.
+    """Write labels as NIfTI in the place and axes of a scan.
 
     Args:
-        path: .nii.gz or .nii; appears when complete.
-        labels: bool or integers of at most 255, as `Segmenter.segment(like)` gives.
+        path: .nii.gz or .nii; the file appears when complete.
+        labels: bool or integers of at most 255, as from `Segmenter.segment(like)`.
         like: the scan, a NIfTI file or a folder with a DICOM series.
         names: {label id: name} for the header, as `Segmenter.class_names`.
 
@@ -241,19 +258,19 @@ def decide(
     accum_dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Decided:
-    """Return the labels of a scan on its own grid, and what is known of them.
+    """Return the labels of a scan on its own grid, and facts about them.
 
-    Where the network sees the scan resampled, its probabilities are interpolated to the
-    scan's grid and become labels there. Outside the foreground is background, without
-    probabilities.
+    If the network sees the scan resampled, its probabilities are interpolated to the
+    scan's grid and become labels there. Voxels outside the foreground are background,
+    without probabilities.
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`.
         view: the scan, from `network_view` or `nnunet_view`.
-        window: the training patch, since a Soft MoE's result depends on it.
+        window: the training patch, because a Soft MoE's result depends on it.
         num_classes: K.
         inference: overlap, blending, batch and place of the sums.
-        sharding: of the batches of windows, whose size is rounded up to fill it.
+        sharding: of the batches of windows; their size is rounded up to fill it.
         decision, accum_dtype, progress: as in `sliding_window.decide`.
     """
     decided = sliding_window.decide(
@@ -292,8 +309,8 @@ def predict_fn(
 ) -> Predict:
     """Return the jitted function from windows to logits of a model, a pytree.
 
-    With `left_right_swap`, from the function, logits are the mean over a window and its
-    mirror image.
+    With a `left_right_swap` table, logits are the mean over a window and its mirror
+    image.
     """
     if left_right_swap is None:
         return lambda windows: _apply(model, windows)
@@ -308,7 +325,7 @@ def computing_in(
     Parameters stay as they are. None changes nothing.
 
     Raises:
-        UserError: for a dtype that networks do not have.
+        UserError: for a dtype that networks do not support.
     """
     if dtype is None:
         return config, model
@@ -317,14 +334,14 @@ def computing_in(
 
 
 def left_right_swap(names: Sequence[str], *, num_classes: int) -> np.ndarray:
-    """Return the id of each class' counterpart on the other side of the body, `[K]`.
+    """Return the id of each class's counterpart on the other side of the body, `[K]`.
 
     Args:
         names: of the label ids, the background first.
         num_classes: K, of the network.
 
     Raises:
-        UserError: for a network whose classes leave out counterparts.
+        UserError: for a network whose classes lack counterparts.
     """
     swap = np.arange(num_classes)
     known = ClassMap(tuple(names)).left_right_swap()[:num_classes]
@@ -339,12 +356,12 @@ def left_right_swap(names: Sequence[str], *, num_classes: int) -> np.ndarray:
 
 
 def _plain(value):
-    """Return what JSON reads back as the same."""
+    """Return a value that JSON reads back unchanged."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def batch_sharding() -> jax.sharding.Sharding | None:
-    """Divide batches of windows over this process's devices; None if it is one."""
+    """Divide batches of windows over this process's devices; None for one device."""
     devices = jax.local_devices()
     if len(devices) == 1:
         return None
@@ -354,7 +371,7 @@ def batch_sharding() -> jax.sharding.Sharding | None:
 
 
 def _filling(wanted, sharding):
-    """Round a batch of windows up, so that every device of the sharding works."""
+    """Round a batch of windows up so that every device of the sharding works."""
     devices = 1 if sharding is None else sharding.num_devices
     batch = -(-wanted // devices) * devices
     if batch != wanted:

@@ -1,7 +1,7 @@
 """Sliding-window inference over a whole scan, given a function that predicts windows.
 
-The window's shape is part of the model: a Soft MoE mixes all tokens of its input, so
-another window gives other results than the patch that the network was trained with.
+The window's shape is part of the model. A Soft MoE mixes all tokens of its input, so a
+window other than the training patch gives other results.
 """
 
 import logging
@@ -15,6 +15,7 @@ import numpy as np
 from swinsmt_jax import checks
 from swinsmt_jax.inference import device_sums, grid, host_sums
 from swinsmt_jax.inference.windows import Windows
+from swinsmt_jax.runtime import host_memory
 
 Predict = Callable[[jax.Array], jax.Array]
 ACCUMULATE = ("auto", "host", "device")
@@ -33,21 +34,21 @@ def sliding_window(
     window_batch: int = 1,
     sharding: jax.sharding.Sharding | None = None,
 ) -> np.ndarray:
-    """Average of the windows' logits over a whole volume, float32 `[D, H, W, K]`.
+    """Average the windows' logits over a whole volume, float32 `[D, H, W, K]`.
 
-    Equals MONAI's `sliding_window_inference`, or nnU-Net's predictor: a volume smaller
-    than the window is padded with 0 (air, after HU are scaled to [0, 1]) and the result
-    cropped back.
+    The result equals MONAI's `sliding_window_inference` or nnU-Net's predictor. A
+    volume smaller than the window is padded with 0 (air, once HU are scaled to [0, 1]),
+    and the result is cropped back.
 
     Args:
         predict: a jitted function `[b, *window, C] -> [b, *window, K]`. It is always
-            called with b = window_batch: the last batch is filled up with zeros.
+            called with b = window_batch; zeros fill the last batch.
         volume: `[D, H, W, C]`, float32.
         window: sides (D, H, W) of the window in voxels; the training patch.
         num_classes: K.
-        overlap: share of a window that neighbours have in common, in [0, 1).
+        overlap: share of a window that its neighbours cover too, in [0, 1).
         blend: "gaussian" or "constant" weights of a window's voxels.
-        convention: where windows lie, and whose Gaussian: "monai" or "nnunet".
+        convention: "monai" or "nnunet", for places of windows and the Gaussian.
         window_batch: windows per call.
         sharding: of the batches; its devices must divide `window_batch`.
 
@@ -68,7 +69,7 @@ def predict_labels(
     volume: np.ndarray,
     **options: Any,
 ) -> np.ndarray:
-    """Class of the largest averaged logit of each voxel, uint8 `[D, H, W]`.
+    """Return the class of each voxel's largest averaged logit, uint8 `[D, H, W]`.
 
     Arguments as in `decide`.
     """
@@ -93,24 +94,26 @@ def decide(
     accumulate: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> grid.Decided:
-    """Label of each voxel, and what else `decision` keeps of it, `[D, H, W]`.
+    """Return each voxel's label and what else `decision` keeps, `[D, H, W]`.
 
     Arguments as in `sliding_window`. Windows come in layers along the axis with the
-    smallest cross-section. Logits are kept only where a further window can touch them:
-    between two layers of overlap 0.5 half a window deep. Planes that no later window
+    smallest cross-section. Logits stay only while a further window can touch them: with
+    overlap 0.5, half a window deep between two layers. Planes that no later window
     touches become labels.
 
     Args:
-        positions: where the planes, rows and columns of another grid lie on the
-            volume's, in voxels and rising. Given, probabilities are interpolated
-            linearly to that grid, layer by layer, and the labels are its.
-        fill: of what a volume smaller than the window is padded with.
-        decision: how logits become labels, if not the class of the largest, and what
-            else is kept of them.
-        accum_dtype: "float16" halves the memory of the logits kept, at their precision.
-        accumulate: where they are kept: "host"; "device", of which only labels come
-            back; "auto" takes an accelerator if it has room. Equal up to rounding.
-        progress: called with the windows done and their number, after each of them.
+        positions: rising positions, in voxels of the volume, of another grid's planes,
+            rows and columns. If given, probabilities are interpolated linearly to that
+            grid, layer by layer, and the labels lie on it.
+        fill: value that pads a volume smaller than the window.
+        decision: how logits become labels, by default the class of the largest, and
+            what else to keep.
+        accum_dtype: "float16" halves the memory of the stored logits, and their
+            precision.
+        accumulate: where to store them: "host"; "device", which returns only labels;
+            "auto" takes an accelerator if it has room. Results are equal up to
+            rounding.
+        progress: called after each window with the windows done and their total.
     """
     checks.in_range("num_classes", num_classes, 1, 256)
     checks.one_of("accum_dtype", accum_dtype, ("float32", "float16"))
@@ -169,9 +172,10 @@ def _fits_on_device(windows, num_classes, dtype):
 def _predict_windows(predict, windows, num_classes, window_batch, sharding):
     """Yield (logits of a batch, index in it) of each window, on one device.
 
-    Windows of nothing but zeros (air outside a scanner's field of view) have logits in
-    common, which are computed once.
+    Windows that contain only zeros (air outside a scanner's field of view) share their
+    logits, which are computed once.
     """
+    host_memory.return_freed_blocks()
     checks.positive("window_batch", window_batch)
     devices = 1 if sharding is None else sharding.num_devices
     checks.require(
@@ -214,16 +218,17 @@ def _predict_windows(predict, windows, num_classes, window_batch, sharding):
             "(--dtype).",
         )
         yield found
+        del found  # its memory is free for the windows to come
 
 
 @jax.jit
 def _are_finite(logits):
-    """Whether each window's logits are all finite, [b]."""
+    """Return whether each window's logits are all finite, [b]."""
     return jnp.isfinite(logits).all(axis=range(1, logits.ndim))
 
 
 def _in_turn(launch, groups) -> Iterator[tuple[tuple[jax.Array, int], bool]]:
-    """Yield the windows of each group; the next one is computed meanwhile."""
+    """Yield the windows of each group while the next group is computed."""
     waiting = None
     for group in [*groups, None]:
         launched = None if group is None else launch(group)
@@ -244,6 +249,6 @@ def _one_by_one(logits, are_finite, count):
 
 
 def _counted(items, number, progress):
-    for done, item in enumerate(items, start=1):
-        yield item
+    for done in range(1, number + 1):
+        yield next(items)  # without a name, which would keep it
         progress(done, number)

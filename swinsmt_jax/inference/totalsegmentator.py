@@ -1,13 +1,13 @@
-"""Segment scans with the weights of TotalSegmentator v2, its task `total`.
+"""Segment scans with the weights of TotalSegmentator v2 for its task `total`.
 
 from swinsmt_jax import load_totalsegmentator
 segmenter = load_totalsegmentator("~/.totalsegmentator/nnunet/results")
 labels = segmenter.segment("scan.nii.gz")         # uint8, ids of labels.CLASS_NAMES
 
-Written from the rules of TotalSegmentator 2.18.0 around its nnU-Net models: the scan is
-resampled linearly on a grid whose first and last voxels are the scan's, the models run
-one after the other, without mirroring and by steps of 0.8 windows, and their classes
-are merged; labels return by the nearest voxel.
+This module follows the rules of TotalSegmentator 2.18.0 around its nnU-Net models. The
+scan is resampled linearly to a grid with the same first and last voxels. The models run
+one after the other, without mirroring and in steps of 0.8 windows, and their classes
+are merged. Labels return by the nearest voxel.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from swinsmt_jax.data.volume import Volume
 from swinsmt_jax.inference.grid import Decided, Decision
 from swinsmt_jax.inference.nnunet import load_nnunet
 from swinsmt_jax.inference.scan_reader import Progress, Scans
+from swinsmt_jax.inference.segmenter import accepting_sums
 from swinsmt_jax.labels import CLASS_IDS, CLASS_NAMES, GROUPS, names_by_id
 from swinsmt_jax.runtime.files import absolute
 
@@ -50,7 +51,7 @@ class Part:
         folder: of nnU-Net.
         ids: uint8, from its label ids to those of TotalSegmentator v2.
         options: of `load_nnunet`.
-        made_by: what decides its labels.
+        made_by: everything that decides its labels.
     """
 
     folder: Path
@@ -64,8 +65,8 @@ class TotalSegmentator(Scans):
     """The models of the task `total`; made by `load_totalsegmentator`.
 
     Attributes:
-        parts: in the order in which they are merged.
-        spacing: side of the voxels in mm that they see.
+        parts: in the order of merging.
+        spacing: side in mm of the voxels that they see.
     """
 
     parts: Sequence[Part]
@@ -75,17 +76,17 @@ class TotalSegmentator(Scans):
 
     @property
     def modality(self) -> str:
-        """Of the scans."""
+        """Modality of the scans."""
         return "CT"
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Names of the label ids, background left out."""
+        """Names of the label ids, without the background."""
         return names_by_id(CLASS_NAMES, num_classes=len(CLASS_NAMES))
 
     @property
     def made_by(self) -> dict[str, object]:
-        """What decides the labels of a scan, for the record."""
+        """Everything that decides a scan's labels, for the record."""
         first = self.parts[0].made_by
         return first | {"network": [part.made_by["network"] for part in self.parts]}
 
@@ -97,10 +98,10 @@ class TotalSegmentator(Scans):
         chosen: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> Decided:
-        """Return labels, and what is known of them; as `Scans.decide_volume`.
+        """Return labels and facts about them, as `Scans.decide_volume`.
 
-        Only one of the networks is in memory at a time. A probability is that of the
-        network whose label stands, among its own classes.
+        Only one network is in memory at a time. A probability comes from the network
+        whose label remains, among its own classes.
         """
         image = resampled(volume.array, volume.sides, spacing=self.spacing)
         affine = np.diag([self.spacing] * 3 + [1.0])
@@ -129,6 +130,7 @@ class TotalSegmentator(Scans):
         return merged
 
 
+@accepting_sums
 def load_totalsegmentator(
     folder: str | Path = HOME, *, fast: bool | None = None, **options: Any
 ) -> TotalSegmentator:
@@ -136,12 +138,12 @@ def load_totalsegmentator(
 
     Args:
         folder: with Dataset291_... to Dataset295_..., or Dataset297_...
-        fast: take the model of 3 mm; None takes the five of 1.5 mm if they are there.
+        fast: take the 3 mm model; None takes the five 1.5 mm models if they exist.
         options: as in `load_nnunet`, such as dtype="bfloat16".
 
     Raises:
-        UserError: for models that are missing, as `load_nnunet`, and for a model of
-            other classes.
+        UserError: for missing models, as `load_nnunet`, and for a model with other
+            classes.
     """
     root = absolute(folder)
     if (root / "nnunet/results").is_dir():
@@ -169,7 +171,7 @@ def load_totalsegmentator(
 
 
 def _folders(root, datasets):
-    """Return {number: model folder, or None} of datasets."""
+    """Return {dataset number: model folder, or None}."""
     found = {}
     for number in datasets:
         there = [p for p in sorted(root.glob(f"Dataset{number}_*")) if p.is_dir()]
@@ -196,10 +198,10 @@ def _ids(names, classes, *, where):
 def resampled(
     image: np.ndarray, sides: Sequence[float], *, spacing: float
 ) -> np.ndarray:
-    """Resample a scan [X, Y, Z] as TotalSegmentator does, to whole HU cut towards zero.
+    """Resample a scan [X, Y, Z] as TotalSegmentator does; truncate HU to integers.
 
-    First and last voxels stay, so that the true step differs a little from `spacing`. A
-    scan of exactly this spacing stays as it is.
+    First and last voxels stay, so the true step differs a little from `spacing`. A scan
+    with exactly this spacing stays as it is.
     """
     if tuple(sides) == (spacing,) * 3:
         return image

@@ -18,6 +18,7 @@ $(VENV)/installed: pyproject.toml requirements.txt
 lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	SKIP=mypy PRE_COMMIT_HOME=$(VENV)/pre-commit $(BIN)/pre-commit run --all-files
 	$(BIN)/shellcheck launch/*.sh
 
 types: install
@@ -41,8 +42,8 @@ docs: install
 	$(BIN)/python -m mkdocs build --strict --site-dir=$(VENV)/site
 
 demo: install
-	$(BIN)/python -m swinsmt_jax.phantoms --root=$(PHANTOMS) --cases=40 --val=3 \
-		--test=5 --spacing=12 --variation=0.5 --seed=0 --workers=2
+	$(BIN)/python -m swinsmt_jax.phantoms --root=$(PHANTOMS) --cases=80 --val=8 \
+		--test=8 --spacing=12 --seed=1 --workers=2
 	$(BIN)/python train.py --config=configs/demo.py --workdir=$(RUN)
 	$(BIN)/python evaluate.py --workdir=$(RUN) --split=test
 	@echo "Picture: $(RUN)/eval_test/overview.png"

@@ -2,7 +2,22 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
+
+# The tests compile thousands of small programs and run them once: not optimising them
+# spares more than it costs, and so do the older emitters of fusions, which jaxlib 0.10
+# has. Processes that they start inherit it, and the cache; see `optimised`.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+)
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / "swinsmt_jax_test_cache"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
@@ -10,17 +25,8 @@ import pytest
 from absl import flags
 from hypothesis import settings
 
-# The tests compile thousands of small programs and run them once: not optimising them
-# spares more than it costs. Processes that they start inherit it; see `optimised`.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-CACHE = os.environ.get(
-    "JAX_COMPILATION_CACHE_DIR",
-    str(Path(tempfile.gettempdir()) / "swinsmt_jax_test_cache"),
-)
-jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
 if not flags.FLAGS.is_parsed():  # grain's workers read absl flags

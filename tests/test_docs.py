@@ -1,15 +1,18 @@
 """The documentation cites benchmarks that are there, with flags that they have."""
 
 import ast
+import fnmatch
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CITING = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile"]
+HELPERS = ("__init__", "model_worker")  # of which the table of options tells
 CITED = r"benchmarks[./](\w+)(?:\.py)?((?:\s+(?:\\\n\s*)?--[^\s`,)]+)*)"
 BENCHMARKS = sorted(
     file.stem
@@ -23,7 +26,7 @@ def cited():
     found = {}
     for file in CITING:
         for name, rest in re.findall(CITED, file.read_text()):
-            if name not in ("results", "NOTES"):
+            if name not in ("results", "NOTES", *HELPERS):
                 found.setdefault(name, set()).update(re.findall(r"--(\w+)", rest))
     return found
 
@@ -43,6 +46,47 @@ def test_every_benchmark_has_the_flags_that_are_said(name):
     has = set(re.findall(r"^  --(?:\[no\])?(\w+)", done.stdout, re.MULTILINE))
     has |= {f"no{flag}" for flag in has}
     assert said | cited().get(name, set()) <= has, done.stderr
+
+
+def test_the_index_and_the_site_list_each_page():
+    pages = {file.name for file in (ROOT / "docs").glob("*.md")}
+    index = (ROOT / "docs/README.md").read_text()
+    rows = re.findall(r"^\| \[(\S+)\]\((\S+)\) \|", index, re.MULTILINE)
+    assert sorted(rows) == [(page, page) for page in sorted(pages - {"README.md"})]
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)["nav"]
+    assert sorted(_pages(nav)) == sorted(pages)
+
+
+def _pages(nav):
+    """The files of a navigation, whose sections are lists."""
+    for entry in nav:
+        for target in entry.values():
+            yield from [target] if isinstance(target, str) else _pages(target)
+
+
+# What sets an option of XLA or JAX: in Python, in a shell, in an image, in a manifest.
+OPTION = r"\b(?:XLA|JAX|TF_CPP)_[A-Z_]+"
+SETTING = (
+    rf"""config\.update\(\s*"jax_|compiler_options\(platform|= "XLA_FLAGS"|"""
+    rf"""{OPTION}"\] =|setdefault\("{OPTION}|"{OPTION}": |{OPTION}=|{OPTION}, value:"""
+)
+
+
+def test_the_table_of_options_names_each_file_that_sets_one():
+    page = (ROOT / "docs/performance.md").read_text().split("## XLA flags")[1]
+    rows = re.findall(r"^\| (`.*?`.*?) \| .* \| .* \|$", page, re.MULTILINE)
+    told = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    files = [*ROOT.glob("*.py"), ROOT / "Makefile", *(ROOT / "launch").iterdir()]
+    for folder in ("swinsmt_jax", "benchmarks", "examples"):
+        files += (ROOT / folder).rglob("*.py")
+    found = set()
+    for file in (file for file in files if file.is_file()):
+        name = str(file.relative_to(ROOT)).removeprefix("swinsmt_jax/")
+        if re.search(SETTING, file.read_text()):
+            found.add(name)
+            assert any(fnmatch.fnmatch(name, row) for row in told), name
+    for row in told:
+        assert fnmatch.filter(found, row), row
 
 
 BACKED = {  # each row of docs/formats.md, and a test of what it says

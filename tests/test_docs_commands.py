@@ -1,10 +1,10 @@
 """The commands and snippets of docs/ run as they stand, on phantoms.
 
 Flags that make networks, patches and runs small are appended; sbatch, srun and gcloud
-are stand-ins that start the command here. Benchmarks have tests of their own; those of
-docs/data.md and docs/extending.md are in tests/data and tests/test_extending.py.
+are stand-ins that start the command here. `TESTED` says which test runs which command.
 """
 
+import fnmatch
 import os
 import re
 import shlex
@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from swinsmt_jax.inference.totalsegmentator import TASKS
 from swinsmt_jax.phantoms.dataset import write_dataset
+from tests.inference.test_totalsegmentator import scan, write_model
+from tests.models.test_universal_model import TORCH, TRANSFORMERS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("preprocess.py", "train.py", "evaluate.py", "predict.py")
@@ -34,6 +37,11 @@ UNETR = (
     "--config.model.mlp_dim=24 --config.model.num_heads=2 "
     "--config.data.patch_shape=(32,32,32)"
 )
+PYRAMID = (
+    "--config.model.features_per_stage=(4,6) --config.model.strides=(1,2) "
+    "--config.model.n_conv_per_stage=1 --config.model.n_conv_per_stage_decoder=1 "
+    "--config.data.patch_shape=(16,16,16)"
+)
 STAND_INS = {
     "sbatch": 'shift; exec bash "$@"',  # --nodes=2
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@" $SMALL',
@@ -47,66 +55,136 @@ for rank in 0 1; do
 done
 wait -n && wait -n""",
 }
-# What runs the commands of a page; a page with others is not there.
-RUN_BY = {
-    "cluster.md": "tests/test_docs_commands.py",
-    "data.md": "tests/data/test_preprocess_howto.py",
-    "multi_node.md": "tests/test_docs_commands.py",
-    "networks.md": "tests/test_docs_commands.py",
-    "own_data.md": "tests/test_own_data.py",
-    "prediction.md": "tests/test_docs_commands.py",
-    "training.md": "tests/test_docs_commands.py",
+# The commands of each page that a test here runs, by a pattern that only one has.
+# Tests take theirs by `commands_of`, in this order.
+TESTED = {
+    "test_a_run_from_training_to_comparison": {
+        "training.md": (
+            "python train.py *swin_smt_paper.py --workdir=runs/x",
+            "python train.py *--distributed=auto",
+            "python train.py *--start_from=runs/x",
+            "python -m swinsmt_jax.convert to_torch *",
+            "python -m swinsmt_jax.convert from_torch *",
+            "python train.py *--profile=5",
+        ),
+        "prediction.md": (
+            "python predict.py *--input=scan.nii.gz *",
+            "python predict.py *--input=scans/,*",
+            "python evaluate.py --workdir=*",
+            "python evaluate.py --predictions=*",
+            "python evaluate.py --compare *",
+        ),
+    },
+    "test_scans_on_workers_of_dask": {
+        "cluster.md": ("dask scheduler *", "dask worker *", "python predict.py *"),
+    },
+    "test_jobs_on_a_cluster": {
+        "training.md": ("sbatch *",),
+        "multi_node.md": (
+            "sbatch *_per_gpu.sh *",
+            "sbatch *_per_node.sh *",
+            "gcloud *",
+            "mpirun *",
+            "python train.py *--process_id=0 *",
+            "python train.py *--process_id=1 *",
+        ),
+    },
+    "test_stores_and_one_scan": {
+        "data.md": (
+            "python preprocess.py *",
+            "python train.py *swin_smt_paper.py *",
+            "python -m swinsmt_jax.data.import_scan *",
+            "python train.py *real_scan.py *",
+            "python evaluate.py *real_scan *",
+        ),
+    },
+    "test_other_networks": {
+        "networks.md": (
+            "python train.py *unetr.py *",
+            "python evaluate.py *",
+            "python train.py *dints.py *",
+            "python embed.py *",
+            "python train.py *universal_model.py *",
+        ),
+    },
+    "test_models_of_nnunet": {
+        "nnunet.md": (
+            "swinsmt convert --to=nnunet *",
+            "swinsmt predict --nnunet=*",
+            "python evaluate.py --nnunet=*",
+            "swinsmt predict --totalsegmentator=*",
+            "python preprocess.py *--nnunet=*",
+            "python train.py *nnunet_finetune.py *",
+        ),
+    },
+}
+# Sections whose blocks a test runs one after the other, whatever is in them.
+WHOLE = {
+    ("data.md", "## Your own data"): "tests/data/test_preprocess_howto.py",
+    ("own_data.md", "# Your own data"): "tests/test_own_data.py",
 }
 # Commands that no test runs as they stand: by what they begin with, and why.
 NOT_RUN = {
     "pip install": "takes packages from the network",
     "python -m benchmarks.": "take long; tests/test_docs.py asks for their flags",
     "python launch/dask_slurm.py": "tests/test_manifests.py does, with an sbatch",
-    "python embed.py": "needs weights from the network; tests/models/ makes the file",
 }
+# Snippets of Python: words of each, and what runs it.
+SNIPPETS = {
+    "networks.md": {
+        "search_code.pth": "tests/reference/test_dints.py",
+        "CLIPModel": "tests/models/test_universal_model.py",
+    },
+    "nnunet.md": {"load_nnunet": "tests/test_docs_commands.py"},
+    "training.md": {"ProfileData": "tests/test_docs_commands.py"},
+}
+LANGUAGES = ("sh", "python", "json", "text", "bibtex")
 slow = pytest.mark.slow
 
 
-def blocks(page, language):
-    text = (ROOT / "docs" / page).read_text()
+def blocks(text, language):
     found = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [block.replace("\\\n", "") for block in found]
 
 
-def lines(page, word):
-    """The commands of a page that begin with a word, comments left out."""
-    commands = "".join(blocks(page, "sh")).splitlines()
-    return [c.split("  #")[0].rstrip() for c in commands if c.startswith(word)]
+def page_of(name):
+    return (ROOT / "docs" / name).read_text()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkout with data, and stand-ins for what a cluster has."""
-    folder = tmp_path_factory.mktemp("docs")
+def commands(page):
+    """The commands of a page, but for the sections in `WHOLE`, without comments."""
+    text = f"\n{page_of(page)}"
+    for heading in (heading for name, heading in WHOLE if name == page):
+        before, after = text.split(f"\n{heading}")
+        text = before + "".join(after.partition(f"\n{heading.split()[0]} ")[1:])
+    lines = "".join(blocks(text, "sh")).splitlines()
+    return [line.split("  #")[0].rstrip() for line in lines if line]
+
+
+def commands_of(test):
+    """The commands that a test runs, in the order of `TESTED`."""
+    for page, patterns in TESTED[test].items():
+        for pattern in patterns:
+            (command,) = fnmatch.filter(commands(page), pattern)
+            yield command
+
+
+def checkout(folder):
+    """Make a folder a checkout with data, and stand-ins for what a cluster has."""
     for name in (*SCRIPTS, "launch"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "swinsmt_jax" / "configs", folder / "configs")
     shutil.copy(folder / "configs/swin_smt_paper.py", folder / "configs/my.py")
     data = folder / "data" / "totalsegmentator"
     write_dataset(data, train=2, val=1, test=1, spacing=12, seed=0)
-    case = max(path.name for path in data.glob("s*"))  # the last one is for the test
-    for path in ("scan.nii.gz", f"scans/{case}.nii.gz", "more/s1.nii.gz"):
-        (folder / path).parent.mkdir(exist_ok=True)
-        shutil.copy(data / case / "ct.nii.gz", folder / path)
     (folder / "bin").mkdir()
     for name, text in STAND_INS.items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / "bin" / name).chmod(0o755)
-    (folder / "swinsmt_jax").symlink_to(folder)  # as on a TPU's host
-    for name in "ab":
-        (folder / "runs" / name).parent.mkdir(exist_ok=True)
-        (folder / "runs" / name).symlink_to(folder / "runs" / "x")
-    return folder
 
 
-@pytest.fixture(scope="module")
-def run(folder):
-    """The function that runs a command with appended flags."""
+def runner(folder):
+    """Return the function that runs a command with appended flags in a checkout."""
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     known = {"PATH": path, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
@@ -124,6 +202,29 @@ def run(folder):
     return run
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkout whose runs and scans have the names of the pages."""
+    folder = tmp_path_factory.mktemp("docs")
+    checkout(folder)
+    data = folder / "data" / "totalsegmentator"
+    case = max(path.name for path in data.glob("s*"))  # the last one is for the test
+    for path in ("scan.nii.gz", f"scans/{case}.nii.gz", "more/s1.nii.gz"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        shutil.copy(data / case / "ct.nii.gz", folder / path)
+    (folder / "swinsmt_jax").symlink_to(folder)  # as on a TPU's host
+    for name in "ab":
+        (folder / "runs" / name).parent.mkdir(exist_ok=True)
+        (folder / "runs" / name).symlink_to(folder / "runs" / "x")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """The function that runs a command with appended flags."""
+    return runner(folder)
+
+
 def slurm(small):
     """The environment of a job of one process, for the stand-ins and for JAX."""
     return {
@@ -138,27 +239,24 @@ def slurm(small):
 @slow
 def test_a_run_from_training_to_comparison(run, folder):
     small = f"{RUN} {SWIN}".format(steps=4)
-    training = lines("training.md", "python")
-    run(training[0], small)
-    first, many = lines("prediction.md", "python predict.py")
+    train, again, tune, export, read, profile, *rest = commands_of(
+        "test_a_run_from_training_to_comparison"
+    )
+    first, many, own, files, both = rest
+    run(train, small)
     run(first)
     assert "2 segmented" in run(many)
     assert len(list((folder / "out").glob("*_preview.png"))) == 2
-    own, files, both = lines("prediction.md", "python evaluate.py")
     for command in (own, files):
         assert "Dice (%)" in run(command)
     run(both)
 
-    assert "--distributed=auto" in training[1]
-    run(training[1], small, **slurm(""))  # is done, and says so
-    assert "--start_from" in training[2]
-    run(training[2], small)
-    export, read = (c for c in training if "swinsmt_jax.convert" in c)
+    run(again, small, **slurm(""))  # is done, and says so
+    run(tune, small)
     run(export)
     run(read, small)
-    assert "--profile=5" in training[-1]
-    run(training[-1], f"{RUN} {SWIN}".format(steps=9))
-    (snippet,) = blocks("training.md", "python")
+    run(profile, f"{RUN} {SWIN}".format(steps=9))
+    (snippet,) = blocks(page_of("training.md"), "python")
     assert "('" in run(f"python -c {shlex.quote(snippet)}")
 
 
@@ -183,9 +281,9 @@ def start(folder):
 
 @slow
 def test_scans_on_workers_of_dask(run, start, folder):
-    run(lines("training.md", "python")[0], f"{RUN} {SWIN}".format(steps=4))
-    scheduler, worker = lines("cluster.md", "dask")
-    (predict,) = lines("cluster.md", "python predict.py")
+    train, *_ = commands_of("test_a_run_from_training_to_comparison")
+    run(train, f"{RUN} {SWIN}".format(steps=4))
+    scheduler, worker, predict = commands_of("test_scans_on_workers_of_dask")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -203,16 +301,13 @@ def test_scans_on_workers_of_dask(run, start, folder):
 def test_jobs_on_a_cluster(run, folder):
     each = RUN.replace("--config.data.batch_size=1 ", "").format(steps=1)
     small = f"{each} {SWIN} --config.model.depths=(1,1,1,1) --workdir=runs/{{}}"
-    (training,) = lines("training.md", "sbatch")
-    per_gpu, per_node = lines("multi_node.md", "sbatch")
+    training, *rest = commands_of("test_jobs_on_a_cluster")
+    per_gpu, per_node, pod, mpi, first, second = rest
     assert training == per_gpu
     for number, command in enumerate((per_gpu, per_node)):
         run(command, **slurm(small.format(f"job{number}")))
-    (pod,) = lines("multi_node.md", "gcloud")
     run(pod, **slurm(small.format("pod")))
-    (mpi,) = lines("multi_node.md", "mpirun")
     run(mpi, SMALL=small.format("mpi"))
-    first, second = lines("multi_node.md", "python")
     given = shlex.join(small.format("hosts").split())
     address = f" {given} --coordinator_address=localhost:4712"
     run(f"{first + address} & {second + address} && wait $!")
@@ -220,25 +315,56 @@ def test_jobs_on_a_cluster(run, folder):
         assert (folder / "runs" / name / "checkpoints" / "1").is_dir(), name
 
 
+PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
 def test_a_test_runs_each_command():
     """Or it is among those that none can, with the reason."""
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        left = [
-            line
-            for block in blocks(page.name, "sh")
-            for line in block.splitlines()
-            if line and not line.startswith(tuple(NOT_RUN))
-        ]
-        assert not left or page.name in RUN_BY, (page.name, left)
-    for test in RUN_BY.values():
-        assert "docs" in (ROOT / test).read_text()
+    patterns = {page: [] for page in PAGES}
+    for test, listed in TESTED.items():
+        assert callable(globals()[test]) and len(list(commands_of(test)))
+        for page, own in listed.items():
+            patterns[page] += own
+    for page in PAGES:
+        left = [c for c in commands(page) if not c.startswith(tuple(NOT_RUN))]
+        for command in left:
+            matching = [p for p in patterns[page] if fnmatch.fnmatchcase(command, p)]
+            assert len(matching) == 1, (page, command, matching)
+        assert len(left) == len(patterns[page]), page
+    for (page, _), test in WHOLE.items():
+        assert page in (ROOT / test).read_text()
+
+
+def test_a_test_runs_each_snippet():
+    tests = "".join(f.read_text() for f in (ROOT / "tests").rglob("test_*.py"))
+    for page in PAGES:
+        if page == "extending.md":  # a recipe in each section
+            for section in page_of(page).split("\n## "):
+                heading = section.splitlines()[0]
+                reading = rf'recipes\.\w+\("{heading}"\)|\^## {heading}\\n'
+                assert "```python" not in section or re.search(reading, tests), heading
+            continue
+        snippets = blocks(page_of(page), "python")
+        assert len(snippets) == len(SNIPPETS.get(page, ())), page
+        for words, test in SNIPPETS.get(page, {}).items():
+            assert sum(words in snippet for snippet in snippets) == 1, words
+            assert words in (ROOT / test).read_text()
+
+
+def test_blocks_have_a_language_that_is_known():
+    """So none is passed over by the tests above, or by those of the README."""
+    for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"):
+        fences = re.findall(r"^[ >]*(?:```|~~~).*$", page.read_text(), re.MULTILINE)
+        assert set(fences[1::2]) <= {"```"}, page.name
+        opened = {f"```{language}" for language in LANGUAGES}
+        assert set(fences[::2]) <= opened, (page.name, set(fences[::2]) - opened)
 
 
 @slow
 def test_stores_and_one_scan(run, folder):
     raw = folder / "data" / "Totalsegmentator_dataset_v201"
     raw.symlink_to(folder / "data" / "totalsegmentator")
-    make, train = lines("data.md", "python")[:2]
+    make, train, scan, train_on_scan, evaluate = commands_of("test_stores_and_one_scan")
     run(make, "--spacing=12 --workers=1")
     size = "--config.data.batch_size=1 --config.training.num_steps=1 "
     size += "--config.optimizer.warmup_steps=1 --config.model.remat=()"
@@ -246,19 +372,65 @@ def test_stores_and_one_scan(run, folder):
     case = next((folder / "data" / "totalsegmentator").glob("s*"))
     shutil.copy(case / "ct.nii.gz", folder / "ct.nii.gz")
     shutil.copy(case / "segmentations.nii.gz", folder / "labels.nii.gz")
-    (scan,) = lines("data.md", "python -m swinsmt_jax.data.import_scan")
     run(scan)
-    train, evaluate = (
-        next(c for c in lines("data.md", f"python {name}.py") if "real_scan" in c)
-        for name in ("train", "evaluate")
-    )
-    run(train, f"{size} {SWIN}")
+    run(train_on_scan, f"{size} {SWIN}")
     assert "Dice (%)" in run(evaluate)
 
 
 @slow
-def test_another_network(run):
-    train, *_ = lines("networks.md", "python train.py")
-    (evaluate,) = lines("networks.md", "python evaluate.py")
-    run(train, f"{RUN} {UNETR}".format(steps=1))
+def test_other_networks(run, folder):
+    unetr, evaluate, dints, embed, universal = commands_of("test_other_networks")
+    run(unetr, f"{RUN} {UNETR}".format(steps=1))
     assert "Dice (%)" in run(evaluate)
+    small = f"{RUN} --config.data.patch_shape=(32,32,32)".format(steps=1)
+    shutil.copy(ROOT / "tests/models/dints_two_blocks.json", folder / "searched.json")
+    run(dints, f"{small} --config.model.channel_mul=0.125")
+
+    clip = folder / "clip"  # stand-ins for the network and its libraries
+    clip.mkdir()
+    (clip / "torch.py").write_text(TORCH)
+    (clip / "transformers.py").write_text(TRANSFORMERS)
+    scripts = blocks(page_of("networks.md"), "python")
+    (script,) = (script for script in scripts if "CLIPModel" in script)
+    (folder / "embed.py").write_text(script)
+    run(embed, PYTHONPATH=f"{clip}:{ROOT}")
+    size = "--config.model.feature_size=12 --config.model.window_size=(4,4,4)"
+    size += " --config.model.groups=4 --config.model.hidden=8"
+    run(universal, f"{small} {size}")
+    for name in ("dints_own", "universal_text"):
+        assert (folder / "runs" / name / "checkpoints" / "1").is_dir(), name
+
+
+@slow
+def test_models_of_nnunet(tmp_path):
+    """The page's last command makes the folder that its others use."""
+    checkout(tmp_path)
+    run = runner(tmp_path)
+    convert, predict, evaluate, total, preprocess, tune = commands_of(
+        "test_models_of_nnunet"
+    )
+    small = f"{RUN} {PYRAMID}".format(steps=1)
+    train = "python train.py --config=configs/nnunet_plain.py --workdir=runs/x"
+    run(train, f"{small} --config.data.spacing=12")
+    run(convert)
+    scan(tmp_path / "scan.nii.gz", 2.0)
+    assert "1 segmented" in run(predict)
+    (snippet,) = blocks(page_of("nnunet.md"), "python")
+    run(f"python -c {shlex.quote(snippet)}")
+    assert (tmp_path / "labels.nii.gz").is_file()
+    for name in ("x", "mine"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data" / "totalsegmentator")
+    assert "Dice (%)" in run(evaluate)
+
+    weights = tmp_path / "home/.totalsegmentator/nnunet/results"
+    weights.mkdir(parents=True)
+    for number, classes in TASKS[1.5].items():
+        write_model(weights, number, 1.5, classes)
+    said = run(total, "--overwrite", HOME=str(tmp_path / "home"))
+    assert "1 segmented" in said
+
+    (tmp_path / "FOLDER").symlink_to(tmp_path / "Dataset001_X")
+    run(preprocess, "--workers=1")
+    steps = "--config.training.num_steps=1 --config.optimizer.warmup_steps=1"
+    run(tune, f"{steps} --config.data.batch_size=1")
+    assert (tmp_path / "runs" / "mine" / "checkpoints" / "1").is_dir()

@@ -1,5 +1,6 @@
 """Each door of docs/doors.md refuses what is bad in one line, and writes nothing."""
 
+import functools
 import importlib
 import json
 import shutil
@@ -44,6 +45,12 @@ def experiment(root):
     )
 
 
+@functools.cache
+def untrained():
+    """The network as it is made."""
+    return models.create(experiment("data").model, rngs=nnx.Rngs(0))
+
+
 def write(path, array, affine=AFFINE, names=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
@@ -83,8 +90,7 @@ def pristine(tmp_path_factory):
     (root / "text.json").write_text("{")
     (root / "names.json").write_text(json.dumps(to_dict(config) | {"modle": {}}))
     (root / "other.json").write_text(json.dumps({"organs": ["livver"]}))
-    network = models.create(config.model, rngs=nnx.Rngs(0))
-    weights = convert.to_torch(network)
+    weights = convert.to_torch(untrained())
     files.write(root / "weights.safetensors", weights)
     bias = "out.conv.conv.bias"
     files.write(root / "nan.safetensors", weights | {bias: weights[bias] * np.nan})
@@ -246,9 +252,7 @@ DOORS = {
     ),
     "train --start_from": (
         WEIGHTS,
-        lambda x: starting_point.start_from(x)(
-            models.create(experiment("data").model, rngs=nnx.Rngs(0))
-        ),
+        lambda x: starting_point.start_from(x)(nnx.clone(untrained())),
     ),
     "convert --config": (CONFIG, lambda x: converted(config=x)),
     "convert --weights": (WEIGHTS, lambda x: converted(weights=x)),

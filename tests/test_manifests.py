@@ -132,7 +132,9 @@ def test_two_pods_of_training_find_each_other(tmp_path):
 
 
 SBATCH = """#!/bin/bash
-nohup bash "$1" > {folder}/worker.log 2>&1 < /dev/null &
+script=$(mktemp -p {folder} job.XXXXXX)  # sbatch too reads the script before it returns
+cp "$1" "$script"
+nohup bash "$script" >> {folder}/worker.log 2>&1 < /dev/null &
 echo $! >> {folder}/workers
 echo "Submitted batch job $!"
 """

@@ -60,6 +60,15 @@ SWIN_SMT = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of their own for processes that are killed: it may get half an entry."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")

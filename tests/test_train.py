@@ -124,11 +124,25 @@ def test_what_the_command_line_cannot_mean_is_refused(parse, argument, words):
     assert words in str(error.value)
 
 
+def test_of_a_flag_given_twice_the_last_one_counts(parse):
+    """Of tuples too, which ml_collections would join."""
+    config = parse(
+        *(f"--config={ROOT}/configs/demo.py", "--workdir=x"),
+        *("--config.optimizer.freeze=('head',)", "--config.data.patch_shape=(64,)"),
+        *("--config.training.num_steps=7", "--config.training.num_steps", "9"),
+        *("--config.data.patch_shape", "(32, 64, 32)", "--config.data.cache=false"),
+        "--config.optimizer.freeze=('decoder',)",
+    ).config
+    assert config.optimizer.freeze == ("decoder",)
+    assert config.data.patch_shape == (32, 64, 32)
+    assert config.training.num_steps == 9 and not config.data.cache
+
+
 @pytest.mark.parametrize("name", ["demo", "configs/demo.py"])
 def test_a_config_of_the_package_is_found_by_its_name(parse, name, tmp_path):
     with contextlib.chdir(tmp_path):
         config = parse(f"--config={name}", "--workdir=x").config
-    assert from_config_dict(config).training.num_steps == 650
+    assert from_config_dict(config).training.num_steps == 1300
 
 
 @pytest.mark.parametrize("flag", ["--config=configs/demo.py", "--workdir=x"])
@@ -163,6 +177,7 @@ def test_a_voxel_has_one_side_or_three(parse, tmp_path, base, given, sides):
 def test_what_helps_against_lack_of_memory_can_be_given(parse, devices):
     given = [f"--config={ROOT}/configs/demo.py", "--workdir=x"]
     given.append("--config.data.batch_size=4")
+    given.append("--config.data.patch_shape=(32, 64, 32)")  # can be smaller
     config = from_config_dict(parse(*given).config)
     said = memory.what_helps(
         config.model, config.data, accumulate=1, devices=devices, expert=1

@@ -1,5 +1,6 @@
 """The wheel works alone: in an empty environment, away from the checkout."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def test_the_wheel_has_the_command_and_the_configs(tmp_path):
 
     def run(*command):
         env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+        env["XLA_FLAGS"] = os.environ["XLA_FLAGS"]  # compiles as all tests do
         options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
         done = subprocess.run([str(word) for word in command], **options)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -54,5 +56,6 @@ def test_the_wheel_has_the_command_and_the_configs(tmp_path):
     said = [run(programs / "swinsmt", *line.split()) for line in COMMANDS]
     assert "Dice (%)" in said[-1]
     assert (tmp_path / "out" / "s0001.nii.gz").is_file()
+    assert any((tmp_path / ".cache" / "swinsmt_jax").iterdir())
     file = run(programs / "python", "-c", "import swinsmt_jax as s; print(s.__file__)")
     assert file.startswith(str(programs.parent))

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -19,9 +20,15 @@ from swinsmt_jax.training.checkpoint import load_model
 
 @pytest.fixture(scope="module")
 def make():
-    def model(*, classes=3, seed=0):
+    """The function that makes a network; its initial values are computed once."""
+
+    @functools.cache
+    def create(classes, seed):
         config = SwinUNETRConfig(1, classes, 12, depths=(1, 1, 1, 1), window_size=4)
         return models.create(config, rngs=nnx.Rngs(seed))
+
+    def model(*, classes=3, seed=0):
+        return nnx.clone(create(classes, seed))
 
     return model
 

@@ -7,7 +7,7 @@ from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.evaluation import pictures
 from swinsmt_jax.evaluation.metrics import DICE
 from swinsmt_jax.evaluation.scoring import score
-from swinsmt_jax.inference.pictures import colors_of
+from swinsmt_jax.inference.pictures import colours_of
 
 RIGHT, LEFT, HEAD, FRONT = 1, 2, 3, 4
 
@@ -86,7 +86,7 @@ def test_the_overview_is_a_picture_with_a_row_for_each_case(tmp_path, count):
 
 
 def test_neighbouring_classes_have_different_colours():
-    palette = colors_of(118)
+    palette = colours_of(118)
     assert palette.shape == (118, 3) and (palette[0] == 0).all()
     assert palette.min() >= 0 and palette.max() <= 1
     distance = np.linalg.norm(palette[1:] - palette[:-1], axis=1)
@@ -96,14 +96,14 @@ def test_neighbouring_classes_have_different_colours():
 
 
 def test_arteries_are_red_and_veins_blue():
-    palette = colors_of(118)
+    palette = colours_of(118)
     aorta, cava = palette[52], palette[63]
     assert aorta.argmax() == 0 and cava.argmax() == 2
 
 
 def test_colours_follow_the_names_of_the_dataset():
     names = class_map.VERSIONS["v1"].names
-    palette = colors_of(len(names), names)
+    palette = colours_of(len(names), names)
     first = {name: palette[names.index(name)] for name in names}
     assert first["aorta"].argmax() == 0 and first["inferior_vena_cava"].argmax() == 2
-    assert (colors_of(len(names)) != palette).any()  # ids of the releases differ
+    assert (colours_of(len(names)) != palette).any()  # ids of the releases differ

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from scipy import ndimage
 
-from swinsmt_jax import load_nnunet, load_totalsegmentator, models, save
+from swinsmt_jax import load, load_nnunet, load_totalsegmentator, models, save
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.commands.inspect import lines_of
 from swinsmt_jax.convert import nnunet_writer
@@ -113,6 +113,21 @@ def test_models_are_found_or_named(weights, tmp_path):
     assert load_totalsegmentator(tmp_path).spacing == 3.0
     with pytest.raises(UserError, match="the 1.5 mm task"):
         load_totalsegmentator(tmp_path, fast=False)
+
+
+def test_the_earlier_name_of_accum_dtype_is_read_and_told_once(weights, caplog):
+    with caplog.at_level("INFO", logger="absl"):
+        found = load_totalsegmentator(weights, fast=False, sums="float16")
+    assert {part.options["accum_dtype"] for part in found.parts} == {"float16"}
+    assert caplog.text.count("the argument sums is now accum_dtype") == 1
+    for loader in (load, load_nnunet):
+        caplog.clear()
+        with (
+            caplog.at_level("INFO", logger="absl"),
+            pytest.raises(UserError, match="no_such"),
+        ):
+            loader("no_such", sums="float16")
+        assert caplog.text.count("the argument sums is now accum_dtype") == 1
 
 
 def test_a_part_of_other_classes_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from swinsmt_jax.data import nifti
-from swinsmt_jax.results import color_tables, meshes, statistics
+from swinsmt_jax.results import colour_tables, meshes, statistics
 from swinsmt_jax.results.result import Result
 
 trimesh = pytest.importorskip("trimesh")
@@ -134,7 +134,7 @@ def test_vtk_reads_surfaces_with_outward_faces(tmp_path):
 
 
 def test_colour_tables_name_every_label():
-    slicer = color_tables.slicer(NAMES).splitlines()
+    slicer = colour_tables.slicer(NAMES).splitlines()
     assert [line.split()[:2] for line in slicer[1:]] == [
         ["0", "background"],
         ["1", "spleen"],
@@ -142,7 +142,7 @@ def test_colour_tables_name_every_label():
         ["7", "a_vessel"],
     ]
     assert all(len(line.split()) == 6 for line in slicer[1:])
-    rows = color_tables.itk_snap(NAMES).splitlines()
+    rows = colour_tables.itk_snap(NAMES).splitlines()
     assert rows[-1].startswith("7 ") and rows[-1].endswith(' 1 1 1 "a vessel"')
     assert slicer[2].split()[2:5] == rows[1].split()[1:4]
 
@@ -150,13 +150,13 @@ def test_colour_tables_name_every_label():
 def test_niivue_gets_every_id_in_order(tmp_path):
     file = tmp_path / "labels.nii"
     shuffled = {7: "a vessel", 2: "liver", 1: "spleen"}
-    table = color_tables.niivue(shuffled)
+    table = colour_tables.niivue(shuffled)
     assert table["I"] == list(range(8))
     assert [table["labels"][i] for i in (0, 1, 2, 3, 7)] == [
         *("", "spleen", "liver", "", "a vessel")
     ]
     assert [a > 0 for a in table["A"]] == [i in shuffled for i in range(8)]
-    rows = [line.split() for line in color_tables.slicer(shuffled).splitlines()[2:]]
+    rows = [line.split() for line in colour_tables.slicer(shuffled).splitlines()[2:]]
     for number, _, *rgba in rows:
         own = [str(table[c][int(number)]) for c in "RGBA"]
         assert own == rgba

@@ -1,8 +1,6 @@
 """How Swin SMT grows with its experts and its Soft MoE stages.
 
     python -m benchmarks.moe_scaling [--quick] [--side=64] [--json=FILE] [--plot=FILE]
-    python -m benchmarks.moe_scaling --train --root=data/phantoms --steps=400 \
-        --experts=4,8,16
 
 For the paper's network, 118 classes, batch 1, float32: parameters; floating-point
 operations of the forward pass, counted in the dense form, whose products the streaming
@@ -13,18 +11,10 @@ device holds. Where there are several devices, the training step is also compile
 every mesh of data x expert of them, one patch on each: memory of a device, and the time
 of a step where it may run. On a CPU --devices=N makes N virtual ones, which share its
 cores: their times show what dividing costs, not what it gains. --quick leaves out what
-must be compiled, for all but the first point.
-
---train trains the demo's network with the experts and stages of every point for --steps
-on a dataset or a store, whose classes it takes, and adds its Dice by group on the test
-split. Small networks and short runs
-on phantoms: a study of the tendency, not of the paper's result. Its crops, --patch,
-have a 16th of a side in tokens in the last stage: more experts need larger ones. The
-runs are kept in --workdir, and the same command continues them.
+must be compiled, for all but the first point. `benchmarks.moe_study` trains.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,15 +24,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import define_file, memory_limit_gb, programs, run, save, scaling
 from swinsmt_jax import models
-from swinsmt_jax.config import ExperimentConfig, from_config_dict
-from swinsmt_jax.configs import demo, swin_smt_paper
-from swinsmt_jax.data import pipeline
-from swinsmt_jax.evaluation import validation
-from swinsmt_jax.inference.segmenter import predict_fn
+from swinsmt_jax.config import from_config_dict
+from swinsmt_jax.configs import swin_smt_paper
 from swinsmt_jax.models import abstract_model
 from swinsmt_jax.runtime.operations import forward_operations
-from swinsmt_jax.training import loop
-from swinsmt_jax.training.checkpoint import load_model
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
 STAGES = (1, 2, 3, 4)
@@ -129,45 +114,6 @@ def point(num_experts, num_moe_stages, *, side, compiled, limit_gb):
     return row
 
 
-def training_config(
-    num_experts: int,
-    num_moe_stages: int,
-    *,
-    root: str,
-    steps: int,
-    patch: tuple[int, ...],
-    description: str = "",
-    num_classes: int = 118,
-) -> ExperimentConfig:
-    """Return the demo's experiment with these experts.
-
-    Raises:
-        UserError: if there are more experts than tokens.
-    """
-    values = demo.get_config()
-    values.model.update({"num_experts": num_experts, "num_moe_stages": num_moe_stages})
-    values.model.out_channels = num_classes
-    values.data.update({"root": root, "description": description})
-    values.data.patch_shape = tuple(patch)
-    values.training.update({"num_steps": steps, "checkpoint_every": steps})
-    return from_config_dict(values)
-
-
-def trained_dice(config: ExperimentConfig, *, workdir: Path) -> dict[str, float]:
-    """Train a network, or go on; return its Dice by group on the test split."""
-    loop.train(config, workdir=workdir)
-    config, model, _ = load_model(workdir)
-    cases = pipeline.find_cases(config.data, split="test")
-    scores = validation.validate(
-        predict_fn(model),
-        cases,
-        data=config.data,
-        inference=config.inference,
-        num_classes=config.model.out_channels,
-    )
-    return {"overall": scores["dice"], **scores["groups"]}
-
-
 def headline(rows):
     """Return the figures of every point, and those of the largest, by flat names."""
     found = {}
@@ -191,7 +137,6 @@ def _figures(row):
         "held_gb": row["held_bytes"][1] / 1e9,
         "gradient_gb": row["gradient_gb"],
         "gradient_s": row["gradient_seconds"],
-        "dice": row.get("dice", {}).get("overall"),
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -212,16 +157,13 @@ def line(row):
         seconds = mesh["step_seconds"]
         ran = "not run" if seconds is None else f"{seconds:.2f} s"
         text += f"  {mesh['data']}x{mesh['expert']} {mesh['step_gb']:.2f} GB {ran}"
-    if "dice" in row:
-        text += "  Dice " + " ".join(f"{n} {d:.3f}" for n, d in row["dice"].items())
     return text
 
 
 def plot(rows, path):
     """Draw parameters, operations, memory and time against the experts.
 
-    Dice of each group, where it was measured, stands in a second row. Points of a
-    larger patch, which many experts need, are hollow and stand alone.
+    Points of a larger patch, which many experts need, are hollow and stand alone.
     """
     side = min(row["side"] for row in rows)
     panels = [
@@ -231,20 +173,9 @@ def plot(rows, path):
         ("gradient, seconds", lambda r: r["gradient_seconds"]),
     ]
     panels = [(n, f) for n, f in panels if any(f(r) is not None for r in rows)]
-    groups = {name: None for row in rows for name in row.get("dice", {})}
-    lines = [panels, [(f"Dice, {name}", _dice_of(name)) for name in groups]]
-    height, width = 1 + bool(groups), max(map(len, lines))
-    figure = Figure(figsize=(3.6 * width, 3.4 * height), layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    drawn = [
-        (axis, *panel)
-        for row, line in zip(axes, lines[:height], strict=True)
-        for axis, panel in zip(row, line, strict=False)
-    ]
-    for axis, name, value in drawn:
-        axis.set_axis_on()
+    figure = Figure(figsize=(3.6 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, value) in zip(axes, panels, strict=True):
         for stages in sorted({r["moe_stages"] for r in rows}):
             found = [r for r in rows if r["moe_stages"] == stages]
             found = [r for r in found if value(r) is not None]
@@ -272,20 +203,8 @@ def plot(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def _dice_of(name):
-    return lambda row: row.get("dice", {}).get(name)
-
-
 def main(options):
     points = [(int(e), int(s)) for s in options.stages for e in options.experts]
-    to_train = {}
-    if options.train:  # all, so that none is found out hours later
-        patch = tuple(map(int, options.patch))
-        data = {"root": options.root, "description": options.description}
-        _, classes = pipeline.open_data(**data, split="test")
-        about = {**data, "steps": options.steps, "patch": patch}
-        about["num_classes"] = classes.num_classes
-        to_train = {key: training_config(*key, **about) for key in points}
     limit = memory_limit_gb(options.limit_gb)
     rows = []
     for experts, stages in points:
@@ -296,9 +215,6 @@ def main(options):
             compiled=not (options.quick and rows),
             limit_gb=limit,
         )
-        if options.train:
-            workdir = Path(options.workdir) / f"experts_{experts}_stages_{stages}"
-            row["dice"] = trained_dice(to_train[experts, stages], workdir=workdir)
         print(line(row), flush=True)
         rows.append(row)
         save(headline(rows), rows=rows)
@@ -313,10 +229,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("devices", 1, "virtual devices on a CPU", lower_bound=1)
     flags.DEFINE_float("limit_gb", 10.0, "run what needs no more memory")
     define_file("plot", "also draw the figures into this file")
-    flags.DEFINE_bool("train", False, "train every point and add its Dice")
-    flags.DEFINE_string("workdir", "runs/moe_scaling", "runs of --train, one by point")
-    flags.DEFINE_string("root", "data/phantoms", "dataset or store of --train")
-    flags.DEFINE_string("description", "", "of that dataset, as data.description")
-    flags.DEFINE_integer("steps", 400, "training steps of --train")
-    flags.DEFINE_list("patch", ["32", "32", "64"], "voxels of a crop of --train")
     run(main, quick="compile the first point alone")

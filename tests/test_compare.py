@@ -2,11 +2,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import compare, small_networks
+from benchmarks import moe_study, small_networks, trials
+from swinsmt_jax import class_map
 from swinsmt_jax.checks import UserError
 from swinsmt_jax.config import from_config_dict
 
@@ -15,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def few_replicates(monkeypatch):
-    monkeypatch.setattr(compare, "REPLICATES", 200)
+    monkeypatch.setattr(trials, "REPLICATES", 200)
 
 
 @pytest.mark.parametrize("size", small_networks.SIZES)
@@ -30,7 +32,7 @@ def test_every_small_network_is_a_valid_experiment(name, size):
 def test_a_budget_of_operations_gives_the_cheaper_network_more_steps():
     def steps(name, budget, unit="tflop"):
         values = small_networks.experiment(name, size="tiny", patch_shape=(32, 32, 64))
-        return compare.steps_of(budget, unit, from_config_dict(values))
+        return trials.steps_of(budget, unit, from_config_dict(values))
 
     cheap, dear = steps("nnunet_plain", 1.0), steps("unetr", 1.0)
     assert cheap > dear > 100
@@ -47,18 +49,66 @@ def test_intervals_enclose_the_mean_and_shrink_with_cases(rng):
         return found
 
     few, many = scores(4), scores(64)
-    low, high = compare.intervals(compare.mean_dice, few)["ribs"]
-    assert low < compare.mean_dice(few)["ribs"] < high
-    smaller = compare.intervals(compare.mean_dice, many)["ribs"]
+    low, high = trials.intervals(trials.mean_dice, few)["ribs"]
+    assert low < trials.mean_dice(few)["ribs"] < high
+    smaller = trials.intervals(trials.mean_dice, many)["ribs"]
     assert np.ptp(smaller) < np.ptp((low, high))
 
 
 def test_differences_are_resampled_in_pairs(rng):
     first = rng.uniform(0.2, 0.8, (2, 6, 118))
     better = first + 0.05  # in every case alike, however much the cases differ
-    assert compare.difference(better, first)["organs"] == pytest.approx(5)
-    low, high = compare.intervals(compare.difference, better, first)["organs"]
+    assert trials.difference(better, first)["organs"] == pytest.approx(5)
+    low, high = trials.intervals(trials.difference, better, first)["organs"]
     assert low == pytest.approx(5) == high
+
+
+@pytest.fixture
+def options():
+    return SimpleNamespace(
+        size="tiny",
+        patch=["32", "32", "64"],
+        root="phantoms",
+        description="",
+        batch=1,
+        mesh=["1", "1"],
+        budget=70.0,
+        budget_in="steps",
+    )
+
+
+def test_a_name_changes_keys_of_the_network(options):
+    name = "swin_smt+num_experts=2+num_moe_stages=1+routing=streaming"
+    model = trials.experiment_of(name, options, class_map.V2).model
+    assert (model.num_experts, model.num_moe_stages) == (2, 1)
+    assert model.routing == "streaming" and model.dtype == "float32"
+    model = trials.experiment_of("swin_smt+fused", options, class_map.V2).model
+    assert (model.routing, model.dtype) == ("cudnn", "bfloat16")
+    with pytest.raises(UserError, match="num_expert"):
+        trials.experiment_of("swin_smt+num_expert=2", options, class_map.V2)
+    with pytest.raises(UserError, match="larger patch or fewer experts"):
+        trials.experiment_of("swin_smt+num_experts=32", options, class_map.V2)
+    with pytest.raises(UserError, match="follows \\+ in --models"):
+        trials.experiment_of("swin_smt+float64", options, class_map.V2)
+
+
+def test_points_of_the_study_are_names():
+    assert moe_study.name_of("0") == "swin_unetr"
+    assert (
+        moe_study.name_of("4x2+fused")
+        == "swin_smt+num_experts=4+num_moe_stages=2+fused"
+    )
+    with pytest.raises(UserError, match="'4', but a point is 0"):
+        moe_study.name_of("4")
+
+
+def test_experts_are_used_evenly_or_not():
+    def run(*importance):
+        return {"5": {"stage2/block0": {"importance": importance}}}
+
+    assert moe_study.evenness([run(0.25, 0.25, 0.25, 0.25)]) == {"5": 1.0}
+    both = moe_study.evenness([run(1.0, 0.0), run(0.5, 0.5)])
+    assert both["5"] == pytest.approx(0.75)
 
 
 def test_unknown_networks_are_refused():
@@ -77,8 +127,8 @@ def test_the_command_compares_two_networks(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    data = f"--root={tmp_path / 'data'}"
-    said = run("benchmarks.compare", "--quick", data, f"--json={report}")
+    data = f"--root={tmp_path / 'data'}", f"--workdir={tmp_path / 'runs'}"
+    said = run("benchmarks.compare", "--quick", *data, f"--json={report}")
     assert "unetr – nnunet_plain" in said
     found = json.loads(report.read_text())
     assert "processor" in found["machine"] and "jax" in found["versions"]

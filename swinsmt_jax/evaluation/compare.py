@@ -101,7 +101,7 @@ def compare(
     for group, members in {**one["groups"], "overall": classes}.items():
         chosen = scores[..., [classes.index(c) for c in members if c in classes]]
         found.append(_difference(group, known_mean(chosen, axis=2)))
-    corrected = _holm([difference.p for difference in found])
+    corrected = holm([difference.p for difference in found])
     return [replace(d, holm=float(p)) for d, p in zip(found, corrected, strict=True)]
 
 
@@ -171,7 +171,7 @@ def _difference(group, pairs):
     change = pairs[1] - pairs[0]
     ranks = stats.rankdata(np.abs(change))
     effect = (ranks * np.sign(change)).sum() / max(ranks[change != 0].sum(), 1)
-    p, interval = _wilcoxon(change), _interval(change)
+    p, interval = wilcoxon(change), _interval(change)
     return Difference(group, *means, interval, p, p, float(effect), len(change))
 
 
@@ -189,7 +189,8 @@ def _interval(change):
     return float(low), float(high)
 
 
-def _wilcoxon(change):
+def wilcoxon(change: np.ndarray) -> float:
+    """Return the two-sided p-value of differences [cases]; NaN for under `LEAST`."""
     if len(change) < LEAST:
         return float("nan")
     if not change.any():
@@ -197,7 +198,7 @@ def _wilcoxon(change):
     return float(stats.wilcoxon(change, zero_method="pratt").pvalue)
 
 
-def _holm(p_values):
+def holm(p_values: Sequence[float]) -> np.ndarray:
     """Correct p-values; those that are NaN stay so and do not count.
 
     scipy has no correction of Holm's; for statsmodels' alone, pandas would be needed.

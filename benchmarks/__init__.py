@@ -130,6 +130,12 @@ def _memory_gb(name):
     return float("inf")
 
 
+def process_bytes(field: str) -> int:
+    """Return the memory of this process by a field of Linux, such as VmRSS."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that are compared."""
     found = {"python": platform.python_version()}

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from benchmarks import markdown_table, run, save
+from benchmarks import markdown_table, process_bytes, run, save
 
 SHAPES = ((200, 200, 320), (300, 300, 500))
 SPACING = (1.5, 1.5, 1.5)
@@ -116,13 +116,13 @@ def measure(way: str, shape: tuple[int, ...], *, repeats: int) -> dict:
     prediction = np.roll(truth, (1, 1, 1), axis=(0, 1, 2))
     warnings.simplefilter("ignore")
     score(prediction[:40, :40, :40], truth[:40, :40, :40])  # imports and caches
-    before, seconds = _memory("VmRSS"), []
+    before, seconds = process_bytes("VmRSS"), []
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     for _ in range(repeats):
         start = time.perf_counter()
         found = score(prediction, truth)
         seconds.append(time.perf_counter() - start)
-    peak = (_memory("VmHWM") - before) / truth.nbytes
+    peak = (process_bytes("VmHWM") - before) / truth.nbytes
     return {
         "way": way,
         "shape": list(shape),
@@ -131,13 +131,6 @@ def measure(way: str, shape: tuple[int, ...], *, repeats: int) -> dict:
         "peak_label_maps": peak,
         "surface_dice": float(np.nanmean(found)),
     }
-
-
-def _memory(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 def apart(way, shape, *, repeats):

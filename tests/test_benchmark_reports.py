@@ -293,7 +293,13 @@ def test_every_part_of_the_gpu_check_has_a_command():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [("scaling",), ("model", "--roofline"), ("finetune",)]
+    "command",
+    [
+        ("scaling",),
+        ("model", "--roofline"),
+        ("finetune",),
+        ("remat", "--limits=6"),
+    ],
 )
 def test_quick_runs_end_with_a_report(command, tmp_path):
     file = tmp_path / "report.json"

@@ -5,6 +5,7 @@ import pytest
 from jax import lax
 
 from swinsmt_jax.ops import by_platform, convolution
+from swinsmt_jax.ops.gpu import stacked_planes
 
 
 def draw(rng, *shape):
@@ -37,6 +38,24 @@ def test_conv3x3x3_equals_the_direct_convolution_with_its_gradients(rng, shape):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
     for a, b in zip(pullback(cotangent), expected(cotangent), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 6, 3), (1, 1, 3, 2, 8), (1, 2, 1, 1, 1)])
+def test_stacked_planes_equal_the_direct_convolution_with_its_gradients(rng, shape):
+    x, kernel = draw(rng, *shape), draw(rng, 3, 3, 3, shape[-1], 5)
+    cotangent = draw(rng, *shape[:4], 5)
+    ours, pullback = jax.vjp(stacked_planes.conv, x, kernel)
+    theirs, expected = jax.vjp(convolve_3d, x, kernel)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+    for a, b in zip(pullback(cotangent), expected(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_stacked_planes_are_2d_convolutions_forward_and_backward(rng):
+    x, kernel = draw(rng, 1, 4, 4, 4, 2), draw(rng, 3, 3, 3, 2, 5)
+    gradient = jax.grad(lambda *operands: stacked_planes.conv(*operands).sum(), (0, 1))
+    text = str(jax.make_jaxpr(gradient)(x, kernel))
+    assert text.count("conv_general_dilated[") == text.count("strides=(1, 1)\n") >= 3
 
 
 def test_the_results_in_place_of_the_first_part_leave_the_operands(rng):

@@ -6,9 +6,9 @@ command.
 
 The most important parts come first. A part may take what is left of --minutes. The next
 call continues with the unfinished parts: first those that no call has begun, then those
-that were stopped. steps, model and torch_compile keep the rows that they have. All
-parts share the compiled programs of all calls: they are kept in the output folder, or
-in JAX_COMPILATION_CACHE_DIR if it is set.
+that were stopped. steps, model, variants and torch_compile keep the rows that they
+have. All parts share the compiled programs of all calls: they are kept in the output
+folder, or in JAX_COMPILATION_CACHE_DIR if it is set.
 
 The parts are processes, one after the other. Most of their time is compilation, which
 times kernels on the device to choose among them. Another part beside it would disturb
@@ -29,6 +29,10 @@ parity: the network, its modules, loss and sliding window against the golden ten
     in float32 with the highest precision of matrix products and in bfloat16. An
     accelerator sums in another order than a CPU, so it may deviate ten times as much.
 commands: phantoms, train.py, evaluate.py and predict.py from end to end, in seconds.
+variants: the same step with one thing changed at a time: flags of XLA (command buffers,
+    layout of convolutions, scheduler), 3-D convolutions as 2-D ones over stacked
+    planes, larger blocks, the head padded to 120 classes. Time beside the unchanged
+    step's, memory, loss, kernels, gaps and copies (benchmarks/gpu_variants.py).
 inference: a whole body with the paper's network (benchmarks/inference.py --quick).
 soft_moe, input_pipeline: the benchmarks of these names, --quick.
 largest_batch: the most patches of a step, ours and PyTorch's (skipped on a CPU).
@@ -71,6 +75,7 @@ from benchmarks import (
 LEAST = 20  # seconds; with less left, no part is begun
 COMMANDS = {  # of the parts that are benchmarks; the host's sums are no GPU's figure
     "model": ("model", "--noremat", "--peers=torch", "--resume"),
+    "variants": ("gpu_variants",),
     "inference": ("inference", "--quick", "--scans="),
     "soft_moe": ("soft_moe", "--quick"),
     "input_pipeline": ("input_pipeline", "--quick"),
@@ -79,8 +84,8 @@ COMMANDS = {  # of the parts that are benchmarks; the host's sums are no GPU's f
     "torch_compile": ("model", "--noremat", "--peers=torch.compile", "--resume"),
 }
 SIZED = ("model", "compilation", "torch_compile")  # by --quick or --smallest
-PARTS = ("steps", "model", "profile", "parity", "commands", "inference", "soft_moe")
-PARTS += ("input_pipeline", "largest_batch", "compilation", "torch_compile")
+PARTS = ("steps", "model", "profile", "parity", "commands", "variants", "inference")
+PARTS += ("soft_moe", "input_pipeline", "largest_batch", "compilation", "torch_compile")
 ON_GPU_ALONE = ("largest_batch", "torch_compile")
 LEFT = "left for the next call"
 SOURCES = ("swinsmt_jax", "benchmarks")
@@ -92,6 +97,8 @@ def command_of(part: str, options) -> list[str]:
         name, *arguments = COMMANDS[part]
         if part in SIZED:
             arguments.append("--smallest" if options.quick else "--quick")
+        elif part == "variants" and options.quick:
+            arguments.append("--quick")
         return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     paths = {"goldens": options.goldens, "output": options.output}
     command = [sys.executable, "-m", "benchmarks.gpu_parts", f"--part={part}"]

@@ -74,13 +74,18 @@ def step_row(size: dict, *, small: bool) -> dict:
             row |= _timed_step(experiment(**size, small=small))
         row["attention"] = attention
     except Exception as error:  # of XLA: what it raises differs by platform
-        message = str(error)
-        memory = any(words in message for words in OUT_OF_MEMORY)
-        row["status"] = "out of memory" if memory else f"failed: {message[:300]}"
+        row["status"] = status_of(error)
     return row
 
 
-def _compiled_step(config):
+def status_of(error: Exception) -> str:
+    """Return the status of a row whose program ended with an error."""
+    message = str(error)
+    memory = any(words in message for words in OUT_OF_MEMORY)
+    return "out of memory" if memory else f"failed: {message[:300]}"
+
+
+def compiled_step(config):
     """Return (step, state, batch, what is recomputed, seconds of compilation)."""
     mesh = sharding.make_mesh(config.mesh)
     abstract_state, initialize, step_of, _ = setup.make_network(
@@ -104,7 +109,7 @@ def _compiled_step(config):
 
 
 def _timed_step(config) -> dict:
-    compiled, state, batch, recomputed, compile_seconds = _compiled_step(config)
+    compiled, state, batch, recomputed, compile_seconds = compiled_step(config)
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -126,6 +131,17 @@ def _timed_step(config) -> dict:
     }
 
 
+def stepping(compiled, state, batch):
+    """Return a function that makes a step on each call, and returns its metrics."""
+
+    def step():
+        nonlocal state  # which is donated
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    return step
+
+
 def profile_rows(*, small: bool) -> list[dict]:
     """Return seconds and launches of a training step by stage, the longest first.
 
@@ -134,13 +150,8 @@ def profile_rows(*, small: bool) -> list[dict]:
     """
     side = (SMALL_SIDES if small else SIDES)[0]
     config = experiment(side=side, devices=1, batch=1, small=small)
-    compiled, state, batch, *_ = _compiled_step(config)
-
-    def step():
-        nonlocal state  # which is donated
-        state, metrics = compiled(state, batch)
-        return metrics
-
+    compiled, state, batch, *_ = compiled_step(config)
+    step = stepping(compiled, state, batch)
     clock = statistics.median(programs.seconds_of(step, repeats=STEPS))
     found = roofline.profile(step, compiled.as_text())
     rows = [{"stage": "clock", "seconds": clock}]

@@ -267,6 +267,8 @@ def line(row: dict) -> str:
     ratio = f"x {row['ratio']:.3f}" if "ratio" in row else ""
     text += f"{row['step_s']:8.4f} s {ratio}  compiled {row['compiled_gb']:6.2f} GB  "
     text += f"compile {row['compile_s']:4.0f} s"
+    if row.get("recomputed"):  # memory may make it another choice than base's
+        text += f"  recomputed {', '.join(row['recomputed'])}"
     if "kernels_s" in row:
         text += (
             f"  kernels {row['kernels_s']:.4f} s, {row['launches']} launches, gap "

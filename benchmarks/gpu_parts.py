@@ -61,7 +61,8 @@ def experiment(*, side: int, devices: int, batch: int, small: bool):
     values.data.update({"patch_shape": (side,) * 3, "batch_size": batch * devices})
     values.mesh.data = devices
     if small:
-        values.model.update({"feature_size": 12, "num_experts": 4, "remat": ()})
+        network = {"feature_size": 12, "depths": (1, 1, 1, 1), "num_experts": 4}
+        values.model.update({**network, "remat": ()})
         values.model.window_size = (4, 4, 4)
     return from_config_dict(values)
 

@@ -12,7 +12,7 @@ command_buffers_off, ..._without_cudnn, ..._of_fusions, ..._with_loops: CUDA gra
     nothing, of all but cuDNN's calls, of fusions alone, of whole loops too.
 conv_nhwc: 3-D convolutions with channels last, by a flag.
 blocks_x4, blocks_x16: blocks of the loss and of the experts with more entries.
-stacked_planes: 3 x 3 x 3 convolutions as 2-D ones (ops/gpu/stacked_planes.py).
+stacked_planes: 3 x 3 x 3 convolutions as 2-D ones (`benchmarks.stacked_planes`).
 latency_hiding: the scheduler that hides latencies.
 padded_head: 120 logits in place of 118, of which the last two are -1e30.
 
@@ -55,11 +55,11 @@ from benchmarks import (
     report,
     roofline,
     run,
+    stacked_planes,
     versions,
     write,
 )
 from swinsmt_jax.ops import by_platform
-from swinsmt_jax.ops.gpu import stacked_planes
 from swinsmt_jax.runtime import startup
 from swinsmt_jax.runtime.xla_flags import VARIABLE
 from swinsmt_jax.training import losses

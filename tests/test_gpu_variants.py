@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import gpu_check, gpu_copies, gpu_variants
+from benchmarks import gpu_check, gpu_copies, gpu_variants, stacked_planes
 from swinsmt_jax.ops import by_platform
-from swinsmt_jax.ops.gpu import stacked_planes
 from swinsmt_jax.training import losses
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+from benchmarks import stacked_planes
 from swinsmt_jax.ops import by_platform, convolution
-from swinsmt_jax.ops.gpu import stacked_planes
 
 
 def draw(rng, *shape):

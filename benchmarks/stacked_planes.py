@@ -1,6 +1,6 @@
 """3 x 3 x 3 convolutions as 2-D ones over planes that are stacked into channels.
 
-No network uses them yet: `benchmarks.gpu_variants` measures what they would change.
+No network uses them: `benchmarks.gpu_variants` measures what they would change.
 """
 
 import jax

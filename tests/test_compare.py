@@ -120,16 +120,20 @@ def test_unknown_networks_are_refused():
 def test_the_command_compares_two_networks(tmp_path):
     report, picture = tmp_path / "report.json", tmp_path / "picture.png"
 
-    def run(*command):
+    def run(*command, status=0):
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.returncode == status, done.stderr
+        return done.stderr if status else done.stdout
 
     data = f"--root={tmp_path / 'data'}", f"--workdir={tmp_path / 'runs'}"
     said = run("benchmarks.compare", "--quick", *data, f"--json={report}")
     assert "unetr – nnunet_plain" in said
+    again = run("benchmarks.compare", "--quick", *data, "--budget=2")
+    assert again == said  # from the runs that are kept
+    longer = run("benchmarks.compare", "--quick", *data, "--budget=3", status=2)
+    assert "of a run with other settings; give another --workdir" in longer
     found = json.loads(report.read_text())
     assert "processor" in found["machine"] and "jax" in found["versions"]
     assert set(found["headline"]) == {"dice_nnunet_plain", "dice_unetr"}
@@ -139,3 +143,27 @@ def test_the_command_compares_two_networks(tmp_path):
     measured = f"--measured={ROOT / 'benchmarks/results/networks_cpu.json'}"
     run("benchmarks.table", measured, f"--trained={report}", f"--plot={picture}")
     assert picture.stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_study_of_experts_trains_and_tells_what_they_do(tmp_path):
+    file, picture = tmp_path / "found.json", tmp_path / "picture.png"
+    command = [sys.executable, "-m", "benchmarks.moe_study", "--quick", "--points=2x3"]
+    command += [f"--root={tmp_path / 'data'}", f"--workdir={tmp_path / 'runs'}"]
+    command += [f"--json={file}", f"--plot={picture}"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["point"] == "2x3" and row["steps"] == 2
+    (experts,) = row["experts"]
+    assert list(experts) == ["1", "2"]  # half-way and at the end
+    for blocks in experts.values():
+        assert len(blocks) == 6
+        for block in blocks.values():
+            assert sum(block["importance"]) == pytest.approx(1, abs=1e-5)
+            assert sum(block["load"]) == pytest.approx(1)
+            assert 0 <= block["combine_entropy"] <= 1 + 1e-6
+    assert picture.stat().st_size > 0
+    command.append("--seeds=3")
+    command[command.index("--points=2x3")] = "--points=2y3"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "but a point is 0" in done.stderr

@@ -93,15 +93,15 @@ def plot(rows: Sequence[dict], path: str) -> None:
         )
         parameters.plot(experts, [row["parameters"] / 1e6 for row in own], "o-")
         even.plot(experts, [[*evenness(r["experts"]).values()][-1] for r in own], "o-")
-    dice.set(title="Dice, %")
+    dice.set(title="Dice, %", ylim=(0, None))
     parameters.set(title="parameters, millions", ylim=(0, None))
-    even.set(title="evenness of the experts' importance", ylim=(0, 1.05))
+    even.set(title="evenness of importance", ylim=(0, 1.05))
     counts = sorted({size[0] for size in sizes})
     for axes in figure.axes:
         axes.set(xlabel="experts", xscale="log")
         axes.set_xticks(counts, labels=map(str, counts))
         axes.minorticks_off()
-    dice.legend(frameon=False)
+    dice.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
 
 

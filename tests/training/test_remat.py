@@ -47,6 +47,7 @@ def compile_step(make_config, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_nothing_is_recomputed_where_all_fits(compile_step):
     _, found, choice = compile_step(10**12)
     assert choice.parts == ()
@@ -54,7 +55,8 @@ def test_nothing_is_recomputed_where_all_fits(compile_step):
     assert 0.8 < choice.predicted / choice.compiled < 1.5
 
 
-@pytest.mark.parametrize("limit", [pytest.param(1000, marks=pytest.mark.slow), None])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1000, None])
 def test_all_is_recomputed_where_nothing_fits_or_the_memory_is_unknown(
     compile_step, make_config, limit
 ):

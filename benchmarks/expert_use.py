@@ -11,6 +11,7 @@ from flax import nnx
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import pipeline
 from swinsmt_jax.data.network_view import network_view
+from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.training.checkpoint import load_model
 from swinsmt_jax.training.workdir import CHECKPOINTS
 
@@ -43,16 +44,20 @@ def expert_use(workdir: Path, *, split: str) -> dict[str, dict]:
     return found
 
 
-def central_crop(data: DataConfig, case: pipeline.Case) -> np.ndarray:
-    """Return the central crop of a case as the network sees it, [D, H, W, C]."""
-    sample = pipeline.load_foreground(data, case)
-    image = network_view(
+def network_image(data: DataConfig, sample: Sample) -> np.ndarray:
+    """Return a sample of `pipeline.load_foreground` as the network sees it."""
+    return network_view(
         sample.image,
         sample.affine,
         spacing=0.0,
         hu_range=data.hu_range,
         normalization=data.normalization,
     ).image
+
+
+def central_crop(data: DataConfig, case: pipeline.Case) -> np.ndarray:
+    """Return the central crop of a case as the network sees it, [D, H, W, C]."""
+    image = network_image(data, pipeline.load_foreground(data, case))
     for axis, side in enumerate(data.patch_shape):
         missing = max(0, side - image.shape[axis])
         before = [(0, 0)] * image.ndim

@@ -11,11 +11,11 @@ from matplotlib import colors
 from matplotlib.figure import Figure
 
 from benchmarks import save
+from benchmarks.expert_use import network_image
 from swinsmt_jax import checks
 from swinsmt_jax.config import DataConfig
 from swinsmt_jax.data import nifti, pipeline
 from swinsmt_jax.data.meta import SPLITS
-from swinsmt_jax.data.network_view import network_view
 from swinsmt_jax.data.sample import Sample
 from swinsmt_jax.data.volume import spacing_of
 from swinsmt_jax.evaluation import routing
@@ -43,16 +43,9 @@ def case_of(
     """
     case = choose_case(pipeline.find_cases(data, split=split), name)
     sample = pipeline.load_foreground(data, case)
-    view = network_view(
-        sample.image,
-        sample.affine,
-        spacing=0.0,
-        hu_range=data.hu_range,
-        normalization=data.normalization,
-    )
     classes = pipeline.class_map(data)
     groups = classes.groups or {"structures": range(1, classes.num_classes)}
-    return replace(sample, image=view.image[..., 0]), groups
+    return replace(sample, image=network_image(data, sample)[..., 0]), groups
 
 
 def group_map(label, groups):

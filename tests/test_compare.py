@@ -84,6 +84,9 @@ def test_a_name_changes_keys_of_the_network(options):
     assert model.routing == "streaming" and model.dtype == "float32"
     model = trials.experiment_of("swin_smt+fused", options, class_map.V2).model
     assert (model.routing, model.dtype) == ("cudnn", "bfloat16")
+    options.mesh, options.batch = ["1", "2"], 2
+    config = trials.experiment_of("swin_smt", options, class_map.V2)
+    assert config.mesh.expert == 2 == config.data.batch_size
     with pytest.raises(UserError, match="num_expert"):
         trials.experiment_of("swin_smt+num_expert=2", options, class_map.V2)
     with pytest.raises(UserError, match="larger patch or fewer experts"):
